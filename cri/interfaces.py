@@ -1,0 +1,326 @@
+"""The parts as `cri` sees them. Read this first.
+
+Five Protocols, each a page of promises; the real parts and the fakes in tests/fakes pass one contract suite
+(tests/contract). Nothing here does anything. Unless a docstring says otherwise a method blocks and is called through
+`cri.threads.to_thread`; it may be called from several threads at once; after a crash half-way the same call, made
+again, ends the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from imagestore.model import Credentials, Image, ProgressFunction
+from imagestore.model import Usage as ImageUsage
+from runtime.linux.mount import FsMount
+from snapshotter.model import SnapshotInfo
+from snapshotter.model import Usage as SnapshotUsage
+
+# ---------------------------------------------------------------------------------------------------------- images
+
+
+class Images(Protocol):
+    """imagestore.store.Store."""
+
+    async def pull(self, reference: str, credentials: Credentials | None = None,
+                   progress: ProgressFunction | None = None) -> Image:
+        """Before: anything. After: the image is whole, unpacked, durable and has `reference` as tag or digest.
+
+        Equal pulls at once are one; cancelling the last waiter leaves only resumable ingests. Idempotent: asks the
+        registry for the tag's digest each time. Raises imagestore.model.ImageError and its kinds.
+        """
+        ...
+
+    def get(self, name: str) -> Image | None:
+        """By image id ("sha256:…", or an unambiguous prefix of ≥ 3 hex digits), tag or digest reference, normalised."""
+        ...
+
+    def list(self) -> Sequence[Image]:
+        """All whole images."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """By id: all its names go. By tag or digest: that name goes, and the image with its last one. Unknown: no-op.
+        Space comes back with the next `collect`."""
+        ...
+
+    def tag(self, name: str, new: str) -> None:
+        """Gives the image `name` the further tag `new`, moving it from another image if need be."""
+        ...
+
+    def collect(self) -> None:
+        """Removes blobs, ingests (older than a day) and layers that no image, pull or snapshot reaches."""
+        ...
+
+    def usage(self) -> ImageUsage:
+        """Blocks and inodes of everything under the image root, layers included."""
+        ...
+
+
+class Snapshots(Protocol):
+    """snapshotter.overlay.Overlay."""
+
+    def prepare(self, key: str, parent: str | None) -> FsMount:
+        """A writable view of layer chain `parent`, as a mount description: nothing is mounted here, the runtime does
+        that. Raises AlreadyExists, NotFound (parent)."""
+        ...
+
+    def mount(self, key: str) -> FsMount:
+        """The mount of an existing active snapshot again. Raises NotFound."""
+        ...
+
+    def remove(self, key: str) -> None:
+        """Removes the active snapshot and its files. Unknown: no-op. Crosses no mount (EXDEV names it)."""
+        ...
+
+    def usage(self, key: str) -> SnapshotUsage:
+        """Blocks and inodes of the writable layer of `key`. Raises NotFound."""
+        ...
+
+    def list(self) -> Sequence[SnapshotInfo]:
+        """All active snapshots: recovery removes those that no container record has."""
+        ...
+
+    def lower_directories(self, parent: str) -> Sequence[Path]:
+        """The layer directories of a chain, top first: to look up users in an image before it is mounted.
+        Every read in them goes through openat2. Raises NotFound."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------------ containers
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxSpec:
+    """What a shim needs to hold a pod. `directory` is /run/ocid/pods/ID, made by the caller, 0700.
+
+    The shim makes what is asked for and pins it as `directory`/ns/{ipc,uts} (bind mounts); `netns` is a path that is
+    pinned already, or None for the host's. `shm_bytes` > 0: a tmpfs of that size at `directory`/shm.
+    `sysctls` were validated and belong to the namespaces that are the pod's own.
+    """
+
+    id: str
+    directory: Path
+    hostname: str
+    netns: Path | None
+    private_ipc: bool = True
+    private_uts: bool = True
+    shared_pid: bool = False
+    shm_bytes: int = 64 << 20
+    sysctls: Mapping[str, str] = field(default_factory=dict)
+    cgroup_parent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sandbox:
+    """A live shim: its pid with start time (clock ticks), and its socket. `pause_pid` is 0 without a shared PID
+    namespace. Facts for the store; `Sandboxes.reconnect` takes them back."""
+
+    id: str
+    directory: Path
+    pid: int
+    started_ticks: int
+    pause_pid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerSpec:
+    """One container to create in a sandbox. `bundle` holds config.json, written by the caller.
+
+    `rootfs` is mounted by the container itself in its own mount namespace (native handler) or at `bundle`/rootfs on
+    the host (external handler). `log_path` None: output is read and dropped. `handler` is "" for native or the path of
+    a runc-compatible binary. `stdin`: keep a pipe open for attach; `stdin_once`: close it after the first attach ends.
+    """
+
+    id: str
+    bundle: Path
+    rootfs: FsMount
+    log_path: Path | None
+    terminal: bool = False
+    stdin: bool = False
+    stdin_once: bool = False
+    handler: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerFacts:
+    """What the shim knows of a container: facts only. Times are ns since the epoch, 0 where it has not happened.
+
+    `exit_code` is 128 + signal for a signalled death, and -1 while there is none; `oom_killed` iff the cgroup's
+    oom_kill counter rose. The shim writes them to `bundle`/exit.json before it tells anybody."""
+
+    id: str
+    pid: int
+    started_ticks: int
+    created_ns: int
+    started_ns: int
+    finished_ns: int
+    exit_code: int
+    signal: int
+    oom_killed: bool
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ExecSpec:
+    """A command for a running container. `process` is a runtime-spec `process` object, as config.json has it."""
+
+    process: Mapping[str, object]
+    timeout_s: float = 0.0
+    output_limit: int = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ExecResult:
+    """`timed_out`: the whole tree was killed. `truncated`: a stream reached its limit and the rest was dropped."""
+
+    exit_code: int
+    stdout: bytes
+    stderr: bytes
+    timed_out: bool = False
+    truncated: bool = False
+
+
+class Sandboxes(Protocol):
+    """runtime.shim.client.Shims, first half: the pods."""
+
+    def start(self, spec: SandboxSpec) -> Sandbox:
+        """Forks a shim from the zygote (starting that if need be). After: namespaces pinned, shm mounted, socket
+        answering. On failure everything it made is undone. Raises ContainerError."""
+        ...
+
+    def reconnect(self, sandbox: Sandbox) -> Sequence[ContainerFacts] | None:
+        """The shim's containers, or None when that very process (pid and start time) is gone. ≤ 2 s, then
+        ShimUnresponsive."""
+        ...
+
+    def stop(self, sandbox: Sandbox) -> None:
+        """Kills what is left in it, unpins, unmounts, ends the shim. Also when the shim is dead already. Idempotent."""
+        ...
+
+    def events(self, sandbox: Sandbox) -> int:
+        """A CLOEXEC fd the caller owns: frames (runtime.linux.sockets) of JSON {"event":"exit"|"oom","facts":{…}},
+        from now on, EOF when the shim ends. Exits that happened before are in `reconnect`."""
+        ...
+
+
+class Containers(Protocol):
+    """runtime.shim.client.Shims, second half: the containers of a pod."""
+
+    def create(self, sandbox: Sandbox, spec: ContainerSpec) -> ContainerFacts:
+        """After: the process is set up and waits before execve; state.json exists. On failure nothing is left.
+        Raises ContainerError (step, object, errno, hint)."""
+        ...
+
+    def start_container(self, sandbox: Sandbox, container_id: str) -> ContainerFacts:
+        """Releases execve and reports its failure. Raises ContainerError; a second start is FAILED_PRECONDITION."""
+        ...
+
+    def signal(self, sandbox: Sandbox, container_id: str, number: int, *, everyone: bool = False) -> None:
+        """Signals the init, or with `everyone` every process of the container's cgroup. Gone: no-op."""
+        ...
+
+    def delete(self, sandbox: Sandbox, container_id: str) -> None:
+        """Kills what is left, removes cgroup, state and rootfs mount. Idempotent; also for a dead shim."""
+        ...
+
+    def exec_sync(self, sandbox: Sandbox, container_id: str, spec: ExecSpec) -> ExecResult:
+        """Runs to the end; a child that keeps stdout open delays it by a short drain only (threats S52).
+        Raises ContainerError when it cannot start."""
+        ...
+
+    def update(self, sandbox: Sandbox, container_id: str, resources: Mapping[str, object]) -> None:
+        """runtime-spec `linux.resources`, merged over what is in force; all or nothing."""
+        ...
+
+    def reopen_log(self, sandbox: Sandbox, container_id: str) -> None:
+        """Opens `log_path` anew; no line is lost or split over the two files."""
+        ...
+
+    def attach(self, sandbox: Sandbox, container_id: str, fds: Sequence[int], *, stdin: bool, terminal: bool) -> int:
+        """Hands the caller's fds (stdin, stdout, stderr as present) to the shim, which copies the container's streams
+        to them as well as to the log. Returns a CLOEXEC control fd: write JSON {"resize":[rows,cols]} frames to it,
+        read EOF when the container's output has ended; closing it detaches."""
+        ...
+
+
+class ContainerError(Exception):
+    """A runtime step failed: `str()` is one sentence "verb object: step …: ERRNO words", `hint` may say what to do.
+
+    `code` is one of "not_found", "already_exists", "failed_precondition", "invalid_argument", "unavailable",
+    "deadline", "internal".
+    """
+
+    def __init__(self, message: str, *, code: str = "internal", hint: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.hint = hint
+
+
+# --------------------------------------------------------------------------------------------------------- network
+
+
+@dataclass(frozen=True, slots=True)
+class PortMapping:
+    """A port of the host for a port of the pod; `protocol` is "tcp", "udp" or "sctp"."""
+
+    host_port: int
+    container_port: int
+    protocol: str = "tcp"
+    host_ip: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PodNetwork:
+    """A pod as CNI sees it. `network` is "" for the default conflist or the name of one."""
+
+    id: str
+    name: str
+    namespace: str
+    uid: str
+    netns: Path
+    ports: tuple[PortMapping, ...] = ()
+    network: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkResult:
+    """Addresses of the pod, primary first, without prefix length; `raw` is the CNI result for the record."""
+
+    ips: tuple[str, ...]
+    raw: Mapping[str, object]
+
+
+class Network(Protocol):
+    """cri.network.cni.Cni. All of it is async."""
+
+    async def new_netns(self, pod_id: str) -> Path:
+        """A fresh, pinned network namespace with `lo` up; from the warm pool where there is one. Name = pod id."""
+        ...
+
+    async def remove_netns(self, path: Path) -> None:
+        """Unpins it. Idempotent."""
+        ...
+
+    async def add(self, pod: PodNetwork) -> NetworkResult:
+        """CNI ADD of every plugin; on failure DEL was called for all of them. Raises NetworkError naming the plugin."""
+        ...
+
+    async def delete(self, pod: PodNetwork) -> None:
+        """CNI DEL, with the netns gone too. Idempotent. Raises NetworkError: the caller keeps the record and retries."""
+        ...
+
+    async def status(self) -> str | None:
+        """None when pods can get a network, else the reason in one sentence, as NetworkReady's message."""
+        ...
+
+    async def collect(self, valid: frozenset[str]) -> None:
+        """Releases leases and netns of pods outside `valid` (a node that was killed leaves none)."""
+        ...
+
+
+class NetworkError(Exception):
+    """A network step failed; one sentence that names network, plugin and cause."""

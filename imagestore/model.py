@@ -1,0 +1,149 @@
+"""The image store's values: what an image is, how a layer reaches the unpacker, how a pull can fail.
+
+No I/O here. Invariant: an `Image` that exists is whole: its manifest, its config and every layer's snapshot are durable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """OCI image-spec descriptor; `digest` has passed the strict pattern, `size` is 0..2^63-1."""
+
+    media_type: str
+    digest: str
+    size: int
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer of an image: the blob it came from, the digest of its tar, and the chain up to it (image-spec)."""
+
+    blob: Descriptor
+    diff_id: str
+    chain_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageConfig:
+    """The parts of an image config that running it needs (image-spec config.md), checked and bounded."""
+
+    user: str = ""
+    env: tuple[str, ...] = ()
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+    working_dir: str = ""
+    stop_signal: str = ""
+    volumes: tuple[str, ...] = ()
+    exposed_ports: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    os: str = "linux"
+    architecture: str = ""
+    variant: str = ""
+    created: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A whole image. `id` is the config digest, `manifest_digest` the platform's manifest.
+
+    `repo_tags` are "host/path:tag", `repo_digests` "host/path@sha256:…" (of the index where one was pulled),
+    `size` is the sum of the compressed layers and the config in bytes, `layers` run from the base up.
+    """
+
+    id: str
+    manifest_digest: str
+    repo_tags: tuple[str, ...]
+    repo_digests: tuple[str, ...]
+    size: int
+    config: ImageConfig
+    layers: tuple[Layer, ...]
+    pinned: bool = False
+
+    @property
+    def chain_id(self) -> str:
+        """The topmost layer's chain id: what a container's snapshot is prepared from."""
+        return self.layers[-1].chain_id
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a caller gave to log in with. `repr` shows nothing of it (threats S30)."""
+
+    username: str = field(default="", repr=False)
+    password: str = field(default="", repr=False)
+    identity_token: str = field(default="", repr=False)
+    registry_token: str = field(default="", repr=False)
+    server_address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far one blob is; `total` in bytes, `phase` one of "waiting", "download", "unpack", "done", "exists"."""
+
+    digest: str
+    phase: str
+    done: int
+    total: int
+
+
+ProgressFunction = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Disk space in bytes (allocated blocks) and inodes."""
+
+    bytes: int
+    inodes: int
+
+
+class Unpacker(Protocol):
+    """What the store needs of a snapshotter; blocking calls, made from worker threads. Safe from several threads."""
+
+    def has_layer(self, chain_id: str) -> bool:
+        """True when the layer is committed and durable."""
+        ...
+
+    def unpack_layer(self, blob: Path, media_type: str, diff_id: str, chain_id: str, parent: str | None) -> None:
+        """Unpacks the verified `blob` as `chain_id` on `parent`; returns once it is durable and visible.
+
+        Layers of one image may be unpacked at once: commit waits for the parent's. Idempotent; equal calls at once
+        are one. After a failure or a crash nothing is visible and the rest is garbage for the next `collect`.
+        Raises snapshotter.model.UnpackError (bad layer: names the entry and why) or OSError (ENOSPC, …).
+        """
+        ...
+
+    def remove_layers_except(self, keep: frozenset[str]) -> int:
+        """Removes the committed layers outside `keep` that no active snapshot stands on; returns how many."""
+        ...
+
+
+class ImageError(Exception):
+    """Any failure of the image store. `str()` is one sentence with the cause and never holds a secret."""
+
+
+class ReferenceInvalid(ImageError):
+    """The text is no image reference, digest or platform."""
+
+
+class ImageNotFound(ImageError):
+    """Registry or store has no such image (404, manifest unknown, no platform match)."""
+
+
+class AccessDenied(ImageError):
+    """401/403: wrong, missing or insufficient credentials, as the registry words it."""
+
+
+class RegistryUnavailable(ImageError):
+    """Connect failed, timed out, stalled, 429 or 5xx after the retries: the same call may work later."""
+
+
+class ContentInvalid(ImageError):
+    """What came is not what was announced: digest, size, media type, JSON or limits."""

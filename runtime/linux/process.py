@@ -1,0 +1,197 @@
+"""Processes: clone3, namespaces, pidfds, capabilities, execveat, and what /proc says about a pid.
+
+Refuses policy. Invariant: a process is named by a pidfd, or by pid *and* start time; a bare pid is never signalled.
+Only single-threaded processes may call `clone3` or join a user or mount namespace here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import signal
+import struct
+from collections.abc import Sequence
+
+from runtime.linux.libc import KernelError, _libc, check, prctl, syscall
+
+# linux/sched.h
+CLONE_NEWTIME, CLONE_VM, CLONE_PIDFD, CLONE_PARENT = 0x80, 0x100, 0x1000, 0x8000
+CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x02000000, 0x04000000, 0x08000000
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_INTO_CGROUP = 0x10000000, 0x20000000, 0x40000000, 0x200000000
+# linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_NAME = 1, 4, 8, 15
+PR_CAPBSET_READ, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 23, 24, 36, 38, 39
+PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, PR_CAP_AMBIENT_CLEAR_ALL = 47, 2, 4
+CLOSE_RANGE_CLOEXEC = 4
+
+
+def clone3(flags: int, *, cgroup_fd: int = -1) -> tuple[int, int]:
+    """clone3(2) as a fork: (0, -1) in the child, (pid, pidfd) in the parent. The pidfd is CLOEXEC and the caller's.
+
+    Without a stack of its own the child goes on in a copy of this one, as after fork(2); the interpreter's after-fork
+    work is done here. `cgroup_fd` >= 0 asks for CLONE_INTO_CGROUP (cgroup v2 directory fd).
+    """
+    pidfd = ctypes.c_int(-1)
+    if cgroup_fd >= 0:
+        flags |= CLONE_INTO_CGROUP
+    exit_signal = 0 if flags & CLONE_PARENT else int(signal.SIGCHLD)
+    args = struct.pack("=11Q", flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, exit_signal, 0, 0, 0, 0, 0,
+                       max(cgroup_fd, 0))
+    pid = syscall("clone3", args, len(args))
+    if pid == 0:
+        ctypes.pythonapi.PyOS_AfterFork_Child()
+        return 0, -1
+    return pid, pidfd.value
+
+
+def unshare(flags: int) -> None:
+    """unshare(2)."""
+    syscall("unshare", flags, subject=hex(flags))
+
+
+def setns(fd: int, flags: int = 0) -> None:
+    """setns(2); with a pidfd, `flags` may name several namespaces that are joined at once."""
+    syscall("setns", fd, flags, subject=f"fd {fd} {hex(flags)}")
+
+
+def pidfd_open(pid: int) -> int:
+    """pidfd_open(2); the caller owns the fd."""
+    return syscall("pidfd_open", pid, 0, subject=pid)
+
+
+def pidfd_send_signal(pidfd: int, number: int) -> None:
+    """pidfd_send_signal(2)."""
+    syscall("pidfd_send_signal", pidfd, number, None, 0, subject=f"signal {number}")
+
+
+def close_range(first: int, last: int = 0xFFFFFFFF, flags: int = 0) -> None:
+    """close_range(2)."""
+    syscall("close_range", first, last, flags, subject=f"{first}-{last}")
+
+
+def start_time(pid: int) -> int:
+    """Field 22 of proc_pid_stat(5), clock ticks since boot: with the pid it names one process for ever.
+    Raises ProcessLookupError."""
+    return _stat(pid)[1]
+
+
+def process_state(pid: int) -> str:
+    """Field 3 of proc_pid_stat(5): "R", "S", "Z", … Raises ProcessLookupError."""
+    return _stat(pid)[0]
+
+
+def _stat(pid: int) -> tuple[str, int]:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The name may hold blanks and parentheses: the last ')' ends it.
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        raise ProcessLookupError(errno.ESRCH, "no such process", str(pid)) from None
+    return fields[0].decode(), int(fields[19])
+
+
+def is_running(pid: int, started: int) -> bool:
+    """True while the process that had `pid` and this start time exists and is no zombie."""
+    try:
+        state, ticks = _stat(pid)
+    except ProcessLookupError:
+        return False
+    return ticks == started and state not in "ZX"
+
+
+def capget() -> tuple[int, int, int]:
+    """capget(2) of this thread: (effective, permitted, inheritable) bit sets."""
+    header, data = struct.pack("=Ii", 0x20080522, 0), ctypes.create_string_buffer(24)
+    syscall("capget", header, data)
+    e0, p0, i0, e1, p1, i1 = struct.unpack("=6I", data.raw)
+    return e0 | e1 << 32, p0 | p1 << 32, i0 | i1 << 32
+
+
+def capset(effective: int, permitted: int, inheritable: int) -> None:
+    """capset(2) of this thread."""
+    header, low = struct.pack("=Ii", 0x20080522, 0), 0xFFFFFFFF
+    sets = (effective, permitted, inheritable)
+    data = struct.pack("=6I", *(s & low for s in sets), *(s >> 32 for s in sets))
+    syscall("capset", header, data, subject="capabilities")
+
+
+def capbset_drop(capability: int) -> None:
+    """PR_CAPBSET_DROP."""
+    prctl(PR_CAPBSET_DROP, capability)
+
+
+def cap_ambient_clear() -> None:
+    """PR_CAP_AMBIENT_CLEAR_ALL."""
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+
+
+def cap_ambient_raise(capability: int) -> None:
+    """PR_CAP_AMBIENT_RAISE: must be permitted and inheritable already."""
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability)
+
+
+def set_no_new_privs() -> None:
+    """PR_SET_NO_NEW_PRIVS."""
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+def set_dumpable(on: bool) -> None:
+    """PR_SET_DUMPABLE: off, /proc/PID/{exe,fd,…} belong to root and ptrace is refused to the unprivileged."""
+    prctl(PR_SET_DUMPABLE, int(on))
+
+
+def set_child_subreaper(on: bool) -> None:
+    """PR_SET_CHILD_SUBREAPER."""
+    prctl(PR_SET_CHILD_SUBREAPER, int(on))
+
+
+def set_keepcaps(on: bool) -> None:
+    """PR_SET_KEEPCAPS: permitted capabilities outlive setuid from 0, until execve."""
+    prctl(PR_SET_KEEPCAPS, int(on))
+
+
+def set_parent_death_signal(number: int) -> None:
+    """PR_SET_PDEATHSIG; 0 clears it."""
+    prctl(PR_SET_PDEATHSIG, number)
+
+
+def set_name(name: str) -> None:
+    """PR_SET_NAME: what ps shows as comm, 15 bytes."""
+    buffer = ctypes.create_string_buffer(os.fsencode(name)[:15])
+    prctl(PR_SET_NAME, ctypes.addressof(buffer))
+
+
+def sethostname(name: str) -> None:
+    """sethostname(2)."""
+    raw = os.fsencode(name)
+    check(_libc.sethostname(raw, ctypes.c_size_t(len(raw))), "sethostname", name)
+
+
+def setdomainname(name: str) -> None:
+    """setdomainname(2)."""
+    raw = os.fsencode(name)
+    check(_libc.setdomainname(raw, ctypes.c_size_t(len(raw))), "setdomainname", name)
+
+
+def execveat(dirfd: int, path: str, argv: Sequence[bytes], env: Sequence[bytes], flags: int = 0) -> None:
+    """execveat(2) with an environment of raw KEY=VALUE bytes. Returns only by raising KernelError."""
+    c_argv = (ctypes.c_char_p * (len(argv) + 1))(*argv, None)
+    c_env = (ctypes.c_char_p * (len(env) + 1))(*env, None)
+    syscall("execveat", dirfd, os.fsencode(path), c_argv, c_env, flags, subject=path)
+
+
+def personality(persona: int) -> None:
+    """personality(2)."""
+    check(_libc.personality(ctypes.c_ulong(persona)), "personality", hex(persona))
+
+
+def exists(pidfd: int) -> bool:
+    """False once the process behind the pidfd has exited (a zombie has)."""
+    try:
+        pidfd_send_signal(pidfd, 0)
+    except KernelError as error:
+        if error.errno == errno.ESRCH:
+            return False
+        raise
+    return True

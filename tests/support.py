@@ -1,0 +1,52 @@
+"""What tests share: waiting without sleeping blind, and asking for abilities.
+
+`needs` fails rather than skips an unknown ability; in CI (OCID_REQUIRE_ALL=1) a missing one fails the test.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+T = TypeVar("T")
+
+_ABILITIES: dict[str, Callable[[], bool]] = {
+    "root": lambda: os.geteuid() == 0,
+    "overlay": lambda: "overlay" in Path("/proc/filesystems").read_text(),
+    "nftables": lambda: shutil.which("nft") is not None,
+    "runc": lambda: shutil.which("runc") is not None,
+    "crun": lambda: shutil.which("crun") is not None,
+    "skopeo": lambda: shutil.which("skopeo") is not None,
+    "docker-registry": lambda: shutil.which("docker-registry") is not None,
+    "busybox": lambda: Path("/bin/busybox").exists(),
+}
+
+
+def needs(*abilities: str) -> None:
+    """Skips the test, naming the first ability that this machine lacks; fails where everything is required."""
+    for ability in abilities:
+        if ability not in _ABILITIES:
+            raise AssertionError(f"unknown ability {ability!r}: one of {sorted(_ABILITIES)}")
+        if not _ABILITIES[ability]():
+            if os.environ.get("OCID_REQUIRE_ALL"):
+                pytest.fail(f"this machine lacks {ability}, and OCID_REQUIRE_ALL is set")
+            pytest.skip(f"needs {ability}")
+
+
+def eventually(probe: Callable[[], T], seconds: float = 10.0, what: str = "") -> T:
+    """The first true value of `probe`, asked again every few milliseconds; fails after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = probe()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds} s: {what or probe}")
+        select.select([], [], [], 0.005)
