@@ -1,0 +1,227 @@
+"""The edge of JSON: reads fields with a type and a range, and names a bad one by its path.
+
+`linux.resources.memory.limit: expected integer, got "1G"`. Refuses duplicate keys, NaN, absurd depth and size, and
+coerces nothing (true is no integer, "5" is no number). Invariant: null reads as absent, as the ecosystem's Go
+programs write it; behind a parser that uses this nobody sees a dict.
+"""
+
+from __future__ import annotations
+
+from runtime.errors import RuntimeFailure
+
+TYPE_CHECKING = False  # typing itself costs more to import than all of this module
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    Text = str  # inside the class `str`, `int` and `bool` are methods
+    Integer = int
+    Truth = bool
+
+MAX_DOCUMENT = 16 << 20
+_INT64 = 1 << 63
+
+
+class FieldError(RuntimeFailure):
+    """A field is not what it must be: `str()` is "path: expected …, got …"."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path or 'the document'}: {problem}", step="config", code="invalid_argument")
+        self.path = path
+
+
+def decode(raw: bytes, what: str = "the document", limit: int = MAX_DOCUMENT) -> object:
+    """JSON text as Python objects. Raises FieldError on syntax, duplicate keys, NaN, depth or size (threats P7)."""
+    import json  # here: half of the runtime's commands read no JSON but their own
+
+    if len(raw) > limit:
+        raise FieldError(what, f"{len(raw)} bytes, at most {limit} are read")
+    try:
+        return json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise FieldError(what, "nested too deeply") from None
+    except ValueError as error:
+        raise FieldError(what, f"not valid JSON: {error}") from None
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"duplicate key {key!r:.80}")
+        found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: like JSON, cut short."""
+    if isinstance(value, str):
+        text = '"' + value.encode("unicode_escape").decode() + '"'
+    elif value is None or isinstance(value, bool):
+        text = {None: "null", True: "true", False: "false"}[value]
+    elif isinstance(value, dict):
+        text = "an object"
+    elif isinstance(value, list):
+        text = "an array"
+    elif isinstance(value, int) and abs(value) >= 1 << 256:
+        text = "a number of too many digits"  # int to str refuses more than 4300 digits
+    else:
+        text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class Fields:
+    """A JSON object at `path`. Every reader takes a key and a default for when it is absent or null."""
+
+    __slots__ = ("_object", "path")
+
+    def __init__(self, obj: object, path: Text = "") -> None:
+        if not isinstance(obj, dict):
+            raise FieldError(path, f"expected object, got {shown(obj)}")
+        self._object: dict[Text, object] = obj
+        self.path = path
+
+    def at(self, key: Text) -> Text:
+        """The path of `key`."""
+        return f"{self.path}.{key}" if self.path else key
+
+    def error(self, key: Text, problem: Text) -> FieldError:
+        """The error to raise about `key` ("" for the object itself)."""
+        return FieldError(self.at(key) if key else self.path, problem)
+
+    def has(self, key: Text) -> Truth:
+        """True when the key is there and not null."""
+        return self._object.get(key) is not None
+
+    def names(self) -> Iterator[Text]:
+        """The keys that are there, in the order of the document."""
+        return iter(self._object)
+
+    def raw(self, key: Text) -> object:
+        """Whatever is there; None when absent."""
+        return self._object.get(key)
+
+    def _wrong(self, key: Text, expected: Text) -> FieldError:
+        return self.error(key, f"expected {expected}, got {shown(self._object.get(key))}")
+
+    def _missing(self, key: Text) -> FieldError:
+        return self.error(key, "is required")
+
+    def str(
+        self, key: Text, default: Text = "", *, required: Truth = False, choices: Collection[Text] | None = None
+    ) -> Text:
+        """A string without NUL; `choices` bounds it, `required` refuses absence and ""."""
+        value = self._object.get(key)
+        if value is None or (value == "" and required):
+            if required:
+                raise self._missing(key)
+            return default
+        if not isinstance(value, str):
+            raise self._wrong(key, "string")
+        if "\0" in value:
+            raise self.error(key, "holds a NUL byte")
+        if choices is not None and value not in choices:
+            raise self._wrong(key, f"one of {', '.join(sorted(choices))}")
+        return value
+
+    def optional_int(self, key: Text, lo: Integer = -_INT64, hi: Integer = _INT64 - 1) -> Integer | None:
+        """An integer in lo..hi, or None when absent."""
+        value = self._object.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self._wrong(key, "integer")
+        if not lo <= value <= hi:
+            raise self._wrong(key, f"integer from {lo} to {hi}")
+        return value
+
+    def int(
+        self,
+        key: Text,
+        lo: Integer = -_INT64,
+        hi: Integer = _INT64 - 1,
+        default: Integer = 0,
+        *,
+        required: Truth = False,
+    ) -> Integer:
+        """An integer in lo..hi."""
+        value = self.optional_int(key, lo, hi)
+        if value is None:
+            if required:
+                raise self._missing(key)
+            return default
+        return value
+
+    def optional_bool(self, key: Text) -> Truth | None:
+        """A boolean, or None when absent."""
+        value = self._object.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self._wrong(key, "boolean")
+        return value
+
+    def bool(self, key: Text, default: Truth = False) -> Truth:
+        """A boolean."""
+        value = self.optional_bool(key)
+        return default if value is None else value
+
+    def list(self, key: Text) -> list[object]:
+        """An array of anything; empty when absent."""
+        value = self._object.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            raise self._wrong(key, "array")
+        return value
+
+    def strs(self, key: Text, *, choices: Collection[Text] | None = None) -> tuple[Text, ...]:
+        """An array of strings without NUL."""
+        items = self.list(key)
+        for index, item in enumerate(items):
+            if not isinstance(item, str):
+                raise FieldError(f"{self.at(key)}[{index}]", f"expected string, got {shown(item)}")
+            if "\0" in item:
+                raise FieldError(f"{self.at(key)}[{index}]", "holds a NUL byte")
+            if choices is not None and item not in choices:
+                wanted = ", ".join(sorted(choices))
+                raise FieldError(f"{self.at(key)}[{index}]", f"expected one of {wanted}, got {shown(item)}")
+        return tuple(item for item in items if isinstance(item, str))
+
+    def ints(self, key: Text, lo: Integer = -_INT64, hi: Integer = _INT64 - 1) -> tuple[Integer, ...]:
+        """An array of integers, each in lo..hi."""
+        found = []
+        for index, item in enumerate(self.list(key)):
+            if not isinstance(item, int) or isinstance(item, bool) or not lo <= item <= hi:
+                problem = f"expected integer from {lo} to {hi}, got {shown(item)}"
+                raise FieldError(f"{self.at(key)}[{index}]", problem)
+            found.append(item)
+        return tuple(found)
+
+    def object(self, key: Text) -> Fields | None:
+        """The object at `key`, or None when absent."""
+        value = self._object.get(key)
+        return None if value is None else Fields(value, self.at(key))
+
+    def required_object(self, key: Text) -> Fields:
+        """The object at `key`. Absent is an error."""
+        value = self.object(key)
+        if value is None:
+            raise self._missing(key)
+        return value
+
+    def objects(self, key: Text) -> tuple[Fields, ...]:
+        """An array of objects."""
+        return tuple(Fields(item, f"{self.at(key)}[{index}]") for index, item in enumerate(self.list(key)))
+
+    def mapping(self, key: Text) -> dict[Text, Text]:
+        """An object whose values are all strings, none of them or of the keys holding a NUL."""
+        inner = self.object(key)
+        return {} if inner is None else {name: inner.str(name) for name in inner.names()}
+
+    def refuse(self, *keys: Text, why: Text = "is not supported by this runtime yet") -> None:
+        """Refuses the first of `keys` that is there and asks for something (not null, false, 0, "", [] or {})."""
+        for key in keys:
+            if self._object.get(key):
+                raise self.error(key, why)
