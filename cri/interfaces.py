@@ -9,15 +9,46 @@ again, ends the same way.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from imagestore.model import Credentials, Image, ProgressFunction
 from imagestore.model import Usage as ImageUsage
 from runtime.linux.mount import FsMount
+from runtime.shim.model import (
+    ContainerError,
+    ContainerFacts,
+    ContainerSpec,
+    ExecResult,
+    ExecSpec,
+    Sandbox,
+    SandboxSpec,
+    ShimUnresponsive,
+)
 from snapshotter.model import SnapshotInfo
 from snapshotter.model import Usage as SnapshotUsage
+
+__all__ = [
+    "ContainerError",
+    "ContainerFacts",
+    "ContainerSpec",
+    "Containers",
+    "ExecResult",
+    "ExecSpec",
+    "FsMount",
+    "Images",
+    "Network",
+    "NetworkError",
+    "NetworkResult",
+    "PodNetwork",
+    "PortMapping",
+    "Sandbox",
+    "SandboxSpec",
+    "Sandboxes",
+    "ShimUnresponsive",
+    "Snapshots",
+]
 
 # ---------------------------------------------------------------------------------------------------------- images
 
@@ -93,97 +124,6 @@ class Snapshots(Protocol):
 # ------------------------------------------------------------------------------------------------------ containers
 
 
-@dataclass(frozen=True, slots=True)
-class SandboxSpec:
-    """What a shim needs to hold a pod. `directory` is /run/ocid/pods/ID, made by the caller, 0700.
-
-    The shim makes what is asked for and pins it as `directory`/ns/{ipc,uts} (bind mounts); `netns` is a path that is
-    pinned already, or None for the host's. `shm_bytes` > 0: a tmpfs of that size at `directory`/shm.
-    `sysctls` were validated and belong to the namespaces that are the pod's own.
-    """
-
-    id: str
-    directory: Path
-    hostname: str
-    netns: Path | None
-    private_ipc: bool = True
-    private_uts: bool = True
-    shared_pid: bool = False
-    shm_bytes: int = 64 << 20
-    sysctls: Mapping[str, str] = field(default_factory=dict)
-    cgroup_parent: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Sandbox:
-    """A live shim: its pid with start time (clock ticks), and its socket. `pause_pid` is 0 without a shared PID
-    namespace. Facts for the store; `Sandboxes.reconnect` takes them back."""
-
-    id: str
-    directory: Path
-    pid: int
-    started_ticks: int
-    pause_pid: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ContainerSpec:
-    """One container to create in a sandbox. `bundle` holds config.json, written by the caller.
-
-    `rootfs` is mounted by the container itself in its own mount namespace (native handler) or at `bundle`/rootfs on
-    the host (external handler). `log_path` None: output is read and dropped. `handler` is "" for native or the path of
-    a runc-compatible binary. `stdin`: keep a pipe open for attach; `stdin_once`: close it after the first attach ends.
-    """
-
-    id: str
-    bundle: Path
-    rootfs: FsMount
-    log_path: Path | None
-    terminal: bool = False
-    stdin: bool = False
-    stdin_once: bool = False
-    handler: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ContainerFacts:
-    """What the shim knows of a container: facts only. Times are ns since the epoch, 0 where it has not happened.
-
-    `exit_code` is 128 + signal for a signalled death, and -1 while there is none; `oom_killed` iff the cgroup's
-    oom_kill counter rose. The shim writes them to `bundle`/exit.json before it tells anybody."""
-
-    id: str
-    pid: int
-    started_ticks: int
-    created_ns: int
-    started_ns: int
-    finished_ns: int
-    exit_code: int
-    signal: int
-    oom_killed: bool
-    message: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ExecSpec:
-    """A command for a running container. `process` is a runtime-spec `process` object, as config.json has it."""
-
-    process: Mapping[str, object]
-    timeout_s: float = 0.0
-    output_limit: int = 16 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class ExecResult:
-    """`timed_out`: the whole tree was killed. `truncated`: a stream reached its limit and the rest was dropped."""
-
-    exit_code: int
-    stdout: bytes
-    stderr: bytes
-    timed_out: bool = False
-    truncated: bool = False
-
-
 class Sandboxes(Protocol):
     """runtime.shim.client.Shims, first half: the pods."""
 
@@ -245,19 +185,6 @@ class Containers(Protocol):
         to them as well as to the log. Returns a CLOEXEC control fd: write JSON {"resize":[rows,cols]} frames to it,
         read EOF when the container's output has ended; closing it detaches."""
         ...
-
-
-class ContainerError(Exception):
-    """A runtime step failed: `str()` is one sentence "verb object: step …: ERRNO words", `hint` may say what to do.
-
-    `code` is one of "not_found", "already_exists", "failed_precondition", "invalid_argument", "unavailable",
-    "deadline", "internal".
-    """
-
-    def __init__(self, message: str, *, code: str = "internal", hint: str = "") -> None:
-        super().__init__(message)
-        self.code = code
-        self.hint = hint
 
 
 # --------------------------------------------------------------------------------------------------------- network
