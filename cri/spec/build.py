@@ -1,0 +1,246 @@
+"""config.json of a container: one CRI request, one image config and the pod's facts in, one runtime-spec object out.
+
+Refuses by `InvalidRequest` what cannot be honoured; changes nothing on the machine. Invariant: image labels,
+annotations and environment never become anything that the runtime interprets (threats S46, S60, S66).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from cri.api import api_pb2 as pb
+from cri.spec import devices, limits, mounts, security, validate
+from cri.spec.mounts import PodFiles
+from cri.spec.users import User, UserRequest
+from cri.spec.validate import InvalidRequest
+from imagestore.model import ImageConfig
+
+OCI_VERSION = "1.2.0"
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+MAX_ARGUMENTS = 4096
+MAX_ENVIRONMENT = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PodFacts:
+    """What of the pod a container joins. Namespace paths are "" for the host's; `pid` "" means one of its own unless
+    `host_pid`. `cgroup_parent` is absolute."""
+
+    id: str
+    hostname: str
+    cgroup_parent: str
+    network: str = ""
+    ipc: str = ""
+    uts: str = ""
+    pid: str = ""
+    host_pid: bool = False
+    files: PodFiles = PodFiles()
+
+
+@dataclass(frozen=True, slots=True)
+class SpecInputs:
+    """All that `build` looks at."""
+
+    container_id: str
+    config: pb.ContainerConfig
+    sandbox: pb.PodSandboxConfig
+    image: ImageConfig
+    user: User
+    pod: PodFacts
+
+
+def user_request(config: pb.ContainerConfig, image: ImageConfig) -> UserRequest:
+    """Who the container is to run as, before names are looked up. Raises InvalidRequest."""
+    context = config.linux.security_context
+    return UserRequest(
+        image_user=image.user,
+        uid=context.run_as_user.value if context.HasField("run_as_user") else None,
+        gid=context.run_as_group.value if context.HasField("run_as_group") else None,
+        username=context.run_as_username,
+        supplemental=tuple(context.supplemental_groups),
+        strict=context.supplemental_groups_policy == pb.Strict,
+    )
+
+
+def build(inputs: SpecInputs) -> dict[str, Any]:
+    """The runtime-spec object (spec version 1.2) that `inputs` describe. Raises InvalidRequest."""
+    config, context = inputs.config, inputs.config.linux.security_context
+    privileged = context.privileged
+    if privileged and not inputs.sandbox.linux.security_context.privileged:
+        raise InvalidRequest("security_context.privileged: the pod sandbox is not privileged")
+    if len(config.CDI_devices):
+        raise InvalidRequest("CDI_devices: not supported")
+    mounts.check_volumes(inputs.image.volumes)
+    all_mounts, propagation = mounts.build(
+        config.mounts,
+        inputs.pod.files,
+        privileged=privileged,
+        private_ipc=bool(inputs.pod.ipc),
+        readonly_rootfs=context.readonly_rootfs,
+    )
+    nodes, rules = devices.build(config.devices, privileged=privileged)
+    resources = limits.build(config.linux.resources)
+    resources["devices"] = rules
+    capabilities = security.capabilities(
+        context.capabilities.add_capabilities,
+        context.capabilities.drop_capabilities,
+        context.capabilities.add_ambient_capabilities,
+        privileged=privileged,
+    )
+    linux: dict[str, Any] = {
+        "namespaces": _namespaces(inputs),
+        "resources": resources,
+        "cgroupsPath": f"{inputs.pod.cgroup_parent.rstrip('/')}/{inputs.container_id}",
+        "devices": nodes,
+    }
+    if propagation:
+        linux["rootfsPropagation"] = propagation
+    if not privileged:
+        # An empty list cannot be told from none on the wire; procMount: Unmasked needs a user namespace, which has
+        # its own way here, so none means the defaults.
+        linux["maskedPaths"] = list(context.masked_paths) or list(security.masked_paths())
+        linux["readonlyPaths"] = list(context.readonly_paths) or list(security.READONLY_PATHS)
+    profile = _seccomp(context, capabilities["bounding"])
+    if profile is not None:
+        linux["seccomp"] = profile
+    return {
+        "ociVersion": OCI_VERSION,
+        "root": {"path": "rootfs", "readonly": context.readonly_rootfs},
+        "process": _process(inputs, capabilities),
+        "mounts": all_mounts,
+        "linux": linux,
+        "annotations": {
+            "io.kubernetes.cri.container-type": "container",
+            "io.kubernetes.cri.sandbox-id": inputs.pod.id,
+            "io.kubernetes.cri.container-name": config.metadata.name,
+        },
+    }
+
+
+def _process(inputs: SpecInputs, capabilities: dict[str, list[str]]) -> dict[str, Any]:
+    config, user = inputs.config, inputs.user
+    process: dict[str, Any] = {
+        "terminal": config.tty,
+        "user": {"uid": user.uid, "gid": user.gid, "additionalGids": list(user.groups)},
+        "args": arguments(config, inputs.image),
+        "env": environment(config, inputs.image, user, inputs.pod.hostname),
+        "cwd": working_directory(config.working_dir or inputs.image.working_dir),
+        "capabilities": capabilities,
+        "noNewPrivileges": config.linux.security_context.no_new_privs,
+        "oomScoreAdj": limits.oom_score_adj(config.linux.resources),
+    }
+    profile = _apparmor(config.linux.security_context)
+    if profile:
+        process["apparmorProfile"] = profile
+    return process
+
+
+def arguments(config: pb.ContainerConfig, image: ImageConfig) -> list[str]:
+    """Kubernetes' table: `command` replaces ENTRYPOINT and drops CMD, `args` replaces CMD."""
+    if config.command:
+        chosen = [*config.command, *config.args]
+    else:
+        chosen = [*image.entrypoint, *(config.args or image.cmd)]
+    if not chosen or not chosen[0]:
+        raise InvalidRequest("command: neither the request nor the image names a command")
+    return checked_arguments("command", chosen)
+
+
+def checked_arguments(field: str, words: Iterable[str]) -> list[str]:
+    """Words that execve(2) can take: no NUL, and not too many."""
+    checked = list(words)
+    if len(checked) > MAX_ARGUMENTS:
+        raise InvalidRequest(f"{field}: {len(checked)} words, at most {MAX_ARGUMENTS}")
+    for word in checked:
+        if "\0" in word:
+            raise InvalidRequest(f"{field}: {word[:40]!r} holds a NUL")
+    return checked
+
+
+def environment(config: pb.ContainerConfig, image: ImageConfig, user: User, hostname: str) -> list[str]:
+    """The image's variables, then the request's, the last of a name winning; then PATH, HOME, HOSTNAME, TERM where
+    nobody set them. An image entry without "=" names a variable of the builder and is dropped (CVE-2026-57231)."""
+    values: dict[str, str] = {}
+    for entry in image.env:
+        name, equals, value = entry.partition("=")
+        if equals and name and "\0" not in entry:
+            values[name] = value
+    for pair in config.envs:
+        raw = pair.value.decode("utf-8", "surrogateescape") if isinstance(pair.value, bytes) else pair.value
+        if not pair.key or "=" in pair.key or "\0" in pair.key or "\0" in raw:
+            raise InvalidRequest(f"envs: {pair.key[:40]!r} cannot be an environment variable")
+        values[pair.key] = raw
+    values.setdefault("PATH", DEFAULT_PATH)
+    values.setdefault("HOME", user.home)
+    if hostname:
+        values.setdefault("HOSTNAME", hostname)
+    if config.tty:
+        values.setdefault("TERM", "xterm")
+    entries = [f"{name}={value}" for name, value in values.items()]
+    if sum(map(len, entries)) > MAX_ENVIRONMENT:
+        raise InvalidRequest(f"envs: more than {MAX_ENVIRONMENT} bytes in all")
+    return entries
+
+
+def working_directory(path: str) -> str:
+    """An absolute path, "/" for none; where it leads is for the runtime to check, inside the container."""
+    if path and (not path.startswith("/") or "\0" in path or len(path) > 4095):
+        raise InvalidRequest(f"working_dir: {path[:80]!r} must be an absolute path")
+    return path or "/"
+
+
+def _namespaces(inputs: SpecInputs) -> list[dict[str, str]]:
+    pod = inputs.pod
+    joined = (("network", pod.network), ("ipc", pod.ipc), ("uts", pod.uts), ("pid", pod.pid))
+    namespaces = [{"type": "mount"}, *({"type": kind, "path": path} for kind, path in joined if path)]
+    if not pod.pid and not pod.host_pid:
+        namespaces.append({"type": "pid"})
+    if not inputs.config.linux.security_context.privileged:
+        namespaces.append({"type": "cgroup"})
+    return namespaces
+
+
+def _seccomp(context: pb.LinuxContainerSecurityContext, granted: list[str]) -> dict[str, Any] | None:
+    if context.seccomp_profile_path:
+        raise InvalidRequest("security_context.seccomp_profile_path: gone from Kubernetes; say seccomp instead")
+    if context.privileged:
+        return None
+    profile = context.seccomp
+    if not context.HasField("seccomp") or profile.profile_type == pb.SecurityProfile.RuntimeDefault:
+        return _default_seccomp(tuple(granted))
+    if profile.profile_type == pb.SecurityProfile.Localhost:
+        return security.localhost_seccomp(profile.localhost_ref)
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def _default_seccomp(granted: tuple[str, ...]) -> dict[str, Any]:
+    # Shared between specs and never written to: config.json is serialised from it right away.
+    return security.default_seccomp(granted)
+
+
+def _apparmor(context: pb.LinuxContainerSecurityContext) -> str:
+    if context.apparmor_profile:
+        raise InvalidRequest("security_context.apparmor_profile: gone from Kubernetes; say apparmor instead")
+    if context.HasField("apparmor") and context.apparmor.profile_type == pb.SecurityProfile.Localhost:
+        if not security.apparmor_enabled():
+            raise InvalidRequest("security_context.apparmor: this kernel has no AppArmor")
+        name: str = context.apparmor.localhost_ref
+        return validate.name("security_context.apparmor.localhost_ref", name)
+    return ""
+
+
+def exec_process(config: dict[str, Any], command: Iterable[str], *, terminal: bool = False) -> dict[str, Any]:
+    """The runtime-spec process of a command in the container of `config`: its user, environment and limits, no more.
+    Raises InvalidRequest."""
+    words = checked_arguments("cmd", command)
+    if not words or not words[0]:
+        raise InvalidRequest("cmd: empty")
+    process = copy.copy(config["process"])
+    process["args"] = words
+    process["terminal"] = terminal
+    return dict(process)

@@ -1,0 +1,82 @@
+"""LinuxContainerResources as runtime-spec `linux.resources`.
+
+Refuses numbers and names out of range by their field. Invariant: a zero in the request, which is how protobuf says
+"not given", sets nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from cri.api import api_pb2 as pb
+from cri.spec.validate import InvalidRequest
+
+_CPU_LIST = re.compile(r"[0-9]+(?:-[0-9]+)?(?:,[0-9]+(?:-[0-9]+)?)*", re.ASCII)
+_PAGE_SIZE = re.compile(r"[1-9][0-9]{0,6}(?:KB|MB|GB)", re.ASCII)
+_UNIFIED_KEY = re.compile(r"[a-z]+(?:\.[a-z0-9_]+)+(?:\.[A-Za-z0-9_]+)*", re.ASCII)
+_UNIFIED_VALUE = re.compile(r"[A-Za-z0-9 .:,=/-]{0,1024}(?:\n[A-Za-z0-9 .:,=/-]{0,1024})*", re.ASCII)
+
+
+def build(resources: pb.LinuxContainerResources) -> dict[str, Any]:
+    """What of `resources` is given, as runtime-spec. Raises InvalidRequest naming the field."""
+    for field in ("cpu_period", "cpu_shares"):
+        _at_least(field, getattr(resources, field), 0)
+    for field in ("cpu_quota", "memory_limit_in_bytes", "memory_swap_limit_in_bytes"):
+        _at_least(field, getattr(resources, field), -1)
+    cpu: dict[str, Any] = {}
+    for key, number in (
+        ("period", resources.cpu_period),
+        ("quota", resources.cpu_quota),
+        ("shares", resources.cpu_shares),
+    ):
+        if number:
+            cpu[key] = number
+    for key, text in (("cpus", resources.cpuset_cpus), ("mems", resources.cpuset_mems)):
+        if text:
+            if len(text) > 4096 or not _CPU_LIST.fullmatch(text):
+                raise InvalidRequest(f"resources.cpuset_{key}: {text[:60]!r} is no list such as 0-3,7")
+            cpu[key] = text
+    memory: dict[str, Any] = {}
+    if resources.memory_limit_in_bytes:
+        memory["limit"] = resources.memory_limit_in_bytes
+    if resources.memory_swap_limit_in_bytes:
+        memory["swap"] = resources.memory_swap_limit_in_bytes
+    built: dict[str, Any] = {}
+    if cpu:
+        built["cpu"] = cpu
+    if memory:
+        built["memory"] = memory
+    if resources.hugepage_limits:
+        built["hugepageLimits"] = [_hugepages(limit) for limit in resources.hugepage_limits]
+    if resources.unified:
+        built["unified"] = {_unified(key, value): value for key, value in sorted(resources.unified.items())}
+    return built
+
+
+def oom_score_adj(resources: pb.LinuxContainerResources) -> int:
+    """-1000..1000, proc_pid_oom_score_adj(5)."""
+    value: int = resources.oom_score_adj
+    if not -1000 <= value <= 1000:
+        raise InvalidRequest(f"resources.oom_score_adj: {value} is not from -1000 to 1000")
+    return value
+
+
+def _at_least(field: str, value: int, least: int) -> None:
+    if value < least:
+        raise InvalidRequest(f"resources.{field}: {value} is less than {least}")
+
+
+def _hugepages(limit: pb.HugepageLimit) -> dict[str, Any]:
+    if not _PAGE_SIZE.fullmatch(limit.page_size):
+        raise InvalidRequest(f"resources.hugepage_limits: {limit.page_size[:40]!r} is no page size such as 2MB")
+    return {"pageSize": limit.page_size, "limit": limit.limit}
+
+
+def _unified(key: str, value: str) -> str:
+    # A key is a file name in the cgroup: "cgroup.procs" would move processes, "../x" leave it (threats S19).
+    if len(key) > 128 or not _UNIFIED_KEY.fullmatch(key) or key.startswith("cgroup."):
+        raise InvalidRequest(f"resources.unified: {key[:60]!r} is no controller file")
+    if not _UNIFIED_VALUE.fullmatch(value):
+        raise InvalidRequest(f"resources.unified.{key}: {value[:60]!r} holds characters that no controller takes")
+    return key
