@@ -1,0 +1,160 @@
+"""What a machine holds that a container runtime could leave behind, compared before and after.
+
+`Machine.now()` reads mounts, network namespaces, links, nftables tables, cgroup directories and processes; `left_over`
+says in sentences what is new. It only looks and never cleans up. With `marks` it reports only what carries one of them
+(a path below a test's directory, a process started with a test's environment), so that a comparison stays true while
+somebody else uses the same machine.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+NETNS_DIRECTORIES = (Path("/run/netns"), Path("/run/ocid/netns"))
+# Threads of the kernel come and go on their own: their parent is kthreadd, always pid 2.
+KTHREADD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process, by pid and start time (clock ticks): a pid alone is used again."""
+
+    pid: int
+    started_ticks: int
+    parent: int
+    name: str
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Everything of this mount, network and pid namespace that could be left over."""
+
+    mounts: tuple[str, ...]
+    namespaces: frozenset[str]
+    links: frozenset[str]
+    tables: frozenset[str]
+    cgroups: frozenset[str]
+    processes: frozenset[Process]
+
+    @classmethod
+    def now(cls) -> Machine:
+        """Reads all of it; what vanishes while being read is not there."""
+        return cls(
+            mounts=tuple(_mounts()),
+            namespaces=frozenset(_namespaces()),
+            links=frozenset(os.listdir("/sys/class/net")),
+            tables=frozenset(_tables()),
+            cgroups=frozenset(_cgroups()),
+            processes=frozenset(_processes()),
+        )
+
+
+def left_over(before: Machine, after: Machine, marks: Sequence[str] = ()) -> list[str]:
+    """One sentence for each thing of `after` that `before` did not have and that carries one of `marks` (all, if none).
+
+    A process carries a mark that its environment or command line holds, and always when it descends from this one.
+    """
+    found = []
+    for mount in _new(before.mounts, after.mounts):
+        if _marked(mount, marks):
+            found.append(f"mount {mount}")
+    for name in sorted(after.namespaces - before.namespaces):
+        if _marked(name, marks):
+            found.append(f"network namespace {name}")
+    for path in sorted(after.cgroups - before.cgroups):
+        if _marked(path, marks):
+            found.append(f"cgroup {path}")
+    if not marks:
+        found += [f"network link {name}" for name in sorted(after.links - before.links)]
+        found += [f"nftables table {name}" for name in sorted(after.tables - before.tables)]
+    mine = _descendants(after.processes, os.getpid())
+    known = {(process.pid, process.started_ticks) for process in before.processes}
+    for process in sorted(after.processes, key=lambda process: process.pid):
+        if (process.pid, process.started_ticks) in known or process.pid == os.getpid():
+            continue
+        if not marks or process.pid in mine or _marked(process.command + _environment(process.pid), marks):
+            found.append(f"process {process.pid} ({process.name}): {process.command[:120]}")
+    return found
+
+
+def _new(before: Iterable[str], after: Iterable[str]) -> list[str]:
+    """`after` less `before`, counting: two equal mounts on top of each other are two."""
+    rest = list(before)
+    fresh = []
+    for item in after:
+        if item in rest:
+            rest.remove(item)
+        else:
+            fresh.append(item)
+    return fresh
+
+
+def _marked(text: str, marks: Sequence[str]) -> bool:
+    return not marks or any(mark in text for mark in marks)
+
+
+def _mounts() -> Iterable[str]:
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        head, _, tail = line.partition(" - ")
+        # proc_pid_mountinfo(5): field 5 is the mount point; after the dash come type and source.
+        yield f"{head.split()[4]} ({' '.join(tail.split()[:2])})"
+
+
+def _namespaces() -> Iterable[str]:
+    for directory in NETNS_DIRECTORIES:
+        if directory.is_dir():
+            yield from (str(path) for path in directory.iterdir())
+
+
+def _tables() -> Iterable[str]:
+    result = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=False)
+    return result.stdout.splitlines()
+
+
+def _cgroups() -> Iterable[str]:
+    for directory, names, _ in os.walk(CGROUPS):
+        yield from (f"{directory}/{name}" for name in names)
+
+
+def _processes() -> Iterable[Process]:
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            stat = Path(f"/proc/{entry}/stat").read_text()
+            command = Path(f"/proc/{entry}/cmdline").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        # proc_pid_stat(5): the name is in parentheses and may hold spaces and parentheses itself.
+        name, rest = stat[stat.index("(") + 1 : stat.rindex(")")], stat[stat.rindex(")") + 2 :].split()
+        parent, started_ticks = int(rest[1]), int(rest[19])
+        if KTHREADD in (parent, int(entry)):
+            continue
+        words = command.replace(b"\0", b" ").decode("utf-8", "replace").strip()
+        yield Process(int(entry), started_ticks, parent, name, words)
+
+
+def _descendants(processes: Iterable[Process], root: int) -> frozenset[int]:
+    children: dict[int, list[int]] = {}
+    for process in processes:
+        children.setdefault(process.parent, []).append(process.pid)
+    found: set[int] = set()
+    queue = [root]
+    while queue:
+        fresh = children.get(queue.pop(), [])
+        found.update(fresh)
+        queue.extend(fresh)
+    return frozenset(found)
+
+
+def _environment(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "replace")
+    except OSError:
+        return ""

@@ -1,0 +1,70 @@
+"""Every integration test leaves the machine as it found it: compared after each, and all of it at the end in CI.
+
+While others use the same machine, a test answers only for what carries its marks: paths below pytest's own base
+directory, and processes that descend from this session or were started with its environment. With OCID_REQUIRE_ALL=1
+(CI, where the machine is ours) the end of the session compares everything, cgroups, links and tables included.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conformance.leaks import Machine, left_over
+
+MARK = "OCID_TEST_SESSION"
+INTEGRATION = Path(__file__).parent / "integration"
+# A process that was just killed takes a moment to be reaped by its parent, and its cgroup and mounts go after it.
+SETTLE_S = 3.0
+
+_session_start = pytest.StashKey[Machine]()
+_session_leaks = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ[MARK] = uuid.uuid4().hex
+    config.stash[_session_start] = Machine.now()
+
+
+def _settled(before: Machine, marks: list[str]) -> list[str]:
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        found = left_over(before, Machine.now(), marks)
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fails an integration test that leaves a mount, namespace, cgroup or process of its own."""
+    if INTEGRATION not in request.path.parents:
+        yield
+        return
+    before = Machine.now()
+    yield
+    marks = [str(tmp_path_factory.getbasetemp()), f"{MARK}={os.environ[MARK]}"]
+    found = _settled(before, marks)
+    if found:
+        pytest.fail("the test left behind:\n  " + "\n  ".join(found), pytrace=False)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not os.environ.get("OCID_REQUIRE_ALL"):
+        return
+    found = _settled(session.config.stash[_session_start], [])
+    session.config.stash[_session_leaks] = found
+    if found and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    found = config.stash.get(_session_leaks, [])
+    if found:
+        terminalreporter.section("left on the machine by this session", red=True)
+        terminalreporter.write("".join(f"  {line}\n" for line in found))
