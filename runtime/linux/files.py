@@ -12,10 +12,13 @@ import fcntl
 import os
 import stat
 import struct
-from pathlib import Path
-from types import TracebackType
 
 from runtime.linux.libc import KernelError, _libc, check, syscall
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
 
 # linux/openat2.h
 RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_IN_ROOT = 1, 2, 4, 8, 16
@@ -127,8 +130,11 @@ def fchmodat2(dirfd: int, path: str, mode: int, flags: int = AT_SYMLINK_NOFOLLOW
 
 def renameat2(old_dir: int, old: str, new_dir: int, new: str, flags: int = 0) -> None:
     """renameat2(2)."""
-    check(_libc.renameat2(old_dir, os.fsencode(old), new_dir, os.fsencode(new), ctypes.c_uint(flags)), "renameat2",
-          f"{old} to {new}")
+    check(
+        _libc.renameat2(old_dir, os.fsencode(old), new_dir, os.fsencode(new), ctypes.c_uint(flags)),
+        "renameat2",
+        f"{old} to {new}",
+    )
 
 
 def write_durable(path: Path, data: bytes, mode: int = 0o600, *, sync: bool = True) -> None:
@@ -155,7 +161,7 @@ def write_all(fd: int, data: bytes) -> None:
     """write(2) until nothing is left."""
     view = memoryview(data)
     while view:
-        view = view[os.write(fd, view):]
+        view = view[os.write(fd, view) :]
 
 
 def sync_directory(path: Path) -> None:
@@ -226,8 +232,13 @@ def _remove_entry(parent: int, name: str) -> None:
             except (IsADirectoryError, PermissionError) as error:
                 if not stat.S_ISDIR(os.stat(entry, dir_fd=here, follow_symlinks=False).st_mode):
                     raise KernelError(error.errno or errno.EPERM, "unlink", entry) from error
-            child = openat2(here, entry, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, 0,
-                            RESOLVE_BENEATH | RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS)
+            child = openat2(
+                here,
+                entry,
+                os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW,
+                0,
+                RESOLVE_BENEATH | RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS,
+            )
             stack.append((here, here_name, 0, pending))
             here, here_name, pending = child, entry, os.listdir(child)
     finally:

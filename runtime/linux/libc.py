@@ -8,20 +8,62 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from typing import Final
+
+TYPE_CHECKING = False  # typing costs 10 ms to import, and this module is on every hot path
+if TYPE_CHECKING:
+    from typing import Final
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 # asm/unistd_64.h and asm-generic/unistd.h share every number above 424.
-_X86_64: Final = {"pivot_root": 155, "capget": 125, "capset": 126, "setns": 308, "unshare": 272, "mount": 165,
-                  "umount2": 166, "seccomp": 317, "bpf": 321, "execveat": 322, "keyctl": 250, "ioprio_set": 251,
-                  "memfd_create": 319, "fallocate": 285}
-_AARCH64: Final = {"pivot_root": 41, "capget": 90, "capset": 91, "setns": 268, "unshare": 97, "mount": 40,
-                   "umount2": 39, "seccomp": 277, "bpf": 280, "execveat": 281, "keyctl": 219, "ioprio_set": 30,
-                   "memfd_create": 279, "fallocate": 47}
-_GENERIC: Final = {"pidfd_send_signal": 424, "open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431,
-                   "fsmount": 432, "fspick": 433, "pidfd_open": 434, "clone3": 435, "close_range": 436,
-                   "openat2": 437, "pidfd_getfd": 438, "mount_setattr": 442, "fchmodat2": 452}
+_X86_64: Final = {
+    "pivot_root": 155,
+    "capget": 125,
+    "capset": 126,
+    "setns": 308,
+    "unshare": 272,
+    "mount": 165,
+    "umount2": 166,
+    "seccomp": 317,
+    "bpf": 321,
+    "execveat": 322,
+    "keyctl": 250,
+    "ioprio_set": 251,
+    "memfd_create": 319,
+    "fallocate": 285,
+}
+_AARCH64: Final = {
+    "pivot_root": 41,
+    "capget": 90,
+    "capset": 91,
+    "setns": 268,
+    "unshare": 97,
+    "mount": 40,
+    "umount2": 39,
+    "seccomp": 277,
+    "bpf": 280,
+    "execveat": 281,
+    "keyctl": 219,
+    "ioprio_set": 30,
+    "memfd_create": 279,
+    "fallocate": 47,
+}
+_GENERIC: Final = {
+    "pidfd_send_signal": 424,
+    "open_tree": 428,
+    "move_mount": 429,
+    "fsopen": 430,
+    "fsconfig": 431,
+    "fsmount": 432,
+    "fspick": 433,
+    "pidfd_open": 434,
+    "clone3": 435,
+    "close_range": 436,
+    "openat2": 437,
+    "pidfd_getfd": 438,
+    "mount_setattr": 442,
+    "fchmodat2": 452,
+}
 _NUMBERS: Final = {**({"x86_64": _X86_64, "aarch64": _AARCH64}.get(os.uname().machine, {})), **_GENERIC}
 
 

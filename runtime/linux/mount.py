@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 from runtime.linux.libc import KernelError, syscall
+from runtime.linux.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # sys/mount.h
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS, MS_REMOUNT = 1, 2, 4, 8, 16, 32
@@ -32,8 +35,7 @@ MOUNT_ATTR_ATIME, MOUNT_ATTR_RELATIME, MOUNT_ATTR_NOATIME, MOUNT_ATTR_STRICTATIM
 MOUNT_ATTR_NODIRATIME, MOUNT_ATTR_IDMAP, MOUNT_ATTR_NOSYMFOLLOW = 0x80, 0x100000, 0x200000
 
 
-@dataclass(frozen=True, slots=True)
-class FsMount:
+class FsMount(Record):
     """One filesystem to make, as data: nothing happens until `make()`.
 
     `options` go to fsconfig(2) one by one (None: a flag), so that their sum is not bound by a page as mount(2)'s is.
@@ -72,7 +74,9 @@ class FsMount:
 def mount(source: str | None, target: str | bytes, fstype: str | None, flags: int, data: str | None = None) -> None:
     """mount(2). `target` is a path: give /proc/self/fd/N of an fd from openat2 where it lies in a rootfs."""
     raw = [None if text is None else os.fsencode(text) for text in (source, target, fstype, data)]
-    syscall("mount", raw[0], raw[1], raw[2], flags, raw[3], subject=f"{source or fstype or ''} on {os.fsdecode(target)}")
+    syscall(
+        "mount", raw[0], raw[1], raw[2], flags, raw[3], subject=f"{source or fstype or ''} on {os.fsdecode(target)}"
+    )
 
 
 def umount2(target: str, flags: int = 0) -> None:
@@ -122,15 +126,15 @@ def kernel_messages(fs_fd: int) -> str:
             return "; ".join(lines)
 
 
-def mount_setattr(dirfd: int, path: str, flags: int, *, set_: int = 0, clear: int = 0, propagation: int = 0,
-                  userns_fd: int = 0) -> None:
+def mount_setattr(
+    dirfd: int, path: str, flags: int, *, set_: int = 0, clear: int = 0, propagation: int = 0, userns_fd: int = 0
+) -> None:
     """mount_setattr(2); `flags` takes AT_EMPTY_PATH and AT_RECURSIVE, `propagation` an MS_* of propagation."""
     attr = struct.pack("=QQQQ", set_, clear, propagation, userns_fd)
     syscall("mount_setattr", dirfd, os.fsencode(path), flags, attr, len(attr), subject=path or f"fd {dirfd}")
 
 
-@dataclass(frozen=True, slots=True)
-class MountPoint:
+class MountPoint(Record):
     """A line of proc_pid_mountinfo(5)."""
 
     id: int
@@ -157,5 +161,15 @@ def mountinfo(pid: int | str = "self") -> Iterator[MountPoint]:
         for line in lines:
             left, _, right = line.rstrip("\n").partition(" - ")
             words, tail = left.split(" "), right.split(" ")
-            yield MountPoint(int(words[0]), int(words[1]), words[2], _unescape(words[3]), _unescape(words[4]), words[5],
-                             " ".join(words[6:]), tail[0], _unescape(tail[1]), tail[2] if len(tail) > 2 else "")
+            yield MountPoint(
+                int(words[0]),
+                int(words[1]),
+                words[2],
+                _unescape(words[3]),
+                _unescape(words[4]),
+                words[5],
+                " ".join(words[6:]),
+                tail[0],
+                _unescape(tail[1]),
+                tail[2] if len(tail) > 2 else "",
+            )

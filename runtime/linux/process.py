@@ -9,12 +9,15 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import signal
 import struct
-from collections.abc import Sequence
 
 from runtime.linux.libc import KernelError, _libc, check, prctl, syscall
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SIGCHLD = 17  # asm/signal.h; importing signal costs 5 ms of enums
 # linux/sched.h
 CLONE_NEWTIME, CLONE_VM, CLONE_PIDFD, CLONE_PARENT = 0x80, 0x100, 0x1000, 0x8000
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x02000000, 0x04000000, 0x08000000
@@ -35,9 +38,10 @@ def clone3(flags: int, *, cgroup_fd: int = -1) -> tuple[int, int]:
     pidfd = ctypes.c_int(-1)
     if cgroup_fd >= 0:
         flags |= CLONE_INTO_CGROUP
-    exit_signal = 0 if flags & CLONE_PARENT else int(signal.SIGCHLD)
-    args = struct.pack("=11Q", flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, exit_signal, 0, 0, 0, 0, 0,
-                       max(cgroup_fd, 0))
+    exit_signal = 0 if flags & CLONE_PARENT else SIGCHLD
+    args = struct.pack(
+        "=11Q", flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, exit_signal, 0, 0, 0, 0, 0, max(cgroup_fd, 0)
+    )
     pid = syscall("clone3", args, len(args))
     if pid == 0:
         ctypes.pythonapi.PyOS_AfterFork_Child()
