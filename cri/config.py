@@ -1,0 +1,292 @@
+"""The configuration: TOML files to frozen values, every key with its documentation.
+
+Reads FILE, then FILE's directory's conf.d/*.toml in the order of their names, the later winning key by key. Refuses
+an unknown key, a wrong type and a number out of range, each by its path ("runtime.handlers.kata: expected …").
+Invariant: what `default_toml` prints parses to exactly the defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+DEFAULT_FILE = Path("/etc/ocid/config.toml")
+NATIVE = "native"
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+class ConfigError(ValueError):
+    """A configuration file that cannot be used: names file, key and what was expected."""
+
+
+def _key(default: Any, doc: str, *, least: float | None = None, check: Callable[[Any], str] | None = None) -> Any:
+    """A key with its documentation; `check` gives "" or what was expected."""
+    metadata = {"doc": doc, "least": least, "check": check}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _section(kind: type[Any], doc: str) -> Any:
+    return field(default_factory=kind, metadata={"doc": doc})
+
+
+def _one_of(*words: str) -> Callable[[Any], str]:
+    return lambda value: "" if value in words else f"one of {', '.join(words)}"
+
+
+def _absolute(value: Any) -> str:
+    return "" if Path(value).is_absolute() else "an absolute path"
+
+
+def _absolute_all(values: Any) -> str:
+    return "" if all(Path(value).is_absolute() for value in values) else "absolute paths"
+
+
+def _listen(value: Any) -> str:
+    return "" if value.startswith("unix:///") else "unix:///PATH"
+
+
+def _handlers(values: Any) -> str:
+    wrong = [name for name, path in values.items() if path != NATIVE and not Path(path).is_absolute()]
+    return f'"{NATIVE}" or the absolute path of a runc-compatible binary for {wrong[0]!r}' if wrong else ""
+
+
+def _cgroup(value: Any) -> str:
+    parts = value.split("/")
+    fine = value.startswith("/") and value != "/" and not {".", ".."} & set(parts) and "\0" not in value
+    return "" if fine else "an absolute path in the cgroup hierarchy, without . and .."
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeSection:
+    """[runtime]"""
+
+    default_handler: str = _key(NATIVE, "The handler of a pod that names none. One of the handlers below.")
+    handlers: Mapping[str, str] = _key(
+        {NATIVE: NATIVE},
+        'Handlers by name: "native" for the one inside, or the path of a runc-compatible binary (runc, crun).',
+        check=_handlers,
+    )
+    cgroup_driver: str = _key(
+        "cgroupfs", "How cgroups are made. The kubelet must say the same.", check=_one_of("cgroupfs")
+    )
+    cgroup_parent: str = _key("/ocid", "The parent cgroup of pods whose request names none.", check=_cgroup)
+    shm_bytes: int = _key(64 << 20, "Size of a pod's /dev/shm in bytes.", least=4096)
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkSection:
+    """[network]"""
+
+    conf_dir: Path = _key(Path("/etc/cni/net.d"), "Where CNI network lists (*.conflist) lie.", check=_absolute)
+    bin_dirs: tuple[Path, ...] = _key(
+        (Path("/opt/cni/bin"), Path("/usr/lib/cni")),
+        "Where CNI plugins that are not built in are looked for, in this order.",
+        check=_absolute_all,
+    )
+    default_subnet: str = _key(
+        "10.88.0.0/16", "Subnet of the bridge network that is used when conf_dir holds no network list."
+    )
+    netns_pool: int = _key(4, "Network namespaces kept ready for the next pods; 0 keeps none.", least=0)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSection:
+    """[image]"""
+
+    certs_dirs: tuple[Path, ...] = _key(
+        (Path("/etc/ocid/certs.d"), Path("/etc/containerd/certs.d")),
+        "Where hosts.toml directories of registries lie; the first one that has a registry decides.",
+        check=_absolute_all,
+    )
+    downloads: int = _key(6, "Layers that one pull downloads at once.", least=1)
+    unpackers: int = _key(
+        0, "Processes that unpack layers, over all pulls; 0 means as many as there are CPUs.", least=0
+    )
+    stall_s: float = _key(60.0, "Seconds without a byte after which a download is broken off and resumed.", least=1)
+    retries: int = _key(4, "How often a request to a registry is tried again.", least=0)
+    max_layer_bytes: int = _key(64 << 30, "Largest layer accepted, as stored and again as unpacked.", least=1)
+    max_layers: int = _key(512, "Most layers of one image.", least=1)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSection:
+    """[stream]"""
+
+    address: str = _key("127.0.0.1", "Where the streaming server listens.")
+    port: int = _key(0, "Its port; 0 takes any free one.", least=0)
+    sessions: int = _key(512, "Most exec, attach and port-forward sessions at once.", least=1)
+    idle_s: float = _key(4 * 3600.0, "Seconds without a byte after which a session is ended.", least=1)
+
+
+@dataclass(frozen=True, slots=True)
+class LimitSection:
+    """[limits]"""
+
+    exec_output_bytes: int = _key(
+        16 << 20, "Most output that ExecSync returns per stream; a command that prints more is an error.", least=1024
+    )
+    message_bytes: int = _key(16 << 20, "Largest gRPC request accepted.", least=1 << 16)
+    concurrent_calls: int = _key(
+        512, "Most gRPC calls at once; further ones are refused as RESOURCE_EXHAUSTED.", least=8
+    )
+    containers: int = _key(4096, "Most containers that are kept, running or not.", least=1)
+    stop_s: float = _key(30.0, "Seconds a process may take to die after SIGKILL before the call gives up.", least=1)
+    recovery_s: float = _key(2.0, "Seconds a shim may take to answer when the daemon starts.", least=0.1)
+    stats_s: float = _key(10.0, "Seconds between two measurements of writable layers.", least=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole configuration."""
+
+    root: Path = _key(Path("/var/lib/ocid"), "What outlives a reboot: images, layers, the database.", check=_absolute)
+    state: Path = _key(
+        Path("/run/ocid"), "What a reboot may take: sockets, bundles, namespaces. Best on a tmpfs.", check=_absolute
+    )
+    listen: str = _key("unix:///run/ocid/ocid.sock", "Where the CRI is served.", check=_listen)
+    log_level: str = _key("info", f"How much is logged: {', '.join(_LEVELS)}.", check=_one_of(*_LEVELS))
+    runtime: RuntimeSection = _section(RuntimeSection, "How containers are run.")
+    network: NetworkSection = _section(NetworkSection, "How pods are connected.")
+    image: ImageSection = _section(ImageSection, "How images are pulled and kept.")
+    stream: StreamSection = _section(StreamSection, "Exec, attach and port-forward.")
+    limits: LimitSection = _section(LimitSection, "Limits in number, size and time.")
+
+    @property
+    def socket(self) -> Path:
+        """The path in `listen`."""
+        return Path(self.listen.removeprefix("unix://"))
+
+
+def load(path: Path | None = None, **overrides: Any) -> Config:
+    """The configuration in `path` (which must exist) or the default file (which need not), conf.d on top, and
+    `overrides` of top-level keys, None meaning not given. Raises ConfigError."""
+    main = path or DEFAULT_FILE
+    merged: dict[str, Any] = {}
+    files = [main] if path is not None or main.exists() else []
+    files += sorted((main.parent / "conf.d").glob("*.toml"))
+    for file in files:
+        _merge(merged, _read(file))
+    merged.update({key: os.fspath(value) for key, value in overrides.items() if value is not None})
+    if overrides.get("state") is not None and overrides.get("listen") is None and "listen" not in merged:
+        merged["listen"] = f"unix://{merged['state']}/ocid.sock"
+    config: Config = _build(Config, merged, "")
+    if config.runtime.default_handler not in config.runtime.handlers:
+        raise ConfigError(
+            f"runtime.default_handler: {config.runtime.default_handler!r} is not one of runtime.handlers: "
+            f"{', '.join(sorted(config.runtime.handlers))}"
+        )
+    return config
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            table = tomllib.load(stream)
+        _build(Config, table, "")  # so that the error names the file it is in
+        return table
+    except OSError as error:
+        raise ConfigError(f"read configuration {file}: {(error.strerror or str(error)).lower()}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"read configuration {file}: not TOML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"read configuration {file}: {error}") from error
+
+
+def _merge(into: dict[str, Any], table: Mapping[str, Any]) -> None:
+    for key, value in table.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _build(kind: type[Any], table: Mapping[str, Any], path: str) -> Any:
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    types = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for key, raw in table.items():
+        where = f"{path}{key}"
+        if key not in fields:
+            raise ConfigError(f"{where}: unknown key; known here: {', '.join(fields)}")
+        if dataclasses.is_dataclass(types[key]):
+            if not isinstance(raw, dict):
+                raise ConfigError(f"{where}: expected a table, got {raw!r}")
+            values[key] = _build(types[key], raw, f"{where}.")
+            continue
+        values[key] = _value(types[key], raw, where)
+        metadata = fields[key].metadata
+        if metadata["least"] is not None and values[key] < metadata["least"]:
+            raise ConfigError(f"{where}: expected at least {metadata['least']}, got {raw!r}")
+        expected = metadata["check"](values[key]) if metadata["check"] else ""
+        if expected:
+            raise ConfigError(f"{where}: expected {expected}, got {raw!r}")
+    return kind(**values)
+
+
+def _value(kind: Any, raw: Any, where: str) -> Any:
+    if kind is str and isinstance(raw, str):
+        return raw
+    if kind is Path and isinstance(raw, str):
+        return Path(raw)
+    if kind is int and isinstance(raw, int) and not isinstance(raw, bool):
+        return raw
+    if kind is float and isinstance(raw, int | float) and not isinstance(raw, bool):
+        return float(raw)
+    if kind == tuple[Path, ...] and isinstance(raw, list) and all(isinstance(item, str) for item in raw):
+        return tuple(Path(item) for item in raw)
+    if kind == Mapping[str, str] and isinstance(raw, dict) and all(isinstance(item, str) for item in raw.values()):
+        return dict(raw)
+    raise ConfigError(f"{where}: expected {_words(kind)}, got {raw!r}")
+
+
+def _words(kind: Any) -> str:
+    names = {str: "a string", Path: "a path", int: "an integer", float: "a number"}
+    if kind == tuple[Path, ...]:
+        return "a list of paths"
+    return names.get(kind, "a table of strings")
+
+
+def default_toml() -> str:
+    """The defaults as a configuration file with every key documented, for `ocid config --default`."""
+    lines = ["# Configuration of ocid: the defaults. Files in conf.d/ beside this one win over it, key by key.", ""]
+    sections = []
+    types = get_type_hints(Config)
+    for item in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(types[item.name]):
+            sections.append(item)
+        else:
+            lines += _documented(item, getattr(Config(), item.name))
+    for section in sections:
+        lines += ["", f"# {section.metadata['doc']}", f"[{section.name}]"]
+        value = getattr(Config(), section.name)
+        for item in dataclasses.fields(value):
+            lines += _documented(item, getattr(value, item.name))
+    return "\n".join(lines) + "\n"
+
+
+def _documented(item: dataclasses.Field[Any], value: Any) -> list[str]:
+    return [f"# {item.metadata['doc']}", f"{item.name} = {_toml(value)}"]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_quoted(key)} = {_toml(item)}" for key, item in value.items()) + " }"
+    return _quoted(os.fspath(value))
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
