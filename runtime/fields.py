@@ -7,6 +7,8 @@ programs write it; behind a parser that uses this nobody sees a dict.
 
 from __future__ import annotations
 
+from _json import encode_basestring_ascii, make_scanner
+
 from runtime.errors import RuntimeFailure
 
 TYPE_CHECKING = False  # typing itself costs more to import than all of this module
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_DOCUMENT = 16 << 20
 _INT64 = 1 << 63
+_BLANKS = " \t\r\n"
 
 
 class FieldError(RuntimeFailure):
@@ -29,18 +32,67 @@ class FieldError(RuntimeFailure):
         self.path = path
 
 
-def decode(raw: bytes, what: str = "the document", limit: int = MAX_DOCUMENT) -> object:
-    """JSON text as Python objects. Raises FieldError on syntax, duplicate keys, NaN, depth or size (threats P7)."""
-    import json  # here: half of the runtime's commands read no JSON but their own
+class _Scanner:
+    """What the JSON scanner of the interpreter wants to be told; json.loads would bring `re` along, 8 ms of imports."""
 
+    strict = True
+    object_hook = None
+    parse_float = float
+    parse_int = int
+    memo: dict[str, str] = {}
+
+    def __init__(self) -> None:
+        self.object_pairs_hook = _unique
+        self.parse_constant = _no_constant
+
+
+def decode(raw: bytes, what: str = "the document", limit: int = MAX_DOCUMENT) -> object:
+    """JSON text as Python objects. Raises FieldError on syntax, duplicate keys, NaN, depth or size (threats P7).
+
+    Bytes inside strings that are no UTF-8 live on as surrogate escapes, so an environment survives as it is (P8)."""
     if len(raw) > limit:
         raise FieldError(what, f"{len(raw)} bytes, at most {limit} are read")
+    text = raw.decode("utf-8", "surrogateescape")
+    begin = len(text) - len(text.lstrip(_BLANKS))
     try:
-        return json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value, end = make_scanner(_Scanner())(text, begin)  # type: ignore[arg-type]  # typeshed asks for itself
+    except StopIteration as stop:
+        raise FieldError(what, f"not valid JSON at character {stop.value}") from None
     except RecursionError:
         raise FieldError(what, "nested too deeply") from None
     except ValueError as error:
         raise FieldError(what, f"not valid JSON: {error}") from None
+    if text[end:].strip(_BLANKS):
+        raise FieldError(what, f"not valid JSON: something follows at character {end}")
+    return value
+
+
+def encode(value: object) -> bytes:
+    """Compact JSON of str, int, float, bool, None, dicts, lists and tuples."""
+    pieces: list[str] = []
+    _encode(value, pieces)
+    return "".join(pieces).encode("ascii")
+
+
+def _encode(value: object, out: list[str]) -> None:
+    if isinstance(value, str):
+        out.append(encode_basestring_ascii(value))
+    elif value is None or isinstance(value, bool):
+        out.append({None: "null", True: "true", False: "false"}[value])
+    elif isinstance(value, int | float):
+        out.append(repr(value))
+    elif isinstance(value, dict):
+        for index, (key, item) in enumerate(value.items()):
+            out.append(("," if index else "{") + encode_basestring_ascii(key) + ":")
+            _encode(item, out)
+        out.append("}" if value else "{}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            out.append("," if index else "[")
+            _encode(item, out)
+        out.append("]" if value else "[]")
+    else:
+        raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -54,6 +106,16 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _no_constant(name: str) -> object:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _check_text(path: str, text: str) -> None:
+    """A string that C and the file system can take: no NUL, and back to the bytes that it came from."""
+    if "\0" in text:
+        raise FieldError(path, "holds a NUL byte")
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise FieldError(path, "holds half of a surrogate pair") from None
 
 
 def shown(value: object) -> str:
@@ -121,8 +183,7 @@ class Fields:
             return default
         if not isinstance(value, str):
             raise self._wrong(key, "string")
-        if "\0" in value:
-            raise self.error(key, "holds a NUL byte")
+        _check_text(self.at(key), value)
         if choices is not None and value not in choices:
             raise self._wrong(key, f"one of {', '.join(sorted(choices))}")
         return value
@@ -182,8 +243,7 @@ class Fields:
         for index, item in enumerate(items):
             if not isinstance(item, str):
                 raise FieldError(f"{self.at(key)}[{index}]", f"expected string, got {shown(item)}")
-            if "\0" in item:
-                raise FieldError(f"{self.at(key)}[{index}]", "holds a NUL byte")
+            _check_text(f"{self.at(key)}[{index}]", item)
             if choices is not None and item not in choices:
                 wanted = ", ".join(sorted(choices))
                 raise FieldError(f"{self.at(key)}[{index}]", f"expected one of {wanted}, got {shown(item)}")

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from runtime.errors import RuntimeFailure
-from runtime.fields import FieldError, Fields, decode
+from runtime.fields import FieldError, Fields, decode, encode
 from runtime.linux.libc import KernelError
 
 
@@ -20,6 +20,8 @@ from runtime.linux.libc import KernelError
         (b"[" * 100_000, "nested too deeply"),
         (b"{", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
+        (b"", "not valid JSON at character 0"),
+        (b"{} x", "something follows at character 2"),
         (b'{"a":' + b"9" * 5000 + b"}", "not valid JSON"),
     ],
 )
@@ -28,6 +30,21 @@ def test_p7_hostile_json_is_one_clear_sentence(raw, words):
         decode(raw, "config.json")
     assert str(caught.value).startswith("config.json: ")
     assert caught.value.code == "invalid_argument"
+
+
+def test_p8_bytes_that_are_no_utf8_survive():
+    value = decode(b' {"env": ["A=\\u00e9\xff"]}\n')
+    assert value == {"env": ["A=\u00e9\udcff"]}
+    assert Fields(value).strs("env")[0].encode("utf-8", "surrogateescape") == "A=\u00e9".encode() + b"\xff"
+    with pytest.raises(FieldError, match="half of a surrogate pair"):
+        Fields(decode(b'{"a": "\\ud800"}')).str("a")
+
+
+def test_encode_is_read_back_by_any_json_reader():
+    value = {"a": [1, -2.5, True, None, 'x"\n\u20ac'], "b": {}, "c": [], "d": {"e": "f"}}
+    assert json.loads(encode(value)) == value == decode(encode(value))
+    with pytest.raises(TypeError):
+        encode({"a": object()})
 
 
 def test_size_is_bounded():
