@@ -100,19 +100,23 @@ class NetworkSection:
 class ImageSection:
     """[image]"""
 
-    certs_dirs: tuple[Path, ...] = _key(
+    hosts_dirs: tuple[Path, ...] = _key(
         (Path("/etc/ocid/certs.d"), Path("/etc/containerd/certs.d")),
         "Where hosts.toml directories of registries lie; the first one that has a registry decides.",
         check=_absolute_all,
     )
-    downloads: int = _key(6, "Layers that one pull downloads at once.", least=1)
-    unpackers: int = _key(
+    pinned: tuple[str, ...] = _key((), "References of images that are reported as pinned: a kubelet keeps those.")
+    concurrent_pulls: int = _key(16, "Images that are pulled at once.", least=1)
+    concurrent_downloads: int = _key(4, "Layers that one pull downloads at once.", least=1)
+    concurrent_unpacks: int = _key(3, "Layers that are unpacked at once, over all pulls.", least=1)
+    unpack_processes: int = _key(
         0, "Processes that unpack layers, over all pulls; 0 means as many as there are CPUs.", least=0
     )
-    stall_s: float = _key(60.0, "Seconds without a byte after which a download is broken off and resumed.", least=1)
+    stall_s: float = _key(30.0, "Seconds in which a download must move, or it is broken off and resumed.", least=1)
     retries: int = _key(4, "How often a request to a registry is tried again.", least=0)
-    max_layer_bytes: int = _key(64 << 30, "Largest layer accepted, as stored and again as unpacked.", least=1)
-    max_layers: int = _key(512, "Most layers of one image.", least=1)
+    blob_bytes: int = _key(64 << 30, "Largest layer accepted, as the registry stores it.", least=1)
+    image_bytes: int = _key(256 << 30, "Largest sum of an image's layers accepted.", least=1)
+    layers: int = _key(500, "Most layers of one image.", least=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +245,8 @@ def _value(kind: Any, raw: Any, where: str) -> Any:
         return float(raw)
     if kind == tuple[Path, ...] and isinstance(raw, list) and all(isinstance(item, str) for item in raw):
         return tuple(Path(item) for item in raw)
+    if kind == tuple[str, ...] and isinstance(raw, list) and all(isinstance(item, str) for item in raw):
+        return tuple(raw)
     if kind == Mapping[str, str] and isinstance(raw, dict) and all(isinstance(item, str) for item in raw.values()):
         return dict(raw)
     raise ConfigError(f"{where}: expected {_words(kind)}, got {raw!r}")
@@ -248,26 +254,29 @@ def _value(kind: Any, raw: Any, where: str) -> Any:
 
 def _words(kind: Any) -> str:
     names = {str: "a string", Path: "a path", int: "an integer", float: "a number"}
-    if kind == tuple[Path, ...]:
-        return "a list of paths"
-    return names.get(kind, "a table of strings")
+    lists = {tuple[Path, ...]: "a list of paths", tuple[str, ...]: "a list of strings"}
+    return names.get(kind) or lists.get(kind) or "a table of strings"
 
 
 def default_toml() -> str:
     """The defaults as a configuration file with every key documented, for `ocid config --default`."""
-    lines = ["# Configuration of ocid: the defaults. Files in conf.d/ beside this one win over it, key by key.", ""]
+    return as_toml(Config())
+
+
+def as_toml(config: Config) -> str:
+    """`config` as a file that gives it again, every key documented."""
+    lines = ["# Configuration of ocid. Files in conf.d/ beside this one win over it, key by key.", ""]
     sections = []
-    types = get_type_hints(Config)
-    for item in dataclasses.fields(Config):
-        if dataclasses.is_dataclass(types[item.name]):
-            sections.append(item)
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            sections.append((item, value))
         else:
-            lines += _documented(item, getattr(Config(), item.name))
-    for section in sections:
-        lines += ["", f"# {section.metadata['doc']}", f"[{section.name}]"]
-        value = getattr(Config(), section.name)
-        for item in dataclasses.fields(value):
-            lines += _documented(item, getattr(value, item.name))
+            lines += _documented(item, value)
+    for item, section in sections:
+        lines += ["", f"# {item.metadata['doc']}", f"[{item.name}]"]
+        for key in dataclasses.fields(section):
+            lines += _documented(key, getattr(section, key.name))
     return "\n".join(lines) + "\n"
 
 
