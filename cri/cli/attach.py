@@ -1,0 +1,104 @@
+"""The terminal's side of a container: copies its streams, forwards signals and window sizes.
+
+The shim gets pipes, never the caller's own descriptors: those are shared with a shell, and the shim makes what it is
+given non-blocking. Refuses to buffer: a slow terminal slows the copy, not the container's log. Invariant: the
+terminal's mode is put back however it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import termios
+import threading
+import tty
+from collections.abc import Callable, Iterator
+
+from runtime.linux.files import write_all
+from runtime.linux.sockets import send_frame
+
+_CHUNK = 1 << 16
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Streams:
+    """Pipes between this process and a shim. `for_shim` are the ends to hand over, in the order that attach wants."""
+
+    def __init__(self, *, stdin: bool, terminal: bool) -> None:
+        self._stdin = stdin
+        self._terminal = terminal
+        self._in = os.pipe2(os.O_CLOEXEC) if stdin else (-1, -1)
+        self._out = os.pipe2(os.O_CLOEXEC)
+        self._err = (-1, -1) if terminal else os.pipe2(os.O_CLOEXEC)
+        self.for_shim = [fd for fd in (self._in[0], self._out[1], self._err[1]) if fd >= 0]
+
+    def attached(self, control: int) -> None:
+        """Takes the control fd; the shim's ends are the shim's from now on."""
+        for fd in self.for_shim:
+            os.close(fd)
+        self._control = socket.socket(fileno=control)
+
+    async def copy(self, forward: Callable[[int], None]) -> None:
+        """Copies until the container's output ends. `forward` is called with each signal for the container."""
+        loop = asyncio.get_running_loop()
+        with _raw_terminal(self._terminal and self._stdin):
+            caught = () if self._terminal and self._stdin else _FORWARDED
+            for number in caught:
+                loop.add_signal_handler(number, forward, int(number))
+            if self._terminal:
+                loop.add_signal_handler(signal.SIGWINCH, self._resize)
+                self._resize()
+            if self._stdin:
+                threading.Thread(target=self._copy_in, daemon=True).start()
+            try:
+                await loop.run_in_executor(None, self._copy_out)
+            finally:
+                for number in (*caught, *((signal.SIGWINCH,) if self._terminal else ())):
+                    loop.remove_signal_handler(number)
+                self._control.close()
+
+    def _resize(self) -> None:
+        with contextlib.suppress(OSError):
+            columns, rows = os.get_terminal_size(0)
+            send_frame(self._control, json.dumps({"resize": [rows, columns]}).encode())
+
+    def _copy_in(self) -> None:
+        with contextlib.suppress(OSError):
+            while data := os.read(0, _CHUNK):
+                write_all(self._in[1], data)
+        with contextlib.suppress(OSError):
+            os.close(self._in[1])
+
+    def _copy_out(self) -> None:
+        targets = {self._out[0]: 1, self._err[0]: 2}
+        with selectors.DefaultSelector() as selector:
+            for source in (self._out[0], self._err[0]):
+                if source >= 0:
+                    selector.register(source, selectors.EVENT_READ)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    data = os.read(key.fd, _CHUNK)
+                    if not data:
+                        selector.unregister(key.fd)
+                        os.close(key.fd)
+                        continue
+                    with contextlib.suppress(BrokenPipeError):
+                        write_all(targets[key.fd], data)
+
+
+@contextlib.contextmanager
+def _raw_terminal(wanted: bool) -> Iterator[None]:
+    if not wanted or not os.isatty(0):
+        yield
+        return
+    before = termios.tcgetattr(0)
+    try:
+        tty.setraw(0)
+        yield
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, before)

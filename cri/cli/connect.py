@@ -1,0 +1,98 @@
+"""The CRI to talk to: the daemon that serves this state directory, or the same verbs in this process.
+
+Refuses nothing and decides nothing. Invariant: an error is an `ApiError` with a gRPC code's name and one sentence,
+whichever way it came.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import stat
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cri.cli.main import CommandError
+from cri.config import Config, load
+from cri.config import ConfigError as _ConfigError
+
+_IMAGE_CALLS = frozenset({"ListImages", "ImageStatus", "PullImage", "RemoveImage", "ImageFsInfo"})
+
+
+class ApiError(CommandError):
+    """A call failed; `status` is the gRPC code's name, such as "NOT_FOUND"."""
+
+    def __init__(self, status: str, message: str) -> None:
+        super().__init__(message, 125)
+        self.status = status
+
+
+class Api:
+    """Calls by name. `local` is the parts in this process, None when a daemon does the work."""
+
+    def __init__(self, config: Config, local: Any = None, channel: Any = None) -> None:
+        self.config = config
+        self.local = local
+        self._stubs: tuple[Any, Any] | None = None
+        if channel is not None:
+            from cri.api import api_pb2_grpc
+
+            self._stubs = (api_pb2_grpc.RuntimeServiceStub(channel), api_pb2_grpc.ImageServiceStub(channel))
+
+    async def call(self, name: str, request: Any, *, network: str = "") -> Any:
+        """One unary call. Raises ApiError."""
+        metadata = (("ocid-network", network),) if network else ()
+        if self._stubs is None:
+            return await self.local.call(name, request, metadata)
+        import grpc
+
+        stub = self._stubs[1 if name in _IMAGE_CALLS else 0]
+        try:
+            return await getattr(stub, name)(request, metadata=metadata)
+        except grpc.aio.AioRpcError as error:
+            raise ApiError(error.code().name, error.details() or error.code().name) from None
+
+
+def configuration(args: argparse.Namespace) -> Config:
+    """The configuration file with the command line over it."""
+    try:
+        return load(args.config, root=args.root, state=args.state)
+    except _ConfigError as error:
+        raise CommandError(str(error)) from None
+
+
+def socket_path(config: Config) -> Path:
+    """The daemon's socket as a path."""
+    return Path(config.listen.removeprefix("unix://"))
+
+
+def is_served(config: Config) -> bool:
+    """True when a daemon accepts connections on the socket of this configuration."""
+    from runtime.linux.sockets import connect_unix
+
+    path = socket_path(config)
+    try:
+        if not stat.S_ISSOCK(path.stat().st_mode):
+            return False
+        connect_unix(path, 2.0).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.asynccontextmanager
+async def connect(args: argparse.Namespace) -> AsyncIterator[Api]:
+    """The Api for `args`: closes the channel, or the parts, at the end."""
+    config = configuration(args)
+    if is_served(config):
+        import grpc
+
+        options: Sequence[tuple[str, int]] = (("grpc.max_receive_message_length", 64 << 20),)
+        async with grpc.aio.insecure_channel(f"unix://{socket_path(config)}", options=options) as channel:
+            yield Api(config, channel=channel)
+        return
+    from cri.daemon import local
+
+    async with local(config) as parts:
+        yield Api(config, local=parts)

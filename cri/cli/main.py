@@ -1,0 +1,123 @@
+"""`ocid`: finds the subcommand, reads the options that all of them share, and turns failures into one sentence.
+
+Refuses unknown commands by name. Invariant: exit code 0 means it was done; a container's own exit code is passed on;
+125 means ocid itself failed, 126 and 127 that the command could not be run or found (as docker and podman do).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "serve": "serve the CRI for a kubelet or crictl",
+    "run": "run a command in a new container",
+    "ps": "list containers",
+    "logs": "print what a container wrote",
+    "exec": "run a command in a running container",
+    "stop": "stop containers: their stop signal, then SIGKILL",
+    "kill": "send a signal to a container",
+    "wait": "wait until containers have exited and print their exit codes",
+    "rm": "remove containers",
+    "inspect": "print all that is known of a container or an image, as JSON",
+    "stats": "print what containers use",
+    "pull": "fetch an image",
+    "images": "list images",
+    "rmi": "remove images",
+    "config": "print the configuration",
+    "info": "print the state of the node runtime",
+    "version": "print the versions",
+}
+
+
+class CommandError(Exception):
+    """What went wrong, for the person at the terminal; `code` is the exit code."""
+
+    def __init__(self, message: str, code: int = 125) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return (
+        "usage: ocid [--config FILE] [--root DIR] [--state DIR] COMMAND …\n\n"
+        "A node runtime: images verified, layers shared, pods supervised.\n\ncommands:\n" + "\n".join(lines) + "\n\n"
+        "options:\n"
+        "  --config FILE  configuration (default: /etc/ocid/config.toml, if it is there)\n"
+        "  --root DIR     images, snapshots and records (default: /var/lib/ocid)\n"
+        "  --state DIR    sockets, pins and bundles (default: /run/ocid)\n"
+        "  --debug        print the whole traceback of a failure\n\n"
+        "`ocid COMMAND --help` says more. Where a daemon serves --state, commands go through it.\n"
+    )
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"ocid {command}", description=COMMANDS[command], allow_abbrev=False)
+    _shared(parser)
+    return parser
+
+
+def _shared(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    parser.add_argument("--root", metavar="DIR", help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    parser.add_argument("--state", metavar="DIR", help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `ocid` command."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    before = argparse.ArgumentParser(prog="ocid", add_help=False, allow_abbrev=False)
+    _shared(before)
+    before.add_argument("-h", "--help", action="store_true")
+    split = next((i for i, word in enumerate(words) if word in COMMANDS and not _is_value(words, i)), len(words))
+    shared, unknown = before.parse_known_args(words[:split])
+    if shared.help or not words:
+        print(_usage(), end="")
+        return 0
+    if split == len(words) or unknown:
+        wrong = next((word for word in unknown if not word.startswith("-")), unknown[0] if unknown else "")
+        print(f"ocid: {wrong!r} is no command; see ocid --help" if wrong else _usage(), file=sys.stderr)
+        return 125
+    command = words[split]
+    module = importlib.import_module(f"cri.cli.{command}")
+    parser = _parser(command)
+    module.arguments(parser)
+    merged = argparse.Namespace(
+        **{
+            "config": None,
+            "root": None,
+            "state": None,
+            "debug": False,
+            **{k: v for k, v in vars(shared).items() if k != "help"},
+        }
+    )
+    args = parser.parse_args(words[split + 1 :], merged)
+    try:
+        return int(module.run(args))
+    except CommandError as error:
+        print(f"ocid {command}: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except OSError as error:
+        if args.debug:
+            raise
+        print(f"ocid {command}: {error}", file=sys.stderr)
+        return 125
+
+
+def _is_value(words: Sequence[str], index: int) -> bool:
+    return index > 0 and words[index - 1] in ("--config", "--root", "--state")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

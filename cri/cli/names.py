@@ -1,0 +1,41 @@
+"""Which container somebody means: a name given to `ocid run`, a full id, or the beginning of one.
+
+Refuses to guess: two that match are an error that lists them. Invariant: only a running `ocid run` or a kubelet makes
+names; here they are only read.
+"""
+
+from __future__ import annotations
+
+from cri.api import api_pb2 as pb
+from cri.cli.connect import Api
+from cri.cli.main import CommandError
+
+# Pods of `ocid run` live in this Kubernetes namespace, so that they never meet a kubelet's.
+NAMESPACE = "ocid"
+NAME_LABEL = "ocid.name"
+
+
+async def find(api: Api, wanted: str) -> pb.Container:
+    """The container that `wanted` names. Raises CommandError when there is none or more than one."""
+    listed = await api.call("ListContainers", pb.ListContainersRequest())
+    found = [c for c in listed.containers if c.labels.get(NAME_LABEL) == wanted or c.id == wanted]
+    if not found and len(wanted) >= 3:
+        found = [c for c in listed.containers if c.id.startswith(wanted)]
+    if not found:
+        found = [c for c in listed.containers if c.metadata.name == wanted]
+    if not found:
+        raise CommandError(f"there is no container {wanted!r}; see ocid ps -a", 1)
+    if len(found) > 1:
+        ids = ", ".join(c.id[:12] for c in found)
+        raise CommandError(f"{wanted!r} could be any of {ids}; say more of the id", 1)
+    return found[0]
+
+
+def display_name(container: pb.Container) -> str:
+    """What a person calls it."""
+    return str(container.labels.get(NAME_LABEL) or container.metadata.name)
+
+
+def is_ours(container: pb.Container) -> bool:
+    """True for a container that `ocid run` made: its pod is its own and goes with it."""
+    return NAME_LABEL in container.labels

@@ -1,0 +1,45 @@
+"""`ocid rm`: removes containers that have ended, or any with --force; the pod of an `ocid run` goes with it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+
+from cri.api import api_pb2 as pb
+from cri.cli import names
+from cri.cli.connect import Api, connect
+from cri.cli.main import CommandError
+from runtime.linux.files import remove_tree
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-f", "--force", action="store_true", help="stop running containers first")
+    parser.add_argument("container", nargs="+", help="name or id")
+
+
+def run(args: argparse.Namespace) -> int:
+    return asyncio.run(_run(args))
+
+
+async def _run(args: argparse.Namespace) -> int:
+    async with connect(args) as api:
+        for wanted in args.container:
+            container = await names.find(api, wanted)
+            if container.state == pb.CONTAINER_RUNNING and not args.force:
+                raise CommandError(f"{wanted} is running; stop it first, or rm --force", 1)
+            await remove(api, container)
+            print(wanted)
+    return 0
+
+
+async def remove(api: Api, container: pb.Container) -> None:
+    """Takes the container away, and its pod and its log where `ocid run` made those for it alone."""
+    status = await api.call("ContainerStatus", pb.ContainerStatusRequest(container_id=container.id))
+    await api.call("RemoveContainer", pb.RemoveContainerRequest(container_id=container.id))
+    if names.is_ours(container):
+        pod = container.pod_sandbox_id
+        await api.call("StopPodSandbox", pb.StopPodSandboxRequest(pod_sandbox_id=pod))
+        await api.call("RemovePodSandbox", pb.RemovePodSandboxRequest(pod_sandbox_id=pod))
+        if status.status.log_path:
+            remove_tree(os.path.dirname(status.status.log_path))

@@ -1,0 +1,211 @@
+"""`ocid run`: an image reference to a running, supervised process, with or without a daemon.
+
+One pod with one container, through the same CRI verbs that a kubelet uses; attached, its streams go between the
+terminal and the shim. Refuses --rm with --detach: nobody would be there to do it. Invariant: a start that fails leaves
+nothing behind, and the exit code is the container's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import re
+import secrets
+import sys
+from pathlib import Path
+
+from cri.api import api_pb2 as pb
+from cri.cli import names, options
+from cri.cli.attach import Streams
+from cri.cli.connect import Api, ApiError, connect
+from cri.cli.main import CommandError
+from cri.cli.pull import pull
+from cri.cli.rm import remove
+from cri.cli.watch import wait_exit
+from runtime.shim.client import Shims
+from runtime.shim.model import Sandbox
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-d", "--detach", action="store_true", help="print the id and leave it running")
+    add("-i", "--interactive", action="store_true", help="pass standard input on")
+    add("-t", "--tty", action="store_true", help="give it a terminal")
+    add("--rm", action="store_true", help="remove it when it has ended")
+    add("--name", help="what to call it (default: made from the image's name)")
+    add(
+        "--net",
+        metavar="host|none|NAME",
+        default="",
+        help="network: the host's, none, or a CNI network (default: the first)",
+    )
+    add("--exec", metavar="PATH", dest="entrypoint", help="run this instead of the image's entrypoint")
+    add(
+        "-p",
+        "--publish",
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="a port of the host for one of its own",
+    )
+    add(
+        "-v",
+        "--volume",
+        action="append",
+        default=[],
+        metavar="SRC:DST[:ro]",
+        help="mount a directory or file of the host",
+    )
+    add("-e", "--env", action="append", default=[], metavar="K=V", help="set a variable")
+    add("-u", "--user", metavar="USER[:GID]", help="run as this user")
+    add("-w", "--workdir", metavar="DIR", default="", help="start in this directory")
+    add("-m", "--memory", metavar="SIZE", help="memory limit, such as 256m; swap is within it")
+    add("--cpus", type=float, metavar="N", help="CPU limit, such as 1.5")
+    add("--read-only", action="store_true", help="a root filesystem that cannot be written to")
+    add("--privileged", action="store_true", help="all capabilities and devices of this node, no seccomp")
+    add("--hostname", default="", help="its host name (default: its name)")
+    add("--pull", choices=("missing", "always", "never"), default="missing", help="when to fetch (default: missing)")
+    add("image", help="image reference")
+    add("command", nargs=argparse.REMAINDER, help="command and arguments (default: the image's)")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.rm and args.detach:
+        raise CommandError("--rm needs somebody to wait for the end: leave out --detach")
+    if args.tty and args.interactive and not os.isatty(0):
+        raise CommandError("-t: standard input is not a terminal")
+    name = args.name or _make_name(args.image)
+    if not _NAME.fullmatch(name):
+        raise CommandError(f"--name: {name!r} is not made of letters, digits, '.', '_' and '-' (at most 63)")
+    return asyncio.run(_run(args, name))
+
+
+def _make_name(image: str) -> str:
+    base = re.sub(r"[^A-Za-z0-9]+", "-", image.rpartition("/")[2].partition("@")[0].partition(":")[0]).strip("-")
+    return f"{base[:40] or 'container'}-{secrets.token_hex(3)}"
+
+
+async def _run(args: argparse.Namespace, name: str) -> int:
+    async with connect(args) as api:
+        listed = await api.call("ListContainers", pb.ListContainersRequest())
+        if any(c.labels.get(names.NAME_LABEL) == name for c in listed.containers):
+            raise CommandError(f"the name {name} is taken; ocid rm {name} frees it")
+        image = await _image(api, args)
+        async with contextlib.AsyncExitStack() as undo:
+            sandbox_config = _sandbox_config(api, args, name)
+            Path(sandbox_config.log_directory).mkdir(mode=0o700, parents=True)
+            undo.callback(_remove_empty, Path(sandbox_config.log_directory))
+            network = "" if args.net == "host" else args.net
+            pod = (
+                await api.call("RunPodSandbox", pb.RunPodSandboxRequest(config=sandbox_config), network=network)
+            ).pod_sandbox_id
+            undo.push_async_callback(_drop_pod, api, pod)
+            request = pb.CreateContainerRequest(
+                pod_sandbox_id=pod, config=_container_config(args, name, image), sandbox_config=sandbox_config
+            )
+            container = (await api.call("CreateContainer", request)).container_id
+            streams = None if args.detach else await _attach(api, args, pod, container)
+            await _start(api, container)
+            undo.pop_all()
+        if streams is None:
+            print(container)
+            return 0
+        shims = Shims(Path(api.config.state), direct=api.local is not None)
+        await streams.copy(lambda number: shims.signal(_sandbox(api, pod), container, number))
+        code = await wait_exit(api, container)
+        if args.rm:
+            found = await names.find(api, container)
+            await remove(api, found)
+        else:
+            await api.call("StopPodSandbox", pb.StopPodSandboxRequest(pod_sandbox_id=pod))
+        return code
+
+
+def _sandbox(api: Api, pod: str) -> Sandbox:
+    return Sandbox(pod, Path(api.config.state) / "pods" / pod, 0, 0)
+
+
+async def _attach(api: Api, args: argparse.Namespace, pod: str, container: str) -> Streams:
+    streams = Streams(stdin=args.interactive, terminal=args.tty)
+    shims = Shims(Path(api.config.state), direct=api.local is not None)
+    control = shims.attach(_sandbox(api, pod), container, streams.for_shim, stdin=args.interactive, terminal=args.tty)
+    streams.attached(control)
+    return streams
+
+
+async def _start(api: Api, container: str) -> None:
+    try:
+        await api.call("StartContainer", pb.StartContainerRequest(container_id=container))
+    except ApiError as error:
+        raise CommandError(str(error), _exit_code(str(error))) from None
+
+
+def _exit_code(message: str) -> int:
+    if "ENOENT" in message or "not found" in message or "no such file" in message:
+        return 127
+    return 126 if "EACCES" in message or "ENOEXEC" in message or "permission denied" in message else 125
+
+
+async def _drop_pod(api: Api, pod: str) -> None:
+    await api.call("StopPodSandbox", pb.StopPodSandboxRequest(pod_sandbox_id=pod))
+    await api.call("RemovePodSandbox", pb.RemovePodSandboxRequest(pod_sandbox_id=pod))
+
+
+def _remove_empty(directory: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        for file in directory.iterdir():
+            file.unlink()
+        directory.rmdir()
+
+
+async def _image(api: Api, args: argparse.Namespace) -> str:
+    if args.pull != "always":
+        status = await api.call("ImageStatus", pb.ImageStatusRequest(image=pb.ImageSpec(image=args.image)))
+        if status.HasField("image"):
+            return str(status.image.id)
+        if args.pull == "never":
+            raise CommandError(f"there is no image {args.image!r}, and --pull never forbids fetching it")
+    if sys.stderr.isatty():
+        print(f"pulling {args.image}", file=sys.stderr)
+    return await pull(api, args.image)
+
+
+def _sandbox_config(api: Api, args: argparse.Namespace, name: str) -> pb.PodSandboxConfig:
+    config = pb.PodSandboxConfig(hostname=args.hostname or name.replace("_", "-"))
+    config.metadata.name, config.metadata.namespace, config.metadata.uid = name, names.NAMESPACE, secrets.token_hex(16)
+    config.labels[names.NAME_LABEL] = name
+    config.log_directory = f"{api.config.root}/logs/{config.metadata.uid}"
+    config.port_mappings.extend(options.port(text) for text in args.publish)
+    config.linux.security_context.privileged = args.privileged
+    if args.net == "host":
+        config.linux.security_context.namespace_options.network = pb.NODE
+        config.hostname = ""
+    config.linux.security_context.namespace_options.pid = pb.CONTAINER
+    return config
+
+
+def _container_config(args: argparse.Namespace, name: str, image: str) -> pb.ContainerConfig:
+    config = pb.ContainerConfig(
+        working_dir=args.workdir, tty=args.tty, stdin=args.interactive, stdin_once=args.interactive, log_path="0.log"
+    )
+    config.metadata.name = name
+    config.image.image, config.image.user_specified_image = image, args.image
+    config.labels[names.NAME_LABEL] = name
+    words = args.command[1:] if args.command[:1] == ["--"] else args.command
+    config.command.extend([args.entrypoint] if args.entrypoint else [])
+    config.args.extend(words)
+    options.environment(config, args.env)
+    config.mounts.extend(options.volume(text) for text in args.volume)
+    config.linux.resources.CopyFrom(options.resources(args))
+    context = config.linux.security_context
+    context.privileged, context.readonly_rootfs = args.privileged, args.read_only
+    context.namespace_options.pid = pb.CONTAINER
+    if args.net == "host":
+        context.namespace_options.network = pb.NODE
+    if args.user:
+        options.user(context, args.user)
+    return config
