@@ -34,7 +34,7 @@ def size(option: str, text: str) -> int:
         if unit not in _UNITS or not digits:
             raise ValueError
         count = int(float(digits) * _UNITS[unit])
-    except ValueError:
+    except (ValueError, OverflowError):
         raise CommandError(f"{option}: {text!r} is no size such as 512k, 256m or 1g") from None
     if not 0 < count < 1 << 62:
         raise CommandError(f"{option}: {text!r} is out of range")
