@@ -1,6 +1,6 @@
 """The image store's values: what an image is, how a layer reaches the unpacker, how a pull can fail.
 
-No I/O here. Invariant: an `Image` that exists is whole: its manifest, its config and every layer's snapshot are durable.
+No I/O here. Invariant: an `Image` that exists is whole: its manifest, config and every layer's snapshot are durable.
 """
 
 from __future__ import annotations

@@ -1,0 +1,69 @@
+"""Every limit and choice of the image store, by name, with its default.
+
+No I/O. Invariant: nothing that a registry, a layout or a caller sends is read, counted, nested, waited for or kept
+beyond a limit that stands here (threats R5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from imagestore.model import Usage
+from imagestore.platforms import Platform, host_platform
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """How a store behaves. Times are seconds on the monotonic clock, sizes bytes."""
+
+    platform: Platform = host_platform()
+    hosts_directories: tuple[Path, ...] = (Path("/etc/ocid/certs.d"), Path("/etc/containerd/certs.d"))
+    pinned: frozenset[str] = frozenset()
+    """References whose images are reported as pinned: the kubelet's image collection leaves those alone."""
+    layers_usage: Callable[[], Usage] | None = None
+    """Asked by `usage` for what the unpacked layers take: only the snapshotter knows its own directories."""
+    user_agent: str = "ocid/0.1"
+
+    # how much at once
+    concurrent_pulls: int = 16
+    concurrent_downloads: int = 4
+    concurrent_unpacks: int = 3
+
+    # what a registry or a layout may send
+    manifest_bytes: int = 4 * _MIB
+    config_bytes: int = 4 * _MIB
+    token_bytes: int = 1 * _MIB
+    error_bytes: int = 1 * _MIB
+    header_bytes: int = 16 << 10
+    blob_bytes: int = 64 << 30
+    image_bytes: int = 256 << 30
+    layers: int = 500
+    index_manifests: int = 2048
+    index_depth: int = 4
+    json_values: int = 200_000
+    redirects: int = 5
+    mirrors: int = 16
+
+    # how long
+    connect_timeout_s: float = 15.0
+    answer_timeout_s: float = 60.0
+    """For a whole small answer: manifest, token, error body."""
+    stall_timeout_s: float = 30.0
+    """A blob may take as long as it likes, as long as it moves: `stall_bytes` in every such window (threats O48)."""
+    stall_bytes: int = 16 << 10
+    retries: int = 4
+    backoff_s: float = 0.25
+    backoff_limit_s: float = 5.0
+    retry_after_limit_s: float = 30.0
+    """A registry that asks for more patience than this (429, Retry-After) is reported instead of waited for."""
+    cancel_wait_s: float = 10.0
+    """How long a cancelled caller waits for the worker threads to let go of what they hold."""
+
+    # what stays on disk
+    ingest_age_s: float = 86400.0
+    batch_bytes: int = 1 * _MIB
+    """Downloaded bytes are hashed and written in pieces of about this size, in a worker thread."""

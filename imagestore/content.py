@@ -1,0 +1,245 @@
+"""Blobs on disk: written hidden, hashed while they are written, synced, and only then given their name.
+
+    ROOT/blobs/sha256/HEX          whole, verified, durable; never changed, only removed
+    ROOT/ingest/.HEX.part          on its way in; flock(2)ed by the process that writes it; may be resumed
+
+Blocking calls for worker threads. Refuses a digest that is not strict before a path is made of it (threats R8, S43) and
+every byte beyond the announced size. Invariant: what has a name under blobs/ has that digest, also after a power cut.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import stat
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from imagestore.model import ContentInvalid, Descriptor, ImageError
+from imagestore.reference import is_digest
+from runtime.linux.files import AT_FDCWD, read_bounded, sync_directory, write_all, write_durable
+
+_READ = 1 << 20
+
+
+def errno_text(error: OSError) -> str:
+    """ "ENOSPC no space left on device"."""
+    name = errno.errorcode.get(error.errno or 0, type(error).__name__)
+    return f"{name} {(error.strerror or str(error)).lower()}"
+
+
+class Blobs:
+    """The blob directories of one store."""
+
+    def __init__(self, root: Path) -> None:
+        self._blobs = root / "blobs" / "sha256"
+        self._ingest = root / "ingest"
+
+    def create(self) -> None:
+        """Makes the directories, for root alone: layers hold set-uid programs (CVE-2021-41103)."""
+        for directory in (self._blobs.parent.parent, self._blobs.parent, self._blobs, self._ingest):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            sync_directory(directory.parent)
+
+    def path(self, digest: str) -> Path:
+        """Where the blob is once it is whole."""
+        if not is_digest(digest):
+            raise ContentInvalid(f"{digest[:100]!r} is not sha256: and 64 lower-case hex digits")
+        return self._blobs / digest[7:]
+
+    def has(self, blob: Descriptor) -> bool:
+        """True when the blob is there with its size. One with another size was not written by us: it goes."""
+        path = self.path(blob.digest)
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError:
+            return False
+        if stat.S_ISREG(found.st_mode) and found.st_size == blob.size:
+            return True
+        os.unlink(path)
+        return False
+
+    def read(self, digest: str, limit: int) -> bytes:
+        """A small blob, checked against its digest again. Raises ContentInvalid, OSError."""
+        data = read_bounded(AT_FDCWD, str(self.path(digest)), limit)
+        if hashlib.sha256(data).hexdigest() != digest[7:]:
+            raise ContentInvalid(f"blob {digest}: damaged on disk")
+        return data
+
+    def put(self, digest: str, data: bytes) -> None:
+        """Stores a small blob that is in memory. Raises ContentInvalid when `digest` is not its own, ImageError."""
+        if hashlib.sha256(data).hexdigest() != digest[7:]:
+            raise ContentInvalid(f"blob {digest}: the content has another digest")
+        try:
+            write_durable(self.path(digest), data)
+        except OSError as error:
+            raise ImageError(f"write blob {digest}: {errno_text(error)}") from error
+
+    def digests(self) -> Iterator[str]:
+        """Every blob with a proper name."""
+        for entry in os.scandir(self._blobs):
+            if is_digest(f"sha256:{entry.name}"):
+                yield f"sha256:{entry.name}"
+
+    def remove(self, digest: str) -> None:
+        """Unlinks a blob; gone is gone."""
+        self.path(digest).unlink(missing_ok=True)
+
+    def remove_old_ingests(self, age_s: float) -> None:
+        """Removes partial files that nobody writes and that nobody has touched for `age_s`, and stray temporaries."""
+        oldest = time.time() - age_s  # compared with mtimes, which are wall-clock too
+        for directory, suffix in ((self._ingest, ".part"), (self._blobs, "")):
+            for entry in os.scandir(directory):
+                if not entry.name.startswith(".") or not entry.name.endswith(suffix):
+                    continue
+                if os.lstat(entry.path).st_mtime <= oldest:
+                    _unlink_unlocked(entry.path)
+
+    def ingest(self, blob: Descriptor) -> Ingest | None:
+        """The partial file of `blob`, locked, with what an earlier attempt left in it; None while another process
+        writes it. Raises ImageError."""
+        path = self._ingest / f".{self.path(blob.digest).name}.part"
+        try:
+            while True:
+                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                fd = os.open(path, flags, 0o600)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    os.close(fd)
+                    return None
+                if _is_named(fd, path):
+                    return Ingest(fd, path, self.path(blob.digest), blob)
+                os.close(fd)  # its writer renamed or removed it between open and flock
+        except OSError as error:
+            raise ImageError(f"write blob {blob.digest}: {errno_text(error)}") from error
+
+
+def _is_named(fd: int, path: Path) -> bool:
+    try:
+        named = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    opened = os.fstat(fd)
+    return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
+
+
+def _unlink_unlocked(path: str) -> None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+    except (BlockingIOError, FileNotFoundError):
+        return
+    finally:
+        os.close(fd)
+
+
+class Ingest:
+    """One blob on its way in. Ends with `finish`, with `discard`, or with `close`, which keeps it to be resumed.
+
+    Its calls exclude one another: `close` after a cancelled pull waits for the write that a thread has under way.
+    """
+
+    def __init__(self, take_fd: int, path: Path, final: Path, blob: Descriptor) -> None:
+        self._fd = take_fd
+        self._path = path
+        self._final = final
+        self._blob = blob
+        self._hash = hashlib.sha256()
+        self.offset = 0
+        self.resumed = False
+        self._busy = threading.RLock()
+
+    def load(self) -> int:
+        """Hashes what an earlier attempt left; returns how many bytes that are. A partial file that cannot be part
+        of this blob is emptied."""
+        with self._busy:
+            if os.fstat(self._fd).st_size > self._blob.size:
+                self.restart()
+            while piece := os.pread(self._fd, _READ, self.offset):
+                self._hash.update(piece)
+                self.offset += len(piece)
+            self.resumed = self.offset > 0
+            return self.offset
+
+    def write(self, pieces: Sequence[bytes]) -> None:
+        """Hashes and appends. Raises ContentInvalid beyond the announced size; ImageError when the disk refuses, and
+        then a full disk gets its space back at once."""
+        with self._busy:
+            if self._fd < 0:
+                raise ImageError(f"write blob {self._blob.digest}: it was given up")
+            for piece in pieces:
+                if self.offset + len(piece) > self._blob.size:
+                    raise ContentInvalid(f"blob {self._blob.digest}: more than the announced {self._blob.size} bytes")
+                self._hash.update(piece)
+                try:
+                    os.lseek(self._fd, self.offset, os.SEEK_SET)
+                    write_all(self._fd, piece)
+                except OSError as error:
+                    raise self._refused(error) from error
+                self.offset += len(piece)
+
+    def restart(self) -> None:
+        """Forgets all of it: the source begins anew."""
+        with self._busy:
+            os.ftruncate(self._fd, 0)
+            self._hash = hashlib.sha256()
+            self.offset = 0
+            self.resumed = False
+
+    def check(self) -> None:
+        """Raises ContentInvalid unless all of it is there and has the digest."""
+        with self._busy:
+            if self.offset != self._blob.size or self._hash.hexdigest() != self._blob.digest[7:]:
+                got = f"sha256:{self._hash.hexdigest()}, {self.offset} bytes"
+                raise ContentInvalid(
+                    f"blob {self._blob.digest}: wrong content ({got}; announced {self._blob.size} bytes)"
+                )
+
+    def finish(self) -> None:
+        """Verifies size and digest, makes the bytes durable, then visible. Raises ContentInvalid, ImageError; either
+        way the partial file is gone."""
+        with self._busy:
+            try:
+                self.check()
+            except ContentInvalid:
+                self.discard()
+                raise
+            try:
+                os.fsync(self._fd)
+                os.rename(self._path, self._final)
+                sync_directory(self._final.parent)
+            except OSError as error:
+                raise self._refused(error) from error
+            self.close()
+
+    def _refused(self, error: OSError) -> ImageError:
+        self.discard()
+        return ImageError(f"write blob {self._blob.digest}: {errno_text(error)}")
+
+    def discard(self) -> None:
+        """Removes the partial file. Closes."""
+        with self._busy:
+            if self._fd >= 0:
+                self._path.unlink(missing_ok=True)
+                self.close()
+
+    def close(self) -> None:
+        """Lets go of the file and of its lock; an empty one is not worth keeping."""
+        with self._busy:
+            fd, self._fd = self._fd, -1
+            if fd < 0:
+                return
+            try:
+                if self.offset == 0 and _is_named(fd, self._path):
+                    self._path.unlink(missing_ok=True)
+            finally:
+                os.close(fd)
