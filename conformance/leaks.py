@@ -9,6 +9,7 @@ somebody else uses the same machine.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ class Machine:
         return cls(
             mounts=tuple(_mounts()),
             namespaces=frozenset(_namespaces()),
-            links=frozenset(os.listdir("/sys/class/net")),
+            # Not /sys/class/net: sysfs shows the namespace it was mounted in.
+            links=frozenset(name for _, name in socket.if_nameindex()),
             tables=frozenset(_tables()),
             cgroups=frozenset(_cgroups()),
             processes=frozenset(_processes()),

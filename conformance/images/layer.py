@@ -54,8 +54,9 @@ def symlink(path: str, target: str) -> Entry:
     return Entry(path, tarfile.SYMTYPE, 0o777, target=target)
 
 
-def hardlink(path: str, target: str) -> Entry:
-    return Entry(path, tarfile.LNKTYPE, target=target)
+def hardlink(path: str, target: str, mode: int = 0o644) -> Entry:
+    """`mode` must be the target's: some unpackers apply what a link's header says to the file it shares."""
+    return Entry(path, tarfile.LNKTYPE, mode, target=target)
 
 
 def whiteout(path: str) -> Entry:

@@ -119,8 +119,8 @@ def busybox_entries(packages: Packages, work: Path) -> list[Entry]:
     return [
         directory("bin"),
         file(first, binary, 0o755),
-        hardlink("bin/busybox", first),
-        *(hardlink(f"bin/{name}", first) for name in others),
+        hardlink("bin/busybox", first, 0o755),
+        *(hardlink(f"bin/{name}", first, 0o755) for name in others),
         directory("dev"),
         *accounts(),
         directory("home/operator", uid=1000, gid=1000),

@@ -1,0 +1,116 @@
+"""python -m conformance.bench [--quick] [--only NAME] [--strict] [PART…]
+
+Measures in namespaces of its own (conformance.isolated) and prints one Markdown table. Parts: lifecycle density pull
+logs runtime. --strict: exit 1 when a budget is missed; a runtime that fails or loses output is an error in any case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from conformance import daemons
+from conformance.bench import density, lifecycle, runtimes, transfer
+from conformance.bench.subject import Subject, new_since, settled_pss
+from conformance.bench.table import render
+from conformance.cri_client import Names, connected
+from conformance.images import BUSYBOX, layouts, push
+from conformance.images.big import NAME as BIG
+from conformance.images.big import big
+from conformance.images.recipes import CACHE
+from conformance.isolated import reenter
+from conformance.registry import Registry, registry
+
+PARTS = ("lifecycle", "density", "pull", "logs", "runtime")
+
+
+def say(text: str) -> None:
+    print(f"[bench] {time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def subject(name: str, directory: Path, images: Registry) -> Iterator[Subject]:
+    directory.mkdir()
+    before = daemons.all_pids()
+    with ExitStack() as stack:
+        if name == "ocid":
+            daemon = stack.enter_context(daemons.ocid(directory, bridge="bench0"))
+        else:
+            daemon = stack.enter_context(daemons.containerd(directory, images.address))
+        client = stack.enter_context(connected(daemon.socket))
+        stack.callback(client.clear)
+        idle = settled_pss(lambda: new_since(before))
+        one = Subject(
+            daemon,
+            client,
+            Names(name, directory / "logs", f"/bench-{directory.parent.name}"),
+            images.reference(BUSYBOX),
+            new_since(before),
+        )
+        one.values["idle"] = idle
+        client.pull(one.image)
+        yield one
+
+
+def run(parts: Sequence[str], names: Sequence[str], quick: bool, base: Path) -> tuple[str, int]:
+    with ExitStack() as stack:
+        images = stack.enter_context(registry(base / "registry"))
+        for layout in layouts(["busybox"]):
+            push(layout, images.address)
+        if "pull" in parts:
+            say("the large image: made once, kept in .cache")
+            push(big(CACHE), images.address)
+        stack.callback(daemons.remove_cgroup, f"bench-{base.name}")
+        subjects = [stack.enter_context(subject(name, base / name, images)) for name in names]
+        if "lifecycle" in parts:
+            say("pod up and down, in turn")
+            lifecycle.measure(subjects, 6 if quick else 20)
+        if "density" in parts:
+            say("pods at once, lists, memory")
+            density.measure(subjects, 16 if quick else 40)
+        if "pull" in parts:
+            say("pull of the large image, in turn")
+            transfer.pull(subjects, images.reference(BIG), 1 if quick else 3)
+        if "logs" in parts:
+            say("log throughput")
+            transfer.logs(subjects, 100 if quick else 300)
+        results = {one.name: one.values for one in subjects}
+        if "runtime" in parts and "ocid" in names:
+            say("ocirun and runc, in turn")
+            (base / "runtimes").mkdir()
+            peer, ours = runtimes.measure(base / "runtimes", 10 if quick else 30)
+            results.setdefault("containerd", {})["runtime"] = peer
+            results["ocid"]["runtime"] = ours
+        return render(results)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m conformance.bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: shows that it works, not what it does")
+    parser.add_argument("--only", choices=("ocid", "containerd"), help="measure one of the two")
+    parser.add_argument("--strict", action="store_true", help="exit 1 when a budget is missed")
+    parser.add_argument("--output", type=Path, help="write the table to this file as well")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    args = parser.parse_args()
+    unknown = set(args.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"unknown part {', '.join(sorted(unknown))}: one of {', '.join(PARTS)}")
+    reenter("conformance.bench", sys.argv[1:])
+    names = [args.only] if args.only else ["containerd", "ocid"]
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        table, missed = run(args.parts or PARTS, names, args.quick, Path(directory))
+    print(table)
+    if args.output:
+        args.output.write_text(table + "\n")
+    if missed:
+        say(f"{missed} budget(s) missed")
+    return 1 if missed and args.strict else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

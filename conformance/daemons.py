@@ -1,0 +1,174 @@
+"""Starts the runtimes that are compared, each with root, state, socket and network of its own below one directory, and
+stops them by their pid.
+
+`ocid` is started as a user would; `containerd` is Debian's, with its runc and the reference CNI plugins, set up to do
+the same work: a bridge with masquerading, overlay snapshots, images over plain HTTP from loopback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from conformance.leaks import CGROUPS
+
+STOP_S = 20.0
+PLUGINS = Path("/usr/lib/cni")
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """A runtime that serves CRI at `socket`; `bridge` is the link its pods hang on."""
+
+    name: str
+    socket: Path
+    pid: int
+    directory: Path
+    log: Path
+    bridge: str
+
+
+def conflist(name: str, bridge: str, subnet: str, leases: Path) -> str:
+    """One network as a node has it: bridge, addresses by host-local, masquerading, host ports."""
+    plugins = [
+        {
+            "type": "bridge",
+            "bridge": bridge,
+            "isGateway": True,
+            "ipMasq": True,
+            "hairpinMode": True,
+            "ipam": {
+                "type": "host-local",
+                "dataDir": str(leases),
+                "ranges": [[{"subnet": subnet}]],
+                "routes": [{"dst": "0.0.0.0/0"}],
+            },
+        },
+        {"type": "portmap", "capabilities": {"portMappings": True}},
+    ]
+    return json.dumps({"cniVersion": "1.0.0", "name": name, "plugins": plugins}, indent=1)
+
+
+@contextmanager
+def _running(name: str, command: list[str], directory: Path, socket: Path, bridge: str) -> Iterator[Daemon]:
+    log = directory / f"{name}.log"
+    with open(log, "ab") as output:
+        # A session of its own: ^C on the terminal is for us, who then stop it in order.
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    try:
+        _wait_for_socket(process, socket, log)
+        yield Daemon(name, socket, process.pid, directory, log, bridge)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        subprocess.run(["ip", "link", "delete", bridge], capture_output=True, check=False)
+
+
+def _wait_for_socket(process: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not socket.exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"{process.args!r} does not serve {socket}: {log.read_text()[-2000:]}")
+        time.sleep(0.01)
+
+
+def command_path(name: str) -> str:
+    """`ocid` or `ocirun` of this very environment."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else shutil.which(name) or name
+
+
+@contextmanager
+def ocid(directory: Path, subnet: str = "10.201.0.0/16", bridge: str = "") -> Iterator[Daemon]:
+    """`ocid serve` below `directory`; with a `bridge` its network comes from a conflist, else from its own default."""
+    root, state, networks = directory / "root", directory / "state", directory / "net.d"
+    networks.mkdir(parents=True, exist_ok=True)
+    if bridge:
+        (networks / "10-pods.conflist").write_text(conflist("pods", bridge, subnet, directory / "leases"))
+    configuration = directory / "config.toml"
+    configuration.write_text(f'[network]\nconf_dir = "{networks}"\ndefault_subnet = "{subnet}"\n')
+    socket = state / "ocid.sock"
+    command = [command_path("ocid"), "--config", str(configuration), "--root", str(root), "--state", str(state)]
+    with _running("ocid", [*command, "serve"], directory, socket, bridge or "ocid0") as daemon:
+        yield daemon
+
+
+CONTAINERD = """\
+version = 2
+root = "{directory}/root"
+state = "{directory}/state"
+[grpc]
+  address = "{socket}"
+[ttrpc]
+  address = "{socket}.ttrpc"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{pause}"
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "{plugins}"
+    conf_dir = "{directory}/net.d"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    snapshotter = "overlayfs"
+  [plugins."io.containerd.grpc.v1.cri".registry]
+    config_path = "{directory}/certs.d"
+"""
+
+
+@contextmanager
+def containerd(
+    directory: Path, registry: str, subnet: str = "10.202.0.0/16", bridge: str = "peer0"
+) -> Iterator[Daemon]:
+    """Debian's containerd below `directory`, with the pause image from `registry` ("host:port")."""
+    networks, hosts = directory / "net.d", directory / "certs.d" / registry
+    networks.mkdir(parents=True, exist_ok=True)
+    hosts.mkdir(parents=True, exist_ok=True)
+    (networks / "10-pods.conflist").write_text(conflist("peers", bridge, subnet, directory / "leases"))
+    (hosts / "hosts.toml").write_text(f'server = "http://{registry}"\n[host."http://{registry}"]\n')
+    socket = directory / "containerd.sock"
+    configuration = directory / "config.toml"
+    configuration.write_text(
+        CONTAINERD.format(directory=directory, socket=socket, pause=f"{registry}/pause:1", plugins=PLUGINS)
+    )
+    command = ["containerd", "--config", str(configuration), "--log-level", "warn"]
+    with _running("containerd", command, directory, socket, bridge) as daemon:
+        yield daemon
+
+
+def remove_cgroup(name: str) -> None:
+    """Removes the (by now empty) cgroup `name` of every hierarchy; what holds a process stays and is found later."""
+    for top in [CGROUPS, *CGROUPS.iterdir()]:
+        for directory, _, _ in os.walk(top / name, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
+
+
+def pss_bytes(pid: int) -> int:
+    """A process's proportional share of memory; 0 when it is gone."""
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as handle:
+            for line in handle:
+                if line.startswith("Pss:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def all_pids() -> frozenset[int]:
+    return frozenset(int(name) for name in os.listdir("/proc") if name.isdigit())
