@@ -1,0 +1,91 @@
+"""python -m conformance.crictl [--runtime ocid|containerd]
+
+Runs the scenario in namespaces of its own, prints each step, and at the end what is left over. Exit code 1 when any
+step fails; the steps after it still run, so that one run shows everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from conformance import daemons
+from conformance.crictl.scenario import STEPS, Scenario
+from conformance.crictl.tool import CheckFailed, Crictl, built
+from conformance.images import BUSYBOX, layouts, push
+from conformance.isolated import reenter
+from conformance.leaks import Machine, left_over
+from conformance.registry import registry
+
+
+def run(runtime: str, base: Path, binary: Path) -> int:
+    """How many steps failed."""
+    with ExitStack() as stack:
+        images = stack.enter_context(registry(base / "registry"))
+        for layout in layouts(["busybox"]):
+            push(layout, images.address)
+        cgroup = f"scenario-{base.name}"
+        stack.callback(daemons.remove_cgroup, cgroup)
+        directory = base / runtime
+        directory.mkdir()
+        if runtime == "ocid":
+            daemon = stack.enter_context(daemons.ocid(directory))
+        else:
+            daemon = stack.enter_context(daemons.containerd(directory, images.address))
+        config = base / "crictl.yaml"
+        config.write_text("")
+        before = Machine.now()
+        it = Scenario(Crictl(binary, daemon.socket, config), images.reference(BUSYBOX), directory, f"/{cgroup}")
+        failed = 0
+        for step in STEPS:
+            began = time.perf_counter()
+            try:
+                step(it)
+                outcome = "ok"
+            except (CheckFailed, OSError, KeyError, IndexError, ValueError) as error:
+                outcome = f"FAILED: {type(error).__name__}: {error}"
+                failed += 1
+            print(f"  {step.__name__:14} {(time.perf_counter() - began) * 1000:6.0f} ms  {outcome}", flush=True)
+        if failed:
+            print(f"--- the end of {daemon.log.name}:\n{daemon.log.read_text()[-4000:]}")
+        if runtime == "ocid":
+            failed += _leaks(before, cgroup)
+        return failed
+
+
+def _leaks(before: Machine, cgroup: str) -> int:
+    """Counts what the scenario left. The pods' bridge, its table and the parent cgroup stay as long as the daemon."""
+    expected = ("network link ocid", "nftables table")
+    deadline = time.monotonic() + 5
+    while True:
+        found = [
+            line
+            for line in left_over(before, Machine.now())
+            if not line.startswith(expected) and not line.endswith(f"/{cgroup}")
+        ]
+        if not found or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    for line in found:
+        print(f"  left over: {line}")
+    return len(found)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m conformance.crictl", description=__doc__)
+    parser.add_argument("--runtime", choices=("ocid", "containerd"), default="ocid")
+    args = parser.parse_args()
+    binary = built()
+    reenter("conformance.crictl", sys.argv[1:])
+    with tempfile.TemporaryDirectory(prefix="crictl-") as base:
+        failed = run(args.runtime, Path(base), binary)
+    print(f"crictl scenario against {args.runtime}: {'passed' if not failed else f'{failed} failed'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
