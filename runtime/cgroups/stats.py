@@ -1,0 +1,243 @@
+"""What a container uses, read from its cgroups by path: a dozen small files, in well under 0.2 ms.
+
+Refuses nothing: a file that a kernel lacks, or a container that ends meanwhile, reads as zero, so that one container
+never spoils the list of all (threats O42). Invariant: numbers are nanoseconds and bytes, and -1 is "no limit".
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import NamedTuple
+
+_TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+_V1_UNLIMITED = 1 << 62  # v1 prints the largest multiple of a page below 2^63 for "no limit"
+
+
+class DeviceIo(NamedTuple):
+    """Bytes and operations of one block device, since the cgroup was made."""
+
+    major: int
+    minor: int
+    read_bytes: int = 0
+    write_bytes: int = 0
+    reads: int = 0
+    writes: int = 0
+
+
+class Stats(NamedTuple):
+    """One look at a container. Memory counts those below it, as the kernel's `total_` figures do."""
+
+    timestamp_ns: int
+    cpu_usage_ns: int = 0
+    cpu_user_ns: int = 0
+    cpu_system_ns: int = 0
+    periods: int = 0
+    throttled_periods: int = 0
+    throttled_ns: int = 0
+    memory_usage: int = 0
+    memory_peak: int = 0
+    memory_limit: int = -1
+    memory_rss: int = 0
+    memory_cache: int = 0
+    memory_inactive_file: int = 0
+    memory_mapped_file: int = 0
+    page_faults: int = 0
+    major_page_faults: int = 0
+    swap_usage: int = 0
+    swap_limit: int = -1
+    oom_kills: int = 0
+    pids: int = 0
+    pids_limit: int = -1
+    io: tuple[DeviceIo, ...] = ()
+
+    @property
+    def memory_working_set(self) -> int:
+        """What the kubelet evicts by: usage without the page cache that can go at once."""
+        return max(0, self.memory_usage - self.memory_inactive_file)
+
+    @property
+    def memory_available(self) -> int:
+        """Limit minus working set; -1 without a limit."""
+        return -1 if self.memory_limit < 0 else max(0, self.memory_limit - self.memory_working_set)
+
+
+def read(path: str) -> bytes:
+    """A cgroup file; b"" when there is none."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return b""
+    try:
+        return os.read(fd, 65536)
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
+
+
+def number(raw: bytes, default: int = 0) -> int:
+    """A file of one number; "max", and what v1 prints for it, is -1."""
+    raw = raw.strip()
+    if raw == b"max":
+        return -1
+    if not raw.isdigit():
+        return default
+    value = int(raw)
+    return -1 if value >= _V1_UNLIMITED else value
+
+
+def table(raw: bytes) -> dict[bytes, int]:
+    """A file of "name value" lines."""
+    words = raw.split()
+    try:
+        return dict(zip(words[::2], map(int, words[1::2]), strict=False))
+    except ValueError:
+        return {}
+
+
+def of_v1(directories: dict[str, str]) -> dict[str, object]:
+    """The fields of Stats that v1 hierarchies hold, from {controller: directory}."""
+    found: dict[str, object] = {}
+    if path := directories.get("cpuacct"):
+        times = table(read(f"{path}/cpuacct.stat"))
+        found.update(
+            cpu_usage_ns=number(read(f"{path}/cpuacct.usage")),
+            cpu_user_ns=times.get(b"user", 0) * _TICK_NS,
+            cpu_system_ns=times.get(b"system", 0) * _TICK_NS,
+        )
+    if path := directories.get("cpu"):
+        cpu = table(read(f"{path}/cpu.stat"))
+        found.update(
+            periods=cpu.get(b"nr_periods", 0),
+            throttled_periods=cpu.get(b"nr_throttled", 0),
+            throttled_ns=cpu.get(b"throttled_time", 0),
+        )
+    if path := directories.get("memory"):
+        found.update(_memory_v1(path))
+    if path := directories.get("pids"):
+        found.update(pids=number(read(f"{path}/pids.current")), pids_limit=number(read(f"{path}/pids.max"), -1))
+    if path := directories.get("blkio"):
+        found.update(io=_io_v1(path))
+    return found
+
+
+def _memory_v1(path: str) -> dict[str, object]:
+    memory = table(read(f"{path}/memory.stat"))
+    usage = number(read(f"{path}/memory.usage_in_bytes"))
+    limit = number(read(f"{path}/memory.limit_in_bytes"), -1)
+    both = number(read(f"{path}/memory.memsw.limit_in_bytes"), -1)
+    return {
+        "memory_usage": usage,
+        "memory_peak": number(read(f"{path}/memory.max_usage_in_bytes")),
+        "memory_limit": limit,
+        "memory_rss": memory.get(b"total_rss", 0),
+        "memory_cache": memory.get(b"total_cache", 0),
+        "memory_inactive_file": memory.get(b"total_inactive_file", 0),
+        "memory_mapped_file": memory.get(b"total_mapped_file", 0),
+        "page_faults": memory.get(b"total_pgfault", 0),
+        "major_page_faults": memory.get(b"total_pgmajfault", 0),
+        "swap_usage": memory.get(b"total_swap", 0),
+        "swap_limit": both - limit if both >= 0 and limit >= 0 else -1,
+        "oom_kills": oom_kills_v1(path),
+    }
+
+
+def oom_kills_v1(path: str) -> int:
+    """memory.oom_control's oom_kill (4.13), which v1 counts for each cgroup alone: so those below are added."""
+    total = table(read(f"{path}/memory.oom_control")).get(b"oom_kill", 0)
+    try:
+        if os.stat(path).st_nlink > 2:
+            with os.scandir(path) as entries:
+                below = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+            total += sum(oom_kills_v1(child) for child in below)
+    except (OSError, RecursionError):
+        pass  # it is being removed, or nests deeper than anybody counts
+    return total
+
+
+def oom_kills_v2(path: str) -> int:
+    """memory.events' oom_kill, which counts those below as well."""
+    return table(read(f"{path}/memory.events")).get(b"oom_kill", 0)
+
+
+def _io_v1(path: str) -> tuple[DeviceIo, ...]:
+    devices: dict[bytes, dict[bytes, int]] = {}
+    for file, suffix in (
+        ("blkio.throttle.io_service_bytes_recursive", b"_bytes"),
+        ("blkio.throttle.io_serviced_recursive", b"s"),
+    ):
+        for line in read(f"{path}/{file}").splitlines():
+            words = line.split()
+            if len(words) == 3 and words[1] in (b"Read", b"Write"):
+                devices.setdefault(words[0], {})[words[1].lower() + suffix] = int(words[2])
+    return tuple(_device(device, values) for device, values in devices.items())
+
+
+def _device(name: bytes, values: dict[bytes, int]) -> DeviceIo:
+    major, _, minor = name.partition(b":")
+    return DeviceIo(
+        int(major),
+        int(minor),
+        values.get(b"read_bytes", 0),
+        values.get(b"write_bytes", 0),
+        values.get(b"reads", 0),
+        values.get(b"writes", 0),
+    )
+
+
+def of_v2(path: str) -> dict[str, object]:
+    """The fields of Stats that a v2 cgroup holds; only those of controllers that are on here."""
+    found: dict[str, object] = {}
+    cpu = table(read(f"{path}/cpu.stat"))
+    if b"usage_usec" in cpu:
+        found.update(
+            cpu_usage_ns=cpu[b"usage_usec"] * 1000,
+            cpu_user_ns=cpu.get(b"user_usec", 0) * 1000,
+            cpu_system_ns=cpu.get(b"system_usec", 0) * 1000,
+            periods=cpu.get(b"nr_periods", 0),
+            throttled_periods=cpu.get(b"nr_throttled", 0),
+            throttled_ns=cpu.get(b"throttled_usec", 0) * 1000,
+        )
+    if memory := table(read(f"{path}/memory.stat")):
+        found.update(
+            memory_usage=number(read(f"{path}/memory.current")),
+            memory_peak=number(read(f"{path}/memory.peak")),
+            memory_limit=number(read(f"{path}/memory.max"), -1),
+            memory_rss=memory.get(b"anon", 0),
+            memory_cache=memory.get(b"file", 0),
+            memory_inactive_file=memory.get(b"inactive_file", 0),
+            memory_mapped_file=memory.get(b"file_mapped", 0),
+            page_faults=memory.get(b"pgfault", 0),
+            major_page_faults=memory.get(b"pgmajfault", 0),
+            swap_usage=number(read(f"{path}/memory.swap.current")),
+            swap_limit=number(read(f"{path}/memory.swap.max"), -1),
+            oom_kills=oom_kills_v2(path),
+        )
+    if raw := read(f"{path}/pids.current"):
+        found.update(pids=number(raw), pids_limit=number(read(f"{path}/pids.max"), -1))
+    if raw := read(f"{path}/io.stat"):
+        found.update(io=_io_v2(raw))
+    return found
+
+
+def _io_v2(raw: bytes) -> tuple[DeviceIo, ...]:
+    names = {b"rbytes": b"read_bytes", b"wbytes": b"write_bytes", b"rios": b"reads", b"wios": b"writes"}
+    devices = []
+    for line in raw.splitlines():
+        device, *pairs = line.split()
+        values = {}
+        for pair in pairs:
+            key, _, value = pair.partition(b"=")
+            if key in names and value.isdigit():
+                values[names[key]] = int(value)
+        devices.append(_device(device, values))
+    return tuple(devices)
+
+
+def collect(directories: dict[str, str], v2: str) -> Stats:
+    """Stats of a container from its v1 directories by controller and its v2 one ("" without)."""
+    now = time.time_ns()
+    values = of_v2(v2) if v2 else {}
+    values.update(of_v1(directories))
+    return Stats(now, **values)  # type: ignore[arg-type]
