@@ -4,19 +4,27 @@
 says in sentences what is new. It only looks and never cleans up. With `marks` it reports only what carries one of them
 (a path below a test's directory, a process started with a test's environment), so that a comparison stays true while
 somebody else uses the same machine.
+
+    python3 -m conformance.leaks save FILE      writes what is there now
+    python3 -m conformance.leaks compare FILE   prints what is new since then; exit code 1 if anything is
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
+import sys
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 NETNS_DIRECTORIES = (Path("/run/netns"), Path("/run/ocid/netns"))
+# What a process that was just killed takes to be reaped, and its cgroup to go after it.
+SETTLE_S = 5.0
 # Threads of the kernel come and go on their own: their parent is kthreadd, always pid 2.
 KTHREADD = 2
 
@@ -160,3 +168,65 @@ def _environment(pid: int) -> str:
         return Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "replace")
     except OSError:
         return ""
+
+
+def _save(file: Path) -> None:
+    now = Machine.now()
+    document = {
+        "mounts": list(now.mounts),
+        "namespaces": sorted(now.namespaces),
+        "links": sorted(now.links),
+        "tables": sorted(now.tables),
+        "cgroups": sorted(now.cgroups),
+        "processes": [[one.pid, one.started_ticks, one.parent, one.name, one.command] for one in now.processes],
+    }
+    file.write_text(json.dumps(document))
+
+
+def _load(file: Path) -> Machine:
+    document = json.loads(file.read_text())
+    return Machine(
+        mounts=tuple(document["mounts"]),
+        namespaces=frozenset(document["namespaces"]),
+        links=frozenset(document["links"]),
+        tables=frozenset(document["tables"]),
+        cgroups=frozenset(document["cgroups"]),
+        processes=frozenset(Process(*fields) for fields in document["processes"]),
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    if len(arguments) != 2 or arguments[0] not in ("save", "compare"):
+        print("usage: python3 -m conformance.leaks save|compare FILE", file=sys.stderr)
+        return 2
+    file = Path(arguments[1])
+    if arguments[0] == "save":
+        _save(file)
+        return 0
+    before = _load(file)
+    # The shell that calls us, and what it runs beside us, is not left over.
+    ancestors = _ancestors(os.getpid())
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        after = Machine.now()
+        mine = frozenset(process for process in after.processes if process.pid not in ancestors)
+        found = left_over(before, replace(after, processes=mine))
+        if not found or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    for line in found:
+        print(f"left over: {line}")
+    return 1 if found else 0
+
+
+def _ancestors(pid: int) -> frozenset[int]:
+    parents = {process.pid: process.parent for process in _processes()}
+    found = set()
+    while pid in parents:
+        found.add(pid)
+        pid = parents[pid]
+    return frozenset(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -2,7 +2,8 @@
 
 While others use the same machine, a test answers only for what carries its marks: paths below pytest's own base
 directory, and processes that descend from this session or were started with its environment. With OCID_REQUIRE_ALL=1
-(CI, where the machine is ours) the end of the session compares everything, cgroups, links and tables included.
+(CI, where the machine is ours) the end of the session compares everything, cgroups, links and tables included, and a
+skipped test fails the session: green means that all of it ran.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ SETTLE_S = 3.0
 
 _session_start = pytest.StashKey[Machine]()
 _session_leaks = pytest.StashKey[list[str]]()
+# A reference that lies beside the repository only where it is developed.
+MAY_SKIP = ("cri-v1.json",)
+_skipped: list[str] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,12 +58,21 @@ def leaves_nothing(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
         pytest.fail("the test left behind:\n  " + "\n  ".join(found), pytrace=False)
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if (
+        report.skipped
+        and not hasattr(report, "wasxfail")
+        and not any(name in str(report.longrepr) for name in MAY_SKIP)
+    ):
+        _skipped.append(report.nodeid)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if not os.environ.get("OCID_REQUIRE_ALL"):
         return
     found = _settled(session.config.stash[_session_start], [])
     session.config.stash[_session_leaks] = found
-    if found and session.exitstatus == pytest.ExitCode.OK:
+    if (found or _skipped) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -68,3 +81,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if found:
         terminalreporter.section("left on the machine by this session", red=True)
         terminalreporter.write("".join(f"  {line}\n" for line in found))
+    if _skipped and os.environ.get("OCID_REQUIRE_ALL"):
+        terminalreporter.section("skipped, though OCID_REQUIRE_ALL is set", red=True)
+        terminalreporter.write("".join(f"  {line}\n" for line in _skipped))
