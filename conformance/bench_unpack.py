@@ -25,6 +25,8 @@ from snapshotter.inflate import inflate
 from snapshotter.model import Limits
 from snapshotter.unpack import unpack
 
+# So many words of random bytes give gzip -1 the ratio of that layer.
+WORDS = 180
 MEDIA_TYPE = "application/vnd.oci.image.layer.v1.tar+gzip"
 
 
@@ -32,7 +34,7 @@ def build(path: Path, files: int, total: int, seed: int) -> str:
     """Writes a gzip'ed tar whose files have a distribution's sizes and compress about 3.7 to 1; returns its diff id."""
     dice = random.Random(seed)
     # Text-like blocks: words from a small vocabulary, so that deflate has matches and literals as in real files.
-    vocabulary = [dice.randbytes(dice.randint(2, 12)) for _ in range(6000)]
+    vocabulary = [dice.randbytes(dice.randint(2, 12)) for _ in range(WORDS)]
     pool = b"".join(dice.choices(vocabulary, k=1_500_000))
     sizes = [min(int(dice.lognormvariate(7.9, 1.9)), 60 << 20) for _ in range(files)]
     scale = total / sum(sizes)

@@ -18,7 +18,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotInfo:
-    """An active snapshot: its key, the chain id it stands on (None: empty) and when it was made (ns since the epoch)."""
+    """An active snapshot: its key, the chain id it stands on (None: empty), when it was made (ns since the epoch)."""
 
     key: str
     parent: str | None
@@ -39,3 +39,43 @@ class NotFound(SnapshotError):
 
 class UnpackError(SnapshotError):
     """The layer is not one that may be unpacked: names the entry, what is wrong with it and the limit, if any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one layer may ask for (threats S37, R5). Each bound is named in the error that it causes.
+
+    `layer_bytes` bounds the tar; `inflate_ratio` bounds it too, as a multiple of the blob, once it is larger than
+    `inflate_floor`. `pending_bytes` bounds the paths that wait for the parent (implied directories, hard links into
+    lower layers), `directory_bytes` the paths of the directories whose metadata is set last.
+    """
+
+    layer_bytes: int = 256 << 30
+    inflate_ratio: int = 250
+    inflate_floor: int = 1 << 30
+    entries: int = 10_000_000
+    path_bytes: int = 4095
+    depth: int = 512
+    pax_bytes: int = 1 << 20
+    xattrs: int = 256
+    sparse_regions: int = 100_000
+    file_bytes: int = 8 << 40
+    directories: int = 1_000_000
+    directory_bytes: int = 64 << 20
+    pending_bytes: int = 8 << 20
+    zstd_window: int = 128 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How the snapshotter works. `workers` 0 unpacks in the calling thread (tests).
+
+    `volatile` mounts a container's writable layer without syncing it on unmount or fsync (threats O40).
+    `parent_wait_s` is how long a layer that is ready waits for a parent nobody is unpacking.
+    """
+
+    workers: int = 2
+    worker_idle_s: float = 10.0
+    parent_wait_s: float = 1800.0
+    volatile: bool = True
+    limits: Limits = Limits()

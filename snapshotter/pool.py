@@ -1,0 +1,193 @@
+"""The daemon's side of the unpack workers: at most `size` processes, spawned when needed, ended when idle.
+
+It refuses to fork: workers are posix_spawn'ed, since the daemon has threads. Invariant: a worker is idle, or has one
+request; a worker that failed to answer is never used again, and every one that was started is waited for.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from runtime.linux.sockets import FrameError, recv_frame, send_frame
+from snapshotter import protocol
+from snapshotter.model import SnapshotError
+from snapshotter.worker import work
+
+# -I: neither PYTHON* variables nor the working directory decide what a root process imports.
+_MAIN = "import sys; sys.path.insert(0, sys.argv[1]); from snapshotter.worker import main; main()"
+_PACKAGES = str(Path(__file__).parent.parent)
+
+
+class _Worker:
+    """One process and the socket to it."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            arguments = [sys.executable, "-I", "-c", _MAIN, _PACKAGES]
+            null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                self.pid = os.posix_spawn(
+                    sys.executable, arguments, os.environ,
+                    file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), 0), (os.POSIX_SPAWN_DUP2, null, 1)],
+                    setsigmask=[], setsigdef=[signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGCHLD],
+                )
+            except BaseException:
+                ours.close()
+                raise
+            finally:
+                os.close(null)
+        self.socket = ours
+        self.idle_since = 0.0
+
+    def ask(self, request: protocol.Unpack | protocol.Finish, fds: tuple[int, ...]) -> protocol.Done:
+        send_frame(self.socket, protocol.encode_request(request), fds)
+        message = recv_frame(self.socket)
+        if message is None:
+            raise FrameError("closed")
+        reply = protocol.decode_reply(message[0])
+        if isinstance(reply, protocol.Failed):
+            reply.raise_()
+            raise AssertionError("unreachable")
+        return reply
+
+    def end(self) -> int:
+        """Closes the socket, on which the worker exits, and waits; returns its wait status as an exit code."""
+        self.socket.close()
+        try:
+            return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        except ChildProcessError:  # somebody who waits for every child was faster
+            return 0
+
+
+class Pool:
+    """`ask` from any thread; it waits for a free worker. With `size` 0 the work is done in the calling thread."""
+
+    def __init__(self, size: int, idle_s: float) -> None:
+        self._size = size
+        self._idle_s = idle_s
+        self._changed = threading.Condition()
+        self._idle: list[_Worker] = []
+        self._busy: set[_Worker] = set()
+        self._starting = 0
+        self._closed = False
+        self._reaper: threading.Thread | None = None
+
+    def ask(self, request: protocol.Unpack | protocol.Finish, *fds: int) -> protocol.Done:
+        """Has a worker do `request`. Raises what it raises: UnpackError, OSError; SnapshotError when it died or the
+        pool was closed meanwhile."""
+        if self._size == 0:
+            return work(request, list(fds))
+        worker = self._take()
+        answered = False
+        try:
+            reply = worker.ask(request, fds)
+            answered = True
+            return reply
+        except (FrameError, BrokenPipeError, ConnectionResetError) as error:
+            status = self._drop(worker)
+            if self._closed:
+                raise SnapshotError("the snapshotter was closed") from error
+            words = f"signal {signal.Signals(-status).name}" if status < 0 else f"code {status}"
+            raise SnapshotError(f"unpack worker {worker.pid} ended with {words} in the middle of a layer") from error
+        except (SnapshotError, OSError):
+            answered = True  # a reply, though not a good one
+            raise
+        finally:
+            if answered:
+                self._give_back(worker)
+            elif worker in self._busy:
+                self._drop(worker)
+
+    def processes(self) -> list[int]:
+        """The pids of the workers."""
+        with self._changed:
+            return [worker.pid for worker in (*self._idle, *self._busy)]
+
+    def close(self) -> None:
+        """Ends every worker, busy or not; their requests fail with SnapshotError. Idempotent."""
+        with self._changed:
+            self._closed = True
+            idle, self._idle = self._idle, []
+            for worker in self._busy:
+                worker.socket.shutdown(socket.SHUT_RDWR)
+            self._changed.notify_all()
+            reaper = self._reaper
+        for worker in idle:
+            worker.end()
+        if reaper is not None:
+            reaper.join()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._busy and not self._starting)
+
+    def _take(self) -> _Worker:
+        with self._changed:
+            while True:
+                if self._closed:
+                    raise SnapshotError("the snapshotter was closed")
+                if self._idle:
+                    worker = self._idle.pop()
+                    self._busy.add(worker)
+                    return worker
+                if len(self._busy) + self._starting < self._size:
+                    self._starting += 1
+                    break
+                self._changed.wait()
+        started: _Worker | None = None
+        try:
+            started = _Worker()
+        finally:
+            with self._changed:
+                self._starting -= 1
+                if started is not None:
+                    self._busy.add(started)
+                    if self._closed:
+                        started.socket.shutdown(socket.SHUT_RDWR)
+                self._changed.notify_all()
+        return started
+
+    def _drop(self, worker: _Worker) -> int:
+        status = worker.end()
+        with self._changed:
+            self._busy.discard(worker)
+            self._changed.notify_all()
+        return status
+
+    def _give_back(self, worker: _Worker) -> None:
+        with self._changed:
+            if not self._closed:
+                self._busy.discard(worker)
+                worker.idle_since = time.monotonic()
+                self._idle.append(worker)
+                self._changed.notify_all()
+                if self._reaper is None:
+                    self._reaper = threading.Thread(target=self._reap, name="unpack-reaper", daemon=True)
+                    self._reaper.start()
+                return
+        self._drop(worker)
+
+    def _reap(self) -> None:
+        """Ends workers that had nothing to do for `idle_s`; ends itself with the last of them."""
+        while True:
+            with self._changed:
+                if self._closed or not (self._idle or self._busy or self._starting):
+                    self._reaper = None
+                    return
+                if not self._idle:
+                    self._changed.wait()
+                    continue
+                oldest = min(self._idle, key=lambda worker: worker.idle_since)
+                left = oldest.idle_since + self._idle_s - time.monotonic()
+                if left > 0:
+                    self._changed.wait(left)
+                    continue
+                self._idle.remove(oldest)
+            oldest.end()
+
+

@@ -1,0 +1,93 @@
+"""One layer from blob to directory: a thread inflates and hashes, the caller's walks headers and makes files.
+
+Both spend nearly all of their time outside the interpreter lock, so one layer keeps two cores busy. It refuses a tar
+whose digest is not the announced diff id. Invariant: at most QUEUED + 2 chunks of inflate.CHUNK are held; after a
+failure both threads have ended and the directory is garbage for the caller.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from snapshotter import inflate
+from snapshotter.extract import Extracted, Extractor
+from snapshotter.model import Limits, UnpackError
+from snapshotter.tar import Feed, Walker
+
+QUEUED = 8
+
+
+class Unpacked(NamedTuple):
+    """The digest of the raw tar, and what was made of it."""
+
+    diff_id: str
+    extracted: Extracted
+
+
+class _Producer:
+    """The inflating thread; `take` is its other end."""
+
+    def __init__(self, blob_fd: int, media_type: str, limits: Limits) -> None:
+        self._queue: queue.Queue[bytes | BaseException] = queue.Queue(QUEUED)
+        self._stop = False
+        self._ended = False
+        self._hash = hashlib.sha256()
+        self._thread = threading.Thread(target=self._run, args=(blob_fd, media_type, limits), name="inflate",
+                                        daemon=True)
+        self._thread.start()
+
+    def _run(self, blob_fd: int, media_type: str, limits: Limits) -> None:
+        try:
+            for chunk in inflate.inflate(blob_fd, media_type, limits):
+                self._hash.update(chunk)
+                self._queue.put(chunk)
+                if self._stop:
+                    return
+            self._queue.put(b"")
+        except BaseException as error:  # noqa: BLE001  handed to the caller's thread, which raises it
+            self._queue.put(error)
+
+    def take(self) -> bytes:
+        """The next chunk, b"" at the end and ever after. Raises what the thread failed with."""
+        if self._ended:
+            return b""
+        item = self._queue.get()
+        if isinstance(item, bytes):
+            self._ended = not item
+            return item
+        self._ended = True
+        raise item
+
+    def finish(self) -> str:
+        """The digest, once everything was taken."""
+        self._thread.join()
+        return f"sha256:{self._hash.hexdigest()}"
+
+    def stop(self) -> None:
+        """Ends the thread, whatever it is at."""
+        self._stop = True
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.01)
+            except queue.Empty:
+                pass
+        self._thread.join()
+
+
+def unpack(blob_fd: int, layer_fd: int, media_type: str, diff_id: str, limits: Limits, *, base: bool,
+           aliases: Mapping[bytes, bytes] | None = None) -> Unpacked:
+    """Unpacks the blob into the empty directory `layer_fd`. Raises UnpackError, OSError."""
+    producer = _Producer(blob_fd, media_type, limits)
+    try:
+        walker = Walker(Feed(producer.take), limits)
+        extracted = Extractor(layer_fd, walker, limits, base=base, aliases=aliases).run()
+        found = producer.finish()
+    finally:
+        producer.stop()
+    if found != diff_id:
+        raise UnpackError(f"layer's diff id is {found}, the image's config says {diff_id}")
+    return Unpacked(found, extracted)

@@ -1,0 +1,69 @@
+"""The unpack worker: a process of its own, since making 70,000 files holds an interpreter that has RPCs to answer.
+
+It is spawned by `Pool`, serves one request at a time on the socket that is its fd 0, and refuses to outlive the
+daemon: when that end closes it exits at once, in the middle of whatever it does (the half-made directory has no record
+and is swept). Invariant: no umask, no new privileges, and nothing but the given fds and the named lower layers is
+opened.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import threading
+
+from runtime.linux.process import set_name, set_no_new_privs
+from runtime.linux.sockets import recv_frame, send_frame
+from snapshotter import protocol
+from snapshotter.finish import finish
+from snapshotter.model import SnapshotError
+from snapshotter.unpack import unpack
+
+
+def work(request: protocol.Unpack | protocol.Finish, fds: list[int]) -> protocol.Done:
+    """Does one request in the calling thread. `fds` stay the caller's. Raises UnpackError, OSError."""
+    if isinstance(request, protocol.Finish):
+        aliases = finish(fds[0], request.lowers, request.implied, request.links)
+        return protocol.Done(aliases=[part for pair in aliases.items() for part in pair])
+    blob, layer = fds
+    made = unpack(blob, layer, request.media_type, request.diff_id, request.limits, base=request.base,
+                  aliases=request.aliases).extracted
+    return protocol.Done(made.size, made.inodes, made.opaque, made.implied, made.links)
+
+
+def _job(sock: socket.socket, frame: bytes, fds: list[int]) -> None:
+    reply: protocol.Done | protocol.Failed
+    try:
+        reply = work(protocol.decode_request(frame), fds)
+    except BaseException as error:  # noqa: BLE001  whatever it is, the daemon is told
+        reply = protocol.failed(error)
+    finally:
+        for fd in fds:
+            os.close(fd)
+    try:
+        send_frame(sock, protocol.encode_reply(reply))
+    except OSError:
+        os._exit(1)
+
+
+def main() -> None:
+    """Serves until the daemon's end of fd 0 closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the daemon, which closes the socket if it ends
+    set_name("ocid-unpack")
+    set_no_new_privs()
+    os.umask(0)
+    os.chdir("/")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    sock = socket.socket(fileno=0)
+    while True:
+        try:
+            message = recv_frame(sock, want_fds=True)
+        except (OSError, SnapshotError):
+            os._exit(1)
+        if message is None:
+            # _exit: threads in the middle of a write must not keep the process.
+            os._exit(0)
+        threading.Thread(target=_job, args=(sock, *message), name="job", daemon=True).start()
