@@ -1,0 +1,118 @@
+"""PID 1 of a pod whose containers share a PID namespace: it reaps, and does nothing else until it is killed.
+
+It is a fork of the shim, so it costs a few pages and no start. Since every container of the pod can see it, it gives
+up all that could be of use to one that reaches into it (threats S1, S17): all fds, all capabilities, its user, its
+groups, the host's file system (an empty read-only tmpfs is its root), and being dumpable. Refuses signals but SIGKILL
+from outside, as PID 1 without handlers does (pid_namespaces(7)).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from runtime.linux.mount import (
+    MNT_DETACH,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_PRIVATE,
+    MS_RDONLY,
+    MS_REC,
+    mount,
+    pivot_root,
+    umount2,
+)
+from runtime.linux.process import (
+    CLONE_NEWNS,
+    CLONE_NEWPID,
+    cap_ambient_clear,
+    capbset_drop,
+    capset,
+    clone3,
+    close_range,
+    set_dumpable,
+    set_name,
+    set_no_new_privs,
+    unshare,
+)
+
+_NOBODY = 65534
+_READY = b"ready"
+
+
+def start_pause(directory: str) -> int:
+    """Starts it in a new PID namespace; `directory` is an empty one that its root is mounted on in its own mount
+    namespace. Its pid, a child of ours. Raises OSError."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    pid, pidfd = clone3(CLONE_NEWPID)
+    if pid == 0:
+        _become_pause(directory, writer)
+    os.close(pidfd)
+    os.close(writer)
+    try:
+        said = os.read(reader, 4096)
+    finally:
+        os.close(reader)
+    if said != _READY:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise OSError(0, f"start the pause process: {said.decode('utf-8', 'replace') or 'it died'}")
+    return pid
+
+
+def _become_pause(directory: str, ready: int) -> None:
+    try:
+        try:
+            _give_up_everything(directory)
+            os.write(ready, _READY)
+            close_range(0)
+        except BaseException as error:
+            os.write(ready, f"{type(error).__name__}: {error}".encode()[:4000])
+            raise
+        _reap_for_ever()
+    finally:
+        os._exit(1)
+
+
+def _give_up_everything(directory: str) -> None:
+    signal.set_wakeup_fd(-1)
+    set_name("ocid-pause")
+    os.setsid()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCHLD, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    unshare(CLONE_NEWNS)
+    mount(None, "/", None, MS_REC | MS_PRIVATE)
+    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
+    mount("pause", directory, "tmpfs", flags | MS_RDONLY, "size=4k,mode=0555")
+    os.chdir(directory)
+    pivot_root(".", ".")
+    umount2(".", MNT_DETACH)
+    os.chdir("/")
+    _drop_privileges()
+
+
+def _drop_privileges() -> None:
+    for capability in range(64):
+        try:
+            capbset_drop(capability)
+        except OSError:  # EINVAL: past the last one of this kernel
+            break
+    set_no_new_privs()
+    os.setgroups([])
+    os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+    os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+    cap_ambient_clear()
+    capset(0, 0, 0)
+    set_dumpable(False)
+
+
+def _reap_for_ever() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    while True:
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
+        signal.sigwait({signal.SIGCHLD})

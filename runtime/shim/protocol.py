@@ -1,0 +1,288 @@
+"""Daemon ↔ zygote and daemon ↔ shim: what is said over their unix sockets, both directions side by side.
+
+    daemon                zygote                           shim
+      │ ── hello ──────────▶ │                                │
+      │ ◀─ {version, pid} ── │                                │
+      │ ── start PodMessage ▶│ ── clone(CLONE_PARENT) ──────▶ │ namespaces, pins, shm, socket
+      │ ◀────────────── {pid, started_ticks, pause_pid} ───── │ (on the connection it inherited)
+      │ ── create ContainerMessage · start · signal · delete ▶│
+      │ ◀─ facts, or an error with code, step and hint ────── │
+      │ ── exec ExecMessage ─────────────────────────────────▶│ runs it to the end
+      │ ◀─ {exit_code, …}, then two raw frames: out, err ──── │
+      │ ── events ──────────────────────────────────────────▶ │
+      │ ◀─ {} · {"event": "exit", "facts": {…}} · … · EOF ─── │
+      │ ── attach + fds (SCM_RIGHTS) ───────────────────────▶ │ the connection becomes the control fd:
+      │ ◀─ {} ··· {"resize": [rows, cols]} ··▶ ··· EOF ────── │ EOF = output ended, or the caller detaches
+
+A connection carries one request. Frames are those of runtime.linux.sockets: a length, then JSON (two replies excepted,
+as drawn). Refuses frames over MAX_REQUEST, unknown operations and unknown fields, each by name. Invariant: only uid 0
+is heard (SO_PEERCRED), and an error crosses as what it is: message, code, hint.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import struct
+
+from runtime.errors import RuntimeFailure
+from runtime.fields import decode, encode
+from runtime.linux.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
+    Message = TypeVar("Message", bound=Record)
+
+MAX_REQUEST = 8 << 20  # a process object with 2 MiB of environment, escaped, fits
+MAX_FDS = 16
+_HEADER = struct.Struct("=I")
+
+
+class PodMessage(Record):
+    """runtime.shim.model.SandboxSpec, and where the daemon keeps its state."""
+
+    id: str
+    directory: str
+    state: str
+    hostname: str
+    netns: str
+    private_ipc: bool
+    private_uts: bool
+    shared_pid: bool
+    shm_bytes: int
+    sysctls: dict[str, str]
+    cgroup_parent: str
+
+
+class ContainerMessage(Record):
+    """runtime.shim.model.ContainerSpec, its FsMount spread out. `log_path` "" is none, `handler` "" is native."""
+
+    id: str
+    bundle: str
+    fstype: str
+    source: str
+    options: list[list[str | None]]
+    attributes: int
+    log_path: str
+    terminal: bool
+    stdin: bool
+    stdin_once: bool
+    handler: str
+
+
+class ExecMessage(Record):
+    """runtime.shim.model.ExecSpec for container `id`."""
+
+    id: str
+    process: dict[str, Any]
+    timeout_s: float
+    output_limit: int
+
+
+class SignalMessage(Record):
+    """Signal `number` to the init of container `id`, or to all of it."""
+
+    id: str
+    number: int
+    everyone: bool
+
+
+class UpdateMessage(Record):
+    """runtime-spec `linux.resources` for container `id`."""
+
+    id: str
+    resources: dict[str, Any]
+
+
+class AttachMessage(Record):
+    """The fds that travel with it are stdin (iff `stdin`), then stdout, then stderr, as far as there are any."""
+
+    id: str
+    stdin: bool
+    terminal: bool
+
+
+class StreamMessage(Record):
+    """A command whose stdio is the caller's own fds: stdin, stdout, stderr; with `terminal` a pty between them."""
+
+    id: str
+    process: dict[str, Any]
+    stdin: bool
+    terminal: bool
+
+
+class SweepMessage(Record):
+    """Work on a pod whose shim is gone, done by a process that the zygote forks for it. `action` is "signal" (container
+    `id` gets `number`), "lost" (kill everything, tell what is known), "delete" (container `id`) or "stop" (all)."""
+
+    action: str
+    directory: str
+    state: str
+    id: str = ""
+    number: int = 0
+    everyone: bool = False
+
+
+class Facts:
+    """runtime.shim.model.ContainerFacts as the shim keeps them, changing as things happen."""
+
+    __slots__ = (
+        "created_ns",
+        "exit_code",
+        "finished_ns",
+        "id",
+        "message",
+        "oom_killed",
+        "pid",
+        "signal",
+        "started_ns",
+        "started_ticks",
+    )
+
+    def __init__(self, container_id: str) -> None:
+        self.id = container_id
+        self.pid = 0
+        self.started_ticks = 0
+        self.created_ns = 0
+        self.started_ns = 0
+        self.finished_ns = 0
+        self.exit_code = -1
+        self.signal = 0
+        self.oom_killed = False
+        self.message = ""
+
+    def to_json(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def from_json(cls, value: object) -> Facts:
+        """What `to_json` gave; a field that is missing or of another type keeps its default."""
+        facts = cls("")
+        if isinstance(value, dict):
+            for name in cls.__slots__:
+                if type(value.get(name)) is type(getattr(facts, name)):
+                    setattr(facts, name, value[name])
+        return facts
+
+
+def parse(kind: type[Message], body: object) -> Message:
+    """The body of a request as its message. Raises RuntimeFailure that names missing and unknown fields."""
+    fields = kind._fields
+    if not isinstance(body, dict) or body.keys() != set(fields):
+        got = sorted(body) if isinstance(body, dict) else type(body).__name__
+        raise RuntimeFailure(
+            f"read {kind.__name__}: expected fields {sorted(fields)}, got {got}", code="invalid_argument"
+        )
+    return kind(*(body[name] for name in fields))
+
+
+def request(operation: str, message: Record | None = None) -> bytes:
+    """The frame body of a request."""
+    body = {} if message is None else {name: getattr(message, name) for name in message._fields}
+    return encode([operation, body])
+
+
+def parse_request(payload: bytes) -> tuple[str, object]:
+    """Operation and body. Raises RuntimeFailure."""
+    value = decode(payload, "a message", MAX_REQUEST)
+    if not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], str):
+        raise RuntimeFailure("read a request: expected [operation, body]", code="invalid_argument")
+    return value[0], value[1]
+
+
+def reply(value: object) -> bytes:
+    """The frame body of a success."""
+    return encode({"ok": value})
+
+
+def failure(error: BaseException) -> bytes:
+    """The frame body of a failure. Whatever is no RuntimeFailure reads as one, and is "internal"."""
+    if isinstance(error, OSError) and not isinstance(error, RuntimeFailure):
+        error = RuntimeFailure.of(error)
+    elif not isinstance(error, RuntimeFailure):
+        error = RuntimeFailure(f"{type(error).__name__}: {error}")
+    return encode({"error": error.to_json()})
+
+
+def parse_reply(payload: bytes) -> Any:
+    """The value of a success. Raises the RuntimeFailure of a failure."""
+    value = decode(payload, "a message", MAX_REQUEST)
+    if isinstance(value, dict) and "error" in value:
+        raise RuntimeFailure.from_json(value["error"])
+    if isinstance(value, dict) and "ok" in value:
+        return value["ok"]
+    raise RuntimeFailure(f"read a reply: expected ok or error, got {value!r:.80}")
+
+
+def event(kind: str, facts: Facts) -> bytes:
+    """The frame body of an event: `kind` is "exit" or "oom"."""
+    return encode({"event": kind, "facts": facts.to_json()})
+
+
+def parse_resize(payload: bytes) -> tuple[int, int]:
+    """Rows and columns of {"resize": [rows, columns]}. Raises RuntimeFailure."""
+    value = decode(payload, "a resize", 256)
+    size = value.get("resize") if isinstance(value, dict) else None
+    if not isinstance(size, list) or len(size) != 2 or not all(type(number) is int for number in size):
+        raise RuntimeFailure('read a resize: expected {"resize": [rows, columns]}', code="invalid_argument")
+    return size[0], size[1]
+
+
+def frame(payload: bytes) -> bytes:
+    """A payload as it goes over the wire."""
+    return _HEADER.pack(len(payload)) + payload
+
+
+class FrameReader:
+    """Puts frames together from a nonblocking socket, with the fds that came along."""
+
+    __slots__ = ("_buffer", "_socket", "fds")
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._buffer = bytearray()
+        self.fds: list[int] = []
+
+    def read(self) -> bool:
+        """Takes what is there; False at the end of the stream. Raises OSError, and RuntimeFailure for a peer that
+        announces more than MAX_REQUEST."""
+        while True:
+            try:
+                piece, ancillary, _, _ = self._socket.recvmsg(
+                    65536, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                return True
+            for level, kind, data in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    self.fds.extend(array.array("i", data[: len(data) - len(data) % 4]))
+            if not piece:
+                return False
+            self._buffer += piece
+            if len(self._buffer) >= 4 and _HEADER.unpack_from(self._buffer)[0] > MAX_REQUEST:
+                raise RuntimeFailure(f"a request is at most {MAX_REQUEST} bytes", code="invalid_argument")
+            if len(piece) < 65536:
+                return True
+
+    def take(self) -> bytes | None:
+        """The next whole frame, or None."""
+        if len(self._buffer) < 4:
+            return None
+        end = 4 + int(_HEADER.unpack_from(self._buffer)[0])
+        if len(self._buffer) < end:
+            return None
+        payload = bytes(self._buffer[4:end])
+        del self._buffer[:end]
+        return payload
+
+    def take_fds(self) -> list[int]:
+        """The fds received so far, owned by the caller."""
+        fds, self.fds = self.fds, []
+        return fds
+
+    def close(self) -> None:
+        for fd in self.take_fds():
+            os.close(fd)

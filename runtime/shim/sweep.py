@@ -1,0 +1,173 @@
+"""What is left of a pod whose shim is gone: signalled, killed, cleaned up, from the records that the shim left.
+
+Runs in a process that the zygote forks for it, since the daemon has threads and must not. Refuses to touch a pod
+whose shim lives, and to signal a pid without its start time. Invariant: an exit that the shim has recorded is reported
+as recorded; any other is UNKNOWN (255) with a message that says so, never a guess (threats O13, O15, O17).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from runtime.errors import RuntimeFailure
+from runtime.fields import decode, encode
+from runtime.linux.files import AT_FDCWD, read_bounded, write_durable
+from runtime.linux.libc import KernelError
+from runtime.linux.process import is_running, pidfd_open, pidfd_send_signal
+from runtime.shim.engine import NativeEngine
+from runtime.shim.external import ExternalEngine
+from runtime.shim.loop import READ, Loop, Promise, Task
+from runtime.shim.protocol import Facts, SweepMessage
+from runtime.shim.reaper import Reaper
+from runtime.shim.sandbox import tear_down, unmount
+from runtime.shim.server import report, runtime_root
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from runtime.shim.engine import Engine
+
+UNKNOWN = 255
+_LIMIT = 1 << 20
+_DEATH = 10.0
+
+
+class _Left:
+    """A container as its record describes it."""
+
+    def __init__(self, path: str) -> None:
+        record: Any = _read(path) or {}
+        self.record = path
+        self.id = os.path.basename(path).removesuffix(".json")
+        self.bundle = str(record.get("bundle", ""))
+        self.handler = str(record.get("handler", ""))
+        self.facts = Facts.from_json(record.get("facts"))
+        self.facts.id = self.id
+
+
+class Sweeper:
+    """Does one SweepMessage."""
+
+    def __init__(self, message: SweepMessage) -> None:
+        self._message = message
+        self._loop = Loop(report)
+        self._reaper = Reaper(self._loop)
+
+    def run(self) -> object:
+        """The reply: facts for "lost", nothing to say otherwise. Raises RuntimeFailure."""
+        done = self._loop.spawn(self._sweep())
+        while not done.done:
+            self._loop.turn()
+        if done.error is not None:
+            raise done.error
+        return done.value
+
+    def _sweep(self) -> Task[object]:
+        message = self._message
+        shim: Any = _read(f"{message.directory}/shim.json") or {}
+        if is_running(int(shim.get("pid", 0)), int(shim.get("started_ticks", -1))):
+            raise RuntimeFailure(
+                f"clean up {message.directory}: its shim, process {shim['pid']}, is running", code="unavailable"
+            )
+        left = self._left()
+        if message.action == "signal":
+            for container in left:
+                if container.id == message.id:
+                    yield from self._engine(container).kill(container.id, message.number, message.everyone)
+            return {}
+        if message.action == "lost":
+            facts = []
+            for container in left:
+                facts.append((yield from self._bury(container)).to_json())
+            return facts
+        for container in left:
+            if message.action == "stop" or container.id == message.id:
+                yield from self._delete(container)
+        if message.action == "stop":
+            yield from self._end(int(shim.get("pause_pid", 0)), int(shim.get("pause_ticks", -1)))
+            tear_down(message.directory)
+        return {}
+
+    def _left(self) -> list[_Left]:
+        directory = f"{self._message.directory}/containers"
+        try:
+            names = sorted(os.listdir(directory))
+        except FileNotFoundError:
+            return []
+        return [_Left(f"{directory}/{name}") for name in names if name.endswith(".json") and name[0] != "."]
+
+    def _engine(self, container: _Left) -> Engine:
+        root = runtime_root(self._message.state, container.handler)
+        if not container.handler:
+            return NativeEngine(root)
+        scratch = f"{self._message.directory}/scratch"
+        return ExternalEngine(self._loop, self._reaper, container.handler, root, scratch)
+
+    def _bury(self, container: _Left) -> Task[Facts]:
+        """Kills what is left of a container. Its facts, with the recorded exit or the unknown one."""
+        recorded = _read(f"{container.bundle}/exit.json")
+        if isinstance(recorded, dict):
+            facts = Facts.from_json(recorded)
+        else:
+            facts = container.facts
+            facts.exit_code = UNKNOWN
+            facts.message = "the shim died before the container: how it ended is not known"
+        try:
+            yield from self._engine(container).kill(container.id, signal.SIGKILL, True)
+        except RuntimeFailure as error:
+            if error.code != "not_found":
+                raise
+        yield from self._end(facts.pid, facts.started_ticks)
+        if not facts.finished_ns:
+            facts.finished_ns = time.time_ns()
+            try:
+                write_durable(Path(container.bundle, "exit.json"), encode(facts.to_json()), sync=False)
+            except OSError:  # the caller has the facts
+                pass
+        return facts
+
+    def _delete(self, container: _Left) -> Task[None]:
+        yield from self._bury(container)
+        yield from self._engine(container).delete(container.id)
+        if container.handler:
+            unmount(f"{container.bundle}/rootfs")
+        os.unlink(container.record)
+
+    def _end(self, pid: int, ticks: int) -> Task[None]:
+        """Kills process `pid` with that start time and waits until it is dead; somebody else's is left alone."""
+        try:
+            pidfd = pidfd_open(pid) if pid > 0 else -1
+        except KernelError:
+            return
+        if pidfd < 0:
+            return
+        try:
+            if not is_running(pid, ticks):  # after pidfd_open: the pid cannot change hands in between
+                return
+            pidfd_send_signal(pidfd, signal.SIGKILL)
+            dead: Promise[None] = Promise()
+            self._loop.watch(pidfd, READ, lambda _events: dead.resolve())
+            timer = self._loop.after(
+                _DEATH,
+                lambda: dead.fail(
+                    RuntimeFailure(f"kill process {pid}: still there {_DEATH:.0f} s after SIGKILL", code="unavailable")
+                ),
+            )
+            try:
+                yield dead
+            finally:
+                timer.cancel()
+                self._loop.unwatch(pidfd)
+        finally:
+            os.close(pidfd)
+
+
+def _read(path: str) -> object:
+    try:
+        return decode(read_bounded(AT_FDCWD, path, _LIMIT), path)
+    except (OSError, RuntimeFailure):  # half-written or never written: what it would say is not known
+        return None
