@@ -33,6 +33,8 @@ class Leases:
         self._presence_path: Path | None = None
         self._pulls = 0
         self._collecting = False
+        # Given back while a collection runs: whether an image has them now is not in what the collection has read.
+        self._recent: set[str] = set()
 
     def enter(self) -> None:
         """A pull begins: other processes must see that this one pulls. Blocks while one of them collects."""
@@ -45,6 +47,8 @@ class Leases:
         """A pull has ended, with these leases."""
         with self._lock:
             self._blobs -= Counter(blobs)
+            if self._collecting:
+                self._recent |= blobs
             self._layers -= Counter(layers)
             self._pulls -= 1
             if self._pulls == 0:
@@ -76,7 +80,7 @@ class Leases:
     def removing_blob(self, digest: str) -> Iterator[bool]:
         """Yields whether the blob is free to go, and keeps it so."""
         with self._lock:
-            yield self._blobs[digest] == 0
+            yield self._blobs[digest] == 0 and digest not in self._recent
 
     @contextmanager
     def collecting(self) -> Iterator[bool]:
@@ -90,10 +94,13 @@ class Leases:
                 return
             with self._lock:
                 self._collecting = True
-            yield not self._others_pull()
+            try:
+                yield not self._others_pull()
+            finally:
+                with self._lock:
+                    self._collecting = False
+                    self._recent.clear()
         finally:
-            with self._lock:
-                self._collecting = False
             os.close(gate)
 
     def _gate(self) -> int:

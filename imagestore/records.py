@@ -194,7 +194,7 @@ class Records:
 
     def publish(self) -> None:
         """Writes index.json anew from what is recorded: at the start, and after a removal on a full disk."""
-        with self._change():
+        with self._change(shrinking=True):
             pass
 
     @contextmanager

@@ -1,0 +1,168 @@
+"""Logging in to one registry host for one repository: Basic, or the token dance of the distribution spec.
+
+    GET /v2/…        -> 401, WWW-Authenticate: Bearer realm="https://auth.example/token",service="example"
+    GET realm?service=…&scope=repository:PATH:pull   [Authorization: Basic …]   -> {"token": …}
+    GET /v2/…        Authorization: Bearer …
+
+Refuses realms over plain http of a registry that speaks TLS, realms with a password in them, and redirects of token
+requests (CVE-2026-50151, threats S29). Invariant: what a caller gave goes to the registry that the reference names and
+to its token server only; a token goes to the host and the repository that it was made for (R9, S27).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from urllib.parse import urlencode, urlsplit
+
+from imagestore.hosts import Host
+from imagestore.model import AccessDenied, Credentials
+from imagestore.reference import DEFAULT_DOMAIN, is_loopback
+from imagestore.strict_json import parse_object
+from imagestore.transport import Request, Tls, origin_of, place
+
+_CHALLENGE_LIMIT = 8 << 10
+_TOKEN_LIMIT = 64 << 10
+_SCHEME = re.compile(r"\s*,?\s*(Basic|Bearer)(?=\s|$|,)", re.IGNORECASE | re.ASCII)
+_PARAMETER = re.compile(r'[\s,]*([A-Za-z_]{1,40})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s",]+))', re.ASCII)
+_TOKEN = re.compile(r"[\x21-\x7e]+", re.ASCII)
+_HUB_NAMES = frozenset({DEFAULT_DOMAIN, "index.docker.io", "registry-1.docker.io"})
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """One way to log in that a 401 offers; `scheme` is lower case."""
+
+    scheme: str
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+
+def parse_challenges(headers: Sequence[str]) -> list[Challenge]:
+    """The Basic and Bearer challenges of WWW-Authenticate headers (RFC 9110 11.6.1); others are left out."""
+    found = []
+    for header in headers:
+        position, header = 0, header[:_CHALLENGE_LIMIT]
+        while match := _SCHEME.match(header, position):
+            position = match.end()
+            parameters = {}
+            while pair := _PARAMETER.match(header, position):
+                value = pair[3] if pair[2] is None else re.sub(r"\\(.)", r"\1", pair[2])
+                parameters[pair[1].lower()] = value
+                position = pair.end()
+            found.append(Challenge(match[1].lower(), parameters))
+    return found
+
+
+def applicable(credentials: Credentials | None, domain: str) -> Credentials | None:
+    """The credentials when they are for the registry `domain`: a server address in them may name another one."""
+    if credentials is None or not credentials.server_address:
+        return credentials
+    address = credentials.server_address
+    server = urlsplit(address if "://" in address else f"//{address}").netloc.rpartition("@")[2].lower()
+    same = server == domain.lower() or (server in _HUB_NAMES and domain in _HUB_NAMES)
+    return credentials if same else None
+
+
+def basic(username: str, password: str) -> str:
+    """The value of a Basic Authorization header."""
+    return "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
+
+
+# How `Login` reaches a token server: a request and the secrets that no message about it may hold -> the small answer.
+FetchToken = Callable[[Request, list[str]], Awaitable[bytes]]
+
+
+class Login:
+    """What one host of one pull is sent to be let in. `repr` shows none of it."""
+
+    def __init__(self, host: Host, path: str, credentials: Credentials | None) -> None:
+        self._host = host
+        self._scope = f"repository:{path}:pull"
+        self._credentials = credentials or Credentials()
+        self._asking = asyncio.Lock()
+        token = self._credentials.registry_token
+        self._authorization = f"Bearer {token}" if token else ""
+
+    def headers(self) -> dict[str, str]:
+        """Headers for the host itself, and for nobody else."""
+        headers = dict(self._host.headers)
+        if self._authorization:
+            headers["Authorization"] = self._authorization
+        return headers
+
+    def secrets(self) -> list[str]:
+        """Everything that no message may hold."""
+        given = self._credentials
+        found = [
+            given.password,
+            given.identity_token,
+            given.registry_token,
+            *(value for _, value in self._host.headers),
+        ]
+        if given.username:
+            found.append(basic(given.username, given.password).partition(" ")[2])
+        found.append(self._authorization.partition(" ")[2])
+        return [secret for secret in found if secret]
+
+    async def answer(self, challenges: Sequence[Challenge], used: str, fetch: FetchToken) -> bool:
+        """Reacts to a 401 that came for a request with the Authorization `used`; True when it is worth asking again.
+        Raises AccessDenied and what `fetch` raises."""
+        async with self._asking:
+            if self._authorization != used:
+                return True  # somebody else's request has been through this meanwhile
+            for challenge in challenges:
+                if challenge.scheme == "bearer" and challenge.parameters.get("realm"):
+                    token = await self._token(challenge, fetch)
+                    if f"Bearer {token}" == used:
+                        return False
+                    self._authorization = f"Bearer {token}"
+                    return True
+            if any(challenge.scheme == "basic" for challenge in challenges) and self._credentials.username:
+                authorization = basic(self._credentials.username, self._credentials.password)
+                if authorization != used:
+                    self._authorization = authorization
+                    return True
+            return False
+
+    async def _token(self, challenge: Challenge, fetch: FetchToken) -> str:
+        realm = challenge.parameters["realm"]
+        self._check_realm(realm)
+        data = await fetch(self._token_request(realm, challenge.parameters.get("service", "")), self.secrets())
+        document = parse_object(data, f"token server {place(realm)}", 1000)
+        token = document.string("token") or document.string("access_token")
+        if not token or len(token) > _TOKEN_LIMIT or not _TOKEN.fullmatch(token):
+            raise AccessDenied(f"token server {place(realm)}: the answer holds no usable token")
+        return token
+
+    def _check_realm(self, realm: str) -> None:
+        shown = self._host.origin
+        try:
+            parts = urlsplit(realm)
+            _, realm_host, _ = origin_of(realm)
+        except ValueError:
+            raise AccessDenied(f"{shown}: its token server is no proper URL") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.fragment:
+            raise AccessDenied(f"{shown}: its token server is no proper URL")
+        if any(ord(char) <= 32 or ord(char) == 127 for char in realm):
+            raise AccessDenied(f"{shown}: its token server is no proper URL")
+        if parts.scheme == "https":
+            return
+        scheme, host, _ = origin_of(self._host.base)
+        if scheme == "https" or not (realm_host == host or is_loopback(realm_host)):
+            raise AccessDenied(f"{shown}: its token server {place(realm)} speaks plain http, so nothing is sent to it")
+
+    def _token_request(self, realm: str, service: str) -> Request:
+        given = self._credentials
+        # A token server next to the registry shows the same certificate; any other must convince on its own.
+        tls = Tls(self._host) if origin_of(realm)[1] == origin_of(self._host.base)[1] else Tls()
+        wanted = {"scope": self._scope, **({"service": service} if service else {})}
+        if given.identity_token:
+            form = {"grant_type": "refresh_token", "client_id": "ocid", "refresh_token": given.identity_token, **wanted}
+            headers = {"Content-Type": "application/x-www-form-urlencoded"}
+            return Request("POST", realm, headers, body=urlencode(form).encode(), tls=tls, redirects=0)
+        url = f"{realm}{'&' if urlsplit(realm).query else '?'}{urlencode(wanted)}"
+        secret = {"Authorization": basic(given.username, given.password)} if given.username else {}
+        return Request("GET", url, {}, secret, tls=tls, redirects=0)

@@ -1,0 +1,264 @@
+"""From a source to a whole image: manifest, config, then all layers at once, each unpacked while others still come.
+
+    top ─> choose platform ─> config ─┬─ layer 0: download ─> unpack ─┐
+                                      ├─ layer 1: download ─> unpack ─┤ commit in order, by the unpacker
+                                      └─ layer n: download ─> unpack ─┴─> Pulled
+
+Refuses to hand anything unverified to the unpacker. Invariant: when `run` returns, every blob is durable and every
+layer committed, and all of them are leased until the caller has recorded the image; when it raises, what is left is
+whole blobs, committed layers and resumable ingests, which the next `collect` or the next pull takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from imagestore.config import StoreConfig
+from imagestore.content import Blobs, Ingest, errno_text
+from imagestore.leases import Leases
+from imagestore.manifest import Index, Manifest, check_platform, choose, parse_config, parse_document
+from imagestore.model import (
+    ContentInvalid,
+    Descriptor,
+    ImageConfig,
+    ImageError,
+    Layer,
+    Progress,
+    ProgressFunction,
+    Unpacker,
+)
+from imagestore.registry import Document
+from imagestore.shared import Flights, Slots
+from imagestore.source import Source
+from imagestore.threads import Threads
+
+# Another process writes the same blob: how often to look whether it has finished. There is no lock to wait on that a
+# dead process would not also leave, and flock(2) without NB would hold a thread for as long.
+_LOOK_AGAIN_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """A whole image that is not recorded yet. `served` is the digest of the document its name led to."""
+
+    image_id: str
+    manifest: Descriptor
+    served: str
+    config: ImageConfig
+    layers: tuple[Layer, ...]
+
+
+@dataclass(slots=True)
+class Held:
+    """The leases of one pull."""
+
+    blobs: set[str] = field(default_factory=set)
+    layers: set[str] = field(default_factory=set)
+
+
+class Puller:
+    """The pull path of one store, for its event loop."""
+
+    def __init__(self, blobs: Blobs, leases: Leases, unpacker: Unpacker, threads: Threads, config: StoreConfig) -> None:
+        self.blobs = blobs
+        self.leases = leases
+        self.unpacker = unpacker
+        self.threads = threads
+        self.config = config
+        self._flights = Flights()
+        self._downloads = Slots(config.concurrent_downloads)
+        self.unpacks = Slots(config.concurrent_unpacks)
+
+    async def run(self, source: Source, held: Held, tell: ProgressFunction) -> Pulled:
+        """Raises ImageError and its kinds."""
+        top = await source.top()
+        chosen, manifest = await self._choose(source, top)
+        for document in (top, chosen):
+            self.leases.lease_blob(document.digest, held.blobs)
+            await self.threads.io(self._keep_document, document)
+        what = f"config {manifest.config.digest}"
+        await self.fetch(source, manifest.config, held, tell)
+        data = await self.threads.io(self.blobs.read, manifest.config.digest, self.config.config_bytes)
+        config, layers = await self.threads.io(parse_config, data, manifest, what, self.config)
+        check_platform(config, self.config.platform, what)
+        await _Layers(self, source, layers, held, tell).run()
+        descriptor = Descriptor(manifest.media_type, chosen.digest, len(chosen.data))
+        return Pulled(manifest.config.digest, descriptor, top.digest, config, layers)
+
+    async def _choose(self, source: Source, top: Document) -> tuple[Document, Manifest]:
+        """Follows indexes to the one manifest for this platform: a single path, never a walk (threats S35)."""
+        document, expected = top, ""
+        for _ in range(self.config.index_depth):
+            what = f"manifest {document.digest}"
+            parsed = await self.threads.io(
+                parse_document, document.data, document.content_type, expected, what, self.config
+            )
+            if isinstance(parsed, Manifest):
+                return document, parsed
+            document, expected = await self._enter(source, parsed, what)
+        raise ContentInvalid(f"manifest {top.digest}: indexes within indexes, deeper than {self.config.index_depth}")
+
+    async def _enter(self, source: Source, index: Index, what: str) -> tuple[Document, str]:
+        entry = choose(index, self.config.platform, what)
+        document = await source.manifest(entry.descriptor)
+        if len(document.data) != entry.descriptor.size:
+            raise ContentInvalid(
+                f"manifest {document.digest}: {len(document.data)} bytes, the index says {entry.descriptor.size}"
+            )
+        return document, entry.descriptor.media_type
+
+    def _keep_document(self, document: Document) -> None:
+        if not self.blobs.has(Descriptor("", document.digest, len(document.data))):
+            self.blobs.put(document.digest, document.data)
+
+    # ------------------------------------------------------------------------------------------------------- blobs
+
+    async def fetch(self, source: Source, blob: Descriptor, held: Held, tell: ProgressFunction) -> None:
+        """After: the blob is whole and durable. Whoever asks for the same blob meanwhile waits, and sees progress."""
+        self.leases.lease_blob(blob.digest, held.blobs)
+
+        def listener(phase: str, done: int) -> None:
+            tell(Progress(blob.digest, phase, done, blob.size))
+
+        listener("waiting", 0)
+        async with self._flights.turn(blob.digest, listener) as announce:
+            if await self.threads.io(self.blobs.has, blob):
+                announce("exists", blob.size)
+                return
+            async with self._downloads.here():
+                ingest = await self._ingest(blob)
+                if ingest is not None:
+                    await self._download(source, blob, ingest, lambda done: announce("download", done))
+            announce("download", blob.size)
+
+    async def _ingest(self, blob: Descriptor) -> Ingest | None:
+        """The locked partial file, or None when another process has completed the blob meanwhile."""
+        while True:
+            ingest = await self.threads.io(self.blobs.ingest, blob)
+            if ingest is not None:
+                return ingest
+            await asyncio.sleep(_LOOK_AGAIN_S)
+            if await self.threads.io(self.blobs.has, blob):
+                return None
+
+    async def _download(self, source: Source, blob: Descriptor, ingest: Ingest, report: Callable[[int], None]) -> None:
+        try:
+            report(await self.threads.io(ingest.load))
+            await source.blob(blob, ingest, report)
+            await self.threads.io(ingest.finish)
+        except ContentInvalid:
+            ingest.discard()
+            raise
+        except OSError as error:
+            raise ImageError(f"write blob {blob.digest}: {errno_text(error)}") from error
+        finally:
+            # In a thread, and not awaited by name: it waits for a write under way, and a second cancel changes nothing.
+            await asyncio.wait({self.threads.start_io(ingest.close)})
+
+
+class _Layers:
+    """The layers of one pull, downloaded and unpacked at once."""
+
+    def __init__(
+        self, puller: Puller, source: Source, layers: tuple[Layer, ...], held: Held, tell: ProgressFunction
+    ) -> None:
+        self._puller = puller
+        self._source = source
+        self._layers = layers
+        self._held = held
+        self._tell = tell
+        self._arrived = [asyncio.Event() for _ in layers]
+        self._committed = [asyncio.Event() for _ in layers]
+        self._leased = asyncio.Event()
+
+    async def run(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._lease())
+                for number in range(len(self._layers)):
+                    group.create_task(self._layer(number))
+        except BaseExceptionGroup as group_error:
+            raise _first(group_error) from None
+
+    async def _lease(self) -> None:
+        puller = self._puller
+        chains = {layer.chain_id for layer in self._layers}
+        await puller.threads.io(puller.leases.lease_layers, chains, self._held.layers)
+        self._leased.set()
+
+    async def _layer(self, number: int) -> None:
+        layer = self._layers[number]
+        await self._puller.fetch(self._source, layer.blob, self._held, self._tell)
+        await self._leased.wait()
+        if number:
+            # An unpack waits for its parent's commit. Begun only when all below have arrived, it cannot wait for a
+            # layer that will never come because its download failed.
+            await self._arrived[number - 1].wait()
+        self._arrived[number].set()
+        if await self._puller.threads.io(self._puller.unpacker.has_layer, layer.chain_id):
+            self._report(layer, "exists")
+        else:
+            await self._unpack(number, layer)
+            self._report(layer, "done")
+        self._committed[number].set()
+
+    async def _unpack(self, number: int, layer: Layer) -> None:
+        slot = await self._slot(number)
+        try:
+            self._report(layer, "unpack", 0)
+            parent = self._layers[number - 1].chain_id if number else None
+            await self._call(layer, parent)
+        finally:
+            if slot:
+                self._puller.unpacks.here().release()
+
+    async def _slot(self, number: int) -> bool:
+        """Waits for a slot, or for the parent's commit. The layer whose parent is committed needs no slot: were all
+        slots taken by layers that wait for it, nothing would ever move. True when a slot was taken."""
+        if number == 0 or self._committed[number - 1].is_set():
+            return False
+        slot = asyncio.create_task(self._puller.unpacks.here().acquire())
+        parent = asyncio.create_task(self._committed[number - 1].wait())
+        try:
+            await asyncio.wait({slot, parent}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            if slot.done():
+                self._puller.unpacks.here().release()
+            raise
+        finally:
+            parent.cancel()
+            if not slot.done():
+                slot.cancel()
+        return slot.done()
+
+    async def _call(self, layer: Layer, parent: str | None) -> None:
+        puller = self._puller
+        path = puller.blobs.path(layer.blob.digest)
+        unpacking = puller.threads.start_unpack(
+            puller.unpacker.unpack_layer, path, layer.blob.media_type, layer.diff_id, layer.chain_id, parent
+        )
+        try:
+            await asyncio.wait({unpacking})
+        except asyncio.CancelledError:
+            await asyncio.wait({unpacking}, timeout=puller.config.cancel_wait_s)
+            raise
+        error = unpacking.exception()
+        if isinstance(error, OSError):
+            raise ImageError(f"unpack layer {layer.blob.digest}: {errno_text(error)}") from error
+        if isinstance(error, Exception):
+            raise ContentInvalid(f"unpack layer {layer.blob.digest}: {error}") from error
+        unpacking.result()
+
+    def _report(self, layer: Layer, phase: str, done: int | None = None) -> None:
+        size = layer.blob.size
+        self._tell(Progress(layer.blob.digest, phase, size if done is None else done, size))
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The failure that ended the group; what followed from cancelling the others says nothing."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,355 @@
+"""One repository on one registry host (OCI distribution-spec, pull): manifests as bytes, blobs into an `Ingest`.
+
+    open ──401──> Login.answer ──> open again, once
+         ──429, 5xx, connection lost──> wait (Retry-After, or backoff with jitter) ──> open again, `retries` times
+
+Refuses answers beyond their cap (threats S31), partial content that is not what was asked for, content encodings, and
+connections that move less than `stall_bytes` in `stall_timeout_s` (O48). Invariant: every failure is an ImageError of
+one sentence that names the host and holds no secret; what was written to an `Ingest` is a true prefix or will fail its
+digest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import TypeVar
+
+from imagestore.auth import Login, parse_challenges
+from imagestore.config import StoreConfig
+from imagestore.content import Ingest
+from imagestore.hosts import Host
+from imagestore.manifest import ACCEPT, digest_of
+from imagestore.model import (
+    AccessDenied,
+    ContentInvalid,
+    Credentials,
+    Descriptor,
+    ImageError,
+    ImageNotFound,
+    RegistryUnavailable,
+)
+from imagestore.reference import Reference, is_digest
+from imagestore.threads import Threads
+from imagestore.transport import Answer, Request, Tls, Transient, Transport, place, worded
+from imagestore.wording import registry_words
+
+T = TypeVar("T")
+Report = Callable[[int], None]
+
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)", re.ASCII)
+# A connection that was cut after moving this much was worth continuing: it does not use up a retry.
+_WORTHWHILE = 1 << 20
+_ATTEMPTS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A manifest or index as a registry served it; `digest` is that of the bytes themselves."""
+
+    data: bytes
+    content_type: str
+    digest: str
+
+
+class Repository:
+    """`reference`'s repository on `host`. `credentials` only for the host that the reference itself names."""
+
+    def __init__(
+        self,
+        host: Host,
+        reference: Reference,
+        credentials: Credentials | None,
+        transport: Transport,
+        threads: Threads,
+        config: StoreConfig,
+    ) -> None:
+        self.host = host
+        self._transport = transport
+        self._threads = threads
+        self._config = config
+        self._login = Login(host, reference.path, credentials if host.upstream else None)
+        self._base = f"{host.base}/{reference.path}"
+        # A mirror of many registries must know which one is meant (as containerd asks its mirrors).
+        self._query = "" if host.upstream else f"?ns={reference.domain}"
+        # A mirror is only a shortcut: it is not waited for as patiently as the registry itself.
+        self._retries = config.retries if host.upstream else min(1, config.retries)
+
+    async def manifest(self, target: str) -> Document:
+        """The manifest called `target`, a tag or a digest that was checked before; a digest is verified.
+        Raises ImageNotFound, AccessDenied, RegistryUnavailable, ContentInvalid."""
+        what = f"manifest {target}"
+
+        async def get() -> Document:
+            async with asyncio.timeout(self._config.answer_timeout_s):
+                async with self._open("GET", f"/manifests/{target}", {"Accept": ACCEPT}, what) as answer:
+                    data = await self._read(answer, self._config.manifest_bytes, what)
+                    content_type = answer.header("Content-Type")
+                    told = answer.header("Docker-Content-Digest")
+            return self._document(data, content_type, told, target, what)
+
+        return await self._retrying(get, what)
+
+    def _document(self, data: bytes, content_type: str, told: str, target: str, what: str) -> Document:
+        digest = digest_of(data)
+        if told and not is_digest(told):
+            raise ContentInvalid(f"{self.host.origin}: {what}: Docker-Content-Digest is not sha256: and 64 hex digits")
+        if (told or digest) != digest or (is_digest(target) and target != digest):
+            announced = target if is_digest(target) else told
+            raise ContentInvalid(f"{self.host.origin}: {what}: the content is {digest}, announced was {announced}")
+        return Document(data, content_type, digest)
+
+    async def digest(self, tag: str) -> str | None:
+        """The digest that `tag` has now, or None when the registry tells it only with the manifest."""
+        what = f"manifest {tag}"
+
+        async def head() -> str | None:
+            async with asyncio.timeout(self._config.answer_timeout_s):
+                async with self._open("HEAD", f"/manifests/{tag}", {"Accept": ACCEPT}, what) as answer:
+                    told = answer.header("Docker-Content-Digest")
+            return told if is_digest(told) else None
+
+        return await self._retrying(head, what)
+
+    async def blob(self, blob: Descriptor, ingest: Ingest, report: Report) -> None:
+        """All of `blob` into `ingest`, which was loaded and may hold its beginning; verified, not yet finished.
+        Raises as `manifest` does, and ImageError when the disk refuses."""
+        failures = attempts = 0
+        ingest.resumed = ingest.offset > 0
+        while True:
+            before, attempts = ingest.offset, attempts + 1
+            try:
+                if ingest.offset < blob.size or blob.size == 0:
+                    await self._stream(blob, ingest, report)
+                await self._threads.io(ingest.check)
+                return
+            except ContentInvalid:
+                resumed = ingest.resumed
+                await self._threads.io(ingest.restart)
+                if not resumed:
+                    raise
+                # The beginning came from another time or host: one clean try tells who was wrong.
+            except (Transient, TimeoutError) as error:
+                failures = 0 if ingest.offset - before >= _WORTHWHILE else failures + 1
+                if failures > self._retries or attempts >= _ATTEMPTS:
+                    raise self._final(error, f"blob {blob.digest}") from None
+                await self._pause(failures, error)
+
+    async def _stream(self, blob: Descriptor, ingest: Ingest, report: Report) -> None:
+        what = f"blob {blob.digest}"
+        headers = {"Range": f"bytes={ingest.offset}-"} if ingest.offset else {}
+        async with self._open("GET", f"/blobs/{blob.digest}", headers, what) as answer:
+            await self._align(answer, blob, ingest, what)
+            await self._copy(answer, blob, ingest, report)
+        if ingest.offset < blob.size:
+            raise Transient(f"{self.host.origin}: {what}: ended after {ingest.offset} of {blob.size} bytes")
+
+    async def _align(self, answer: Answer, blob: Descriptor, ingest: Ingest, what: str) -> None:
+        """Brings `ingest` to the offset that the answer starts at, or refuses the answer (threats O49)."""
+        status = answer.response.status
+        if status in (206, 416) and ingest.offset:
+            match = _CONTENT_RANGE.fullmatch(answer.header("Content-Range").strip())
+            right = match and int(match[1]) == ingest.offset and match[3] in ("*", str(blob.size))
+            if status == 416 or not right:
+                await self._threads.io(ingest.restart)
+                raise Transient(f"{self.host.origin}: {what}: cannot be continued where it was cut", delay=0.0)
+        elif status != 200:
+            raise ContentInvalid(f"{self.host.origin}: {what}: answered {status} to a request for all of it")
+        elif ingest.offset:
+            await self._threads.io(ingest.restart)  # the server knows no ranges and begins anew
+        if answer.header("Content-Encoding").lower() not in ("", "identity"):
+            raise ContentInvalid(f"{self.host.origin}: {what}: came with a content encoding, which hides its digest")
+        length = answer.response.content_length
+        if length is not None and length > blob.size - ingest.offset:
+            announced = f"{ingest.offset + length} bytes, announced were {blob.size}"
+            raise ContentInvalid(f"{self.host.origin}: {what}: the registry sends {announced}")
+
+    async def _copy(self, answer: Answer, blob: Descriptor, ingest: Ingest, report: Report) -> None:
+        """Body to ingest. What came before a connection broke is a true prefix and is kept."""
+        import aiohttp
+
+        content = answer.response.content
+        watch = _Watch(self._config, self.host.base)
+        writer = _Writer(ingest, self._threads, self._config.batch_bytes)
+        try:
+            while piece := await content.readany():
+                watch.moved(len(piece))
+                if await writer.add(piece):
+                    report(ingest.offset)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise worded(error, self.host.base) from None
+        finally:
+            await writer.drain()
+        report(ingest.offset)
+
+    # ------------------------------------------------------------------------------------------------------ requests
+
+    @asynccontextmanager
+    async def _open(self, method: str, path: str, headers: dict[str, str], what: str) -> AsyncIterator[Answer]:
+        """The answer with status 200, 206 or 416, after logging in where that was asked for."""
+        for attempt in (1, 2):
+            secret = self._login.headers()
+            request = Request(method, f"{self._base}{path}{self._query}", headers, secret, tls=Tls(self.host))
+            async with self._transport.send(request) as answer:
+                if answer.response.status == 401 and answer.home and attempt == 1:
+                    challenges = parse_challenges(answer.response.headers.getall("WWW-Authenticate", []))
+                    answer.response.release()
+                    if await self._login.answer(challenges, secret.get("Authorization", ""), self._token):
+                        continue
+                if answer.response.status not in (200, 206, 416):
+                    raise await self._refusal(answer, what, self.host.origin, self._login.secrets())
+                yield answer
+                return
+
+    async def _token(self, request: Request, secrets: list[str]) -> bytes:
+        where = f"token server {place(request.url)}"
+        async with self._transport.send(request) as answer:
+            if answer.response.status != 200:
+                raise await self._refusal(answer, "token", where, secrets)
+            return await self._read(answer, self._config.token_bytes, where)
+
+    async def _read(self, answer: Answer, limit: int, what: str) -> bytes:
+        """A small body. Raises ContentInvalid beyond `limit`."""
+        import aiohttp
+
+        origin = self.host.origin
+        if (answer.response.content_length or 0) > limit:
+            raise ContentInvalid(f"{origin}: {what}: {answer.response.content_length} bytes, the limit is {limit}")
+        pieces, size = [], 0
+        try:
+            while piece := await answer.response.content.readany():
+                size += len(piece)
+                if size > limit:
+                    raise ContentInvalid(f"{origin}: {what}: more than {limit} bytes")
+                pieces.append(piece)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise worded(error, self.host.base) from None
+        return b"".join(pieces)
+
+    async def _refusal(self, answer: Answer, what: str, where: str, secrets: list[str]) -> ImageError:
+        """The error for an answer that is none of what was asked for, in the registry's words where it has some."""
+        status = answer.response.status
+        try:
+            words = registry_words(await self._read(answer, self._config.error_bytes, "error body"), secrets)
+        except ImageError:
+            words = ""
+        text = f"{where} answered {status} for {what}" + (f" ({words})" if words else "")
+        if status == 401:
+            return AccessDenied(f"{text}: log in with valid credentials")
+        if status == 403:
+            return AccessDenied(f"{text}: the credentials do not allow it")
+        if status in (404, 410):
+            return ImageNotFound(text)
+        if status == 429 or status in (408, 425) or status >= 500:
+            return self._later(text, answer.header("Retry-After"))
+        if status == 400 and self.host.base.startswith("http:"):
+            text += ": if this registry speaks TLS, say so with https:// in its hosts.toml"
+        return ContentInvalid(text)
+
+    def _later(self, text: str, retry_after: str) -> RegistryUnavailable:
+        delay = _seconds(retry_after)
+        if delay is not None and delay > self._config.retry_after_limit_s:
+            return RegistryUnavailable(f"{text}: it asks to come back in {delay:.0f} s")
+        return Transient(text, delay)
+
+    # ------------------------------------------------------------------------------------------------------- patience
+
+    async def _retrying(self, ask: Callable[[], Awaitable[T]], what: str) -> T:
+        for failures in range(1, self._retries + 2):
+            try:
+                return await ask()
+            except (Transient, TimeoutError) as error:
+                if failures > self._retries:
+                    raise self._final(error, what) from None
+                await self._pause(failures, error)
+        raise AssertionError("unreachable")
+
+    def _final(self, error: BaseException, what: str) -> RegistryUnavailable:
+        if isinstance(error, Transient):
+            return error
+        return RegistryUnavailable(
+            f"{self.host.origin}: {what}: no whole answer in {self._config.answer_timeout_s:g} s"
+        )
+
+    async def _pause(self, failures: int, error: BaseException) -> None:
+        asked = error.delay if isinstance(error, Transient) else None
+        if asked is None:
+            longest = min(self._config.backoff_s * 2 ** max(failures - 1, 0), self._config.backoff_limit_s)
+            asked = longest * random.uniform(0.5, 1.0)  # callers that failed together must not come back together
+        await asyncio.sleep(asked)
+
+
+class _Writer:
+    """Hashes and writes in a worker thread while the loop collects the next batch: no thread switch per packet."""
+
+    __slots__ = ("_batch", "_failed", "_ingest", "_limit", "_running", "_size", "_threads")
+
+    def __init__(self, ingest: Ingest, threads: Threads, limit: int) -> None:
+        self._ingest, self._threads, self._limit = ingest, threads, limit
+        self._batch: list[bytes] = []
+        self._size = 0
+        self._running: asyncio.Future[None] | None = None
+        self._failed = False
+
+    async def add(self, piece: bytes) -> bool:
+        """True when a batch was handed over. Waits when the disk is slower than the wire, and so the wire waits too.
+        Raises what writing raised."""
+        self._batch.append(piece)
+        self._size += len(piece)
+        busy = self._running is not None and not self._running.done()
+        if self._size < self._limit or (busy and self._size < 2 * self._limit):
+            return False
+        await self._turn()
+        return True
+
+    async def drain(self) -> None:
+        """Writes what is left. After a failure there is nothing left to write."""
+        while not self._failed and (self._batch or self._running is not None):
+            await self._turn()
+
+    async def _turn(self) -> None:
+        running = self._running
+        if running is not None:
+            await asyncio.wait({running})  # unlike awaiting it, this does not abandon the thread when cancelled
+            self._running = None
+            if running.exception() is not None:
+                self._failed = True
+                running.result()
+        if self._batch:
+            self._running = self._threads.start_io(self._ingest.write, self._batch)
+            self._batch, self._size = [], 0
+
+
+class _Watch:
+    """Fails a transfer that hardly moves. It is asked when bytes arrive; silence ends by the socket's own timeout."""
+
+    __slots__ = ("_floor", "_got", "_since", "_url", "_window")
+
+    def __init__(self, config: StoreConfig, url: str) -> None:
+        self._window, self._floor, self._url = config.stall_timeout_s, config.stall_bytes, url
+        self._since, self._got = time.monotonic(), 0
+
+    def moved(self, count: int) -> None:
+        self._got += count
+        now = time.monotonic()
+        if now - self._since >= self._window:
+            if self._got < self._floor:
+                raise Transient(f"{place(self._url)}: stalled, {self._got} bytes in {now - self._since:.0f} s")
+            self._since, self._got = now, 0
+
+
+def _seconds(retry_after: str) -> float | None:
+    """Retry-After as seconds from now: a number of them, or a date (RFC 9110 10.2.3)."""
+    text = retry_after.strip()
+    if text.isascii() and text.isdecimal() and len(text) <= 9:
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return None

@@ -1,0 +1,357 @@
+"""The image store: pulled images, whole and unpacked, in a directory that is an OCI image layout.
+
+    ROOT/oci-layout, index.json    the layout's own files; index.json names every image that is recorded
+    ROOT/blobs/sha256/             manifests, configs, layers: whole, verified, durable
+    ROOT/ingest/                   what is on its way in; hidden names
+
+Refuses to show an image that is not whole: records are read together with what is on disk and in the snapshotter.
+Invariant: an image is recorded after its last byte is durable, and forgotten before the first one is removed. `pull`
+and `import_layout` belong to one event loop at a time; all else blocks and may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sqlite3
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from imagestore import layout
+from imagestore.auth import applicable
+from imagestore.config import StoreConfig
+from imagestore.content import Blobs, errno_text
+from imagestore.hosts import hosts_for
+from imagestore.leases import Leases
+from imagestore.manifest import Manifest, parse_config, parse_document
+from imagestore.model import (
+    AccessDenied,
+    ContentInvalid,
+    Credentials,
+    Descriptor,
+    Image,
+    ImageConfig,
+    ImageError,
+    ImageNotFound,
+    Layer,
+    Progress,
+    ProgressFunction,
+    ReferenceInvalid,
+    RegistryUnavailable,
+    Unpacker,
+    Usage,
+)
+from imagestore.pull import Held, Pulled, Puller
+from imagestore.records import ImageRecord, Records
+from imagestore.reference import DEFAULT_TAG, Reference, id_prefix, parse
+from imagestore.registry import Repository
+from imagestore.shared import SharedWork, Slots
+from imagestore.source import LayoutSource, RegistrySource, Source
+from imagestore.threads import Threads
+from imagestore.transport import Transport, preload
+from imagestore.usage import disk_usage
+
+__all__ = ["Store", "StoreConfig"]
+
+_KINDS: tuple[type[ImageError], ...] = (
+    ReferenceInvalid,
+    ImageNotFound,
+    AccessDenied,
+    RegistryUnavailable,
+    ContentInvalid,
+    ImageError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What a manifest and its config say."""
+
+    config_blob: Descriptor
+    config: ImageConfig
+    layers: tuple[Layer, ...]
+
+    @property
+    def size(self) -> int:
+        return self.config_blob.size + sum(layer.blob.size for layer in self.layers)
+
+
+class Store:
+    """cri.interfaces.Images. `db` belongs to the store alone; `root` is made when it is missing."""
+
+    def __init__(self, root: Path, db: sqlite3.Connection, unpacker: Unpacker, config: StoreConfig) -> None:
+        self._root = root
+        self._unpacker = unpacker
+        self._config = config
+        self._pinned = frozenset(str(parse(name)) for name in config.pinned)
+        self._blobs = Blobs(root)
+        self._blobs.create()
+        self._records = Records(db, lambda entries: layout.write(root, layout.index_json(entries)))
+        self._records.publish()
+        self._leases = Leases(root / "ingest")
+        self._known: dict[str, _Contents] = {}
+        self._whole: set[str] = set()
+        self._threads = Threads(config.concurrent_downloads + 2, config.concurrent_unpacks + config.concurrent_pulls)
+        self._transport = Transport(config)
+        self._puller = Puller(self._blobs, self._leases, unpacker, self._threads, config)
+        self._pulls = Slots(config.concurrent_pulls)
+        self._shared: SharedWork[Image, Progress] = SharedWork(config.cancel_wait_s)
+
+    # --------------------------------------------------------------------------------------------------------- pulls
+
+    async def pull(
+        self, reference: str, credentials: Credentials | None = None, progress: ProgressFunction | None = None
+    ) -> Image:
+        """See cri.interfaces.Images.pull."""
+        wanted = parse(reference)
+        # Who asks is part of what is asked: nobody joins a pull that somebody else's password opened.
+        key = (str(wanted), credentials)
+        try:
+            return await self._shared.join(key, lambda tell: self._pull(wanted, credentials, tell), progress)
+        except ImageError as error:
+            raise _told(f"pull {wanted}", error) from error
+
+    async def _pull(self, wanted: Reference, credentials: Credentials | None, tell: ProgressFunction) -> Image:
+        async def work(held: Held) -> Image:
+            await self._threads.io(preload)
+            hosts = await self._threads.io(
+                hosts_for, wanted.domain, self._config.hosts_directories, self._config.mirrors
+            )
+            given = applicable(credentials, wanted.domain)
+            async with self._transport.open() as transport:
+                source = RegistrySource(
+                    wanted, [Repository(host, wanted, given, transport, self._threads, self._config) for host in hosts]
+                )
+                image = await self._unchanged(wanted, source)
+                return image or await self._finish(wanted, source, held, tell, registry=True)
+
+        return await self._session(work)
+
+    async def _unchanged(self, wanted: Reference, source: RegistrySource) -> Image | None:
+        """The image when the registry still means by `wanted` what is here, whole."""
+        record = await self._threads.io(self._records.by_name, wanted)
+        served = {name.served for name in record.names if name.name == str(wanted)} if record else set()
+        if record is None or not served:
+            return None
+        try:
+            digest = await source.digest()
+        except ContentInvalid:
+            return None  # some registries know no HEAD: then the manifest itself tells
+        if digest not in served:
+            return None
+        return await self._threads.io(lambda: self._image(record, again=True))
+
+    async def import_layout(
+        self, directory: Path, tag: str = "", name: str = "", progress: ProgressFunction | None = None
+    ) -> Image:
+        """The image of an OCI layout directory: the one named `tag` there, or its only one. It is called `name` here,
+        by default "localhost/DIRECTORY:TAG". Raises ImageError and its kinds."""
+        wanted = parse(name) if name else _local_name(directory, tag)
+        if wanted.digest:
+            raise ReferenceInvalid(f"import {directory}: {name!r} is a digest, expected a tag")
+
+        async def work(held: Held) -> Image:
+            source = LayoutSource(directory, tag, self._threads, self._config)
+            return await self._finish(wanted, source, held, progress or (lambda _: None), registry=False)
+
+        try:
+            return await self._session(work)
+        except ImageError as error:
+            raise _told(f"import {directory}", error) from error
+
+    async def _session(self, work: Callable[[Held], Awaitable[Image]]) -> Image:
+        """A pull's frame: its leases and worker threads exist as long as it does."""
+        async with self._pulls.here():
+            held = Held()
+            self._threads.enter()
+            try:
+                # Blocks while another process collects; entered for certain, so that `leave` is right.
+                entering = self._threads.start_io(self._leases.enter)
+                try:
+                    await asyncio.wait({entering})
+                    entering.result()
+                    return await work(held)
+                finally:
+                    if entering.done() and not entering.cancelled() and entering.exception() is None:
+                        self._leases.leave(held.blobs, held.layers)
+                    else:
+                        entering.add_done_callback(self._leave_late)
+            finally:
+                self._threads.leave()
+
+    def _leave_late(self, entering: asyncio.Future[None]) -> None:
+        if not entering.cancelled() and entering.exception() is None:
+            self._leases.leave(set(), set())
+
+    async def _finish(
+        self, wanted: Reference, source: Source, held: Held, tell: ProgressFunction, *, registry: bool
+    ) -> Image:
+        pulled = await self._puller.run(source, held, tell)
+        return await self._threads.io(self._record, wanted, pulled, registry)
+
+    def _record(self, wanted: Reference, pulled: Pulled, registry: bool) -> Image:
+        self._records.put(wanted, pulled.image_id, pulled.manifest, pulled.served if registry else "")
+        record = self._records.by_name(wanted)
+        image = self._image(record, again=True) if record else None
+        if image is None:
+            raise ImageError(f"image {pulled.image_id}: removed while it was recorded; pull it again")
+        return image
+
+    # ----------------------------------------------------------------------------------------------------- questions
+
+    def get(self, name: str) -> Image | None:
+        """See cri.interfaces.Images.get."""
+        record, _ = self._find(name)
+        return self._image(record) if record else None
+
+    def list(self) -> Sequence[Image]:
+        """See cri.interfaces.Images.list."""
+        images = (self._image(record) for record in self._records.images())
+        return [image for image in images if image is not None]
+
+    def _find(self, name: str) -> tuple[ImageRecord | None, bool]:
+        """The record, and whether `name` is an id: a whole id first, then a name, then the beginning of an id, since
+        "cafe" may be both of the latter."""
+        digits = id_prefix(name)
+        if digits is None or len(digits) < 64:
+            try:
+                record = self._records.by_name(parse(name))
+            except ReferenceInvalid:
+                record = None
+            if record is not None:
+                return record, False
+        return (self._records.by_id(digits), True) if digits is not None else (None, False)
+
+    def _image(self, record: ImageRecord, *, again: bool = False) -> Image | None:
+        """The image of a record, None when something of it is missing; `again` looks at the disk once more."""
+        contents = self._contents(record.manifest)
+        digest = record.manifest.digest
+        if contents is None or not ((digest in self._whole and not again) or self._is_whole(contents)):
+            self._whole.discard(digest)
+            return None
+        self._whole.add(digest)
+        return Image(
+            id=record.id,
+            manifest_digest=digest,
+            repo_tags=record.tags,
+            repo_digests=record.digests,
+            size=contents.size,
+            config=contents.config,
+            layers=contents.layers,
+            pinned=not self._pinned.isdisjoint((*record.tags, *record.digests)),
+        )
+
+    def _contents(self, manifest: Descriptor) -> _Contents | None:
+        """What a recorded manifest and its config say; None when they are damaged or gone. They never change, so they
+        are read once."""
+        known = self._known.get(manifest.digest)
+        if known is None:
+            what = f"manifest {manifest.digest}"
+            try:
+                data = self._blobs.read(manifest.digest, self._config.manifest_bytes)
+                parsed = parse_document(data, "", manifest.media_type, what, self._config)
+                if not isinstance(parsed, Manifest):
+                    return None
+                data = self._blobs.read(parsed.config.digest, self._config.config_bytes)
+                config, layers = parse_config(data, parsed, what, self._config)
+            except (OSError, ContentInvalid):
+                return None
+            known = self._known[manifest.digest] = _Contents(parsed.config, config, layers)
+        return known
+
+    def _is_whole(self, contents: _Contents) -> bool:
+        blobs = (contents.config_blob, *(layer.blob for layer in contents.layers))
+        return all(self._blobs.has(blob) for blob in blobs) and all(
+            self._unpacker.has_layer(layer.chain_id) for layer in contents.layers
+        )
+
+    # ------------------------------------------------------------------------------------------------------- changes
+
+    def remove(self, name: str) -> None:
+        """See cri.interfaces.Images.remove. By digest: all that this repository calls by it, tags included."""
+        record, is_id = self._find(name)
+        if record is not None and is_id:
+            self._records.remove_image(record.id)
+        elif record is not None:
+            self._records.remove_name(parse(name))
+
+    def tag(self, name: str, new: str) -> None:
+        """See cri.interfaces.Images.tag. Raises ImageNotFound, ReferenceInvalid."""
+        wanted = parse(new)
+        if wanted.digest:
+            raise ReferenceInvalid(f"tag {name}: {new!r} is a digest, expected a tag")
+        record, _ = self._find(name)
+        if record is None:
+            raise ImageNotFound(f"tag {name}: no such image")
+        self._records.tag(record.id, record.manifest, wanted)
+
+    def collect(self) -> None:
+        """See cri.interfaces.Images.collect. Does nothing while another process pulls into the same root."""
+        try:
+            with self._leases.collecting() as alone:
+                if alone:
+                    self._blobs.remove_old_ingests(self._config.ingest_age_s)
+                    self._collect_blobs()
+                    self._collect_layers()
+                    self._records.publish()
+        except OSError as error:
+            raise ImageError(f"collect images: {errno_text(error)}") from error
+
+    def _collect_blobs(self) -> None:
+        keep = {digest for record in self._records.images() for digest in self._blobs_of(record)}
+        for digest in self._blobs.digests():
+            if digest not in keep:
+                with self._leases.removing_blob(digest) as free:
+                    if free:
+                        self._blobs.remove(digest)
+        for digest in tuple(self._known):
+            if digest not in keep:
+                self._known.pop(digest, None)
+                self._whole.discard(digest)
+
+    def _blobs_of(self, record: ImageRecord) -> set[str]:
+        found = {name.served for name in record.names} | {record.manifest.digest}
+        for manifest in (record.manifest, *(name.manifest for name in record.names)):
+            found.add(manifest.digest)
+            contents = self._contents(manifest)
+            if contents is not None:
+                found.add(contents.config_blob.digest)
+                found.update(layer.blob.digest for layer in contents.layers)
+        return found
+
+    def _collect_layers(self) -> None:
+        # Leases first, records second: a pull that ends in between is in one of them.
+        with self._leases.sweeping_layers() as leased:
+            keep = set(leased)
+            for record in self._records.images():
+                for manifest in (record.manifest, *(name.manifest for name in record.names)):
+                    contents = self._contents(manifest)
+                    keep.update(layer.chain_id for layer in contents.layers) if contents else None
+            self._unpacker.remove_layers_except(frozenset(keep))
+
+    def usage(self) -> Usage:
+        """See cri.interfaces.Images.usage."""
+        mine = disk_usage(self._root)
+        layers = self._config.layers_usage() if self._config.layers_usage else Usage(0, 0)
+        return Usage(mine.bytes + layers.bytes, mine.inodes + layers.inodes)
+
+
+def _told(doing: str, error: ImageError) -> ImageError:
+    """A failure as the caller sees it: what was being done in front, and one of the public kinds."""
+    kind = next(kind for kind in _KINDS if isinstance(error, kind))
+    return kind(f"{doing}: {error}")
+
+
+def _local_name(directory: Path, tag: str) -> Reference:
+    """What an image from a directory is called: by the full reference in the layout, or as localhost/DIRECTORY:TAG."""
+    if "/" in tag or ":" in tag:
+        try:
+            return parse(tag)
+        except ReferenceInvalid:
+            pass
+    name = re.sub(r"[^a-z0-9]+", "-", directory.absolute().name.lower()).strip("-") or "layout"
+    try:
+        return parse(f"localhost/{name}:{tag or DEFAULT_TAG}")
+    except ReferenceInvalid:
+        return parse(f"localhost/{name}:{DEFAULT_TAG}")

@@ -1,0 +1,51 @@
+"""Worker threads of the pull path: some for hashing and writing, some for unpacking; none while nothing is pulled.
+
+Refuses to share asyncio's default threads: an unpack holds one for seconds, and the rest of the daemon needs those.
+Invariant: there are no more than the config's numbers, and none of them outlives the last pull.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Threads:
+    """Two pools that exist between `enter` and the last `leave`. Called on the event loop only."""
+
+    def __init__(self, io: int, unpack: int) -> None:
+        self._sizes = (io, unpack)
+        self._users = 0
+        self._io: ThreadPoolExecutor | None = None
+        self._unpack: ThreadPoolExecutor | None = None
+
+    def enter(self) -> None:
+        self._users += 1
+
+    def leave(self) -> None:
+        self._users -= 1
+        if self._users == 0:
+            for pool in (self._io, self._unpack):
+                if pool is not None:
+                    pool.shutdown(wait=False)
+            self._io = self._unpack = None
+
+    def start_io(self, call: Callable[..., T], *args: object) -> asyncio.Future[T]:
+        """Runs a short disk call; the future may be abandoned, the call goes on."""
+        if self._io is None:
+            self._io = ThreadPoolExecutor(self._sizes[0], thread_name_prefix="image-io")
+        return asyncio.get_running_loop().run_in_executor(self._io, call, *args)
+
+    async def io(self, call: Callable[..., T], *args: object) -> T:
+        """Runs a short disk call to its end."""
+        return await self.start_io(call, *args)
+
+    def start_unpack(self, call: Callable[..., T], *args: object) -> asyncio.Future[T]:
+        """Runs a call of the unpacker, which may take long."""
+        if self._unpack is None:
+            self._unpack = ThreadPoolExecutor(self._sizes[1], thread_name_prefix="image-unpack")
+        return asyncio.get_running_loop().run_in_executor(self._unpack, call, *args)
