@@ -8,7 +8,7 @@ no container images, documents that are both index and manifest, and media types
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from imagestore.config import StoreConfig
 from imagestore.model import ContentInvalid, Descriptor, ImageConfig, ImageNotFound, Layer
@@ -134,7 +134,7 @@ def _manifest(document: Fields, media_type: str, config: StoreConfig) -> Manifes
 
 
 def _layer(fields: Fields, config: StoreConfig) -> Descriptor:
-    found = descriptor(fields, config.blob_bytes)
+    found = replace(descriptor(fields, config.blob_bytes), annotations={})  # nobody may act on them (threats S47)
     if found.media_type.startswith(_FOREIGN):
         raise ContentInvalid(
             f"{fields.path}: a foreign layer ({found.media_type}), which must not be fetched from a registry"

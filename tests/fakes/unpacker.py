@@ -1,0 +1,73 @@
+"""An Unpacker that keeps layers in memory: it inflates, verifies the diff id and commits in order, as the real one.
+
+`gate`, when set, holds every unpack until it is opened; `fail` is raised by the next unpacks of a chain id.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import threading
+import zlib
+from pathlib import Path
+
+import zstandard
+
+from snapshotter.model import UnpackError
+
+
+class MemoryUnpacker:
+    """imagestore.model.Unpacker."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, bytes] = {}
+        self.calls: list[str] = []
+        self.running = 0
+        self.most_running = 0
+        self.fail: dict[str, BaseException] = {}
+        self.gate: threading.Event | None = None
+        self._changed = threading.Condition()
+
+    def has_layer(self, chain_id: str) -> bool:
+        return chain_id in self.layers
+
+    def unpack_layer(self, blob: Path, media_type: str, diff_id: str, chain_id: str, parent: str | None) -> None:
+        with self._changed:
+            self.calls.append(chain_id)
+            self.running += 1
+            self.most_running = max(self.most_running, self.running)
+        try:
+            if self.gate is not None and not self.gate.wait(30):
+                raise UnpackError("the test's gate stayed shut")
+            if chain_id in self.fail:
+                raise self.fail[chain_id]
+            tar = _inflate(blob.read_bytes(), media_type)
+            found = f"sha256:{hashlib.sha256(tar).hexdigest()}"
+            if found != diff_id:
+                raise UnpackError(f"layer's diff id is {found}, the image's config says {diff_id}")
+            with self._changed:
+                if parent is not None and not self._changed.wait_for(lambda: parent in self.layers, 10):
+                    raise UnpackError(f"parent {parent} never came")
+                self.layers[chain_id] = tar
+                self._changed.notify_all()
+        finally:
+            with self._changed:
+                self.running -= 1
+
+    def remove_layers_except(self, keep: frozenset[str]) -> int:
+        with self._changed:
+            gone = set(self.layers) - keep
+            for chain_id in gone:
+                del self.layers[chain_id]
+            return len(gone)
+
+
+def _inflate(data: bytes, media_type: str) -> bytes:
+    try:
+        if media_type.endswith("gzip"):
+            return gzip.decompress(data)
+        if media_type.endswith("zstd"):
+            return zstandard.ZstdDecompressor().decompress(data, max_output_size=1 << 28)
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise UnpackError(f"damaged stream: {error}") from error
+    return data
