@@ -304,6 +304,11 @@ def set_link(index: int, name: str, *, up: bool = False, promisc: bool = False, 
     return Request(RTM_SETLINK, 0, _link_body(index, flags, flags, *parts), f"set up interface {name}")
 
 
+def set_link_down(index: int, name: str) -> Request:
+    body = _link_body(index, 0, IFF_UP)
+    return Request(RTM_SETLINK, 0, body, f"take down interface {name}", frozenset({errno.ENODEV}))
+
+
 def set_bridge_port(index: int, name: str, *, hairpin: bool) -> Request:
     data = nested(IFLA_INFO_SLAVE_DATA, attribute(IFLA_BRPORT_MODE, bytes([hairpin])))
     info = nested(IFLA_LINKINFO, text(IFLA_INFO_SLAVE_KIND, "bridge"), data)
@@ -400,3 +405,18 @@ def list_routes(netlink: Netlink) -> list[Route]:
             gateway = ipaddress.ip_address(via) if via is not None else None
             found.append(Route(destination, gateway, index, table))
     return found
+
+
+def route_interface(netlink: Netlink, address: IPAddress) -> str | None:
+    """The name of the interface that packets to `address` leave by, or None where there is no way."""
+    head = _ROUTE.pack(_family(address), address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
+    body = head + attribute(RTA_DST, address.packed)
+    try:
+        for _, payload in netlink.dump(RTM_GETROUTE, body, f"look up the route to {address}", flags=0):
+            (index,) = struct.unpack("=I", attributes(payload, _ROUTE.size).get(RTA_OIF, bytes(4)))
+            for _, link in netlink.dump(RTM_GETLINK, _link_body(index, 0, 0), f"look up interface {index}", flags=0):
+                return _parse_link(link).name
+    except NetlinkError as error:
+        if error.errno not in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENODEV):
+            raise
+    return None

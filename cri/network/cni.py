@@ -1,0 +1,428 @@
+"""The pod network: cri.interfaces.Network over CNI 1.1, natively where ocid can and by programs where it cannot.
+
+Refuses to forget: a pod's record is on disk before its first plugin is called and stays until every DEL was right.
+Invariant: whatever `add` raises, DEL was called for all plugins with a deadline of its own (threats R11), also when the
+caller was cancelled; whatever `delete` raises, the record is still there and the call may be made again.
+
+    add     lock pod -> record -> plugin 1 ADD -> … -> plugin n ADD -> record with the result
+            a failure: plugin n DEL -> … -> plugin 1 DEL -> record removed (kept when a DEL failed)
+    delete  lock pod -> plugin n DEL -> … -> plugin 1 DEL -> record removed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cri.interfaces import NetworkError, NetworkResult, PodNetwork
+from cri.network import netlink as nl
+from cri.network import plan as planning
+from cri.network.conflist import ConfigError, Conflist, is_name
+from cri.network.external import Binaries
+from cri.network.firewall import Firewall
+from cri.network.lists import BuiltIn, Lists, parse_subnets
+from cri.network.netns import Namespaces, open_netns
+from cri.network.plan import Plan, Tools
+from cri.network.records import Record, Records
+from cri.network.values import Call, Cancel, PluginError, Result
+from cri.threads import Threads
+from runtime.linux.failpoint import failpoint
+
+log = logging.getLogger(__name__)
+
+_CALLS_AT_ONCE = 32
+_RETIRING_AT_ONCE = 4
+_STATUS_TIMEOUT_S = 5.0
+_STATUS_AGE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkConfig:
+    """Where things are and how long they may take. The subnets are tried in order for the built-in network."""
+
+    conf_dir: Path = Path("/etc/cni/net.d")
+    bin_dirs: tuple[Path, ...] = (Path("/opt/cni/bin"), Path("/usr/lib/cni"))
+    state_dir: Path = Path("/run/ocid")
+    lease_dir: Path = Path("/var/lib/cni/networks")
+    netns_dir: Path | None = None  # None: netns in the state directory
+    pool_size: int = 4
+    plugin_timeout_s: float = 60.0
+    default_name: str = "ocid"
+    default_bridge: str = "ocid0"
+    default_subnets: tuple[str, ...] = ("10.88.0.0/16", "10.89.0.0/16", "10.188.0.0/16", "172.31.0.0/16")
+    nft_table: str = "ocid"
+    interface: str = "eth0"
+
+
+class Cni:
+    """cri.interfaces.Network. Made without a running loop and without a system call; `close` when done."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        self._config = config
+        self._firewall = Firewall(config.nft_table)
+        self._binaries = Binaries(config.bin_dirs)
+        self._tools = Tools(self._binaries, config.lease_dir, self._firewall, self._retire)
+        self._lists = Lists(config.conf_dir, self._plan)
+        self._built_in = BuiltIn(config.default_name, config.default_bridge, parse_subnets(config.default_subnets))
+        self._built_in_list: Conflist | None = None
+        self._records = Records(config.state_dir / "cni")
+        self._namespaces = Namespaces(config.netns_dir or config.state_dir / "netns", config.pool_size)
+        self._threads = Threads("network", _CALLS_AT_ONCE)
+        self._retiring = ThreadPoolExecutor(_RETIRING_AT_ONCE, thread_name_prefix="network-retire")
+        self._busy: set[str] = set()
+        self._free = threading.Condition()
+        self._status: tuple[float, Conflist, str | None] | None = None
+
+    def close(self) -> None:
+        """Lets go of threads and spare namespaces; pods keep their network."""
+        self._threads.close()
+        self._retiring.shutdown(wait=True)
+        self._namespaces.close()
+
+    # -------------------------------------------------------------------------------------------- network namespaces
+
+    async def warm(self) -> None:
+        """Makes the spare namespaces, so that the first pod finds one."""
+        self._namespaces.warm()
+
+    async def new_netns(self, pod_id: str) -> Path:
+        try:
+            return await self._threads.run(self._namespaces.create, pod_id)
+        except (OSError, ValueError) as error:
+            raise NetworkError(f"network namespace for pod {pod_id[:64]}: {error}") from error
+
+    async def remove_netns(self, path: Path) -> None:
+        try:
+            await self._threads.run(self._namespaces.remove, path)
+        except (OSError, ValueError) as error:
+            raise NetworkError(f"remove network namespace: {error}") from error
+
+    # ------------------------------------------------------------------------------------------------------------ ADD
+
+    async def add(self, pod: PodNetwork) -> NetworkResult:
+        cancel = Cancel()
+        work = asyncio.ensure_future(self._threads.run(self._add, pod, cancel))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            # The thread goes on (threats O1): tell it, and let it undo what it did before the caller's own undo.
+            cancel.set()
+            await _settled(work)
+            if not work.cancelled() and work.exception() is None:
+                undo = asyncio.ensure_future(self._threads.run(self._delete, pod))
+                await _settled(undo)
+                if not undo.cancelled() and (failure := undo.exception()) is not None:
+                    log.warning("%s; it is tried again when the pod is removed", failure)
+            raise
+        finally:
+            cancel.close()
+
+    def _add(self, pod: PodNetwork, cancel: Cancel) -> NetworkResult:
+        _check(pod)
+        with self._only_one(pod.id):
+            namespace = _identity(pod.netns)
+            before = self._records.read(pod.id)
+            if before is not None:
+                same = before.namespace == namespace and before.pod.network == pod.network
+                if before.result is not None and same:
+                    return _answer(before.result)
+                self._undo(before, "of an earlier attempt")
+            conflist = self._find(pod.network)
+            try:
+                plan = planning.negotiate(self._plan(conflist), self._tools)
+                record = Record(pod, plan.conflist, self._config.interface, namespace, None)
+                self._write(record)
+            except PluginError as error:
+                raise NetworkError(f"network {conflist.name}: add pod {_shown(pod)}: {error}") from error
+            failpoint("network.recorded")
+            return self._run_chain(plan, record, cancel)
+
+    def _run_chain(self, plan: Plan, record: Record, cancel: Cancel) -> NetworkResult:
+        result: Result | None = None
+        doing = "no plugin"
+        try:
+            for step in plan.steps:
+                doing = step.describe
+                cancel.check()
+                call = self._call(record, record.pod.netns, cancel)
+                result = step.add(call, result)
+                failpoint("network.plugin.added")
+            assert result is not None  # a list has at least one plugin
+            cancel.check()
+            self._write(replace(record, result=result))
+            return _answer(result)
+        except Exception as error:  # a mistake of ours in the middle must not leak an address either
+            what = f"network {plan.conflist.name}: {doing}: add pod {_shown(record.pod)}"
+            failure = NetworkError(f"{what}: {_cause(error)}")
+            try:
+                self._undo(record, "after that failure")
+            except NetworkError as second:
+                failure.add_note(f"{second}; it is tried again when the pod is removed")
+            raise failure from error
+
+    def _undo(self, record: Record, when: str) -> None:
+        """DEL of every plugin, and the record gone. Raises NetworkError; then the record is kept."""
+        try:
+            self._delete_chain(record)
+        except PluginError as error:
+            raise NetworkError(f"network {record.conflist.name}: {error} ({when})") from error
+        self._forget(record.pod.id)
+
+    # ------------------------------------------------------------------------------------------------------------ DEL
+
+    async def delete(self, pod: PodNetwork) -> None:
+        # A delete that has begun goes on when its caller is gone; there is nothing to undo.
+        await self._threads.run(self._delete, pod)
+
+    def _delete(self, pod: PodNetwork) -> None:
+        if not is_name(pod.id):
+            raise NetworkError(f"{pod.id[:64]!r} is not a pod's id")
+        with self._only_one(pod.id):
+            record = self._records.read(pod.id)
+            if record is None:
+                # After a reboot /run is empty, while leases on disk are not (threats O4).
+                conflist = self._find_or_none(pod.network)
+                if conflist is None:
+                    self._forget(pod.id)
+                    return
+                record = Record(pod, conflist, self._config.interface, (0, 0), None)
+            try:
+                self._delete_chain(record)
+            except PluginError as error:
+                raise NetworkError(f"network {record.conflist.name}: {error}") from error
+            self._forget(pod.id)
+
+    def _delete_chain(self, record: Record) -> None:
+        """DEL in reverse. Stops at the first failure, as libcni does: an address is not given away while a later
+        plugin's rule may still lead to it. Raises PluginError naming the plugin."""
+        plan = self._plan(record.conflist)
+        # Only the very namespace that ADD was for: another may have been pinned in its place.
+        netns: Path | None = record.pod.netns
+        namespace = _identity(record.pod.netns)
+        if namespace == (0, 0) or (record.namespace != (0, 0) and namespace != record.namespace):
+            netns = None
+        for step in reversed(plan.steps):
+            try:
+                failpoint("network.plugin.delete")
+                step.delete(self._call(record, netns, None), record.result)
+            except Exception as error:
+                raise PluginError(f"{step.describe}: delete pod {_shown(record.pod)}: {_cause(error)}") from error
+
+    def _call(self, record: Record, netns: Path | None, cancel: Cancel | None) -> Call:
+        deadline = time.monotonic() + self._config.plugin_timeout_s
+        conflist = record.conflist
+        return Call(record.pod, conflist.name, conflist.version, record.interface, netns, deadline, cancel)
+
+    # --------------------------------------------------------------------------------------------------------- status
+
+    async def status(self) -> str | None:
+        return await self._threads.run(self._reason)
+
+    def _reason(self) -> str | None:
+        try:
+            conflist = self._find("")
+        except NetworkError as error:
+            return str(error)
+        plan = self._plan(conflist)
+        for program in plan.programs:
+            try:
+                program.find()
+            except PluginError as error:
+                return f"network {conflist.name}: {error}"
+        if conflist.version < "1.1.0" or not plan.programs:
+            return None
+        return self._asked(plan)
+
+    def _asked(self, plan: Plan) -> str | None:
+        """What the programs' STATUS says (CNI 1.1), asked at most every ten seconds: a kubelet asks us more often."""
+        known = self._status
+        if known is not None and known[1] == plan.conflist and time.monotonic() - known[0] < _STATUS_AGE_S:
+            return known[2]
+        reason = None
+        for program in plan.programs:
+            try:
+                said = program.status(_STATUS_TIMEOUT_S)
+            except PluginError as error:
+                said = str(error)
+            if said is not None:
+                reason = f"network {plan.conflist.name}: plugin {program.program}: {said}"
+                break
+        self._status = (time.monotonic(), plan.conflist, reason)
+        return reason
+
+    def problems(self) -> tuple[str, ...]:
+        """A sentence for each file in the configuration directory that is not used, for `ocid doctor`."""
+        return self._lists.load().problems
+
+    def networks(self) -> tuple[str, ...]:
+        """The names of the configured networks, the default first."""
+        return tuple(conflist.name for conflist in self._lists.load().networks) or (self._config.default_name,)
+
+    # ------------------------------------------------------------------------------------------------------- recovery
+
+    async def collect(self, valid: frozenset[str]) -> None:
+        await self._threads.run(self._collect, valid)
+
+    def _collect(self, valid: frozenset[str]) -> None:
+        """Pods with records first, by their own plugins; then what has no record any more."""
+        from cri.network import collect  # of use once in a daemon's life
+
+        self._records.sweep()
+        for pod in self._records.pods():
+            if pod in valid or pod in self._busy:
+                continue
+            try:
+                self._delete(PodNetwork(pod, "", "", "", self._namespaces.path(pod)))
+            except NetworkError as error:
+                log.warning("%s; it is tried again at the next start", error)
+        kept = valid | frozenset(self._records.pods()) | frozenset(self._busy)
+        for name in self._namespaces.names():
+            if name not in kept:
+                try:
+                    self._namespaces.remove(self._namespaces.path(name))
+                except OSError as error:
+                    log.warning("remove network namespace: %s", error)
+        records = [record for pod in self._records.pods() if (record := self._records.read(pod)) is not None]
+        plans = [self._plan(conflist) for conflist in self._all_lists()]
+        in_use = [self._plan(record.conflist) for record in records]
+        collect.leftovers(kept, self._config, plans, in_use, records, self._firewall)
+
+    def _all_lists(self) -> list[Conflist]:
+        found = list(self._lists.load().networks)
+        try:
+            built_in = self._find_built_in()
+        except NetworkError:
+            return found
+        return found if any(conflist.name == built_in.name for conflist in found) else [*found, built_in]
+
+    # --------------------------------------------------------------------------------------------------------- helpers
+
+    def _plan(self, conflist: Conflist) -> Plan:
+        return planning.make(conflist, self._tools)
+
+    def _find(self, name: str) -> Conflist:
+        """The network `name`, or the default one for "". Raises NetworkError."""
+        loaded = self._lists.load()
+        for conflist in loaded.networks:
+            if name in ("", conflist.name):
+                return conflist
+        said = f"; {'; '.join(loaded.problems)}" if loaded.problems else ""
+        if not loaded.networks and not loaded.problems and name in ("", self._config.default_name):
+            return self._find_built_in()
+        if name == self._config.default_name and not loaded.problems:
+            return self._find_built_in()
+        wanted = f"network {name}" if name else "a network configuration that can be used"
+        raise NetworkError(f"no {wanted} in {self._config.conf_dir}{said}")
+
+    def _find_or_none(self, name: str) -> Conflist | None:
+        try:
+            return self._find(name)
+        except NetworkError:
+            return None
+
+    def _find_built_in(self) -> Conflist:
+        if self._built_in_list is None:
+            try:
+                self._built_in_list = self._built_in.choose()
+            except (ConfigError, OSError) as error:
+                raise NetworkError(f"network {self._config.default_name}: {error}") from error
+        return self._built_in_list
+
+    def _write(self, record: Record) -> None:
+        try:
+            self._records.write(record)
+        except OSError as error:
+            raise PluginError(f"write the record: {error}") from error
+
+    def _forget(self, pod: str) -> None:
+        try:
+            self._records.remove(pod)
+        except OSError as error:
+            raise NetworkError(f"remove the network record of pod {pod}: {error}") from error
+
+    @contextlib.contextmanager
+    def _only_one(self, pod: str) -> Iterator[None]:
+        """One ADD or DEL of a pod at a time; pods do not wait for each other (threats R14)."""
+        with self._free:
+            limit = self._config.plugin_timeout_s
+            if not self._free.wait_for(lambda: pod not in self._busy, limit):
+                raise NetworkError(f"another call for the network of pod {pod} has not ended within {limit:.0f} s")
+            self._busy.add(pod)
+        try:
+            yield
+        finally:
+            with self._free:
+                self._busy.discard(pod)
+                self._free.notify_all()
+
+    def _retire(self, index: int, name: str) -> None:
+        """Removes a pod's interface that is down already, in the background: the kernel takes 40 ms for it."""
+
+        def remove() -> None:
+            try:
+                with nl.Netlink() as netlink:
+                    netlink.run([nl.delete_link(index, name)])
+            except OSError as error:  # it goes with the pod's namespace, or at the next start
+                log.warning("%s", error)
+
+        self._retiring.submit(remove)
+
+
+async def _settled(work: asyncio.Future[Any]) -> None:
+    """Waits until `work` is done, however often the waiter is cancelled: every step in there has a deadline."""
+    while not work.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({work})
+
+
+def _check(pod: PodNetwork) -> None:
+    if not is_name(pod.id):
+        raise NetworkError(f"{pod.id[:64]!r} is not a pod's id")
+    if pod.network and not is_name(pod.network):
+        raise NetworkError(f"{pod.network[:64]!r} is not a network's name")
+    if _identity(pod.netns) == (0, 0):
+        raise NetworkError(f"pod {_shown(pod)}: {pod.netns} is no pinned network namespace")
+
+
+def _identity(netns: Path) -> tuple[int, int]:
+    """Device and inode of a pinned namespace; (0, 0) for none."""
+    fd = open_netns(netns)
+    if fd is None:
+        return (0, 0)
+    try:
+        info = os.fstat(fd)
+        return info.st_dev, info.st_ino
+    finally:
+        os.close(fd)
+
+
+def _cause(error: Exception) -> str:
+    """Its sentence; of an unexpected kind the kind as well."""
+    known = isinstance(error, (PluginError, OSError, ConfigError))
+    return str(error) if known else f"{type(error).__name__}: {error}"
+
+
+def _shown(pod: PodNetwork) -> str:
+    return f"{pod.namespace}/{pod.name} ({pod.id[:12]})" if pod.name else pod.id[:12]
+
+
+def _answer(result: Result) -> NetworkResult:
+    """The pod's own addresses: of `ips` those whose interface is in a sandbox, or that name none."""
+    interfaces, ips = result.raw.get("interfaces") or [], []
+    for entry, address in zip(result.raw.get("ips") or [], result.addresses, strict=True):
+        index = entry.get("interface")
+        if isinstance(index, int) and 0 <= index < len(interfaces) and not interfaces[index].get("sandbox"):
+            continue
+        ip = str(address.interface.ip)
+        if ip not in ips:
+            ips.append(ip)
+    return NetworkResult(tuple(ips), result.raw)

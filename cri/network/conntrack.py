@@ -1,0 +1,60 @@
+"""Connection tracking over netlink: forget UDP flows to ports that changed hands.
+
+Refuses everything else: TCP ends by itself, UDP flows live on as long as somebody sends. Invariant: an entry is deleted
+by its own tuple and id as the kernel printed them, so a new flow in its place is not hit.
+See linux/netfilter/nfnetlink_conntrack.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Iterator
+
+from cri.network.netlink import (
+    NETLINK_NETFILTER,
+    NLM_F_DUMP,
+    Netlink,
+    NetlinkError,
+    Request,
+    attribute,
+    attributes,
+    nested,
+)
+
+_SUBSYS, _GET, _DELETE = 1, 1, 2  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_*
+_CTA_TUPLE_ORIG, _CTA_ID, _CTA_ZONE = 1, 12, 18
+_CTA_TUPLE_PROTO, _CTA_PROTO_NUM, _CTA_PROTO_DST_PORT = 2, 1, 3
+
+
+def _udp_entries(ports: frozenset[int]) -> Iterator[bytes]:
+    """The bodies of messages that delete the UDP entries whose original destination port is one of `ports`."""
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            head = struct.pack(">BBH", family, 0, 0)
+            answers = netlink.dump(_SUBSYS << 8 | _GET, head, "list connections", flags=NLM_F_DUMP)
+            for _, payload in answers:
+                values = attributes(payload, 4)
+                original = values.get(_CTA_TUPLE_ORIG, b"")
+                protocol = attributes(attributes(original).get(_CTA_TUPLE_PROTO, b""))
+                port = int.from_bytes(protocol.get(_CTA_PROTO_DST_PORT, b""), "big")
+                if protocol.get(_CTA_PROTO_NUM) != bytes([socket.IPPROTO_UDP]) or port not in ports:
+                    continue
+                same = [attribute(key, values[key]) for key in (_CTA_ID, _CTA_ZONE) if key in values]
+                yield head + nested(_CTA_TUPLE_ORIG, original) + b"".join(same)
+
+
+def forget_udp(ports: frozenset[int]) -> None:
+    """Deletes tracked UDP flows to `ports`. A kernel without ctnetlink keeps them. Raises NetlinkError."""
+    try:
+        bodies = list(_udp_entries(ports))
+    except NetlinkError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
+            return
+        raise
+    gone = frozenset({errno.ENOENT})
+    with Netlink(NETLINK_NETFILTER) as netlink:
+        # One message a datagram: ctnetlink stops at the first error of a datagram, and ENOENT is to be expected.
+        for body in bodies:
+            netlink.run([Request(_SUBSYS << 8 | _DELETE, 0, body, "forget a UDP flow", gone)])
