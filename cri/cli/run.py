@@ -24,6 +24,7 @@ from cri.cli.main import CommandError
 from cri.cli.pull import pull
 from cri.cli.rm import remove
 from cri.cli.watch import wait_exit
+from runtime.linux.files import remove_tree
 from runtime.shim.client import Shims
 from runtime.shim.model import Sandbox
 
@@ -90,49 +91,58 @@ def _make_name(image: str) -> str:
 
 
 async def _run(args: argparse.Namespace, name: str) -> int:
+    # Without a daemon the root belongs to whoever works in it: it is let go while the container runs.
     async with connect(args) as api:
-        listed = await api.call("ListContainers", pb.ListContainersRequest())
-        if any(c.labels.get(names.NAME_LABEL) == name for c in listed.containers):
-            raise CommandError(f"the name {name} is taken; ocid rm {name} frees it")
-        image = await _image(api, args)
-        async with contextlib.AsyncExitStack() as undo:
-            sandbox_config = _sandbox_config(api, args, name)
-            Path(sandbox_config.log_directory).mkdir(mode=0o700, parents=True)
-            undo.callback(_remove_empty, Path(sandbox_config.log_directory))
-            network = "" if args.net == "host" else args.net
-            pod = (
-                await api.call("RunPodSandbox", pb.RunPodSandboxRequest(config=sandbox_config), network=network)
-            ).pod_sandbox_id
-            undo.push_async_callback(_drop_pod, api, pod)
-            request = pb.CreateContainerRequest(
-                pod_sandbox_id=pod, config=_container_config(args, name, image), sandbox_config=sandbox_config
-            )
-            container = (await api.call("CreateContainer", request)).container_id
-            streams = None if args.detach else await _attach(api, args, pod, container)
-            await _start(api, container)
-            undo.pop_all()
-        if streams is None:
-            print(container)
-            return 0
-        shims = Shims(Path(api.config.state), direct=api.local is not None)
-        await streams.copy(lambda number: shims.signal(_sandbox(api, pod), container, number))
+        state, direct = Path(api.config.state), api.local is not None
+        pod, container, streams = await _launch(api, args, name)
+    if streams is None:
+        print(container)
+        return 0
+    shims, sandbox = Shims(state, direct=direct), _sandbox(state, pod)
+    await streams.copy(lambda number: shims.signal(sandbox, container, number))
+    async with connect(args) as api:
         code = await wait_exit(api, container)
         if args.rm:
-            found = await names.find(api, container)
-            await remove(api, found)
+            await remove(api, await names.find(api, container))
         else:
             await api.call("StopPodSandbox", pb.StopPodSandboxRequest(pod_sandbox_id=pod))
-        return code
+    return code
 
 
-def _sandbox(api: Api, pod: str) -> Sandbox:
-    return Sandbox(pod, Path(api.config.state) / "pods" / pod, 0, 0)
+async def _launch(api: Api, args: argparse.Namespace, name: str) -> tuple[str, str, Streams | None]:
+    """Pod and container, started; streams where somebody watches. After a failure nothing of it is left."""
+    listed = await api.call("ListContainers", pb.ListContainersRequest())
+    if any(c.labels.get(names.NAME_LABEL) == name for c in listed.containers):
+        raise CommandError(f"the name {name} is taken; ocid rm {name} frees it")
+    image = await _image(api, args)
+    async with contextlib.AsyncExitStack() as undo:
+        sandbox_config = _sandbox_config(api, args, name)
+        Path(sandbox_config.log_directory).mkdir(mode=0o700, parents=True)
+        undo.callback(remove_tree, sandbox_config.log_directory)
+        network = "" if args.net == "host" else args.net
+        request = pb.RunPodSandboxRequest(config=sandbox_config)
+        pod = str((await api.call("RunPodSandbox", request, network=network)).pod_sandbox_id)
+        undo.push_async_callback(_drop_pod, api, pod)
+        create = pb.CreateContainerRequest(
+            pod_sandbox_id=pod, config=_container_config(args, name, image), sandbox_config=sandbox_config
+        )
+        container = str((await api.call("CreateContainer", create)).container_id)
+        streams = None if args.detach else _attach(api, args, pod, container)
+        await _start(api, container)
+        undo.pop_all()
+    return pod, container, streams
 
 
-async def _attach(api: Api, args: argparse.Namespace, pod: str, container: str) -> Streams:
+def _sandbox(state: Path, pod: str) -> Sandbox:
+    return Sandbox(pod, state / "pods" / pod, 0, 0)
+
+
+def _attach(api: Api, args: argparse.Namespace, pod: str, container: str) -> Streams:
     streams = Streams(stdin=args.interactive, terminal=args.tty)
     shims = Shims(Path(api.config.state), direct=api.local is not None)
-    control = shims.attach(_sandbox(api, pod), container, streams.for_shim, stdin=args.interactive, terminal=args.tty)
+    control = shims.attach(
+        _sandbox(Path(api.config.state), pod), container, streams.for_shim, stdin=args.interactive, terminal=args.tty
+    )
     streams.attached(control)
     return streams
 
@@ -153,13 +163,6 @@ def _exit_code(message: str) -> int:
 async def _drop_pod(api: Api, pod: str) -> None:
     await api.call("StopPodSandbox", pb.StopPodSandboxRequest(pod_sandbox_id=pod))
     await api.call("RemovePodSandbox", pb.RemovePodSandboxRequest(pod_sandbox_id=pod))
-
-
-def _remove_empty(directory: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        for file in directory.iterdir():
-            file.unlink()
-        directory.rmdir()
 
 
 async def _image(api: Api, args: argparse.Namespace) -> str:
