@@ -137,7 +137,7 @@ class Corner:
         found = {}
         for path in directory.iterdir() if directory.exists() else ():
             with contextlib.suppress(ValueError):
-                found[str(ipaddress.ip_address(path.name))] = path.read_text().split("\r\n")[0]
+                found[str(ipaddress.ip_address(path.name))] = path.read_bytes().split(b"\r\n")[0].decode()
         return found
 
     def ports(self) -> list[str]:
