@@ -137,10 +137,11 @@ def renameat2(old_dir: int, old: str, new_dir: int, new: str, flags: int = 0) ->
     )
 
 
-def write_durable(path: Path, data: bytes, mode: int = 0o600, *, sync: bool = True) -> None:
+def write_durable(path: str | Path, data: bytes, mode: int = 0o600, *, sync: bool = True) -> None:
     """Replaces `path` with `data`: temporary name, fsync, rename, fsync of the directory. `sync=False` is for a
     tmpfs, where only the rename matters."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+    directory, name = os.path.split(os.fspath(path))
+    temporary = os.path.join(directory, f".{name}.{os.getpid()}.{os.urandom(4).hex()}")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
     try:
         try:
@@ -154,7 +155,7 @@ def write_durable(path: Path, data: bytes, mode: int = 0o600, *, sync: bool = Tr
         os.unlink(temporary)
         raise
     if sync:
-        sync_directory(path.parent)
+        sync_directory(directory or ".")
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -164,7 +165,7 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def sync_directory(path: Path) -> None:
+def sync_directory(path: str | Path) -> None:
     """fsync(2) of a directory: makes the names in it durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -10,7 +10,10 @@ import array
 import os
 import socket
 import struct
-from pathlib import Path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MAX_FRAME = 32 << 20
 MAX_FDS = 16
@@ -79,19 +82,22 @@ def peer_uid(sock: socket.socket) -> int:
     return int(struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1])
 
 
-def _short(path: Path) -> tuple[str, int]:
+def _short(path: str | Path) -> tuple[str, int]:
     if len(os.fsencode(path)) < 108:
-        return str(path), -1
-    fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    return f"/proc/self/fd/{fd}/{path.name}", fd
+        return os.fspath(path), -1
+    fd = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    return f"/proc/self/fd/{fd}/{os.path.basename(path)}", fd
 
 
-def listen_unix(path: Path, *, backlog: int = 64, mode: int = 0o600) -> socket.socket:
+def listen_unix(path: str | Path, *, backlog: int = 64, mode: int = 0o600) -> socket.socket:
     """A listening stream socket at `path`; a stale file there is replaced (threats O58)."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     name, fd = _short(path)
     try:
-        path.unlink(missing_ok=True)
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
         before = os.umask(0o777 & ~mode)
         try:
             sock.bind(name)
@@ -107,7 +113,7 @@ def listen_unix(path: Path, *, backlog: int = 64, mode: int = 0o600) -> socket.s
     return sock
 
 
-def connect_unix(path: Path, timeout: float | None = None) -> socket.socket:
+def connect_unix(path: str | Path, timeout: float | None = None) -> socket.socket:
     """A stream connection to `path`; `timeout` in seconds stays set on the socket."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     name, fd = _short(path)
