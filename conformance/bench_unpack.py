@@ -22,7 +22,8 @@ from pathlib import Path
 from runtime.linux.files import remove_tree
 from runtime.linux.writeback import syncfs
 from snapshotter.inflate import inflate
-from snapshotter.model import Limits
+from snapshotter.model import Config, Limits
+from snapshotter.overlay import Overlay, spread
 from snapshotter.unpack import unpack
 
 # So many words of random bytes give gzip -1 the ratio of that layer.
@@ -94,7 +95,8 @@ def alone(path: Path, diff_id: str, scratch: Path) -> None:
                 digest.update(chunk)
         timed("inflate + sha256" if hashed else "inflate", start)
         os.close(fd)
-    target = scratch / "one"
+    spread(scratch)
+    target = scratch / f"one.{os.getpid()}"
     target.mkdir()
     before = os.umask(0)
     blob, layer = os.open(path, os.O_RDONLY), os.open(target, os.O_RDONLY)
@@ -114,9 +116,6 @@ def alone(path: Path, diff_id: str, scratch: Path) -> None:
 
 def whole(layers: list[tuple[Path, str]], scratch: Path) -> None:
     """All layers through Overlay, at once, durable."""
-    from snapshotter.model import Config  # noqa: PLC0415
-    from snapshotter.overlay import Overlay  # noqa: PLC0415
-
     db = sqlite3.connect(scratch / "db", check_same_thread=False, isolation_level=None)
     db.execute("PRAGMA journal_mode=WAL")
     overlay = Overlay(scratch / "root", db, Config())

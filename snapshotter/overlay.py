@@ -2,9 +2,9 @@
 
     root/                0700
       layers/N/fs        a committed layer (N: a short number, so that mount options stay short)
-      layers/.N/fs       one that is being made
+      layers/.N.…/fs     one that is being made
       active/N/{upper,work}
-      active/.N
+      active/.N.…
       empty/             stands below an image without layers: overlayfs wants a lower directory
       trash/             on its way out
 
@@ -25,6 +25,7 @@ from pathlib import Path
 
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import sync_directory
+from runtime.linux.inode_flags import FS_TOPDIR_FL, add_inode_flags
 from runtime.linux.libc import KernelError
 from runtime.linux.mount import FsMount
 from snapshotter import protocol
@@ -73,6 +74,8 @@ class Overlay:
             directory.mkdir(parents=True, exist_ok=True)
             directory.chmod(0o700)  # set-id files of images are nothing for this machine's users (threats S24)
         (self._root / "empty").chmod(0o755)
+        for name in ("layers", "active"):
+            spread(self._root / name)
         self._fd = os.open(self._root, _DIRECTORY)
         self._syncer = Syncer(self._fd)
         self._trash = Trash(self._root / "trash")
@@ -112,7 +115,7 @@ class Overlay:
             self._making[key] = parent  # holds the chain: nobody removes its layers meanwhile
             number = self._number()
         try:
-            hidden = self._root / "active" / f".{number}"
+            hidden = self._hidden("active", number)
             final = self._root / "active" / str(number)
             hidden.mkdir(0o700)
             (hidden / "work").mkdir(0o700)
@@ -269,7 +272,7 @@ class Overlay:
         parent = flight.parent
         with self._changed:
             number = self._number()
-        hidden, final = self._root / "layers" / f".{number}", self._root / "layers" / str(number)
+        hidden, final = self._hidden("layers", number), self._root / "layers" / str(number)
         blob_fd = os.open(blob, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             made = self._extract(blob_fd, hidden, media_type, diff_id, flight)
@@ -349,6 +352,10 @@ class Overlay:
         self._next += 1
         return self._next
 
+    def _hidden(self, directory: str, number: int) -> Path:
+        # The random part makes ext4 choose another block group even when numbers start anew (see spread).
+        return self._root / directory / f".{number}.{os.urandom(4).hex()}"
+
     def _layer_path(self, number: int) -> Path:
         return self._root / "layers" / str(number) / "fs"
 
@@ -388,7 +395,8 @@ class Overlay:
         highest = max((int(number) for known in numbers.values() for number in known), default=0)
         for directory, known in numbers.items():
             for name in os.listdir(self._root / directory):
-                highest = max(highest, int(name.lstrip(".")) if name.lstrip(".").isdecimal() else 0)
+                digits = name.lstrip(".").partition(".")[0]
+                highest = max(highest, int(digits) if digits.isdecimal() else 0)
                 if name not in known:
                     try:
                         self._trash.take(self._root / directory / name)
@@ -396,6 +404,21 @@ class Overlay:
                         continue
         sync_directory(self._root)
         return highest
+
+
+def spread(directory: Path) -> None:
+    """Tells ext4 that what is made in `directory` are trees that have nothing to do with one another (chattr +T): it
+    gives each its own block group instead of the parent's. On an ext4 without journal, making 6,600 files next to as
+    many that were removed less than a minute ago took 2.2 s, and 0.08 s with this: ext4 will not use an inode again
+    at once, and looks at every one of them for each file. Other filesystems know no such thing."""
+    fd = os.open(directory, _DIRECTORY)
+    try:
+        add_inode_flags(fd, FS_TOPDIR_FL)
+    except KernelError as error:
+        if error.errno not in (errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM):
+            raise
+    finally:
+        os.close(fd)
 
 
 def _make_root(path: Path) -> int:
