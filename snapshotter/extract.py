@@ -28,8 +28,21 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 _OPAQUE_NAME = b".wh..wh..opq"
 # What the entry is to blame for; everything else (ENOSPC, EIO, …) is the machine's.
-_BAD_ENTRY = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EMLINK,
-                        errno.EINVAL, errno.ENOENT, errno.EFBIG, errno.ERANGE, errno.E2BIG})
+_BAD_ENTRY = frozenset(
+    {
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.EMLINK,
+        errno.EINVAL,
+        errno.ENOENT,
+        errno.EFBIG,
+        errno.ERANGE,
+        errno.E2BIG,
+    }
+)
 _KEPT_XATTRS = (b"user.", b"trusted.")
 _KEPT_NAMES = frozenset({b"security.capability", b"system.posix_acl_access", b"system.posix_acl_default"})
 _DROPPED_XATTRS = (b"trusted.overlay.", b"trusted.ocid.")
@@ -69,8 +82,15 @@ def kept_xattrs(xattrs: Mapping[bytes, bytes]) -> Iterator[tuple[bytes, bytes]]:
 class Extractor:
     """One layer. `base`: it has no parent, so whiteouts have nothing to hide and are left out."""
 
-    def __init__(self, root_fd: int, walker: tar.Walker, limits: Limits, *, base: bool = False,
-                 aliases: Mapping[bytes, bytes] | None = None) -> None:
+    def __init__(
+        self,
+        root_fd: int,
+        walker: tar.Walker,
+        limits: Limits,
+        *,
+        base: bool = False,
+        aliases: Mapping[bytes, bytes] | None = None,
+    ) -> None:
         self._walker = walker
         self._limits = limits
         self._base = base
@@ -89,8 +109,14 @@ class Extractor:
     def run(self) -> Extracted:
         """Applies everything. Raises UnpackError (the layer's fault), OSError (the machine's)."""
         entry = None
-        makers = {tar.FILE: self._file, tar.LINK: self._hard_link, tar.SYMLINK: self._symlink, tar.CHAR: self._node,
-                  tar.BLOCK_DEVICE: self._node, tar.FIFO: self._node}
+        makers = {
+            tar.FILE: self._file,
+            tar.LINK: self._hard_link,
+            tar.SYMLINK: self._symlink,
+            tar.CHAR: self._node,
+            tar.BLOCK_DEVICE: self._node,
+            tar.FIFO: self._node,
+        }
         directory = self._tree.directory
         try:
             for entry in self._walker:
@@ -115,8 +141,13 @@ class Extractor:
         implied = list(self._tree.implied)
         if b"" not in self._planned:
             implied.insert(0, b"")
-        return Extracted(self._bytes + self._tree.made * self._block, self._inodes + self._tree.made, implied,
-                         list(self._links), self._opaque)
+        return Extracted(
+            self._bytes + self._tree.made * self._block,
+            self._inodes + self._tree.made,
+            implied,
+            list(self._links),
+            self._opaque,
+        )
 
     def _unusual(self, entry: tar.Entry, makers: Mapping[bytes, object]) -> None:
         """Entries whose last part is no plain name: "a/", "./", "a/..", whiteouts."""
@@ -217,8 +248,10 @@ class Extractor:
         if xattrs:
             self._planned_bytes += sum(len(key) + len(value) for key, value in xattrs.items())
         if self._planned_bytes > self._limits.directory_bytes:
-            raise UnpackError(f"tar: the directories' paths and xattrs take more than {self._limits.directory_bytes} "
-                              "bytes (limit directory_bytes)")
+            raise UnpackError(
+                f"tar: the directories' paths and xattrs take more than {self._limits.directory_bytes} "
+                "bytes (limit directory_bytes)"
+            )
         mtime = entry.mtime if _EARLIEST <= entry.mtime <= _LATEST else 0
         self._planned[path] = Metadata(entry.mode, entry.uid, entry.gid, mtime, xattrs)
         self._tree.implied.pop(path, None)
@@ -283,8 +316,9 @@ class Extractor:
         finally:
             os.close(here)
 
-    def _link(self, entry: tar.Entry, found: tuple[int, bytes], base: bytes, parent: int, name: bytes,
-              path: bytes) -> bool:
+    def _link(
+        self, entry: tar.Entry, found: tuple[int, bytes], base: bytes, parent: int, name: bytes, path: bytes
+    ) -> bool:
         """Links to a target in this layer; False when it has none."""
         source, where = found
         origin = where + b"/" + base if where else base

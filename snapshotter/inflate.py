@@ -21,7 +21,7 @@ _REFUSED = {b"\xfd7zXZ\x00": "xz", b"BZh": "bzip2", b"\x04\x22\x4d\x18": "lz4"}
 
 
 def kind_of(start: bytes, media_type: str) -> str:
-    """"gzip", "zstd" or "tar", by the blob's first bytes. Raises UnpackError when `media_type` says otherwise."""
+    """ "gzip", "zstd" or "tar", by the blob's first bytes. Raises UnpackError when `media_type` says otherwise."""
     for magic, name in _REFUSED.items():
         if start.startswith(magic):
             raise UnpackError(f"layer is compressed with {name}, which is not supported (gzip, zstd and plain tar are)")
@@ -102,5 +102,7 @@ def _zstd(blob_fd: int, limits: Limits) -> Iterator[bytes]:
             while chunk := reader.read(CHUNK):
                 yield chunk
         except zstandard.ZstdError as error:
-            raise UnpackError(f"layer is no valid zstd (windows up to {limits.zstd_window} bytes are accepted, "
-                              f"limit zstd_window): {error}") from error
+            raise UnpackError(
+                f"layer is no valid zstd (windows up to {limits.zstd_window} bytes are accepted, "
+                f"limit zstd_window): {error}"
+            ) from error

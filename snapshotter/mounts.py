@@ -31,8 +31,13 @@ def overlay_mount(lowers: Sequence[Path], directory: Path, *, volatile: bool, pl
     else:
         escaped = (str(path).replace("\\", "\\\\").replace(":", "\\:") for path in lowers)
         options = [("lowerdir", ":".join(escaped))]
-    options += [("upperdir", str(directory / "upper")), ("workdir", str(directory / "work")),
-                ("index", "off"), ("metacopy", "off"), ("redirect_dir", "nofollow")]
+    options += [
+        ("upperdir", str(directory / "upper")),
+        ("workdir", str(directory / "work")),
+        ("index", "off"),
+        ("metacopy", "off"),
+        ("redirect_dir", "nofollow"),
+    ]
     if volatile:
         options.append(("volatile", None))
     return FsMount("overlay", "overlay", tuple(options))
@@ -68,6 +73,8 @@ def settle_volatile(work: Path, key: str, *, same_boot: bool) -> None:
     if not mark.is_dir():
         return
     if not same_boot:
-        raise SnapshotError(f"snapshot {key} was mounted volatile before the machine went down, so its files may be "
-                            "torn; remove it and prepare a new one")
+        raise SnapshotError(
+            f"snapshot {key} was mounted volatile before the machine went down, so its files may be "
+            "torn; remove it and prepare a new one"
+        )
     remove_tree(mark)

@@ -169,8 +169,9 @@ class Overlay:
     def list(self) -> Sequence[SnapshotInfo]:
         """See cri.interfaces.Snapshots.list: those whose removal failed half-way are among them."""
         with self._changed:
-            return [SnapshotInfo(record.key, record.parent, record.created_ns)
-                    for record in self._records.active.values()]
+            return [
+                SnapshotInfo(record.key, record.parent, record.created_ns) for record in self._records.active.values()
+            ]
 
     def lower_directories(self, parent: str) -> Sequence[Path]:
         """See cri.interfaces.Snapshots.lower_directories."""
@@ -237,8 +238,13 @@ class Overlay:
         """See imagestore.model.Unpacker.remove_layers_except. Layers below a kept one, below a snapshot or below a
         layer that is being unpacked stay."""
         with self._changed:
-            wanted = {*keep, *self._flights, *(flight.parent for flight in self._flights.values()),
-                      *(record.parent for record in self._records.active.values()), *self._making.values()}
+            wanted = {
+                *keep,
+                *self._flights,
+                *(flight.parent for flight in self._flights.values()),
+                *(record.parent for record in self._records.active.values()),
+                *self._making.values(),
+            }
             kept: set[str] = set()
             for chain_id in wanted:
                 at = chain_id
@@ -280,8 +286,7 @@ class Overlay:
             hidden.rename(final)
             self._syncer.sync()
             failpoint("snapshots.layer.synced")
-            record = LayerRecord(chain_id, diff_id, parent, number, made.size, made.inodes, made.opaque,
-                                 time.time_ns())
+            record = LayerRecord(chain_id, diff_id, parent, number, made.size, made.inodes, made.opaque, time.time_ns())
             with self._changed:
                 if parent is not None and self._records.chain(parent) is None:
                     raise SnapshotError(f"layer {chain_id}: its parent {parent} was removed meanwhile")
@@ -374,8 +379,9 @@ class Overlay:
 
     def _mount(self, record: ActiveRecord) -> FsMount:
         lowers = self.lower_directories(record.parent) if record.parent is not None else [self._root / "empty"]
-        return overlay_mount(lowers, self._root / "active" / str(record.number), volatile=self._config.volatile,
-                             plus=self._plus)
+        return overlay_mount(
+            lowers, self._root / "active" / str(record.number), volatile=self._config.volatile, plus=self._plus
+        )
 
     def _recover(self) -> int:
         """Makes records and directories agree after a crash: a record without its directory goes, and the layers
@@ -390,8 +396,10 @@ class Overlay:
         for snapshot in [*records.active.values()]:
             if not snapshot.removing and not (self._root / "active" / str(snapshot.number) / "work").is_dir():
                 records.remove_active(snapshot.key)
-        numbers = {"layers": {str(layer.number) for layer in records.layers.values()},
-                   "active": {str(snapshot.number) for snapshot in records.active.values()}}
+        numbers = {
+            "layers": {str(layer.number) for layer in records.layers.values()},
+            "active": {str(snapshot.number) for snapshot in records.active.values()},
+        }
         highest = max((int(number) for known in numbers.values() for number in known), default=0)
         for directory, known in numbers.items():
             for name in os.listdir(self._root / directory):

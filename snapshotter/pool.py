@@ -34,9 +34,12 @@ class _Worker:
             null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
             try:
                 self.pid = os.posix_spawn(
-                    sys.executable, arguments, os.environ,
+                    sys.executable,
+                    arguments,
+                    os.environ,
                     file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), 0), (os.POSIX_SPAWN_DUP2, null, 1)],
-                    setsigmask=[], setsigdef=[signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGCHLD],
+                    setsigmask=[],
+                    setsigdef=[signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGCHLD],
                 )
             except BaseException:
                 ours.close()
@@ -189,5 +192,3 @@ class Pool:
                     continue
                 self._idle.remove(oldest)
             oldest.end()
-
-

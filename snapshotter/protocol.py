@@ -108,8 +108,13 @@ def encode_request(request: Unpack | Finish) -> bytes:
         lowers = [path.encode("utf-8", "surrogateescape") for path in request.lowers]
         return _pack({"type": "finish"}, lowers, request.implied, request.links)
     limits = {name: getattr(request.limits, name) for name in Limits.__slots__}
-    head = {"type": "unpack", "media_type": request.media_type, "diff_id": request.diff_id, "base": request.base,
-            "limits": limits}
+    head = {
+        "type": "unpack",
+        "media_type": request.media_type,
+        "diff_id": request.diff_id,
+        "base": request.base,
+        "limits": limits,
+    }
     return _pack(head, list(request.aliases), list(request.aliases.values()))
 
 
@@ -120,24 +125,44 @@ def decode_request(frame: bytes) -> Unpack | Finish:
         return Finish([path.decode("utf-8", "surrogateescape") for path in lowers], implied, links)
     limits = head["limits"]
     assert isinstance(limits, dict)
-    return Unpack(str(head["media_type"]), str(head["diff_id"]), bool(head["base"]),
-                  dict(zip(lists[0], lists[1], strict=True)), Limits(**limits))
+    return Unpack(
+        str(head["media_type"]),
+        str(head["diff_id"]),
+        bool(head["base"]),
+        dict(zip(lists[0], lists[1], strict=True)),
+        Limits(**limits),
+    )
 
 
 def encode_reply(reply: Done | Failed) -> bytes:
     if isinstance(reply, Failed):
-        return _pack({"type": "failed", "message": reply.message, "number": reply.number, "call": reply.call,
-                      "subject": reply.subject})
-    return _pack({"type": "done", "size": reply.size, "inodes": reply.inodes, "opaque": reply.opaque},
-                 reply.implied, reply.links, reply.aliases)
+        return _pack(
+            {
+                "type": "failed",
+                "message": reply.message,
+                "number": reply.number,
+                "call": reply.call,
+                "subject": reply.subject,
+            }
+        )
+    return _pack(
+        {"type": "done", "size": reply.size, "inodes": reply.inodes, "opaque": reply.opaque},
+        reply.implied,
+        reply.links,
+        reply.aliases,
+    )
 
 
 def decode_reply(frame: bytes) -> Done | Failed:
     head, lists = _unpack(frame)
     if head.get("type") == "failed":
         number = head.get("number")
-        return Failed(str(head.get("message")), number if isinstance(number, int) else errno.EIO,
-                      str(head.get("call")), str(head.get("subject")))
+        return Failed(
+            str(head.get("message")),
+            number if isinstance(number, int) else errno.EIO,
+            str(head.get("call")),
+            str(head.get("subject")),
+        )
     size, inodes = head.get("size"), head.get("inodes")
     if head.get("type") != "done" or len(lists) != 3 or not isinstance(size, int) or not isinstance(inodes, int):
         raise SnapshotError("unpack worker: malformed reply")

@@ -80,8 +80,16 @@ class Records:
     def add_layer(self, layer: LayerRecord) -> None:
         self._db.execute(
             "INSERT INTO snapshotter_layers VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (layer.chain_id, layer.diff_id, layer.parent, layer.number, layer.bytes, layer.inodes, int(layer.opaque),
-             layer.created_ns),
+            (
+                layer.chain_id,
+                layer.diff_id,
+                layer.parent,
+                layer.number,
+                layer.bytes,
+                layer.inodes,
+                int(layer.opaque),
+                layer.created_ns,
+            ),
         )
         self.layers[layer.chain_id] = layer
 
@@ -92,8 +100,14 @@ class Records:
     def add_active(self, snapshot: ActiveRecord) -> None:
         self._db.execute(
             "INSERT INTO snapshotter_active VALUES (?, ?, ?, ?, ?, ?)",
-            (snapshot.key, snapshot.parent, snapshot.number, snapshot.created_ns, snapshot.boot_id,
-             int(snapshot.removing)),
+            (
+                snapshot.key,
+                snapshot.parent,
+                snapshot.number,
+                snapshot.created_ns,
+                snapshot.boot_id,
+                int(snapshot.removing),
+            ),
         )
         self.active[snapshot.key] = snapshot
 

@@ -22,8 +22,18 @@ _HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s6s2s32s32s8s8s155s12s")
 _OLD_SPARSE = struct.Struct("12s12s")
 
 FILE, LINK, SYMLINK, CHAR, BLOCK_DEVICE, DIRECTORY, FIFO = b"0", b"1", b"2", b"3", b"4", b"5", b"6"
-_KINDS = {b"0": FILE, b"\0": FILE, b"7": FILE, b"S": FILE, b"1": LINK, b"2": SYMLINK, b"3": CHAR, b"4": BLOCK_DEVICE,
-          b"5": DIRECTORY, b"6": FIFO}
+_KINDS = {
+    b"0": FILE,
+    b"\0": FILE,
+    b"7": FILE,
+    b"S": FILE,
+    b"1": LINK,
+    b"2": SYMLINK,
+    b"3": CHAR,
+    b"4": BLOCK_DEVICE,
+    b"5": DIRECTORY,
+    b"6": FIFO,
+}
 _MAX_ID = 2**32 - 2
 _XATTR = b"SCHILY.xattr."
 # A pax number of more digits than this cannot be in range; int() would be quadratic in them (threats P6).
@@ -36,11 +46,25 @@ class Entry:
     """One member. `size` is the file's length, `stored` the bytes of data in the tar, which differ when it is sparse:
     then `regions` says where the data goes. `mtime` is in ns."""
 
-    __slots__ = ("name", "kind", "mode", "uid", "gid", "size", "stored", "mtime", "link", "major", "minor", "xattrs",
-                 "regions")
+    __slots__ = (
+        "name",
+        "kind",
+        "mode",
+        "uid",
+        "gid",
+        "size",
+        "stored",
+        "mtime",
+        "link",
+        "major",
+        "minor",
+        "xattrs",
+        "regions",
+    )
 
-    def __init__(self, name: bytes, kind: bytes, mode: int, uid: int, gid: int, size: int, mtime: int,
-                 link: bytes) -> None:
+    def __init__(
+        self, name: bytes, kind: bytes, mode: int, uid: int, gid: int, size: int, mtime: int, link: bytes
+    ) -> None:
         self.name = name
         self.kind = kind
         self.mode = mode
@@ -261,8 +285,9 @@ class Walker:
         fields = _HEADER.unpack(header)
         _check_sum(header, _octal(fields[6], "checksum"))
         size = _octal(fields[4], "size")
-        limit, name = (self.limits.pax_bytes, "pax_bytes") if kind in b"xg" else (
-            self.limits.path_bytes + 1, "path_bytes")
+        limit, name = (
+            (self.limits.pax_bytes, "pax_bytes") if kind in b"xg" else (self.limits.path_bytes + 1, "path_bytes")
+        )
         # Extended long names end in a NUL, and GNU tar pads none of it: one byte over the limit is enough.
         if not 0 <= size <= limit:
             raise UnpackError(f"tar: extended header {kind.decode()} of {size} bytes, at most {limit} (limit {name})")
@@ -300,9 +325,16 @@ class Walker:
             raise UnpackError(f"tar entry {own!r}: type {fields[7]!r} is not supported")
         if kind is FILE and fields[7] != b"S" and own.endswith(b"/"):
             kind = DIRECTORY  # the way before ustar
-        entry = Entry(own, kind, _octal(fields[1], "mode") & 0o7777, _octal(fields[2], "uid"),
-                      _octal(fields[3], "gid"), _octal(fields[4], "size"),
-                      _octal(fields[5], "mtime") * 1_000_000_000, link if link is not None else _text(fields[8]))
+        entry = Entry(
+            own,
+            kind,
+            _octal(fields[1], "mode") & 0o7777,
+            _octal(fields[2], "uid"),
+            _octal(fields[3], "gid"),
+            _octal(fields[4], "size"),
+            _octal(fields[5], "mtime") * 1_000_000_000,
+            link if link is not None else _text(fields[8]),
+        )
         if kind is CHAR or kind is BLOCK_DEVICE:
             entry.major, entry.minor = _octal(fields[13], "devmajor"), _octal(fields[14], "devminor")
         return entry
@@ -327,11 +359,13 @@ class Walker:
         if not (0 <= entry.uid <= _MAX_ID and 0 <= entry.gid <= _MAX_ID):
             raise UnpackError(f"tar entry {entry.name!r}: owner {entry.uid}:{entry.gid} is out of range")
         if entry.stored < 0 or not 0 <= entry.size <= limits.file_bytes:
-            raise UnpackError(f"tar entry {entry.name!r}: {entry.size} bytes, at most {limits.file_bytes} "
-                              "(limit file_bytes)")
+            raise UnpackError(
+                f"tar entry {entry.name!r}: {entry.size} bytes, at most {limits.file_bytes} (limit file_bytes)"
+            )
         if len(entry.name) > limits.path_bytes or len(entry.link) > limits.path_bytes:
-            raise UnpackError(f"tar entry {entry.name[:60]!r}…: path longer than {limits.path_bytes} bytes "
-                              "(limit path_bytes)")
+            raise UnpackError(
+                f"tar entry {entry.name[:60]!r}…: path longer than {limits.path_bytes} bytes (limit path_bytes)"
+            )
 
     def _apply_pax(self, entry: Entry, records: dict[bytes, bytes]) -> None:
         xattrs: dict[bytes, bytes] = {}
@@ -340,8 +374,8 @@ class Walker:
                 continue  # an empty value takes a global record back (POSIX pax, "Extended Header")
             if key.startswith(_XATTR):
                 if len(key) == len(_XATTR) or b"\0" in key:
-                    raise UnpackError(f"tar entry {entry.name!r}: xattr with the name {key[len(_XATTR):]!r}")
-                xattrs[key[len(_XATTR):]] = value
+                    raise UnpackError(f"tar entry {entry.name!r}: xattr with the name {key[len(_XATTR) :]!r}")
+                xattrs[key[len(_XATTR) :]] = value
             elif key == b"path" or key == b"linkpath":
                 if b"\0" in value:
                     raise UnpackError(f"tar entry {entry.name!r}: pax {key.decode()} holds a NUL")
@@ -381,8 +415,10 @@ class Walker:
 
     def _count_regions(self, entry: Entry, count: int) -> None:
         if count > self.limits.sparse_regions:
-            raise UnpackError(f"tar entry {entry.name!r}: sparse map of more than {self.limits.sparse_regions} regions "
-                              "(limit sparse_regions)")
+            raise UnpackError(
+                f"tar entry {entry.name!r}: sparse map of more than {self.limits.sparse_regions} regions "
+                "(limit sparse_regions)"
+            )
 
     def _old_sparse(self, entry: Entry, header: bytes) -> None:
         """GNU type S: four regions in the header at 386, the true size at 483, more in blocks of 21."""
@@ -435,8 +471,6 @@ class Walker:
                 raise UnpackError(f"tar entry {entry.name!r}: sparse map is longer than the data")
             *lines, rest = (rest + self.feed.exactly(BLOCK)).split(b"\n")
             entry.stored -= BLOCK
-            if len(rest) > _MAX_DIGITS:
-                raise UnpackError(f"tar entry {entry.name!r}: malformed sparse map")
             for line in lines:
                 if len(numbers) == wanted:
                     break
@@ -444,4 +478,7 @@ class Walker:
                 if len(numbers) == 1:
                     self._count_regions(entry, numbers[0])
                     wanted = 1 + 2 * numbers[0]
+            # What follows the last number is padding; a number that does not end is none.
+            if len(numbers) < wanted and len(rest) > _MAX_DIGITS:
+                raise UnpackError(f"tar entry {entry.name!r}: malformed sparse map")
         return numbers[1:]

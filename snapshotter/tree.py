@@ -102,8 +102,10 @@ class Tree:
         """Counts a path that the commit will have to look at."""
         self.pending_bytes += len(path) + 16
         if self.pending_bytes > self.limits.pending_bytes:
-            raise UnpackError(f"tar: paths that depend on lower layers take more than {self.limits.pending_bytes} "
-                              "bytes (limit pending_bytes)")
+            raise UnpackError(
+                f"tar: paths that depend on lower layers take more than {self.limits.pending_bytes} "
+                "bytes (limit pending_bytes)"
+            )
 
     def _look_up(self, path: bytes, make: bool) -> tuple[int, bytes] | None:
         self._close_stale()
@@ -142,8 +144,9 @@ class Tree:
                     here = self._replace(here, open_beneath(self.root_fd, b"/".join(real) or b".", _OPEN))
                     continue
                 if len(real) >= self.limits.depth:
-                    raise UnpackError(f"tar entry {path[:60]!r}…: deeper than {self.limits.depth} directories "
-                                      "(limit depth)")
+                    raise UnpackError(
+                        f"tar entry {path[:60]!r}…: deeper than {self.limits.depth} directories (limit depth)"
+                    )
                 where = b"/".join([*real, part])
                 try:
                     here = self._replace(here, os.open(part, _OPEN, dir_fd=here))

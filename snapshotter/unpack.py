@@ -36,8 +36,9 @@ class _Producer:
         self._stop = False
         self._ended = False
         self._hash = hashlib.sha256()
-        self._thread = threading.Thread(target=self._run, args=(blob_fd, media_type, limits), name="inflate",
-                                        daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(blob_fd, media_type, limits), name="inflate", daemon=True
+        )
         self._thread.start()
 
     def _run(self, blob_fd: int, media_type: str, limits: Limits) -> None:
@@ -78,8 +79,16 @@ class _Producer:
         self._thread.join()
 
 
-def unpack(blob_fd: int, layer_fd: int, media_type: str, diff_id: str, limits: Limits, *, base: bool,
-           aliases: Mapping[bytes, bytes] | None = None) -> Unpacked:
+def unpack(
+    blob_fd: int,
+    layer_fd: int,
+    media_type: str,
+    diff_id: str,
+    limits: Limits,
+    *,
+    base: bool,
+    aliases: Mapping[bytes, bytes] | None = None,
+) -> Unpacked:
     """Unpacks the blob into the empty directory `layer_fd`. Raises UnpackError, OSError."""
     producer = _Producer(blob_fd, media_type, limits)
     try:

@@ -28,8 +28,9 @@ def work(request: protocol.Unpack | protocol.Finish, fds: list[int]) -> protocol
         aliases = finish(fds[0], request.lowers, request.implied, request.links)
         return protocol.Done(aliases=[part for pair in aliases.items() for part in pair])
     blob, layer = fds
-    made = unpack(blob, layer, request.media_type, request.diff_id, request.limits, base=request.base,
-                  aliases=request.aliases).extracted
+    made = unpack(
+        blob, layer, request.media_type, request.diff_id, request.limits, base=request.base, aliases=request.aliases
+    ).extracted
     return protocol.Done(made.size, made.inodes, made.opaque, made.implied, made.links)
 
 

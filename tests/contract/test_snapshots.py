@@ -42,7 +42,9 @@ def snapshots(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Both]:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Blob:
-    return blob(tmp_path, [directory("etc"), file("etc/passwd", b"root:x:0:0::/:/bin/sh\n"), file("bin/a", b"a" * 9000)])
+    return blob(
+        tmp_path, [directory("etc"), file("etc/passwd", b"root:x:0:0::/:/bin/sh\n"), file("bin/a", b"a" * 9000)]
+    )
 
 
 def test_prepared_snapshot_is_listed_with_its_parent(snapshots: Both, base: Blob) -> None:

@@ -45,8 +45,9 @@ def hardlink(name: str, target: str, **fields: object) -> Member:
     return _member(name, tarfile.LNKTYPE, 0o644, linkname=target, **fields)
 
 
-def device(name: str, major: int, minor: int, kind: bytes = tarfile.CHRTYPE, mode: int = 0o600,
-           **fields: object) -> Member:
+def device(
+    name: str, major: int, minor: int, kind: bytes = tarfile.CHRTYPE, mode: int = 0o600, **fields: object
+) -> Member:
     return _member(name, kind, mode, devmajor=major, devminor=minor, **fields)
 
 
@@ -65,8 +66,10 @@ def opaque(name: str) -> Member:
 
 def xattrs(**values: bytes) -> dict[str, str]:
     """pax_headers for xattrs; `__` in a key stands for a dot."""
-    return {f"SCHILY.xattr.{key.replace('__', '.')}": value.decode("utf-8", "surrogateescape")
-            for key, value in values.items()}
+    return {
+        f"SCHILY.xattr.{key.replace('__', '.')}": value.decode("utf-8", "surrogateescape")
+        for key, value in values.items()
+    }
 
 
 def _member(name: str, kind: bytes, mode: int, data: bytes = b"", **fields: object) -> Member:
@@ -102,8 +105,9 @@ class Blob:
         return self.path, self.media_type, self.diff_id, self.chain_id, self.parent
 
 
-def blob(directory_: Path, members: Iterable[Member] | bytes, media_type: str = GZIP,
-         parent: Blob | str | None = None) -> Blob:
+def blob(
+    directory_: Path, members: Iterable[Member] | bytes, media_type: str = GZIP, parent: Blob | str | None = None
+) -> Blob:
     """Writes a layer below `directory_`."""
     raw = members if isinstance(members, bytes) else tarball(members)
     diff_id = f"sha256:{hashlib.sha256(raw).hexdigest()}"
