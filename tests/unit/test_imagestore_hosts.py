@@ -1,0 +1,150 @@
+"""hosts.toml directories: order, capabilities, defaults, and one sentence for a file that is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from imagestore.hosts import Host, hosts_for
+from imagestore.model import ImageError
+
+
+def write(directory: Path, name: str, text: str) -> Path:
+    path = directory / name / "hosts.toml"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    return path
+
+
+def bases(hosts: tuple[Host, ...]) -> list[str]:
+    return [host.base for host in hosts]
+
+
+@pytest.mark.parametrize(
+    ("domain", "base"),
+    [
+        ("docker.io", "https://registry-1.docker.io/v2"),
+        ("quay.io", "https://quay.io/v2"),
+        ("registry.example:5000", "https://registry.example:5000/v2"),
+        ("localhost:5000", "http://localhost:5000/v2"),
+        ("127.0.0.1", "http://127.0.0.1/v2"),
+        ("[::1]:5000", "http://[::1]:5000/v2"),
+        ("localhost.example", "https://localhost.example/v2"),
+        ("10.0.0.1:5000", "https://10.0.0.1:5000/v2"),
+    ],
+)
+def test_s28_without_files(tmp_path: Path, domain: str, base: str) -> None:
+    assert hosts_for(domain, (tmp_path,), 16) == (Host(base, upstream=True),)
+
+
+def test_order_capabilities_and_options(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "docker.io",
+        """
+        server = "https://docker.io"
+        [host."https://z-mirror.example"]
+          capabilities = ["pull"]
+        [host."http://a-mirror.example:5000/prefix/"]
+          capabilities = ["pull", "resolve"]
+          skip_verify = true
+        [host."third.example/whole/path"]
+          override_path = true
+          ca = "ca.pem"
+          client = [["client.crt", "client.key"], ["both.pem", ""]]
+          [host."third.example/whole/path".header]
+            Authorization = "Bearer s3cret"
+            x-two = ["a", "b"]
+        """,
+    )
+    first, second, third, last = hosts_for("docker.io", (tmp_path,), 16)
+    assert bases((first, second, third, last)) == [
+        "https://z-mirror.example/v2",
+        "http://a-mirror.example:5000/prefix/v2",
+        "https://third.example/whole/path",
+        "https://registry-1.docker.io/v2",
+    ]
+    assert (first.pull, first.resolve, first.upstream) == (True, False, False)
+    assert (second.pull, second.resolve, second.skip_verify) == (True, True, True)
+    assert third.ca == (path.parent / "ca.pem",)
+    assert third.client == ((path.parent / "client.crt", path.parent / "client.key"), (path.parent / "both.pem", None))
+    assert third.headers == (("Authorization", "Bearer s3cret"), ("x-two", "a"), ("x-two", "b"))
+    assert last.upstream and not last.skip_verify
+    assert "s3cret" not in repr(third)
+
+
+def test_first_directory_wins_then_default(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ocid", tmp_path / "containerd"
+    write(theirs, "quay.io", 'server = "https://theirs.example"')
+    write(theirs, "_default", 'server = "https://default.example"')
+    directories = (ours, theirs)
+    assert bases(hosts_for("quay.io", directories, 16)) == ["https://theirs.example/v2"]
+    write(ours, "quay.io", 'server = "https://ours.example"')
+    assert bases(hosts_for("quay.io", directories, 16)) == ["https://ours.example/v2"]
+    assert bases(hosts_for("ghcr.io", directories, 16)) == ["https://default.example/v2"]
+
+
+def test_default_without_server_keeps_the_registry(tmp_path: Path) -> None:
+    write(tmp_path, "_default", '[host."https://mirror.example"]')
+    assert bases(hosts_for("ghcr.io", (tmp_path,), 16)) == ["https://mirror.example/v2", "https://ghcr.io/v2"]
+
+
+@pytest.mark.parametrize("name", ["registry.example_5000_", "registry.example:5000"])
+def test_port_spellings(tmp_path: Path, name: str) -> None:
+    write(tmp_path, name, 'server = "http://plain.example"')
+    assert bases(hosts_for("registry.example:5000", (tmp_path,), 16)) == ["http://plain.example/v2"]
+
+
+def test_server_options_are_at_the_top(tmp_path: Path) -> None:
+    write(tmp_path, "quay.io", 'server = "https://quay.io"\nskip_verify = true\n[header]\nx-a = "b"')
+    (host,) = hosts_for("quay.io", (tmp_path,), 16)
+    assert host.upstream and host.skip_verify and host.headers == (("x-a", "b"),)
+
+
+def test_unknown_fields_belong_to_other_readers(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        "quay.io",
+        '[host."https://m.example"]\ndial_timeout = "1s"\n[host."https://m.example".rewrite]\na="b"',
+    )
+    assert len(hosts_for("quay.io", (tmp_path,), 16)) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("server = ", "not valid TOML"),
+        ("server = 7", "server: expected a URL"),
+        ('server = "ftp://x.example"', "server: expected http://"),
+        ('server = "https://user:pw@x.example"', "without user and password"),
+        ('server = "https://x.example/?q=1"', "server: expected http://"),
+        ('server = "https://x_y:1"', "expected a host"),
+        ('host = "x"', "host: expected a table"),
+        ('[host]\n"https://x.example" = 7', "expected a table"),
+        ('[host."https://x.example"]\ncapabilities = ["fly"]', "capabilities: expected some of"),
+        ('[host."https://x.example"]\ncapabilities = 7', "capabilities: expected a string or a list"),
+        ('[host."https://x.example"]\nskip_verify = "yes"', "skip_verify: expected true or false"),
+        ('[host."https://x.example"]\nca = [7]', "ca: expected a string or a list"),
+        ('[host."https://x.example"]\nclient = [["a", "b", "c"]]', "client: expected a file"),
+        ('[host."https://x.example"]\nclient = 7', "client: expected a file"),
+        ('[host."https://x.example"]\nheader = 7', "header: expected a table"),
+        ('[host."https://x.example".header]\n"a b" = "c"', "header: expected names"),
+        ('[host."https://x.example".header]\na = "c\\nd"', "expected one line"),
+        ("\n".join(f'[host."https://h{n}.example"]' for n in range(17)), "17 hosts, the limit is 16"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path: Path, text: str, says: str) -> None:
+    path = write(tmp_path, "quay.io", text)
+    with pytest.raises(ImageError, match=says) as raised:
+        hosts_for("quay.io", (tmp_path,), 16)
+    assert str(path) in str(raised.value) and "pw" not in str(raised.value)
+
+
+def test_a_fifo_does_not_hang(tmp_path: Path) -> None:
+    import os
+
+    (tmp_path / "quay.io").mkdir()
+    os.mkfifo(tmp_path / "quay.io/hosts.toml")
+    with pytest.raises(ImageError, match=r"regular file.*hosts\.toml"):
+        hosts_for("quay.io", (tmp_path,), 16)
