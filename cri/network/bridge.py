@@ -264,9 +264,7 @@ class Bridge:
                 netlink.run([nl.delete_link(link.index, name)])
                 netlink.run([request])
             if self.settings.hairpin:
-                host = nl.get_link(netlink, name)
-                if host is not None:
-                    netlink.run([nl.set_bridge_port(host.index, name, hairpin=True)])
+                netlink.run([nl.set_bridge_port(name, hairpin=True)])
             return name
         raise PluginError(f"all of {_NAME_TRIES} names for the host's interface are taken")
 

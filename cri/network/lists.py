@@ -140,6 +140,7 @@ class BuiltIn:
             "bridge": self.bridge,
             "isGateway": True,
             "ipMasq": True,
+            "hairpinMode": True,  # a pod reaches itself by its host port also where bridged packets see netfilter
             "mtu": mtu,
             "ipam": {"type": "host-local", "ranges": [[{"subnet": str(subnet)}]], "routes": [{"dst": default}]},
         }

@@ -309,10 +309,10 @@ def set_link_down(index: int, name: str) -> Request:
     return Request(RTM_SETLINK, 0, body, f"take down interface {name}", frozenset({errno.ENODEV}))
 
 
-def set_bridge_port(index: int, name: str, *, hairpin: bool) -> Request:
+def set_bridge_port(name: str, *, hairpin: bool) -> Request:
     data = nested(IFLA_INFO_SLAVE_DATA, attribute(IFLA_BRPORT_MODE, bytes([hairpin])))
     info = nested(IFLA_LINKINFO, text(IFLA_INFO_SLAVE_KIND, "bridge"), data)
-    return Request(RTM_NEWLINK, 0, _link_body(index, 0, 0, info), f"set hairpin mode of {name}")
+    return Request(RTM_NEWLINK, 0, _link_body(0, 0, 0, text(IFLA_IFNAME, name), info), f"set hairpin mode of {name}")
 
 
 def delete_link(index: int, name: str) -> Request:

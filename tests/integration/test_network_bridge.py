@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -85,7 +86,7 @@ def test_the_pod_has_lo_its_address_and_a_default_route(corner: Corner) -> None:
 
 
 def test_dual_stack(corner: Corner) -> None:
-    six = f"fd00:{os.urandom(2).hex()}:{os.urandom(2).hex()}::"
+    six = f"fd00:{random.randrange(1, 65536):x}:{random.randrange(1, 65536):x}::"
     plugin = corner.bridge_plugin(isDefaultGateway=True)
     plugin["ipam"] = {"type": "host-local", "ranges": [[{"subnet": corner.subnet}], [{"subnet": f"{six}/64"}]]}
     corner.conflist("dual", [plugin])
