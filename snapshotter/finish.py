@@ -55,7 +55,12 @@ def _links_below(merged: Merged, implied: Sequence[bytes]) -> dict[bytes, bytes]
     for path in implied:
         if not path:
             continue
-        found = merged.look_up(path, below=1)
+        try:
+            found = merged.below(path)
+        except KernelError as error:
+            if error.errno in _GONE:  # replaced by a later entry
+                continue
+            raise
         if found is not None and stat.S_ISLNK(found.status.st_mode):
             target = merged.read_link(found.layer, path)
             above = b"" if target.startswith(b"/") else path.rpartition(b"/")[0]
@@ -75,7 +80,7 @@ def _adopt(merged: Merged, layer_fd: int, path: bytes) -> None:
             return
         raise
     try:
-        found = merged.look_up(path, below=1)
+        found = merged.below(path)
         if found is None or not stat.S_ISDIR(found.status.st_mode):
             os.fchmod(fd, 0o755)
             return

@@ -80,6 +80,12 @@ class Merged:
                 return None if is_whiteout(status) else Found(layer, status)
         return None
 
+    def below(self, path: bytes) -> Found | None:
+        """What the topmost layer's directory `path` would show of the layers below: nothing when it is opaque."""
+        if len(self._roots) < 2 or (path and self._is_opaque(0, path)):
+            return None
+        return self.look_up(path, below=1)
+
     def open(self, layer: int, path: bytes, flags: int) -> int:
         """An fd of `path` in one layer, through no link."""
         return open_beneath(self._roots[layer], path or b".", flags)
