@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 from runtime.shim.loop import READ, Loop, Promise, Task
-from runtime.shim.reaper import Reaper, exit_code
+from runtime.shim.reaper import exit_code
 from runtime.shim.tree import kill_tree
 
 TYPE_CHECKING = False
@@ -78,7 +78,7 @@ class Finished:
         self.truncated = truncated
 
 
-def run_to_end(loop: Loop, reaper: Reaper, engine: Engine, message: ExecMessage, gone: Promise[None]) -> Task[Finished]:
+def run_to_end(loop: Loop, engine: Engine, message: ExecMessage, gone: Promise[None]) -> Task[Finished]:
     """Runs the command of `message`; `gone` resolves when the caller is. Raises RuntimeFailure if it cannot start."""
     limit = max(0, min(int(message.output_limit), MAX_OUTPUT))
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
@@ -93,7 +93,7 @@ def run_to_end(loop: Loop, reaper: Reaper, engine: Engine, message: ExecMessage,
                 os.close(fd)
         if made.console >= 0:  # a terminal nobody is at: its output is the command's
             streams.append(Collector(loop, made.console, limit))
-        ended = reaper.expect(made.pid)
+        ended = made.ended
         timed_out = yield from _until(loop, ended, gone, message.timeout_s)
         if not ended.done:
             kill_tree(made.pid)

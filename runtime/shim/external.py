@@ -9,18 +9,19 @@ unmounted at delete. Refuses a shell and PATH. Invariant: the state of its conta
 from __future__ import annotations
 
 import os
-import signal
 import socket
 
 from runtime.errors import RuntimeFailure
 from runtime.fields import decode, encode
+from runtime.linux import signals
 from runtime.linux.files import AT_FDCWD, open_beneath, read_bounded
-from runtime.linux.mount import FsMount, move_mount
-from runtime.shim.engine import Made
+from runtime.linux.mount import move_mount
+from runtime.shim.engine import Made, facts_of, root_mount
 from runtime.shim.loop import READ, Loop, Promise, Task
 from runtime.shim.protocol import ContainerMessage
-from runtime.shim.reaper import Reaper, exit_code
+from runtime.shim.reaper import exit_code
 from runtime.shim.sandbox import unmount
+from runtime.shim.worker import Workers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,9 +35,10 @@ _LOG_LIMIT = 1 << 20
 class ExternalEngine:
     """One binary; `root` is its own directory for state, `scratch` ours for pid files, logs and console sockets."""
 
-    def __init__(self, loop: Loop, reaper: Reaper, binary: str, root: str, scratch: str) -> None:
-        self._loop = loop
-        self._reaper = reaper
+    def __init__(self, workers: Workers, binary: str, root: str, scratch: str) -> None:
+        self._workers = workers
+        self._loop = workers.loop
+        self._reaper = workers.reaper
         self._binary = binary
         self._root = root
         self._scratch = scratch
@@ -44,17 +46,16 @@ class ExternalEngine:
 
     def create(self, message: ContainerMessage, stdio: tuple[int, ...]) -> Task[Made]:
         os.makedirs(self._root, mode=0o700, exist_ok=True)
-        rootfs = f"{message.bundle}/rootfs"
-        mount_rootfs(message, rootfs)
-        self._reaper.hold()
+        yield from self._workers.run("mount", lambda: mount_rootfs(message))
         try:
-            arguments = ["create", "--bundle", message.bundle]
-            made = yield from self._make(arguments, [message.id], stdio, terminal=message.terminal)
+            words = ["create", "--bundle", message.bundle]
+            made = yield from self._make(words, [message.id], stdio, terminal=message.terminal)
+            answer = yield from self._workers.run("look", lambda: (facts_of(made.pid, message.bundle), -1))
         except BaseException:
-            unmount(rootfs)
+            yield from self.delete(message.id)
+            unmount(f"{message.bundle}/rootfs")
             raise
-        finally:
-            self._reaper.release()
+        made.facts.update(answer.value)  # type: ignore[call-overload]  # an object: facts_of gave a dict
         return made
 
     def start(self, container_id: str) -> Task[None]:
@@ -78,12 +79,10 @@ class ExternalEngine:
         path = f"{self._scratch}/process.{self._next()}.json"
         with open(path, "wb") as file:
             file.write(encode(process))
-        self._reaper.hold()
         try:
-            arguments = ["exec", "--detach", "--process", path]
-            return (yield from self._make(arguments, [container_id], stdio, terminal=bool(process.get("terminal"))))
+            words = ["exec", "--detach", "--process", path]
+            return (yield from self._make(words, [container_id], stdio, terminal=bool(process.get("terminal"))))
         finally:
-            self._reaper.release()
             os.unlink(path)
 
     def update(self, container_id: str, resources: dict[str, Any]) -> Task[None]:
@@ -103,6 +102,7 @@ class ExternalEngine:
         """A call that leaves a process behind: its pid from a pid file, its terminal over a console socket."""
         stem = f"{self._scratch}/{self._next()}"
         pid_file, console_path, console = f"{stem}.pid", f"{stem}.tty", None
+        self._reaper.hold()  # the new process may end before its pid file is read
         try:
             arguments = [*arguments, "--pid-file", pid_file]
             if terminal:
@@ -111,8 +111,9 @@ class ExternalEngine:
             yield from self._call([*arguments, *words], stdio)
             pid = int(read_bounded(AT_FDCWD, pid_file, 32))
             master = -1 if console is None else (yield console.master)
-            return Made(pid, master)
+            return Made(pid, master, self._reaper.expect(pid), {})
         finally:
+            self._reaper.release()
             if console is not None:
                 console.close()
             for path in (pid_file, console_path):
@@ -136,14 +137,14 @@ class ExternalEngine:
                     _environment(),
                     file_actions=actions,
                     setpgroup=0,
-                    setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
+                    setsigdef=[signals.SIGPIPE, signals.SIGXFSZ],
                 )
             except OSError as error:
                 raise RuntimeFailure.of(error, step=words[0], what=f"run {self._binary}") from error
             finally:
                 _close_apart(actions, fds)
             ended = self._reaper.expect(pid)
-            timer = self._loop.after(_DEADLINE, lambda: os.kill(pid, signal.SIGKILL))
+            timer = self._loop.after(_DEADLINE, lambda: os.kill(pid, signals.SIGKILL))
             status = yield ended
             timer.cancel()
             code, number = exit_code(status)
@@ -198,28 +199,19 @@ class ConsoleSocket:
         self._socket.close()
 
 
-def mount_rootfs(message: ContainerMessage, target: str) -> None:
-    """Mounts the container's root filesystem at `target`, a directory of the bundle. Raises RuntimeFailure."""
-    if not message.fstype:
-        return
-    os.makedirs(target, mode=0o700, exist_ok=True)
-    bundle = os.open(message.bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+def mount_rootfs(message: ContainerMessage) -> tuple[object, int]:
+    """Mounts the container's root filesystem at BUNDLE/rootfs, in a worker. Raises RuntimeFailure."""
+    rootfs, target = root_mount(message), f"{message.bundle}/rootfs"
+    if rootfs is None:
+        return {}, -1
     try:
-        options = tuple((str(key), value) for key, value in message.options)
-        rootfs = FsMount(message.fstype, message.source, options, message.attributes)
+        os.makedirs(target, mode=0o700, exist_ok=True)
+        bundle = os.open(message.bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         place = open_beneath(bundle, "rootfs", os.O_PATH | os.O_DIRECTORY)
-        try:
-            mounted = rootfs.make()
-            try:
-                move_mount(mounted, place)
-            finally:
-                os.close(mounted)
-        finally:
-            os.close(place)
+        move_mount(rootfs.make(), place)
     except OSError as error:
         raise RuntimeFailure.of(error, step="rootfs", what=f"mount the root filesystem on {target}") from error
-    finally:
-        os.close(bundle)
+    return {}, -1
 
 
 def _environment() -> dict[str, str]:
@@ -269,5 +261,5 @@ def _failure(words: list[str], log: str, code: int, number: int) -> RuntimeFailu
     except OSError:
         pass
     end = f"killed by signal {number}" if number else f"exit code {code}"
-    hint = f"it took more than {_DEADLINE:.0f} s" if number == signal.SIGKILL else ""
+    hint = f"it took more than {_DEADLINE:.0f} s" if number == signals.SIGKILL else ""
     return RuntimeFailure(f"{words[0]}: {said[-1] if said else end}", step=words[0], hint=hint)

@@ -52,6 +52,10 @@ class Promise(Generic[T]):
             self.done, self.error = True, error
             self._wake()
 
+    def waker(self) -> Callable[[int], None]:
+        """A callback for `Loop.watch` that resolves this."""
+        return lambda _events: self.resolve()
+
     def when_done(self, callback: Callable[[], None]) -> None:
         """Calls back once: at once when it is done already."""
         if self.done:

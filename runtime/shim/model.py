@@ -105,6 +105,16 @@ class ExecResult:
     truncated: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class ExecStream:
+    """A command that runs on somebody's fds. `control` reads {"ok": {"exit_code": …}} as one frame, then EOF; `console`
+    is the master of its terminal, or -1. Both CLOEXEC and the caller's. Closing `control` leaves the command alone."""
+
+    pid: int
+    control: int
+    console: int
+
+
 class ContainerError(Exception):
     """A runtime step failed: `str()` is one sentence "verb object: step …: ERRNO words", `hint` may say what to do.
 

@@ -18,20 +18,20 @@ from runtime.shim.loop import READ, Loop
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 
 class OomWatch:
-    """Calls back when the counter of the cgroup of `pid` rises. A process without a memory cgroup of its own: never."""
+    """Calls back when the counter of a cgroup rises; `place` is what `memory_cgroup` found, [] calls back never."""
 
-    def __init__(self, loop: Loop, pid: int, rose: Callable[[], None]) -> None:
+    def __init__(self, loop: Loop, place: list[Any], rose: Callable[[], None]) -> None:
         self._loop = loop
         self._rose = rose
         self._file = self._event = -1
         self._before = self._seen = 0
-        found = _memory_cgroup(pid)
-        if found is None:
+        if not place:
             return
-        directory, version = found
+        directory, version = place
         try:
             name = "memory.events" if version == 2 else "memory.oom_control"
             self._file = os.open(f"{directory}/{name}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -89,7 +89,7 @@ class OomWatch:
         self._event = self._file = -1
 
 
-def _memory_cgroup(pid: int) -> tuple[str, int] | None:
+def memory_cgroup(pid: int) -> tuple[str, int] | None:
     """(directory, version) of the memory cgroup that `pid` is in; None for the top, which belongs to everybody."""
     try:
         paths = cgroups_of(pid)

@@ -9,8 +9,8 @@ from outside, as PID 1 without handlers does (pid_namespaces(7)).
 from __future__ import annotations
 
 import os
-import signal
 
+from runtime.linux import signals
 from runtime.linux.mount import (
     MNT_DETACH,
     MS_NODEV,
@@ -31,8 +31,9 @@ from runtime.linux.process import (
     capset,
     clone3,
     close_range,
+    reset_all_signals,
+    set_comm,
     set_dumpable,
-    set_name,
     set_no_new_privs,
     unshare,
 )
@@ -55,7 +56,7 @@ def start_pause(directory: str) -> int:
     finally:
         os.close(reader)
     if said != _READY:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signals.SIGKILL)
         os.waitpid(pid, 0)
         raise OSError(0, f"start the pause process: {said.decode('utf-8', 'replace') or 'it died'}")
     return pid
@@ -76,11 +77,10 @@ def _become_pause(directory: str, ready: int) -> None:
 
 
 def _give_up_everything(directory: str) -> None:
-    signal.set_wakeup_fd(-1)
-    set_name("ocid-pause")
+    signals.wake_up(-1)
+    set_comm("ocid-pause")
     os.setsid()
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCHLD, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_DFL)
+    reset_all_signals()
     unshare(CLONE_NEWNS)
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
@@ -108,11 +108,11 @@ def _drop_privileges() -> None:
 
 
 def _reap_for_ever() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    signals.block(signals.SIGCHLD)
     while True:
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         except ChildProcessError:
             pass
-        signal.sigwait({signal.SIGCHLD})
+        signals.wait_for(signals.SIGCHLD)

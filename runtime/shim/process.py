@@ -10,25 +10,22 @@ DRAIN at most (S52). Refuses to forget an exit before `delete`. Invariant: facts
 from __future__ import annotations
 
 import os
-import signal
 import time
-from pathlib import Path
 
 from runtime.errors import RuntimeFailure
-from runtime.fields import decode, encode
+from runtime.fields import encode
+from runtime.linux import signals
 from runtime.linux.files import write_durable
-from runtime.linux.process import start_time
 from runtime.shim.loop import Loop, Promise, Task
 from runtime.shim.oom import OomWatch
 from runtime.shim.protocol import ContainerMessage, Facts
-from runtime.shim.reaper import Reaper, exit_code
+from runtime.shim.reaper import exit_code
 from runtime.shim.sandbox import unmount
 from runtime.shim.stdio import Stdio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
     from runtime.shim.engine import Engine
 
@@ -43,14 +40,12 @@ class Container:
     def __init__(
         self,
         loop: Loop,
-        reaper: Reaper,
         engine: Engine,
         message: ContainerMessage,
         record: str,
         tell: Callable[[str, Facts], None],
     ) -> None:
         self._loop = loop
-        self._reaper = reaper
         self._message = message
         self._tell = tell
         self._file = record
@@ -59,7 +54,7 @@ class Container:
         self.engine = engine
         self.facts = Facts(message.id)
         self.told: Promise[None] = Promise()
-        self.shares_pids = _shares_pids(message.bundle)
+        self.shares_pids = True
         self._save()
         try:
             self.stdio = Stdio(
@@ -90,12 +85,12 @@ class Container:
             self.stdio.take_console(made.console)
         facts = self.facts
         facts.pid = made.pid
-        facts.started_ticks = _ticks(made.pid)
+        facts.started_ticks = made.facts["started_ticks"]
+        self.shares_pids = made.facts["shares_pids"]
         facts.created_ns = time.time_ns()
         self._save()
-        self._oom = OomWatch(self._loop, made.pid, self._oom_seen)
-        ended = self._reaper.expect(made.pid)
-        ended.when_done(lambda: self._ended(ended.value or 0))
+        self._oom = OomWatch(self._loop, made.facts["memory"], self._oom_seen)
+        made.ended.when_done(lambda: self._ended(made.ended.value or 0))
 
     def start(self) -> Task[None]:
         """Releases execve. Raises RuntimeFailure: its failure, or that it was started before."""
@@ -129,7 +124,7 @@ class Container:
         """Kills it if need be, waits until its exit is told, removes what the runtime has of it."""
         if not self.ended:
             try:
-                yield from self.engine.kill(self.facts.id, signal.SIGKILL, True)
+                yield from self.engine.kill(self.facts.id, signals.SIGKILL, True)
             except RuntimeFailure:  # the delete below kills by the cgroup, and says so when it cannot
                 pass
         elif not self.told.done:
@@ -180,7 +175,7 @@ class Container:
         if self.shares_pids:
             # Nobody else ends the rest: in a PID namespace of its own the kernel does when PID 1 ends (threats O35).
             try:
-                yield from self.engine.kill(self.facts.id, signal.SIGKILL, True)
+                yield from self.engine.kill(self.facts.id, signals.SIGKILL, True)
             except RuntimeFailure:
                 pass
         timer = self._loop.after(DRAIN, self.stdio.ended.resolve)
@@ -202,7 +197,7 @@ class Container:
         """exit.json: a rename on a tmpfs, so no fsync; when that is full the facts live on in here (threats O19)."""
         data = encode(self.facts.to_json())
         try:
-            write_durable(Path(self._message.bundle, "exit.json"), data, sync=False)
+            write_durable(f"{self._message.bundle}/exit.json", data, sync=False)
         except OSError as error:
             note = f"exit.json was not written: {error.strerror}"
             if note not in self.facts.message:
@@ -212,23 +207,4 @@ class Container:
         """What a cleaner needs once this process is gone. Raises OSError: without it nothing is begun."""
         message = self._message
         value = {"bundle": message.bundle, "handler": message.handler, "facts": self.facts.to_json()}
-        write_durable(Path(self._file), encode(value), sync=False)
-
-
-def _ticks(pid: int) -> int:
-    """The start time of our own child, zombie or not; 0 when an external runtime's process is reaped already."""
-    try:
-        return start_time(pid)
-    except ProcessLookupError:
-        return 0
-
-
-def _shares_pids(bundle: str) -> bool:
-    """True unless config.json asks for a new PID namespace."""
-    try:
-        with open(f"{bundle}/config.json", "rb") as file:
-            config: Any = decode(file.read())
-        namespaces = config["linux"]["namespaces"]
-        return not any(item["type"] == "pid" and not item.get("path") for item in namespaces)
-    except (OSError, RuntimeFailure, KeyError, TypeError, AttributeError):
-        return True  # the runtime itself will say what is wrong with it
+        write_durable(self._file, encode(value), sync=False)

@@ -57,6 +57,12 @@ class PodMessage(Record):
     cgroup_parent: str
 
 
+class IdMessage(Record):
+    """Something for container `id`."""
+
+    id: str
+
+
 class ContainerMessage(Record):
     """runtime.shim.model.ContainerSpec, its FsMount spread out. `log_path` "" is none, `handler` "" is native."""
 
@@ -110,7 +116,6 @@ class StreamMessage(Record):
 
     id: str
     process: dict[str, Any]
-    stdin: bool
     terminal: bool
 
 

@@ -9,8 +9,8 @@ Invariant: after `collect` this process has no zombies.
 from __future__ import annotations
 
 import os
-import signal
 
+from runtime.linux import signals
 from runtime.shim.loop import READ, Loop, Promise
 
 
@@ -28,9 +28,9 @@ class Reaper:
         self._early: dict[int, int] = {}
         self._holds = 0
         self._wake, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        signals.wake_up(writer)
         # A handler, not SIG_DFL or SIG_IGN: only a handler wakes the loop, and execve(2) resets it in containers.
-        signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+        signals.handle(signals.SIGCHLD, lambda _number, _frame: None)
         loop.watch(self._wake, READ, self._woken)
 
     def _woken(self, _events: int) -> None:

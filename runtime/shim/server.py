@@ -10,11 +10,13 @@ containers/ID.json tells a cleaner about it for as long.
 from __future__ import annotations
 
 import os
-import signal
-import socket
 
 from runtime.errors import RuntimeFailure
+from runtime.fields import encode
+from runtime.linux import signals
+from runtime.linux.files import write_durable
 from runtime.linux.process import start_time
+from runtime.linux.sockets import listen_unix
 from runtime.shim import protocol
 from runtime.shim.commands import run_to_end
 from runtime.shim.connection import EVENT_LIMIT, Connection, accept
@@ -24,7 +26,8 @@ from runtime.shim.loop import READ, Loop, Promise, Task
 from runtime.shim.process import Container
 from runtime.shim.protocol import Facts, PodMessage
 from runtime.shim.reaper import Reaper, exit_code
-from runtime.shim.sandbox import tear_down
+from runtime.shim.sandbox import set_up, tear_down
+from runtime.shim.worker import Workers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,16 +44,16 @@ _LOG_LIMIT = 1 << 20
 class Shim:
     """The pod's supervisor: containers, subscribers, and what to do with a request."""
 
-    def __init__(self, pod: PodMessage, listener: socket.socket, pause_pid: int) -> None:
+    def __init__(self, pod: PodMessage) -> None:
         self._pod = pod
-        self._listener = listener
-        self._pause_pid = pause_pid
+        self._pause_pid = 0
         self._loop = Loop(report)
         self._reaper = Reaper(self._loop)
+        self._workers = Workers(self._loop, self._reaper)
         self._containers: dict[str, Container] = {}
         self._busy: dict[str, Promise[Any]] = {}  # containers in creation or deletion
         self._subscribers: list[Connection] = []
-        self._engines: dict[str, Engine] = {"": NativeEngine(runtime_root(pod.state, ""))}
+        self._engines: dict[str, Engine] = {"": NativeEngine(self._workers, runtime_root(pod.state, ""))}
         self._stopping: Promise[None] | None = None
         self._operations: dict[str, Callable[[Connection, object], Task[object]]] = {
             "attach": self._attach,
@@ -66,12 +69,35 @@ class Shim:
             "stream": self._stream,
             "update": self._update,
         }
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, lambda _number, _frame: None)
-        listener.setblocking(False)
-        self._loop.watch(listener.fileno(), READ, self._accept)
-        if pause_pid:
-            self._reaper.expect(pause_pid)
+        for number in (signals.SIGTERM, signals.SIGHUP, signals.SIGINT):
+            signals.handle(number, lambda _number, _frame: None)
+
+    def bring_up(self) -> dict[str, object]:
+        """Namespaces, pins, /dev/shm, pause, the socket: what the daemon is told of it. Raises RuntimeFailure; then
+        nothing is left."""
+        done = self._loop.spawn(self._bring_up())
+        while not done.done:
+            self._loop.turn()
+        if done.error is not None:
+            raise done.error
+        return done.value or {}
+
+    def _bring_up(self) -> Task[dict[str, object]]:
+        pod = self._pod
+        answer = yield from self._workers.run("set up the pod", lambda: (set_up(pod), -1))
+        try:
+            self._pause_pid = int(answer.value)  # type: ignore[call-overload]  # set_up gave an int
+            if self._pause_pid:
+                self._reaper.expect(self._pause_pid)
+            record = shim_record(self._pause_pid)
+            write_durable(f"{pod.directory}/shim.json", encode(record), sync=False)
+            self._listener = listen_unix(f"{pod.directory}/shim.sock")
+        except BaseException:
+            yield from self._tear_down()
+            raise
+        self._listener.setblocking(False)
+        self._loop.watch(self._listener.fileno(), READ, self._accept)
+        return record
 
     def run(self) -> None:
         """Serves until `stop`."""
@@ -128,7 +154,7 @@ class Shim:
         record = f"{self._pod.directory}/containers/{message.id}.json"
         finished = self._busy[message.id] = Promise()
         try:
-            container = Container(self._loop, self._reaper, self._engine(message.handler), message, record, self._tell)
+            container = Container(self._loop, self._engine(message.handler), message, record, self._tell)
             self._containers[message.id] = container
             yield from container.create()
         except BaseException:
@@ -144,17 +170,17 @@ class Shim:
         if engine is None:
             root = runtime_root(self._pod.state, handler)
             scratch = f"{self._pod.directory}/scratch"
-            engine = self._engines[handler] = ExternalEngine(self._loop, self._reaper, handler, root, scratch)
+            engine = self._engines[handler] = ExternalEngine(self._workers, handler, root, scratch)
         return engine
 
     def _start(self, _connection: Connection, body: object) -> Task[object]:
-        container = self._find(_id(body))
+        container = self._find(protocol.parse(protocol.IdMessage, body).id)
         yield from container.start()
         return container.facts.to_json()
 
     def _signal(self, _connection: Connection, body: object) -> Task[object]:
         message = protocol.parse(protocol.SignalMessage, body)
-        if not 0 < message.number < signal.NSIG:
+        if not 0 < message.number < signals.NSIG:
             raise RuntimeFailure(f"signal {message.number} does not exist", code="invalid_argument")
         container = self._containers.get(message.id)
         if container is not None and container.facts.created_ns:
@@ -162,7 +188,7 @@ class Shim:
         return {}
 
     def _delete(self, _connection: Connection, body: object) -> Task[object]:
-        yield from self._remove(_id(body))
+        yield from self._remove(protocol.parse(protocol.IdMessage, body).id)
         return {}
 
     def _remove(self, container_id: str) -> Task[None]:
@@ -189,7 +215,7 @@ class Shim:
 
     def _reopen_log(self, _connection: Connection, body: object) -> Task[object]:
         yield from ()
-        self._find(_id(body)).reopen_log()
+        self._find(protocol.parse(protocol.IdMessage, body).id).reopen_log()
         return {}
 
     def _list(self, _connection: Connection, _body: object) -> Task[object]:
@@ -202,7 +228,7 @@ class Shim:
     def _exec(self, connection: Connection, body: object) -> Task[object]:
         message = protocol.parse(protocol.ExecMessage, body)
         container = self._running(message.id)
-        finished = yield from run_to_end(self._loop, self._reaper, container.engine, message, connection.gone)
+        finished = yield from run_to_end(self._loop, container.engine, message, connection.gone)
         connection.send(
             protocol.reply(
                 {"exit_code": finished.code, "timed_out": finished.timed_out, "truncated": finished.truncated}
@@ -238,13 +264,12 @@ class Shim:
         finally:
             for fd in fds:
                 os.close(fd)
-        ended = self._reaper.expect(made.pid)
         if made.console >= 0:
             connection.send_fd(protocol.reply({"pid": made.pid}), made.console)
             os.close(made.console)
         else:
             connection.send(protocol.reply({"pid": made.pid}))
-        status = yield ended
+        status = yield made.ended
         connection.send(protocol.reply({"exit_code": exit_code(status)[0]}))
         connection.finish()
         return _ANSWERED
@@ -301,18 +326,27 @@ class Shim:
             if failures:
                 self._stopping = None
                 raise failures[0]
-            if self._pause_pid:
-                ended = self._reaper.expect(self._pause_pid)
-                os.kill(self._pause_pid, signal.SIGKILL)
-                yield ended
-                self._pause_pid = 0
-            tear_down(self._pod.directory)
+            yield from self._tear_down()
         finally:
             stopping.resolve()
         return {}
 
+    def _tear_down(self) -> Task[None]:
+        if self._pause_pid:
+            ended = self._reaper.expect(self._pause_pid)
+            os.kill(self._pause_pid, signals.SIGKILL)
+            yield ended
+            self._pause_pid = 0
+        directory = self._pod.directory
+        yield from self._workers.run("clean up the pod", lambda: _cleaned(directory))
+
 
 _ANSWERED = object()
+
+
+def _cleaned(directory: str) -> tuple[object, int]:
+    tear_down(directory)
+    return {}, -1
 
 
 def check_id(container_id: str) -> None:
@@ -322,12 +356,6 @@ def check_id(container_id: str) -> None:
         raise RuntimeFailure(
             f"{container_id[:80]!r} is no container id: letters, digits, _ . + - only", code="invalid_argument"
         )
-
-
-def _id(body: object) -> str:
-    if not isinstance(body, dict) or not isinstance(body.get("id"), str):
-        raise RuntimeFailure("read a request: expected a container id", code="invalid_argument")
-    return str(body["id"])
 
 
 def runtime_root(state: str, handler: str) -> str:

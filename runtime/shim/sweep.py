@@ -8,12 +8,11 @@ as recorded; any other is UNKNOWN (255) with a message that says so, never a gue
 from __future__ import annotations
 
 import os
-import signal
 import time
-from pathlib import Path
 
 from runtime.errors import RuntimeFailure
 from runtime.fields import decode, encode
+from runtime.linux import signals
 from runtime.linux.files import AT_FDCWD, read_bounded, write_durable
 from runtime.linux.libc import KernelError
 from runtime.linux.process import is_running, pidfd_open, pidfd_send_signal
@@ -24,6 +23,7 @@ from runtime.shim.protocol import Facts, SweepMessage
 from runtime.shim.reaper import Reaper
 from runtime.shim.sandbox import tear_down, unmount
 from runtime.shim.server import report, runtime_root
+from runtime.shim.worker import Workers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Sweeper:
     def __init__(self, message: SweepMessage) -> None:
         self._message = message
         self._loop = Loop(report)
-        self._reaper = Reaper(self._loop)
+        self._workers = Workers(self._loop, Reaper(self._loop))
 
     def run(self) -> object:
         """The reply: facts for "lost", nothing to say otherwise. Raises RuntimeFailure."""
@@ -103,9 +103,9 @@ class Sweeper:
     def _engine(self, container: _Left) -> Engine:
         root = runtime_root(self._message.state, container.handler)
         if not container.handler:
-            return NativeEngine(root)
+            return NativeEngine(self._workers, root)
         scratch = f"{self._message.directory}/scratch"
-        return ExternalEngine(self._loop, self._reaper, container.handler, root, scratch)
+        return ExternalEngine(self._workers, container.handler, root, scratch)
 
     def _bury(self, container: _Left) -> Task[Facts]:
         """Kills what is left of a container. Its facts, with the recorded exit or the unknown one."""
@@ -117,7 +117,7 @@ class Sweeper:
             facts.exit_code = UNKNOWN
             facts.message = "the shim died before the container: how it ended is not known"
         try:
-            yield from self._engine(container).kill(container.id, signal.SIGKILL, True)
+            yield from self._engine(container).kill(container.id, signals.SIGKILL, True)
         except RuntimeFailure as error:
             if error.code != "not_found":
                 raise
@@ -125,7 +125,7 @@ class Sweeper:
         if not facts.finished_ns:
             facts.finished_ns = time.time_ns()
             try:
-                write_durable(Path(container.bundle, "exit.json"), encode(facts.to_json()), sync=False)
+                write_durable(f"{container.bundle}/exit.json", encode(facts.to_json()), sync=False)
             except OSError:  # the caller has the facts
                 pass
         return facts
@@ -148,7 +148,7 @@ class Sweeper:
         try:
             if not is_running(pid, ticks):  # after pidfd_open: the pid cannot change hands in between
                 return
-            pidfd_send_signal(pidfd, signal.SIGKILL)
+            pidfd_send_signal(pidfd, signals.SIGKILL)
             dead: Promise[None] = Promise()
             self._loop.watch(pidfd, READ, lambda _events: dead.resolve())
             timer = self._loop.after(

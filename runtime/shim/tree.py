@@ -7,8 +7,8 @@ next round. Invariant: nobody is killed before everybody is stopped.
 from __future__ import annotations
 
 import os
-import signal
 
+from runtime.linux import signals
 from runtime.linux.libc import KernelError
 from runtime.linux.process import pidfd_open, pidfd_send_signal
 
@@ -64,10 +64,10 @@ def kill_tree(root: int) -> None:
         if not new:
             break
         for pid in new:
-            _signal(pid, signal.SIGSTOP)
+            _signal(pid, signals.SIGSTOP)
         stopped |= new
     for pid in stopped | {root}:
-        _signal(pid, signal.SIGKILL)
+        _signal(pid, signals.SIGKILL)
 
 
 def _signal(pid: int, number: int) -> None:

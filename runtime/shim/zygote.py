@@ -13,27 +13,21 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
-import signal
 import socket
 import sys
-from pathlib import Path
 
 from runtime.errors import RuntimeFailure
-from runtime.fields import encode
-from runtime.linux.files import write_durable
 from runtime.linux.process import (
     CLONE_PARENT,
     clone3,
     close_range,
     set_child_subreaper,
-    set_name,
-    start_time,
+    set_comm,
 )
 from runtime.linux.sockets import FrameError, listen_unix, peer_uid, recv_frame, send_frame
 from runtime.shim import protocol
 from runtime.shim.cgroup import leave_daemon
-from runtime.shim.sandbox import set_up, tear_down
-from runtime.shim.server import Shim, report, shim_record
+from runtime.shim.server import Shim, report
 from runtime.shim.sweep import Sweeper
 
 TYPE_CHECKING = False
@@ -60,6 +54,7 @@ def main(argv: list[str]) -> int:
 
 def _zygote(state: str) -> int:
     """Detaches, says on fd 1 that it serves (or why not), and serves until it is told to quit."""
+    close_range(3)
     lock = os.open(f"{state}/zygote.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     if os.fork():
         os._exit(0)
@@ -71,12 +66,11 @@ def _zygote(state: str) -> int:
         return 0
     leave_daemon(always=True)
     _protect_from_oom()
-    listener = listen_unix(Path(state, "zygote.sock"))
+    listener = listen_unix(f"{state}/zygote.sock")
     os.write(1, b"ready")
     _to_null(0, 1)
     gc.collect()
     gc.freeze()  # the collector never writes to these pages, so they stay shared with every shim
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return _serve(listener, state)
 
 
@@ -160,7 +154,8 @@ def _direct() -> int:
 def _answer(connection: socket.socket, name: str, body: object) -> None:
     """Becomes a shim or sweeps, and answers on `connection`, which this takes."""
     connection.settimeout(_PATIENCE)
-    shim = None
+    shim: Shim | None = None
+    answer: object
     try:
         if name == "start":
             pod = protocol.parse(protocol.PodMessage, body)
@@ -193,19 +188,8 @@ def _become_shim(pod: protocol.PodMessage) -> tuple[Shim, dict[str, object]]:
     )
     os.dup2(log, 2, inheritable=False)
     os.close(log)
-    pause_pid = 0
-    try:
-        pause_pid = set_up(pod)
-        listener = listen_unix(Path(pod.directory, "shim.sock"))
-        record = shim_record(pause_pid)
-        write_durable(Path(pod.directory, "shim.json"), encode(record), sync=False)
-        return Shim(pod, listener, pause_pid), record
-    except BaseException:
-        if pause_pid:
-            os.kill(pause_pid, signal.SIGKILL)
-            os.waitpid(pause_pid, 0)
-        tear_down(pod.directory)
-        raise
+    shim = Shim(pod)
+    return shim, shim.bring_up()
 
 
 def _detach(name: str) -> None:
@@ -216,7 +200,7 @@ def _detach(name: str) -> None:
         pass
     os.chdir("/")
     os.umask(0o077)
-    set_name(name)
+    set_comm(name)
 
 
 def _to_null(*fds: int) -> None:

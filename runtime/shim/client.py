@@ -1,0 +1,362 @@
+"""The daemon's side: pods and containers as method calls, each a connection to a shim's socket.
+
+`Shims` has the methods of cri.interfaces.Sandboxes and Containers, and may be called from several threads at once. It
+starts the zygote when nobody answers at STATE/zygote.sock, by posix_spawn, as the daemon itself never forks; with
+`direct` each pod gets an interpreter of its own and there is no zygote. Refuses to be wrong about the dead: a shim is
+its pid *and* start time, and what a dead one leaves is cleaned up from its records. Invariant: the daemon may die at
+any line here and the same call, made again, ends the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import RuntimeFailure
+from runtime.fields import decode
+from runtime.linux.files import AT_FDCWD, read_bounded
+from runtime.linux.libc import KernelError
+from runtime.linux.process import is_running, pidfd_open, pidfd_send_signal
+from runtime.linux.record import Record
+from runtime.linux.sockets import FrameError, connect_unix, recv_frame, send_frame
+from runtime.shim import protocol
+from runtime.shim.cgroup import remove_if_empty
+from runtime.shim.launcher import Launcher
+from runtime.shim.model import (
+    ContainerError,
+    ContainerFacts,
+    ContainerSpec,
+    ExecResult,
+    ExecSpec,
+    ExecStream,
+    Sandbox,
+    SandboxSpec,
+    ShimUnresponsive,
+)
+
+RECONNECT_TIMEOUT = 2.0
+_CALL_TIMEOUT = 120.0
+_EXEC_GRACE = 30.0  # what an exec may take beyond its own timeout: start, kill, drain
+_SIGKILL = 9
+
+
+class _ShimGone(Exception):
+    """Nobody answers and the process is dead."""
+
+
+class Shims:
+    """Pods and containers of one state directory (/run/ocid)."""
+
+    def __init__(self, state: Path, *, direct: bool = False) -> None:
+        self._state = state
+        self._launcher = Launcher(state, direct=direct)
+
+    # -------------------------------------------------------------------------------------------------------- pods
+
+    def start(self, spec: SandboxSpec) -> Sandbox:
+        """Sandboxes.start."""
+        pod = protocol.PodMessage(
+            id=spec.id,
+            directory=str(spec.directory),
+            state=str(self._state),
+            hostname=spec.hostname,
+            netns="" if spec.netns is None else str(spec.netns),
+            private_ipc=spec.private_ipc,
+            private_uts=spec.private_uts,
+            shared_pid=spec.shared_pid,
+            shm_bytes=spec.shm_bytes,
+            sysctls=dict(spec.sysctls),
+            cgroup_parent=spec.cgroup_parent,
+        )
+        with _sentences(f"start pod {spec.id}"), self._launcher.open() as connection:
+            value = _ask(connection, "start", pod, _CALL_TIMEOUT)
+        return Sandbox(spec.id, spec.directory, value["pid"], value["started_ticks"], value["pause_pid"])
+
+    def reconnect(self, sandbox: Sandbox) -> Sequence[ContainerFacts] | None:
+        """Sandboxes.reconnect."""
+        try:
+            value = self._call(sandbox, "list", None, RECONNECT_TIMEOUT)
+        except _ShimGone:
+            return None
+        return [ContainerFacts(**facts) for facts in value]
+
+    def stop(self, sandbox: Sandbox) -> None:
+        """Sandboxes.stop. A shim that hangs is killed, and cleaned up after as a dead one."""
+        with _sentences(f"stop pod {sandbox.id}"):
+            try:
+                self._call(sandbox, "stop", None, _CALL_TIMEOUT)
+                self._end(sandbox, kill=False)
+            except (_ShimGone, ShimUnresponsive):
+                self._end(sandbox, kill=True)
+                self._sweep(sandbox, "stop")
+        remove_if_empty()
+
+    def events(self, sandbox: Sandbox) -> int:
+        """Sandboxes.events."""
+        with self._living(sandbox):
+            connection = self._open(sandbox, "events", None, _CALL_TIMEOUT)
+            connection.settimeout(None)
+            return connection.detach()
+
+    def lost(self, sandbox: Sandbox) -> Sequence[ContainerFacts]:
+        """For a pod of which `reconnect` is None: kills what is left of its containers and tells how each ended: as
+        the shim recorded it, or exit code 255 with a message. Idempotent; records stay until `delete` or `stop`."""
+        with _sentences(f"clean up after the shim of pod {sandbox.id}"):
+            return [ContainerFacts(**facts) for facts in self._sweep(sandbox, "lost")]
+
+    @staticmethod
+    def recorded(bundle: Path) -> ContainerFacts | None:
+        """What exit.json of a bundle says, or None: the exit of a container whose shim is gone."""
+        try:
+            value = decode(read_bounded(AT_FDCWD, str(bundle / "exit.json"), 1 << 20))
+        except (OSError, RuntimeFailure):
+            return None
+        facts = protocol.Facts.from_json(value).to_json()
+        return ContainerFacts(**facts)  # type: ignore[arg-type]  # from_json keeps only fields of their types
+
+    def end_zygote(self) -> None:
+        """Ends the zygote; shims stay. The next `start` makes a new one. Idempotent."""
+        self._launcher.end()
+        remove_if_empty()
+
+    # -------------------------------------------------------------------------------------------------- containers
+
+    def create(self, sandbox: Sandbox, spec: ContainerSpec) -> ContainerFacts:
+        """Containers.create."""
+        message = protocol.ContainerMessage(
+            id=spec.id,
+            bundle=str(spec.bundle),
+            fstype=spec.rootfs.fstype,
+            source=spec.rootfs.source,
+            options=[list(option) for option in spec.rootfs.options],
+            attributes=spec.rootfs.attributes,
+            log_path="" if spec.log_path is None else str(spec.log_path),
+            terminal=spec.terminal,
+            stdin=spec.stdin,
+            stdin_once=spec.stdin_once,
+            handler=spec.handler,
+        )
+        with _sentences(f"create container {spec.id}"), self._living(sandbox):
+            return ContainerFacts(**self._call(sandbox, "create", message))
+
+    def start_container(self, sandbox: Sandbox, container_id: str) -> ContainerFacts:
+        """Containers.start_container."""
+        with _sentences(f"start container {container_id}"), self._living(sandbox):
+            return ContainerFacts(**self._call(sandbox, "start", protocol.IdMessage(container_id)))
+
+    def signal(self, sandbox: Sandbox, container_id: str, number: int, *, everyone: bool = False) -> None:
+        """Containers.signal; also for a dead shim."""
+        with _sentences(f"signal container {container_id}"):
+            try:
+                self._call(sandbox, "signal", protocol.SignalMessage(container_id, number, everyone))
+            except _ShimGone:
+                self._sweep(sandbox, "signal", container_id, number, everyone)
+
+    def delete(self, sandbox: Sandbox, container_id: str) -> None:
+        """Containers.delete."""
+        with _sentences(f"delete container {container_id}"):
+            try:
+                self._call(sandbox, "delete", protocol.IdMessage(container_id))
+            except _ShimGone:
+                self._sweep(sandbox, "delete", container_id)
+
+    def exec_sync(self, sandbox: Sandbox, container_id: str, spec: ExecSpec) -> ExecResult:
+        """Containers.exec_sync."""
+        message = protocol.ExecMessage(container_id, dict(spec.process), float(spec.timeout_s), spec.output_limit)
+        timeout = spec.timeout_s + _EXEC_GRACE if spec.timeout_s > 0 else None
+        with _sentences(f"exec in container {container_id}"), self._living(sandbox):
+            with contextlib.closing(self._connect(sandbox, timeout)) as connection:
+                value = _ask(connection, "exec", message, timeout)
+                stdout, stderr = _receive(connection), _receive(connection)
+        return ExecResult(value["exit_code"], stdout, stderr, value["timed_out"], value["truncated"])
+
+    def exec_stream(
+        self,
+        sandbox: Sandbox,
+        container_id: str,
+        process: Mapping[str, object],
+        fds: Sequence[int] = (),
+        *,
+        terminal: bool = False,
+    ) -> ExecStream:
+        """Runs a command on the caller's own stdin, stdout and stderr (`fds`, which stay the caller's), or on a
+        terminal whose master comes back. Bytes never pass through the shim. Raises ContainerError."""
+        message = protocol.StreamMessage(container_id, dict(process), terminal)
+        with _sentences(f"exec in container {container_id}"), self._living(sandbox):
+            connection = self._connect(sandbox, _CALL_TIMEOUT)
+            try:
+                send_frame(connection, protocol.request("stream", message), tuple(fds))
+                received = recv_frame(connection, want_fds=True)
+                if received is None:
+                    raise FrameError("the shim closed the connection")
+                value = protocol.parse_reply(received[0])
+                connection.settimeout(None)
+                return ExecStream(value["pid"], connection.detach(), received[1][0] if received[1] else -1)
+            except BaseException:
+                connection.close()
+                raise
+
+    def update(self, sandbox: Sandbox, container_id: str, resources: Mapping[str, object]) -> None:
+        """Containers.update."""
+        with _sentences(f"update container {container_id}"), self._living(sandbox):
+            self._call(sandbox, "update", protocol.UpdateMessage(container_id, dict(resources)))
+
+    def reopen_log(self, sandbox: Sandbox, container_id: str) -> None:
+        """Containers.reopen_log."""
+        with _sentences(f"reopen the log of container {container_id}"), self._living(sandbox):
+            self._call(sandbox, "reopen_log", protocol.IdMessage(container_id))
+
+    def attach(self, sandbox: Sandbox, container_id: str, fds: Sequence[int], *, stdin: bool, terminal: bool) -> int:
+        """Containers.attach: with `stdin` the first of `fds` is read from; then come stdout and stderr."""
+        message = protocol.AttachMessage(container_id, stdin, terminal)
+        with _sentences(f"attach to container {container_id}"), self._living(sandbox):
+            connection = self._open(sandbox, "attach", message, _CALL_TIMEOUT, tuple(fds))
+            connection.settimeout(None)
+            return connection.detach()
+
+    # ------------------------------------------------------------------------------------------------------ the wire
+
+    def _connect(self, sandbox: Sandbox, timeout: float | None) -> socket.socket:
+        """Raises _ShimGone when the shim's process is dead, ShimUnresponsive when it lives but does not listen."""
+        try:
+            return connect_unix(sandbox.directory / "shim.sock", timeout)
+        except (FileNotFoundError, ConnectionRefusedError) as error:
+            # A shim that is just ending has closed its socket already: its process decides.
+            if self._is_alive(sandbox, patience=RECONNECT_TIMEOUT):
+                raise _unresponsive(sandbox) from error
+            raise _ShimGone from None
+        except (TimeoutError, BlockingIOError) as error:
+            raise _unresponsive(sandbox) from error
+
+    def _open(
+        self, sandbox: Sandbox, name: str, message: Record | None, timeout: float | None, fds: tuple[int, ...] = ()
+    ) -> socket.socket:
+        """A connection whose request was answered with success; it goes on from there."""
+        connection = self._connect(sandbox, timeout)
+        try:
+            _ask(connection, name, message, timeout, fds)
+        except BaseException as error:
+            connection.close()
+            self._raise_if_gone(sandbox, error)
+            raise
+        return connection
+
+    def _call(self, sandbox: Sandbox, name: str, message: Record | None = None, timeout: float = _CALL_TIMEOUT) -> Any:
+        with contextlib.closing(self._connect(sandbox, timeout)) as connection:
+            try:
+                return _ask(connection, name, message, timeout)
+            except (OSError, FrameError) as error:
+                self._raise_if_gone(sandbox, error)
+                raise
+
+    def _raise_if_gone(self, sandbox: Sandbox, error: BaseException) -> None:
+        if isinstance(error, TimeoutError):
+            raise _unresponsive(sandbox) from error
+        if isinstance(error, OSError | FrameError) and not self._is_alive(sandbox, patience=RECONNECT_TIMEOUT):
+            raise _ShimGone from None
+
+    @contextlib.contextmanager
+    def _living(self, sandbox: Sandbox) -> Any:
+        """Turns "nobody there" into an error of calls that need a shim."""
+        try:
+            yield
+        except _ShimGone:
+            raise ContainerError(
+                f"the shim of pod {sandbox.id}, process {sandbox.pid}, is gone",
+                code="unavailable",
+                hint="the pod has to be stopped and made anew",
+            ) from None
+        except (OSError, FrameError) as error:
+            if not self._is_alive(sandbox, patience=RECONNECT_TIMEOUT):
+                raise ContainerError(
+                    f"the shim of pod {sandbox.id} died during the call", code="unavailable"
+                ) from error
+            raise
+
+    @staticmethod
+    def _is_alive(sandbox: Sandbox, *, patience: float) -> bool:
+        """Whether that very process runs; one that is about to end gets `patience` seconds for it."""
+        try:
+            pidfd = pidfd_open(sandbox.pid)
+        except KernelError:
+            return False
+        try:
+            if not is_running(sandbox.pid, sandbox.started_ticks):
+                return False
+            return not _ended_within(pidfd, patience)
+        finally:
+            os.close(pidfd)
+
+    def _end(self, sandbox: Sandbox, *, kill: bool) -> None:
+        """Waits for the end of the shim's process, after SIGKILL if so asked."""
+        try:
+            pidfd = pidfd_open(sandbox.pid)
+        except KernelError:
+            return
+        try:
+            if not is_running(sandbox.pid, sandbox.started_ticks):
+                return
+            if kill:
+                pidfd_send_signal(pidfd, _SIGKILL)
+            if not _ended_within(pidfd, _CALL_TIMEOUT):
+                raise _unresponsive(sandbox)
+        finally:
+            os.close(pidfd)
+
+    def _sweep(
+        self, sandbox: Sandbox, action: str, container_id: str = "", number: int = 0, everyone: bool = False
+    ) -> Any:
+        message = protocol.SweepMessage(
+            action, str(sandbox.directory), str(self._state), container_id, number, everyone
+        )
+        with self._launcher.open() as connection:
+            return _ask(connection, "sweep", message, _CALL_TIMEOUT)
+
+
+def _ask(
+    connection: socket.socket, name: str, message: Record | None, timeout: float | None, fds: tuple[int, ...] = ()
+) -> Any:
+    """One request, one reply. Raises RuntimeFailure (the peer's), OSError, FrameError."""
+    connection.settimeout(timeout)
+    send_frame(connection, protocol.request(name, message), fds)
+    return protocol.parse_reply(_receive(connection))
+
+
+def _receive(connection: socket.socket) -> bytes:
+    received = recv_frame(connection)
+    if received is None:
+        raise FrameError("the other side closed the connection before it answered")
+    return received[0]
+
+
+def _ended_within(pidfd: int, seconds: float) -> bool:
+    """True once the process behind the pidfd has ended."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(int(seconds * 1000)))
+
+
+def _unresponsive(sandbox: Sandbox) -> ShimUnresponsive:
+    return ShimUnresponsive(
+        f"the shim of pod {sandbox.id}, process {sandbox.pid}, does not answer",
+        hint="it is stopped, frozen or stuck in the kernel: see /proc/PID/status",
+    )
+
+
+@contextlib.contextmanager
+def _sentences(what: str) -> Any:
+    """Failures of the wire and of the other side as ContainerErrors that say what was being done."""
+    try:
+        yield
+    except RuntimeFailure as error:
+        step = f"step {error.step}: " if error.step else ""
+        raise ContainerError(f"{what}: {step}{error}", code=error.code, hint=error.hint) from error
+    except TimeoutError as error:
+        raise ContainerError(f"{what}: no answer in time", code="deadline") from error
+    except OSError as error:
+        raise ContainerError(f"{what}: {error}", code="unavailable") from error

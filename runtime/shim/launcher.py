@@ -1,0 +1,186 @@
+"""Starting processes for the daemon: the zygote where none answers, or single interpreters in direct mode.
+
+posix_spawn only: the daemon has threads. Refuses to trust a zygote of other code than ours: its version is compared
+once, and an old one is asked to quit (its shims stay as they are). Invariant: at most one zygote serves a state
+directory; two that start at once agree by a lock, and both callers end up connected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import runtime
+from runtime.errors import RuntimeFailure
+from runtime.linux.libc import KernelError
+from runtime.linux.process import pidfd_open
+from runtime.linux.sockets import connect_unix, recv_frame, send_frame
+from runtime.shim import protocol
+
+_START_TIMEOUT = 30.0
+_HELLO_TIMEOUT = 5.0
+_DEFAULT_SIGNALS = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCHLD]
+_BOOT = (
+    "import sys; sys.path.insert(0, sys.argv[1]); sys.argv[:2] = ['zygote']; "
+    "from runtime.shim.zygote import main; sys.exit(main(sys.argv))"
+)
+
+
+class Launcher:
+    """Gives connections on which a `start` or `sweep` request makes a process of its own."""
+
+    def __init__(self, state: Path, *, direct: bool) -> None:
+        self._state = state
+        self._direct = direct
+        self._lock = threading.Lock()
+        self._version = ""
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[socket.socket]:
+        """A connection to the zygote or to an interpreter started for this request. Raises RuntimeFailure."""
+        connection = self._spawn_direct() if self._direct else self._connect_zygote()
+        with connection:
+            yield connection
+
+    def end(self) -> None:
+        """Asks the zygote to quit and waits until it has; nobody there is fine."""
+        with self._lock:
+            self._end()
+            self._version = ""
+
+    def _connect_zygote(self) -> socket.socket:
+        path = self._state / "zygote.sock"
+        try:
+            if self._version:
+                return connect_unix(path, _START_TIMEOUT)
+        except (FileNotFoundError, ConnectionRefusedError):
+            pass
+        with self._lock:
+            wanted = version()
+            if not self._version and self._hello()[0] not in ("", wanted):
+                self._end()
+            self._version = wanted
+            deadline = time.monotonic() + _START_TIMEOUT
+            while True:
+                try:
+                    return connect_unix(path, _START_TIMEOUT)
+                except (FileNotFoundError, ConnectionRefusedError) as error:
+                    if time.monotonic() > deadline:
+                        raise RuntimeFailure(f"connect to the zygote at {path}: {error}", code="unavailable") from error
+                self._spawn_zygote()
+
+    def _hello(self) -> tuple[str, int]:
+        """Version and pid of the zygote that serves; ("", 0) for none."""
+        try:
+            with connect_unix(self._state / "zygote.sock", _HELLO_TIMEOUT) as connection:
+                send_frame(connection, protocol.request("hello"))
+                received = recv_frame(connection)
+                value = protocol.parse_reply(received[0]) if received else {}
+                return str(value.get("version", "")) or "unknown", int(value.get("pid", 0))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return "", 0
+
+    def _end(self) -> None:
+        _, pid = self._hello()
+        try:
+            pidfd = pidfd_open(pid) if pid else -1
+        except KernelError:
+            return
+        if pidfd < 0:
+            return
+        try:
+            with connect_unix(self._state / "zygote.sock", _HELLO_TIMEOUT) as connection:
+                send_frame(connection, protocol.request("quit"))
+                recv_frame(connection)
+            select.select([pidfd], [], [], _HELLO_TIMEOUT)
+        except (FileNotFoundError, ConnectionError):
+            pass
+        finally:
+            os.close(pidfd)
+
+    def _spawn_zygote(self) -> None:
+        """Starts one and waits until it serves, or says that another one does."""
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        log = os.open(self._state / "zygote.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self._run(["zygote", str(self._state)], {1: writer, 2: log})
+        finally:
+            os.close(writer)
+            os.close(log)
+        try:
+            said = _read_within(reader, _START_TIMEOUT)
+        finally:
+            os.close(reader)
+        if said == b"taken":  # it holds the lock and is about to listen, or is about to end
+            select.select([], [], [], 0.005)
+        elif said != b"ready":
+            raise RuntimeFailure(
+                "start the zygote: it ended before it served", code="unavailable", hint=f"see {self._state}/zygote.log"
+            )
+
+    def _spawn_direct(self) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        log = os.open(self._state / "zygote.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with theirs:
+            try:
+                self._run(["direct"], {2: log, 3: theirs.fileno()})
+            except BaseException:
+                ours.close()
+                raise
+            finally:
+                os.close(log)
+        return ours
+
+    def _run(self, words: list[str], fds: dict[int, int]) -> None:
+        """Spawns an interpreter in a session of its own, and reaps the starter, which forks and ends at once."""
+        root = str(Path(runtime.__file__).parent.parent)
+        argv = [sys.executable, "-I", "-S", "-c", _BOOT, root, *words]
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        # Copies far above, so that no dup2 lands on an fd that a later one still needs.
+        copies = {
+            number: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 16) for number, fd in {0: null, 1: null, **fds}.items()
+        }
+        try:
+            pid = os.posix_spawn(
+                argv[0],
+                argv,
+                _environment(),
+                file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in copies.items()],
+                setsid=True,
+                setsigmask=[],
+                setsigdef=_DEFAULT_SIGNALS,
+            )
+        except OSError as error:
+            raise RuntimeFailure.of(error, what=f"run {argv[0]}") from error
+        finally:
+            for fd in (null, *copies.values()):
+                os.close(fd)
+        os.waitpid(pid, 0)
+
+
+def version() -> str:
+    """A name for the code that a zygote would run: sizes and times of the runtime's modules."""
+    top = Path(runtime.__file__).parent
+    facts = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in top.rglob("*.py"))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _environment() -> dict[str, str]:
+    """Nothing of the daemon's but what runtime binaries and tests of ours look for."""
+    names = ("PATH", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "OCID_FAILPOINTS")
+    return {**{name: os.environ[name] for name in names if name in os.environ}, "OCID_VERSION": version()}
+
+
+def _read_within(fd: int, seconds: float) -> bytes:
+    ready, _, _ = select.select([fd], [], [], seconds)
+    return os.read(fd, 100) if ready else b""

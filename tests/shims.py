@@ -1,0 +1,215 @@
+"""Pods and busybox containers for tests of the shim, and proof that nothing of them is left.
+
+`Pod` drives `Shims` as the daemon would; `Machine` compares mounts, processes, cgroups and files before and after.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from runtime.linux.mount import FsMount, mountinfo
+from runtime.linux.process import is_running
+from runtime.shim.client import Shims
+from runtime.shim.model import ContainerFacts, ContainerSpec, ExecResult, ExecSpec, Sandbox, SandboxSpec
+from tests.support import eventually
+
+RUNC = shutil.which("runc") or "/usr/sbin/runc"
+CAPABILITIES = ["CAP_KILL", "CAP_CHOWN", "CAP_SETUID", "CAP_SETGID", "CAP_DAC_OVERRIDE", "CAP_SYS_CHROOT"]
+LINE = re.compile(rb"(\S+) (stdout|stderr) ([PF]) ([^\n]*)\n")
+
+
+def busybox_root(directory: Path) -> Path:
+    """A root filesystem with busybox and its applets."""
+    root = directory / "busybox"
+    for name in ("bin", "dev", "proc", "sys", "tmp", "etc"):
+        (root / name).mkdir(parents=True)
+    shutil.copy2("/bin/busybox", root / "bin/busybox")
+    applets = "sh cat echo sleep true false seq yes head ls kill setsid env id mount stty dd ps wc printf test tr rm"
+    for applet in applets.split():
+        (root / "bin" / applet).symlink_to("busybox")
+    (root / "etc/passwd").write_text("root:x:0:0::/:/bin/sh\n")
+    return root
+
+
+def process(args: Sequence[str], *, terminal: bool = False, env: Sequence[str] = ()) -> dict[str, object]:
+    """A runtime-spec process object."""
+    sets = ("bounding", "effective", "permitted")
+    return {
+        "terminal": terminal,
+        "user": {"uid": 0, "gid": 0},
+        "args": list(args),
+        "env": ["PATH=/bin", "HOME=/", *env],
+        "cwd": "/",
+        "capabilities": {name: CAPABILITIES for name in sets},
+        "noNewPrivileges": True,
+    }
+
+
+class Pod:
+    """One sandbox and its containers under a directory of the test's."""
+
+    def __init__(self, shims: Shims, directory: Path, root: Path, handler: str, cgroup: str) -> None:
+        self.shims = shims
+        self.directory = directory
+        self.id = directory.name
+        self.handler = handler
+        self._root = root
+        self._cgroup = cgroup
+        self._sandbox: Sandbox | None = None
+
+    @property
+    def sandbox(self) -> Sandbox:
+        assert self._sandbox is not None, "the pod was not started"
+        return self._sandbox
+
+    def start(self, **changes: object) -> Sandbox:
+        self.directory.mkdir(mode=0o700, exist_ok=True)
+        values: dict[str, object] = {"hostname": "shimtest", "netns": None, "shm_bytes": 1 << 20, **changes}
+        spec = SandboxSpec(id=self.id, directory=self.directory, **values)  # type: ignore[arg-type]
+        self._sandbox = self.shims.start(spec)
+        return self._sandbox
+
+    def bundle(self, name: str) -> Path:
+        return self.directory / name
+
+    def log(self, name: str) -> Path:
+        return self.directory / f"{name}.log"
+
+    def spec(self, name: str, args: Sequence[str], *, terminal: bool = False, config: Mapping[str, object] | None = None,
+             linux: Mapping[str, object] | None = None, log: bool = True, **changes: object) -> ContainerSpec:
+        """Writes the bundle of a container that runs `args` and describes it."""
+        bundle = self.bundle(name)
+        for part in ("upper", "work"):
+            (bundle / part).mkdir(parents=True, exist_ok=True)
+        namespaces = [{"type": "mount"}, {"type": "pid"}, {"type": "network"}]
+        namespaces += [{"type": kind, "path": f"{self.directory}/ns/{kind}"} for kind in ("ipc", "uts")]
+        document = {
+            "ociVersion": "1.0.2",
+            "root": {"path": "rootfs"},
+            "process": process(args, terminal=terminal),
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+                {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
+                {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
+                 "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]},
+                {"destination": "/dev/shm", "type": "bind", "source": f"{self.directory}/shm", "options": ["bind"]},
+            ],
+            "linux": {"cgroupsPath": f"/{self._cgroup}/{self.id}-{name}", "namespaces": namespaces, **(linux or {})},
+            **(config or {}),
+        }
+        (bundle / "config.json").write_text(json.dumps(document))
+        options = (("lowerdir", str(self._root)), ("upperdir", f"{bundle}/upper"), ("workdir", f"{bundle}/work"))
+        return ContainerSpec(
+            id=f"{self.id}-{name}", bundle=bundle, rootfs=FsMount("overlay", "overlay", options),
+            log_path=self.log(name) if log else None, terminal=terminal, handler=self.handler, **changes,  # type: ignore[arg-type]
+        )
+
+    def create(self, name: str, args: Sequence[str], **changes: object) -> str:
+        """A created container; its id."""
+        spec = self.spec(name, args, **changes)  # type: ignore[arg-type]
+        self.shims.create(self.sandbox, spec)
+        return spec.id
+
+    def run(self, name: str, args: Sequence[str], **changes: object) -> str:
+        """A started container; its id."""
+        container = self.create(name, args, **changes)
+        self.shims.start_container(self.sandbox, container)
+        return container
+
+    def facts(self, container: str) -> ContainerFacts:
+        found = self.shims.reconnect(self.sandbox)
+        assert found is not None, "the shim is gone"
+        return next(facts for facts in found if facts.id == container)
+
+    def ended(self, container: str, seconds: float = 20.0) -> ContainerFacts:
+        """The facts of the container once it has ended."""
+        eventually(lambda: self.facts(container).finished_ns, seconds, f"{container} to end")
+        return self.facts(container)
+
+    def exec(self, container: str, args: Sequence[str], **changes: object) -> ExecResult:
+        return self.shims.exec_sync(self.sandbox, container, ExecSpec(process(args), **changes))  # type: ignore[arg-type]
+
+    def entries(self, name: str) -> list[tuple[bytes, bytes, bytes]]:
+        """(stream, tag, text) of every log line; fails on anything else."""
+        return entries(self.log(name))
+
+    def lines(self, name: str, stream: bytes = b"stdout") -> list[bytes]:
+        return [text for found, _, text in self.entries(name) if found == stream]
+
+    def stop(self) -> None:
+        if self._sandbox is not None:
+            self.shims.stop(self._sandbox)
+            self._sandbox = None
+
+
+def entries(path: Path) -> list[tuple[bytes, bytes, bytes]]:
+    raw, position, found = path.read_bytes(), 0, []
+    while position < len(raw):
+        match = LINE.match(raw, position)
+        assert match, raw[position : position + 80]
+        found.append((match[2], match[3], match[4]))
+        position = match.end()
+    return found
+
+
+def kill(sandbox: Sandbox) -> None:
+    """SIGKILL for a shim, and waits until it is dead."""
+    assert is_running(sandbox.pid, sandbox.started_ticks)
+    os.kill(sandbox.pid, signal.SIGKILL)
+    eventually(lambda: not is_running(sandbox.pid, sandbox.started_ticks), what="the shim to die")
+
+
+class Machine:
+    """What a test may leave nothing of: mounts below a directory, processes that name it, cgroups of its name."""
+
+    def __init__(self, directory: Path, cgroup: str) -> None:
+        self._directory = str(directory)
+        self._cgroup = cgroup
+
+    def mounts(self) -> list[str]:
+        return [point.target for point in mountinfo() if point.target.startswith(self._directory)]
+
+    def cgroups(self) -> list[str]:
+        found = []
+        for top in Path("/sys/fs/cgroup").iterdir():
+            for base in (top, top.parent):
+                if (base / self._cgroup).is_dir():
+                    found += [str(path) for path in (base / self._cgroup).iterdir() if path.is_dir()]
+        return sorted(set(found))
+
+    def processes(self) -> list[int]:
+        """Processes whose root, cwd, command line or cgroup lead to the test."""
+        found = []
+        for entry in os.listdir("/proc"):
+            if entry.isdigit() and int(entry) != os.getpid():
+                try:
+                    text = Path(f"/proc/{entry}/cmdline").read_bytes() + Path(f"/proc/{entry}/cgroup").read_bytes()
+                except OSError:
+                    continue
+                if self._directory.encode() in text or self._cgroup.encode() in text:
+                    found.append(int(entry))
+        return found
+
+    def remove_cgroups(self) -> None:
+        for top in [Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()]:
+            if not top.is_symlink() and (top / self._cgroup).is_dir():
+                (top / self._cgroup).rmdir()
+
+
+@contextmanager
+def machine(directory: Path) -> Iterator[Machine]:
+    """A cgroup name of the test's own; at the end nothing may be left."""
+    watched = Machine(directory, f"ocid-test-{secrets.token_hex(4)}")
+    yield watched
+    assert watched.mounts() == []
+    assert watched.cgroups() == []
+    watched.remove_cgroups()
+    eventually(lambda: not watched.processes(), what=f"processes {watched.processes()} to end")
