@@ -28,8 +28,10 @@ _READ = 1 << 20
 
 def errno_text(error: OSError) -> str:
     """ "ENOSPC no space left on device"."""
-    name = errno.errorcode.get(error.errno or 0, type(error).__name__)
-    return f"{name} {(error.strerror or str(error)).lower()}"
+    code = error.errno or 0
+    if code not in errno.errorcode:
+        return f"{type(error).__name__} {str(error).lower()}"
+    return f"{errno.errorcode[code]} {os.strerror(code).lower()}"
 
 
 class Blobs:

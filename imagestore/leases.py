@@ -68,6 +68,11 @@ class Leases:
                 mine.add(chain_id)
                 self._layers[chain_id] += 1
 
+    def only_mine(self, chain_id: str) -> bool:
+        """True when no other pull of this process has leased the layer."""
+        with self._lock:
+            return self._layers[chain_id] <= 1
+
     @contextmanager
     def sweeping_layers(self) -> Iterator[frozenset[str]]:
         """Yields the leased layers; no other becomes leased meanwhile."""

@@ -67,6 +67,7 @@ class Puller:
         self.unpacker = unpacker
         self.threads = threads
         self.config = config
+        self.given_up: dict[str, asyncio.Future[None]] = {}
         self._flights = Flights()
         self._downloads = Slots(config.concurrent_downloads)
         self.unpacks = Slots(config.concurrent_unpacks)
@@ -112,6 +113,15 @@ class Puller:
     def _keep_document(self, document: Document) -> None:
         if not self.blobs.has(Descriptor("", document.digest, len(document.data))):
             self.blobs.put(document.digest, document.data)
+
+    def give_up(self, chain_id: str, unpacking: asyncio.Future[None]) -> None:
+        """Tells the unpacker, where it can be told, that nobody waits for a layer any more: it may itself be waiting
+        for a parent that will not come. Not when another pull wants the same layer."""
+        cancel = getattr(self.unpacker, "cancel", None)
+        if cancel is not None and not unpacking.done() and self.leases.only_mine(chain_id):
+            self.given_up[chain_id] = unpacking
+            unpacking.add_done_callback(lambda _: self.given_up.pop(chain_id, None))
+            cancel(chain_id)
 
     # ------------------------------------------------------------------------------------------------------- blobs
 
@@ -235,6 +245,9 @@ class _Layers:
 
     async def _call(self, layer: Layer, parent: str | None) -> None:
         puller = self._puller
+        given_up = puller.given_up.get(layer.chain_id)
+        if given_up is not None:
+            await asyncio.wait({given_up})  # another pull's, cancelled: joining it would end in its failure
         path = puller.blobs.path(layer.blob.digest)
         unpacking = puller.threads.start_unpack(
             puller.unpacker.unpack_layer, path, layer.blob.media_type, layer.diff_id, layer.chain_id, parent
@@ -242,6 +255,7 @@ class _Layers:
         try:
             await asyncio.wait({unpacking})
         except asyncio.CancelledError:
+            puller.give_up(layer.chain_id, unpacking)
             await asyncio.wait({unpacking}, timeout=puller.config.cancel_wait_s)
             raise
         error = unpacking.exception()

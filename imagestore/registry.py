@@ -153,16 +153,17 @@ class Repository:
     async def _align(self, answer: Answer, blob: Descriptor, ingest: Ingest, what: str) -> None:
         """Brings `ingest` to the offset that the answer starts at, or refuses the answer (threats O49)."""
         status = answer.response.status
-        if status in (206, 416) and ingest.offset:
+        if status == 200:
+            if ingest.offset:
+                await self._threads.io(ingest.restart)  # the server knows no ranges and begins anew
+        elif status in (206, 416):
             match = _CONTENT_RANGE.fullmatch(answer.header("Content-Range").strip())
             right = match and int(match[1]) == ingest.offset and match[3] in ("*", str(blob.size))
             if status == 416 or not right:
                 await self._threads.io(ingest.restart)
-                raise Transient(f"{self.host.origin}: {what}: cannot be continued where it was cut", delay=0.0)
-        elif status != 200:
-            raise ContentInvalid(f"{self.host.origin}: {what}: answered {status} to a request for all of it")
-        elif ingest.offset:
-            await self._threads.io(ingest.restart)  # the server knows no ranges and begins anew
+                raise Transient(f"{self.host.origin}: {what}: answered {status} with another part than was asked for")
+        else:
+            raise ContentInvalid(f"{self.host.origin}: {what}: answered {status}")
         if answer.header("Content-Encoding").lower() not in ("", "identity"):
             raise ContentInvalid(f"{self.host.origin}: {what}: came with a content encoding, which hides its digest")
         length = answer.response.content_length
@@ -192,7 +193,7 @@ class Repository:
 
     @asynccontextmanager
     async def _open(self, method: str, path: str, headers: dict[str, str], what: str) -> AsyncIterator[Answer]:
-        """The answer with status 200, 206 or 416, after logging in where that was asked for."""
+        """The answer with status 200, 206 or 416 after logging in where that was asked for."""
         for attempt in (1, 2):
             secret = self._login.headers()
             request = Request(method, f"{self._base}{path}{self._query}", headers, secret, tls=Tls(self.host))

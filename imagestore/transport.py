@@ -9,6 +9,7 @@ aiohttp is imported when the first pull begins and its pools live as long as a p
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import ssl
 import threading
@@ -177,7 +178,7 @@ class Transport:
         except aiohttp.ClientConnectorDNSError:
             raise Transient(f"{place(url)}: the host name does not resolve") from None
         except aiohttp.ClientConnectorError as error:
-            raise Transient(f"{place(url)}: connect: {errno_text(error.os_error)}") from None
+            raise Transient(f"{place(url)}: connect: {_connect_words(error.os_error)}") from None
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise worded(error, url) from None
 
@@ -191,6 +192,12 @@ class Transport:
         if self._session is None:
             self._session = _session(self._config)
         return self._session
+
+
+def _connect_words(error: OSError) -> str:
+    """The errno, which hides in the text when several addresses of a host were tried."""
+    number = re.search(r"\[Errno ([0-9]{1,5})\]", str(error), re.ASCII)
+    return errno_text(OSError(int(number[1]), "") if error.errno is None and number else error)
 
 
 def _ssl_reason(error: aiohttp.ClientConnectorError) -> str:

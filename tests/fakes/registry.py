@@ -360,7 +360,7 @@ class FakeRegistry:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         body = await request.read()
-        self.seen.append(Seen(request.method, request.path, request.query_string, request.headers.copy(), body))
+        self.seen.append(Seen(request.method, request.path, request.rel_url.raw_query_string, request.headers.copy(), body))
         self.concurrent += 1
         self.most_concurrent = max(self.most_concurrent, self.concurrent)
         try:
@@ -458,7 +458,6 @@ class FakeRegistry:
                 position += action.drip
             await asyncio.sleep(3600)
         assert request.transport is not None
-        await response.drain() if hasattr(response, "drain") else None
         request.transport.close()
         return response
 

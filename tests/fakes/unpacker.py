@@ -26,6 +26,7 @@ class MemoryUnpacker:
         self.most_running = 0
         self.fail: dict[str, BaseException] = {}
         self.gate: threading.Event | None = None
+        self.cancelled: list[str] = []
         self._changed = threading.Condition()
 
     def has_layer(self, chain_id: str) -> bool:
@@ -46,13 +47,25 @@ class MemoryUnpacker:
             if found != diff_id:
                 raise UnpackError(f"layer's diff id is {found}, the image's config says {diff_id}")
             with self._changed:
-                if parent is not None and not self._changed.wait_for(lambda: parent in self.layers, 10):
+                waited = self._changed.wait_for(
+                    lambda: parent is None or parent in self.layers or chain_id in self.cancelled, 10
+                )
+                if chain_id in self.cancelled:
+                    self.cancelled.remove(chain_id)
+                    raise UnpackError("unpacking was cancelled")
+                if not waited:
                     raise UnpackError(f"parent {parent} never came")
                 self.layers[chain_id] = tar
                 self._changed.notify_all()
         finally:
             with self._changed:
                 self.running -= 1
+
+    def cancel(self, chain_id: str) -> None:
+        """Optional for an Unpacker: ends the wait for a parent that will not come."""
+        with self._changed:
+            self.cancelled.append(chain_id)
+            self._changed.notify_all()
 
     def remove_layers_except(self, keep: frozenset[str]) -> int:
         with self._changed:
