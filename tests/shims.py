@@ -17,6 +17,8 @@ from pathlib import Path
 
 from runtime.linux.mount import FsMount, mountinfo
 from runtime.linux.process import is_running
+from runtime.linux.sockets import connect_unix, recv_frame, send_frame
+from runtime.shim import protocol
 from runtime.shim.client import Shims
 from runtime.shim.model import ContainerFacts, ContainerSpec, ExecResult, ExecSpec, Sandbox, SandboxSpec
 from tests.support import eventually
@@ -48,7 +50,7 @@ def process(args: Sequence[str], *, terminal: bool = False, env: Sequence[str] =
         "args": list(args),
         "env": ["PATH=/bin", "HOME=/", *env],
         "cwd": "/",
-        "capabilities": {name: CAPABILITIES for name in sets},
+        "capabilities": dict.fromkeys(sets, CAPABILITIES),
         "noNewPrivileges": True,
     }
 
@@ -83,8 +85,17 @@ class Pod:
     def log(self, name: str) -> Path:
         return self.directory / f"{name}.log"
 
-    def spec(self, name: str, args: Sequence[str], *, terminal: bool = False, config: Mapping[str, object] | None = None,
-             linux: Mapping[str, object] | None = None, log: bool = True, **changes: object) -> ContainerSpec:
+    def spec(
+        self,
+        name: str,
+        args: Sequence[str],
+        *,
+        terminal: bool = False,
+        config: Mapping[str, object] | None = None,
+        linux: Mapping[str, object] | None = None,
+        log: bool = True,
+        **changes: object,
+    ) -> ContainerSpec:
         """Writes the bundle of a container that runs `args` and describes it."""
         bundle = self.bundle(name)
         for part in ("upper", "work"):
@@ -98,8 +109,12 @@ class Pod:
             "mounts": [
                 {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
                 {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
-                {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
-                 "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"]},
+                {
+                    "destination": "/dev/pts",
+                    "type": "devpts",
+                    "source": "devpts",
+                    "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"],
+                },
                 {"destination": "/dev/shm", "type": "bind", "source": f"{self.directory}/shm", "options": ["bind"]},
             ],
             "linux": {"cgroupsPath": f"/{self._cgroup}/{self.id}-{name}", "namespaces": namespaces, **(linux or {})},
@@ -108,8 +123,13 @@ class Pod:
         (bundle / "config.json").write_text(json.dumps(document))
         options = (("lowerdir", str(self._root)), ("upperdir", f"{bundle}/upper"), ("workdir", f"{bundle}/work"))
         return ContainerSpec(
-            id=f"{self.id}-{name}", bundle=bundle, rootfs=FsMount("overlay", "overlay", options),
-            log_path=self.log(name) if log else None, terminal=terminal, handler=self.handler, **changes,  # type: ignore[arg-type]
+            id=f"{self.id}-{name}",
+            bundle=bundle,
+            rootfs=FsMount("overlay", "overlay", options),
+            log_path=self.log(name) if log else None,
+            terminal=terminal,
+            handler=self.handler,
+            **changes,  # type: ignore[arg-type]
         )
 
     def create(self, name: str, args: Sequence[str], **changes: object) -> str:
@@ -172,7 +192,7 @@ class Machine:
 
     def __init__(self, directory: Path, cgroup: str) -> None:
         self._directory = str(directory)
-        self._cgroup = cgroup
+        self.cgroup = cgroup
 
     def mounts(self) -> list[str]:
         return [point.target for point in mountinfo() if point.target.startswith(self._directory)]
@@ -181,8 +201,8 @@ class Machine:
         found = []
         for top in Path("/sys/fs/cgroup").iterdir():
             for base in (top, top.parent):
-                if (base / self._cgroup).is_dir():
-                    found += [str(path) for path in (base / self._cgroup).iterdir() if path.is_dir()]
+                if (base / self.cgroup).is_dir():
+                    found += [str(path) for path in (base / self.cgroup).iterdir() if path.is_dir()]
         return sorted(set(found))
 
     def processes(self) -> list[int]:
@@ -194,22 +214,77 @@ class Machine:
                     text = Path(f"/proc/{entry}/cmdline").read_bytes() + Path(f"/proc/{entry}/cgroup").read_bytes()
                 except OSError:
                     continue
-                if self._directory.encode() in text or self._cgroup.encode() in text:
+                if self._directory.encode() in text or self.cgroup.encode() in text:
                     found.append(int(entry))
         return found
 
     def remove_cgroups(self) -> None:
         for top in [Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()]:
-            if not top.is_symlink() and (top / self._cgroup).is_dir():
-                (top / self._cgroup).rmdir()
+            if not top.is_symlink() and (top / self.cgroup).is_dir():
+                (top / self.cgroup).rmdir()
+
+
+class Lab:
+    """A state directory with its zygote, pods in it, and at the end nothing of them."""
+
+    def __init__(self, directory: Path, handler: str, *, direct: bool = False) -> None:
+        self.state = directory / "state"
+        self.state.mkdir(mode=0o700)
+        self.shims = Shims(self.state, direct=direct)
+        self.handler = {"native": "", "runc": RUNC}[handler]
+        self.root = busybox_root(directory)
+        self.machine = Machine(directory, f"ocid-test-{secrets.token_hex(4)}")
+        self.pods: list[Pod] = []
+
+    def pod(self, *, start: bool = True, **changes: object) -> Pod:
+        """A further pod, started unless told otherwise."""
+        directory = self.state / "pods" / f"pod{len(self.pods)}"
+        directory.parent.mkdir(exist_ok=True)
+        pod = Pod(self.shims, directory, self.root, self.handler, self.machine.cgroup)
+        self.pods.append(pod)
+        if start:
+            pod.start(**changes)
+        return pod
+
+    def restarted(self) -> Shims:
+        """A daemon's client that has just started: it knows nothing but the state directory."""
+        self.shims = Shims(self.state)
+        for pod in self.pods:
+            pod.shims = self.shims
+        return self.shims
+
+    def zygote(self) -> int:
+        """The pid of the zygote."""
+        with connect_unix(self.state / "zygote.sock", 5.0) as connection:
+            send_frame(connection, protocol.request("hello"))
+            received = recv_frame(connection)
+            assert received is not None
+            return int(protocol.parse_reply(received[0])["pid"])
+
+    def close(self) -> None:
+        for pod in self.pods:
+            pod.stop()
+        self.shims.end_zygote()
+        assert self.machine.mounts() == []
+        assert self.machine.cgroups() == []
+        eventually(lambda: not self.machine.processes(), what=f"processes {self.machine.processes()} to end")
+        self.machine.remove_cgroups()
 
 
 @contextmanager
-def machine(directory: Path) -> Iterator[Machine]:
-    """A cgroup name of the test's own; at the end nothing may be left."""
-    watched = Machine(directory, f"ocid-test-{secrets.token_hex(4)}")
-    yield watched
-    assert watched.mounts() == []
-    assert watched.cgroups() == []
-    watched.remove_cgroups()
-    eventually(lambda: not watched.processes(), what=f"processes {watched.processes()} to end")
+def lab(directory: Path, handler: str = "native", *, direct: bool = False) -> Iterator[Lab]:
+    """A Lab that is closed, and checked, whatever the test does."""
+    opened = Lab(directory, handler, direct=direct)
+    try:
+        yield opened
+    except BaseException:
+        for pod in opened.pods:
+            log = pod.directory / "shim.log"
+            if log.exists():
+                print(log, log.read_text())
+        try:
+            opened.close()
+        except Exception as error:  # the test's own failure is the one to see
+            print(f"clean-up after a failed test: {error!r}")
+        raise
+    opened.close()

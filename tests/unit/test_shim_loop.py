@@ -1,0 +1,127 @@
+"""The loop: tasks wait for promises, deadlines come in order, a callback that raises harms nobody."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from runtime.shim.commands import Collector
+from runtime.shim.loop import READ, Loop, Promise, Task
+
+
+@pytest.fixture
+def reports() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def loop(reports: list[str]) -> Iterator[Loop]:
+    made = Loop(lambda what, error: reports.append(f"{what}: {error}"))
+    yield made
+    made.close()
+
+
+def test_a_task_gets_values_and_failures_of_promises(loop: Loop) -> None:
+    first: Promise[int] = Promise()
+    second: Promise[int] = Promise()
+
+    def task() -> Task[str]:
+        value = yield first
+        try:
+            yield second
+        except KeyError as error:
+            return f"{value} {error}"
+        return "no failure"
+
+    result = loop.spawn(task())
+    assert not result.done
+    first.resolve(1)
+    first.resolve(2)
+    second.fail(KeyError("k"))
+    assert result.value == "1 'k'"
+
+
+def test_a_task_that_raises_fails_its_promise(loop: Loop) -> None:
+    def task() -> Task[None]:
+        yield from ()
+        raise ValueError("no")
+
+    assert isinstance(loop.spawn(task()).error, ValueError)
+
+
+def test_many_promises_that_are_done_need_no_stack(loop: Loop) -> None:
+    done: Promise[int] = Promise()
+    done.resolve(1)
+
+    def task() -> Task[int]:
+        total = 0
+        for _ in range(100_000):
+            total += yield done
+        return total
+
+    assert loop.spawn(task()).value == 100_000
+
+
+def test_deadlines_come_in_order_and_can_be_cancelled(loop: Loop) -> None:
+    seen: list[int] = []
+    loop.after(0.02, lambda: seen.append(2))
+    loop.after(0.0, lambda: seen.append(1))
+    loop.after(0.01, lambda: seen.append(9)).cancel()
+    while len(seen) < 2:
+        loop.turn()
+    assert seen == [1, 2]
+
+
+def test_o33_an_idle_loop_has_no_deadline(loop: Loop) -> None:
+    assert loop._patience() == -1
+    timer = loop.after(60, lambda: None)
+    assert 0 < loop._patience() <= 60
+    timer.cancel()
+    assert loop._patience() == -1
+
+
+def test_a_callback_that_raises_is_reported_and_others_run(loop: Loop, reports: list[str]) -> None:
+    pipes = [os.pipe() for _ in range(2)]
+    seen: list[int] = []
+
+    def bad(_events: int) -> None:
+        os.read(pipes[0][0], 1)
+        raise RuntimeError("bad")
+
+    loop.watch(pipes[0][0], READ, bad)
+    loop.watch(pipes[1][0], READ, lambda _events: seen.append(len(os.read(pipes[1][0], 1))))
+    for _, writer in pipes:
+        os.write(writer, b"x")
+    while not (seen and reports):
+        loop.turn()
+    assert reports == ["handle an event: bad"]
+    for reader, writer in pipes:
+        loop.unwatch(reader)
+        os.close(reader)
+        os.close(writer)
+
+
+def test_s51_a_collector_keeps_its_limit_and_reads_on(loop: Loop) -> None:
+    reader, writer = os.pipe()
+    collector = Collector(loop, reader, 1000)
+    os.set_blocking(writer, False)
+    for _ in range(50):
+        os.write(writer, b"x" * 60_000)
+        loop.turn()
+    os.close(writer)
+    while not collector.ended.done:
+        loop.turn()
+    assert collector.take() == b"x" * 1000
+    assert collector.truncated
+
+
+def test_a_collector_at_its_limit_exactly_is_not_truncated(loop: Loop) -> None:
+    reader, writer = os.pipe()
+    collector = Collector(loop, reader, 5)
+    os.write(writer, b"12345")
+    os.close(writer)
+    while not collector.ended.done:
+        loop.turn()
+    assert (collector.take(), collector.truncated) == (b"12345", False)
