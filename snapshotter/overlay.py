@@ -307,6 +307,8 @@ class Overlay:
             try:
                 request = protocol.Unpack(media_type, diff_id, flight.parent is None, aliases, self._config.limits)
                 made = self._pool.ask(request, blob_fd, layer_fd)
+                if flight.parent is not None and not self.has_layer(flight.parent):
+                    self._syncer.sync()  # it has to wait anyway: what it wrote may as well go to disk meanwhile
                 lowers = self._wait_for_parent(flight)
                 more = self._pool.ask(protocol.Finish(lowers, made.implied, made.links), layer_fd).aliases
             finally:

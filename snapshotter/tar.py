@@ -147,6 +147,12 @@ class Feed:
 
 def _octal(field: bytes, what: str) -> int:
     """A numeric header field: octal digits ended by NUL or blanks, or GNU base-256. Empty is 0."""
+    digits = field[:-1]
+    if digits.isdigit() and field[-1] in b"\0 ":  # as nearly every field is written
+        try:
+            return int(digits, 8)
+        except ValueError:
+            pass
     if field[0] & 0x80:
         number = int.from_bytes(field, "big")
         bits = 8 * len(field)
