@@ -169,6 +169,7 @@ def default_seccomp(granted: Iterable[str]) -> dict[str, Any]:
             continue
         rules.append({key: value for key, value in rule.items() if key not in ("includes", "excludes", "comment")})
     profile["syscalls"] = rules
+    profile["architectures"] = profile["architectures"].get(os.uname().machine, [])
     profile.pop("comment", None)
     return profile
 
