@@ -13,12 +13,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from runtime.linux.files import fchmodat2, open_beneath, remove_tree, write_all
 from runtime.linux.libc import KernelError
 from snapshotter import tar
+from snapshotter.looks import Metadata, apply_metadata, kept_xattrs
 from snapshotter.model import Limits, UnpackError
 from snapshotter.tree import META_PREFIX, OPAQUE, WHITEOUT_PREFIX, Ignored, Tree, clean, is_whiteout, set_opaque
 
@@ -43,21 +44,8 @@ _BAD_ENTRY = frozenset(
         errno.E2BIG,
     }
 )
-_KEPT_XATTRS = (b"user.", b"trusted.")
-_KEPT_NAMES = frozenset({b"security.capability", b"system.posix_acl_access", b"system.posix_acl_default"})
-_DROPPED_XATTRS = (b"trusted.overlay.", b"trusted.ocid.")
 # ext4 keeps 34 bits of seconds; the kernel clamps what is beyond a filesystem's range, Python must not overflow first.
 _EARLIEST, _LATEST = -(2**31) * 10**9, (2**34 - 1) * 10**9
-
-
-class Metadata(NamedTuple):
-    """What a directory gets once everything is in it."""
-
-    mode: int
-    uid: int
-    gid: int
-    mtime: int
-    xattrs: dict[bytes, bytes] | None
 
 
 class Extracted(NamedTuple):
@@ -69,14 +57,6 @@ class Extracted(NamedTuple):
     implied: list[bytes]
     links: list[bytes]
     opaque: bool
-
-
-def kept_xattrs(xattrs: Mapping[bytes, bytes]) -> Iterator[tuple[bytes, bytes]]:
-    """Those that a layer may set: file capabilities, ACLs, user.* and trusted.*, but never overlayfs's own, which
-    would make it look elsewhere; labels of security modules are the node's to give."""
-    for name, value in xattrs.items():
-        if name in _KEPT_NAMES or (name.startswith(_KEPT_XATTRS) and not name.startswith(_DROPPED_XATTRS)):
-            yield name, value
 
 
 class Extractor:
@@ -405,15 +385,6 @@ class Extractor:
                 apply_metadata(fd, metadata)
             finally:
                 os.close(fd)
-
-
-def apply_metadata(fd: int, metadata: Metadata) -> None:
-    """Sets what `metadata` says on the directory `fd`."""
-    os.fchown(fd, metadata.uid, metadata.gid)
-    os.fchmod(fd, metadata.mode)
-    for key, value in (metadata.xattrs or {}).items():
-        os.setxattr(fd, key, value)
-    os.utime(fd, ns=(metadata.mtime, metadata.mtime))
 
 
 def blame(error: OSError, name: bytes) -> Exception:

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from runtime.linux.files import fchmodat2, fd_path, open_beneath
 from runtime.linux.libc import KernelError
-from snapshotter.extract import PENDING_LINK, blame, kept_xattrs
+from snapshotter.extract import PENDING_LINK, blame
+from snapshotter.looks import copy_looks
 from snapshotter.merged import Merged
 from snapshotter.model import UnpackError
 
@@ -91,16 +92,6 @@ def _adopt(merged: Merged, layer_fd: int, path: bytes) -> None:
             os.close(source)
     finally:
         os.close(fd)
-
-
-def copy_looks(source: int, target: int, status: os.stat_result) -> None:
-    """Owner, mode, xattrs and times of `source` for `target`."""
-    os.fchown(target, status.st_uid, status.st_gid)
-    os.fchmod(target, stat.S_IMODE(status.st_mode))
-    xattrs = {os.fsencode(name): os.getxattr(source, name) for name in os.listxattr(source)}
-    for name, value in kept_xattrs(xattrs):
-        os.setxattr(target, name, value)
-    os.utime(target, ns=(status.st_mtime_ns, status.st_mtime_ns))
 
 
 def _fill(merged: Merged, layer_fd: int, path: bytes) -> None:

@@ -66,7 +66,7 @@ def _plain(blob_fd: int, limits: Limits) -> Iterator[bytes]:
 
 
 def _gzip(blob_fd: int, limits: Limits) -> Iterator[bytes]:
-    from isal import igzip_lib  # noqa: PLC0415  only the worker pays for it
+    from isal import igzip_lib  # only the worker pays for it
 
     decoder = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP)
     data = os.read(blob_fd, _READ)
@@ -93,7 +93,7 @@ def _gzip(blob_fd: int, limits: Limits) -> Iterator[bytes]:
 
 
 def _zstd(blob_fd: int, limits: Limits) -> Iterator[bytes]:
-    import zstandard  # noqa: PLC0415  only the worker pays for it
+    import zstandard  # only the worker pays for it
 
     decoder = zstandard.ZstdDecompressor(max_window_size=limits.zstd_window)
     with os.fdopen(os.dup(blob_fd), "rb", buffering=0) as file:

@@ -53,7 +53,7 @@ class Limits:
     layer_bytes: int = 256 << 30
     inflate_ratio: int = 250
     inflate_floor: int = 1 << 30
-    entries: int = 10_000_000
+    entries: int = 5_000_000
     path_bytes: int = 4095
     depth: int = 512
     pax_bytes: int = 1 << 20

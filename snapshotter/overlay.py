@@ -30,7 +30,7 @@ from runtime.linux.libc import KernelError
 from runtime.linux.mount import FsMount
 from snapshotter import protocol
 from snapshotter.durable import Syncer
-from snapshotter.finish import copy_looks
+from snapshotter.looks import copy_looks
 from snapshotter.model import AlreadyExists, Config, NotFound, SnapshotError, SnapshotInfo, UnpackError, Usage
 from snapshotter.mounts import boot_id, has_lowerdir_plus, overlay_mount, settle_volatile
 from snapshotter.pool import Pool
@@ -82,7 +82,7 @@ class Overlay:
         self._changed = threading.Condition()
         self._records = Records(db)
         self._flights: dict[str, _Flight] = {}
-        self._failures: dict[str, tuple[float, BaseException]] = {}
+        self._failures: dict[str, tuple[float, str]] = {}
         self._making: dict[str, str | None] = {}
         self._pool = Pool(self._config.workers, self._config.worker_idle_s)
         self._closed = False
@@ -114,9 +114,8 @@ class Overlay:
             top = self._chain(parent)[0] if parent is not None else None
             self._making[key] = parent  # holds the chain: nobody removes its layers meanwhile
             number = self._number()
+        hidden, final = self._hidden("active", number), self._root / "active" / str(number)
         try:
-            hidden = self._hidden("active", number)
-            final = self._root / "active" / str(number)
             hidden.mkdir(0o700)
             (hidden / "work").mkdir(0o700)
             self._make_upper(hidden / "upper", top)
@@ -125,9 +124,8 @@ class Overlay:
             record = ActiveRecord(key, parent, number, time.time_ns(), self._boot)
             with self._changed:
                 self._records.add_active(record)
-        except BaseException:
-            self._trash.discard(hidden)
-            self._trash.discard(final)
+        except BaseException as error:
+            self._undo(error, hidden, final)
             raise
         finally:
             with self._changed:
@@ -220,7 +218,7 @@ class Overlay:
                 flight.done = True
                 del self._flights[chain_id]
                 if flight.error is not None:
-                    self._failures[chain_id] = (time.monotonic(), flight.error)
+                    self._failures[chain_id] = (time.monotonic(), str(flight.error))
                     if len(self._failures) > _FAILURES:
                         del self._failures[next(iter(self._failures))]
                 self._changed.notify_all()
@@ -256,11 +254,14 @@ class Overlay:
                 self._records.remove_layer(layer.chain_id)
         self._trash.retry()
         failure: OSError | None = None
-        for layer in gone:
-            failpoint("snapshots.layer.unrecorded")
+        failpoint("snapshots.layers.unrecorded")
+        names = [self._trash.take(self._root / "layers" / str(layer.number)) for layer in gone]
+        # Whatever of this a power cut undoes, no record may come to stand on a half deleted directory.
+        sync_directory(self._root / "layers")
+        for name in names:
             try:
-                self._trash.discard(self._root / "layers" / str(layer.number))
-            except OSError as error:  # the others first; this one is in the trash, or found there at the next start
+                self._trash.delete(name)
+            except OSError as error:  # the others first; this one is found again by the next call or start
                 failure = failure or error
         if failure is not None:
             raise failure
@@ -291,9 +292,8 @@ class Overlay:
                 if parent is not None and self._records.chain(parent) is None:
                     raise SnapshotError(f"layer {chain_id}: its parent {parent} was removed meanwhile")
                 self._records.add_layer(record)
-        except BaseException:
-            self._trash.discard(hidden)
-            self._trash.discard(final)
+        except BaseException as error:
+            self._undo(error, hidden, final)
             raise
         finally:
             os.close(blob_fd)
@@ -319,6 +319,14 @@ class Overlay:
             self._trash.discard(hidden)
         raise UnpackError(f"layer goes through links of the layers below in more than {_ROUNDS} steps")
 
+    def _undo(self, error: BaseException, *paths: Path) -> None:
+        """Takes away what a failed call made; what goes wrong with that is a note on its error."""
+        for path in paths:
+            try:
+                self._trash.discard(path)
+            except OSError as undoing:
+                error.add_note(f"and removing {path} failed, the next start will: {undoing}")
+
     def _wait_for_parent(self, flight: _Flight) -> Sequence[str]:
         """The lower directories, once the parent is committed. Fails with the parent's failure, or when nobody has
         been unpacking it for `parent_wait_s`."""
@@ -331,9 +339,9 @@ class Overlay:
             while self._records.chain(parent) is None:
                 if self._closed or flight.cancelled:
                     raise SnapshotError("the snapshotter was closed" if self._closed else "unpacking was cancelled")
-                failed_at, failure = self._failures.get(parent, (0.0, None))
-                if failure is not None and failed_at >= flight.started:
-                    raise SnapshotError(f"parent layer {parent} failed: {failure}") from failure
+                failed_at, failure = self._failures.get(parent, (0.0, ""))
+                if failed_at >= flight.started:
+                    raise SnapshotError(f"parent layer {parent} failed: {failure}")
                 if parent in self._flights:
                     idle_since = time.monotonic()
                 left = idle_since + wait - time.monotonic()

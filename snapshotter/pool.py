@@ -17,7 +17,6 @@ from pathlib import Path
 from runtime.linux.sockets import FrameError, recv_frame, send_frame
 from snapshotter import protocol
 from snapshotter.model import SnapshotError
-from snapshotter.worker import work
 
 # -I: neither PYTHON* variables nor the working directory decide what a root process imports.
 _MAIN = "import sys; sys.path.insert(0, sys.argv[1]); from snapshotter.worker import main; main()"
@@ -86,6 +85,8 @@ class Pool:
         """Has a worker do `request`. Raises what it raises: UnpackError, OSError; SnapshotError when it died or the
         pool was closed meanwhile."""
         if self._size == 0:
+            from snapshotter.worker import work  # the daemon itself never needs it
+
             return work(request, list(fds))
         worker = self._take()
         answered = False

@@ -78,6 +78,17 @@ class Records:
             self.active[key] = ActiveRecord(key, parent, number, created, boot, bool(removing))
 
     def add_layer(self, layer: LayerRecord) -> None:
+        """Durable when it returns: an image may be recorded elsewhere next, and must not outlive its layer's record.
+        Snapshots need no such thing, a power cut ends their containers anyway (threats O62)."""
+        (before,) = self._db.execute("PRAGMA synchronous").fetchone()
+        self._db.execute("PRAGMA synchronous = FULL")
+        try:
+            self._insert_layer(layer)
+        finally:
+            self._db.execute(f"PRAGMA synchronous = {int(before)}")
+        self.layers[layer.chain_id] = layer
+
+    def _insert_layer(self, layer: LayerRecord) -> None:
         self._db.execute(
             "INSERT INTO snapshotter_layers VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
@@ -91,7 +102,6 @@ class Records:
                 layer.created_ns,
             ),
         )
-        self.layers[layer.chain_id] = layer
 
     def remove_layer(self, chain_id: str) -> None:
         self._db.execute("DELETE FROM snapshotter_layers WHERE chain_id = ?", (chain_id,))

@@ -35,15 +35,13 @@ class Trash:
     def discard(self, path: Path, name: str = "") -> None:
         """Removes `path` by way of the trash; gone already is fine. With a fixed `name`, an earlier attempt that
         failed is taken up. Raises OSError: the rest is in the trash."""
-        taken = self.take(path, name)
-        if taken or name:
-            self._delete(taken or name)
+        self.delete(self.take(path, name) or name)
 
     def retry(self) -> None:
         """Tries once more to delete what is left over; what fails again stays."""
         for name in os.listdir(self._directory):
             try:
-                self._delete(name, wait=False)
+                self.delete(name, wait=False)
             except OSError:
                 continue
 
@@ -58,8 +56,11 @@ class Trash:
         if self._sweeper is not None:
             self._sweeper.join(seconds)
 
-    def _delete(self, name: str, *, wait: bool = True) -> None:
-        """Deletes `name`; where another thread is at it, waits for that one, or leaves it to it."""
+    def delete(self, name: str | None, *, wait: bool = True) -> None:
+        """Deletes what `take` took, None being nothing; where another thread is at it, waits for that one, or leaves
+        it to it. Raises OSError: the rest stays."""
+        if not name:
+            return
         with self._changed:
             if name in self._deleting and not wait:
                 return

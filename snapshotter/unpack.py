@@ -51,7 +51,7 @@ class _Producer:
                 if self._stop:
                     return
             self._queue.put(b"")
-        except BaseException as error:  # noqa: BLE001  handed to the caller's thread, which raises it
+        except BaseException as error:  # handed to the caller's thread, which raises it
             self._queue.put(error)
 
     def take(self) -> bytes:

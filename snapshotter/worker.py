@@ -2,8 +2,8 @@
 
 It is spawned by `Pool`, serves one request at a time on the socket that is its fd 0, and refuses to outlive the
 daemon: when that end closes it exits at once, in the middle of whatever it does (the half-made directory has no record
-and is swept). Invariant: no umask, no new privileges, and nothing but the given fds and the named lower layers is
-opened.
+and is swept). Invariant: no umask, no privilege it has no use for, and nothing but the given fds and the named
+lower layers is opened.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import signal
 import socket
 import threading
 
-from runtime.linux.process import set_name, set_no_new_privs
+from runtime.linux.process import capget, capset, set_name, set_no_new_privs
 from runtime.linux.sockets import recv_frame, send_frame
 from snapshotter import protocol
 from snapshotter.finish import finish
 from snapshotter.model import SnapshotError
 from snapshotter.unpack import unpack
+
+# linux/capability.h: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SYS_ADMIN (trusted.* xattrs), MKNOD, SETFCAP
+_CAPABILITIES = (0, 1, 3, 4, 21, 27, 31)
 
 
 def work(request: protocol.Unpack | protocol.Finish, fds: list[int]) -> protocol.Done:
@@ -38,7 +41,7 @@ def _job(sock: socket.socket, frame: bytes, fds: list[int]) -> None:
     reply: protocol.Done | protocol.Failed
     try:
         reply = work(protocol.decode_request(frame), fds)
-    except BaseException as error:  # noqa: BLE001  whatever it is, the daemon is told
+    except BaseException as error:  # whatever it is, the daemon is told
         reply = protocol.failed(error)
     finally:
         for fd in fds:
@@ -49,11 +52,20 @@ def _job(sock: socket.socket, frame: bytes, fds: list[int]) -> None:
         os._exit(1)
 
 
+def _drop_capabilities() -> None:
+    """Keeps what making files of any owner and kind takes, trusted.* xattrs among it: layers are hostile, and
+    inflating them is C code."""
+    keep = sum(1 << capability for capability in _CAPABILITIES)
+    effective, permitted, _ = capget()
+    capset(effective & keep, permitted & keep, 0)
+
+
 def main() -> None:
     """Serves until the daemon's end of fd 0 closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the daemon, which closes the socket if it ends
     set_name("ocid-unpack")
     set_no_new_privs()
+    _drop_capabilities()
     os.umask(0)
     os.chdir("/")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

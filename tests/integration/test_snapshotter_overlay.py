@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from runtime.linux.mount import MS_BIND, FsMount, mount, mountinfo, move_mount, umount2
+from runtime.linux.overlay_joined import make_joined
 from runtime.linux.writeback import cachestat, syncfs
 from snapshotter import overlay as overlay_module
 from snapshotter.model import Config, NotFound, SnapshotError, UnpackError
@@ -109,18 +110,32 @@ def test_o53_many_layers_are_mounted(overlay: Overlay, tmp_path: Path, count: in
     assert (tmp_path / "root/layers/1/fs/f0").read_bytes() == b"0"
 
 
-def test_the_form_for_older_kernels_mounts_too(overlay: Overlay, tmp_path: Path) -> None:
-    """Before Linux 6.5 there is only the joined lowerdir; as long as it fits, the same call takes it."""
-    lower = [tmp_path / "a", tmp_path / "b:c"]
-    for path in lower:
+@pytest.mark.parametrize("count", [2, 128])
+def test_o53_the_form_for_older_kernels_mounts_too(overlay: Overlay, tmp_path: Path, count: int) -> None:
+    """Before Linux 6.5 there is only the joined lowerdir. This kernel still takes it, so it can be shown here."""
+    lower = [tmp_path / f"l{number}:,\\x" for number in range(count)]
+    for number, path in enumerate(lower):
         path.mkdir()
-        (path / path.name[0]).touch()
+        (path / f"f{number}").touch()
+        (path / "same").write_text(str(number))
     (tmp_path / "d/upper").mkdir(parents=True)
     (tmp_path / "d/work").mkdir()
     joined = overlay_mount(lower, tmp_path / "d", volatile=True, plus=False)
     assert sum(key == "lowerdir" for key, _ in joined.options) == 1
-    with mounted(joined, tmp_path / "m") as root:
-        assert sorted(os.listdir(root)) == ["a", "b"]
+    (tmp_path / "m").mkdir()
+    before = len(list(mountinfo()))
+    fd, place = make_joined(joined), os.open(tmp_path / "m", os.O_PATH)
+    assert len(list(mountinfo())) == before
+    move_mount(fd, place)
+    os.close(fd)
+    os.close(place)
+    try:
+        assert len(os.listdir(tmp_path / "m")) == count + 1
+        assert (tmp_path / "m/same").read_text() == "0"
+        (tmp_path / "m/new").touch()
+    finally:
+        umount2(str(tmp_path / "m"))
+    assert (tmp_path / "d/upper/new").exists()
 
 
 def test_a_container_without_layers_starts_empty(overlay: Overlay, tmp_path: Path) -> None:
@@ -366,7 +381,7 @@ def test_killed_while_collecting(tmp_path: Path) -> None:
     with opened(tmp_path, workers=0) as overlay:
         layer = blob(tmp_path, [file("f", b"1")])
         overlay.unpack_layer(*layer.arguments())
-    child = _child(tmp_path, 0, "collect", failpoint="snapshots.layer.unrecorded=kill")
+    child = _child(tmp_path, 0, "collect", failpoint="snapshots.layers.unrecorded=kill")
     child.communicate(timeout=30)
     assert child.returncode == -signal.SIGKILL
     with opened(tmp_path, workers=0) as overlay:
