@@ -153,7 +153,7 @@ class Shims:
         """Containers.signal; also for a dead shim."""
         with _sentences(f"signal container {container_id}"):
             try:
-                self._call(sandbox, "signal", protocol.SignalMessage(container_id, number, everyone))
+                self._call(sandbox, "signal", protocol.SignalMessage(container_id, int(number), everyone))
             except _ShimGone:
                 self._sweep(sandbox, "signal", container_id, number, everyone)
 
@@ -312,7 +312,7 @@ class Shims:
         self, sandbox: Sandbox, action: str, container_id: str = "", number: int = 0, everyone: bool = False
     ) -> Any:
         message = protocol.SweepMessage(
-            action, str(sandbox.directory), str(self._state), container_id, number, everyone
+            action, str(sandbox.directory), str(self._state), container_id, int(number), everyone
         )
         with self._launcher.open() as connection:
             return _ask(connection, "sweep", message, _CALL_TIMEOUT)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 
+from runtime.linux.memory import malloc_trim
 from runtime.shim.loop import READ, Loop, Promise, Task
 from runtime.shim.reaper import exit_code
 from runtime.shim.tree import kill_tree
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 DRAIN = 0.25
 MAX_OUTPUT = 31 << 20  # what fits into a frame, whatever the caller asks for
 _CHUNK = 65536
+_TRIM_AFTER = 1 << 20  # bytes of output after which freed memory is given back
 
 
 class Collector:
@@ -33,6 +35,7 @@ class Collector:
         self._left = limit
         self._pieces: list[bytes] = []
         self.truncated = False
+        self.received = 0
         self.ended: Promise[None] = Promise()
         os.set_blocking(take_fd, False)
         loop.watch(take_fd, READ, self._ready)
@@ -44,7 +47,9 @@ class Collector:
             return
         if not piece:
             self.close()
-        elif len(piece) <= self._left:
+            return
+        self.received += len(piece)
+        if len(piece) <= self._left:
             self._left -= len(piece)
             self._pieces.append(piece)
         else:
@@ -105,6 +110,8 @@ def run_to_end(loop: Loop, engine: Engine, message: ExecMessage, gone: Promise[N
     finally:
         for stream in streams:
             stream.close()
+        if any(stream.received > _TRIM_AFTER for stream in streams):
+            malloc_trim()
 
 
 def _until(loop: Loop, ended: Promise[int], gone: Promise[None], seconds: float) -> Task[bool]:

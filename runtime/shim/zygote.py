@@ -17,6 +17,7 @@ import socket
 import sys
 
 from runtime.errors import RuntimeFailure
+from runtime.linux.memory import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, malloc_trim, mallopt
 from runtime.linux.process import (
     CLONE_PARENT,
     clone3,
@@ -69,6 +70,7 @@ def _zygote(state: str) -> int:
     listener = listen_unix(f"{state}/zygote.sock")
     os.write(1, b"ready")
     _to_null(0, 1)
+    _give_memory_back()
     gc.collect()
     gc.freeze()  # the collector never writes to these pages, so they stay shared with every shim
     return _serve(listener, state)
@@ -142,6 +144,7 @@ def _direct() -> int:
     received = recv_frame(connection)
     if received is None:
         return 1
+    _give_memory_back()
     gc.freeze()
     name, body = protocol.parse_request(received[0])
     _answer(connection, name, body)
@@ -208,6 +211,14 @@ def _to_null(*fds: int) -> None:
     for fd in fds:
         os.dup2(null, fd, inheritable=False)
     os.close(null)
+
+
+def _give_memory_back() -> None:
+    """Large buffers (log chunks, output of execs) are mapped and unmapped, never kept: glibc would raise the limit for
+    that with the first of them, and an idle shim would hold megabytes."""
+    mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    mallopt(M_TRIM_THRESHOLD, 1 << 17)
+    malloc_trim()
 
 
 def _protect_from_oom() -> None:

@@ -1,0 +1,250 @@
+"""Commands in running containers: bounded, timed, many at once, leaving nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from runtime.linux.sockets import recv_frame
+from runtime.shim import protocol
+from runtime.shim.model import ContainerError, ExecSpec
+from tests.shims import Lab, Pod, lab, process
+from tests.support import eventually, needs
+
+HANDLERS = ["native", "runc"]
+
+
+@pytest.fixture(params=HANDLERS)
+def pods(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
+    needs("root", "busybox", "overlay", *(["runc"] if request.param == "runc" else []))
+    with lab(tmp_path, request.param) as opened:
+        yield opened
+
+
+@pytest.fixture
+def running(pods: Lab) -> tuple[Pod, str]:
+    pod = pods.pod()
+    return pod, pod.run("c", ["sleep", "10000"])
+
+
+def inside(pod: Pod, container: str) -> list[str]:
+    """Command lines of what runs in the container, its init excepted."""
+    own = pod.facts(container).pid
+    namespace = os.stat(f"/proc/{own}/ns/pid").st_ino
+    found = []
+    for entry in os.listdir("/proc"):
+        try:
+            if entry.isdigit() and int(entry) != own and os.stat(f"/proc/{entry}/ns/pid").st_ino == namespace:
+                found.append(Path(f"/proc/{entry}/cmdline").read_text().replace("\0", " "))
+        except OSError:
+            continue
+    return found
+
+
+def memory(pid: int) -> int:
+    """Private memory in KiB."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Private_Dirty:"):
+            return int(line.split()[1])
+    raise AssertionError("no Private_Dirty")
+
+
+def test_a_command_gives_its_output_and_its_code(running: tuple[Pod, str]) -> None:
+    pod, container = running
+    result = pod.exec(container, ["sh", "-c", "echo out; echo err >&2; hostname; exit 3"])
+    assert (result.exit_code, result.stdout, result.stderr) == (3, b"out\nshimtest\n", b"err\n")
+    assert not result.timed_out and not result.truncated
+    assert pod.exec(container, ["sh", "-c", "kill -9 $$"]).exit_code == 137
+    assert pod.exec(container, ["cat"]).stdout == b""  # its stdin is /dev/null
+    assert pod.exec(container, ["printf", r"\377\000\200"]).stdout == b"\xff\0\x80"
+
+
+def test_a_command_that_does_not_exist_is_named(running: tuple[Pod, str]) -> None:
+    pod, container = running
+    with pytest.raises(ContainerError, match="no-such-command"):
+        pod.exec(container, ["no-such-command"])
+    with pytest.raises(ContainerError) as caught:
+        pod.exec("unknown", ["true"])
+    assert caught.value.code == "not_found"
+    assert pod.exec(container, ["true"]).exit_code == 0
+
+
+def test_a_process_object_of_the_wrong_shape_is_refused(running: tuple[Pod, str]) -> None:
+    pod, container = running
+    with pytest.raises(ContainerError):
+        pod.shims.exec_sync(pod.sandbox, container, ExecSpec({"args": "true", "cwd": "/"}))
+
+
+def test_a_timeout_kills_the_whole_tree(running: tuple[Pod, str]) -> None:
+    pod, container = running
+    script = (
+        "trap '' TERM; sleep 4321 & (sleep 4321 & sleep 4321) & setsid sleep 4321 & sh -c 'sleep 4321; true' ; true"
+    )
+    begun = time.monotonic()
+    result = pod.exec(container, ["sh", "-c", script], timeout_s=0.5)
+    assert result.timed_out
+    assert 0.5 <= time.monotonic() - begun < 3
+    eventually(lambda: not [line for line in inside(pod, container) if "4321" in line], what="the tree to be gone")
+    assert pod.facts(container).finished_ns == 0
+
+
+def test_output_before_a_timeout_is_kept(running: tuple[Pod, str]) -> None:
+    pod, container = running
+    result = pod.exec(container, ["sh", "-c", "echo early; sleep 4321"], timeout_s=0.5)
+    assert result.timed_out and result.stdout == b"early\n"
+
+
+def test_s51_output_is_bounded_and_the_command_runs_on(running: tuple[Pod, str]) -> None:
+    pod, container = running
+    script = "head -c 3000000 /dev/zero; head -c 5000 /dev/zero >&2; exit 5"
+    result = pod.exec(container, ["sh", "-c", script], output_limit=1 << 20)
+    assert (len(result.stdout), len(result.stderr), result.exit_code, result.truncated) == (1 << 20, 5000, 5, True)
+    exact = pod.exec(container, ["head", "-c", "1048576", "/dev/zero"], output_limit=1 << 20)
+    assert len(exact.stdout) == 1 << 20 and not exact.truncated
+
+
+def test_s51_endless_output_ends_with_the_timeout_and_memory_comes_back(running: tuple[Pod, str]) -> None:
+    pod, container = running
+    before = memory(pod.sandbox.pid)
+    result = pod.exec(container, ["cat", "/dev/zero"], timeout_s=1.0, output_limit=8 << 20)
+    assert result.timed_out and result.truncated and len(result.stdout) == 8 << 20
+    eventually(lambda: memory(pod.sandbox.pid) < before + 2048, what="memory to come back")
+
+
+def test_s52_a_background_child_that_holds_stdout_delays_by_a_short_drain_only(running: tuple[Pod, str]) -> None:
+    pod, container = running
+    for _ in range(3):
+        begun = time.monotonic()
+        result = pod.exec(container, ["sh", "-c", "sleep 4321 & echo hi"])
+        assert result.stdout == b"hi\n" and result.exit_code == 0
+        assert time.monotonic() - begun < 1.0
+    directory = f"/proc/{pod.sandbox.pid}/fd"
+    fds = len(os.listdir(directory))
+    pod.exec(container, ["sh", "-c", "sleep 4321 & echo hi"])
+    eventually(lambda: len(os.listdir(directory)) <= fds, what="fds to be closed")
+
+
+def test_o30_execs_run_side_by_side(running: tuple[Pod, str]) -> None:
+    pod, container = running
+    count = 24
+    with ThreadPoolExecutor(count) as pool:
+
+        def one(number: int) -> bytes:
+            background = "sleep 4321 & " if number % 2 else ""
+            return pod.exec(container, ["sh", "-c", f"{background}sleep 0.3; echo {number}"]).stdout
+
+        begun = time.monotonic()
+        assert list(pool.map(one, range(count))) == [b"%d\n" % number for number in range(count)]
+    assert time.monotonic() - begun < 0.3 * count / 2
+    pod.shims.signal(pod.sandbox, container, signal.SIGKILL)
+    assert pod.ended(container).signal == 9  # though children of execs held their streams
+
+
+def test_o31_execs_leave_no_zombies(running: tuple[Pod, str]) -> None:
+    pod, container = running
+    for number in range(20):
+        pod.exec(container, ["sh", "-c", "(sleep 0.01 &); true"], timeout_s=5)
+        if number % 5 == 0:
+            assert pod.exec(container, ["sleep", "4321"], timeout_s=0.05).timed_out
+    own = {pod.facts(container).pid}
+
+    def children() -> set[int]:
+        shim = pod.sandbox.pid
+        return {int(pid) for pid in Path(f"/proc/{shim}/task/{shim}/children").read_text().split()} - own
+
+    eventually(lambda: not children(), what="all to be reaped")
+
+
+def test_o32_execs_leave_no_memory_and_no_fds(running: tuple[Pod, str]) -> None:
+    pod, container = running
+    shim = pod.sandbox.pid
+    for _ in range(10):
+        pod.exec(container, ["true"])
+    before, fds = memory(shim), len(os.listdir(f"/proc/{shim}/fd"))
+    for _ in range(60):
+        pod.exec(container, ["true"])
+    assert memory(shim) <= before + 256
+    eventually(lambda: len(os.listdir(f"/proc/{shim}/fd")) <= fds, what="fds to be closed")
+
+
+def test_an_exec_dies_with_its_caller(running: tuple[Pod, str]) -> None:
+    """Nobody would read the answer: a daemon that is killed leaves no probe behind."""
+    pod, container = running
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.connect(str(pod.directory / "shim.sock"))
+        message = protocol.ExecMessage(container, process(["sleep", "4321"]), 0.0, 1000)
+        caller.sendall(protocol.frame(protocol.request("exec", message)))
+        eventually(lambda: any("4321" in line for line in inside(pod, container)))
+    eventually(lambda: not any("4321" in line for line in inside(pod, container)), what="the exec to be killed")
+
+
+def test_an_exec_ends_with_its_container(running: tuple[Pod, str]) -> None:
+    pod, container = running
+    results = []
+    thread = threading.Thread(target=lambda: results.append(pod.exec(container, ["sleep", "4321"])))
+    thread.start()
+    eventually(lambda: any("4321" in line for line in inside(pod, container)))
+    pod.shims.signal(pod.sandbox, container, signal.SIGKILL)
+    thread.join(20)
+    assert results[0].exit_code == 137
+
+
+def test_an_exec_fails_when_the_shim_dies(running: tuple[Pod, str]) -> None:
+    pod, container = running
+    caught: list[ContainerError] = []
+
+    def run() -> None:
+        try:
+            pod.exec(container, ["sleep", "4321"])
+        except ContainerError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    eventually(lambda: any("4321" in line for line in inside(pod, container)))
+    os.kill(pod.sandbox.pid, signal.SIGKILL)
+    thread.join(20)
+    assert caught and caught[0].code == "unavailable"
+
+
+def test_streams_go_straight_to_the_command(running: tuple[Pod, str]) -> None:
+    pod, container = running
+    stdin_read, stdin = os.pipe()
+    stdout, stdout_write = os.pipe()
+    stream = pod.shims.exec_stream(
+        pod.sandbox, container, process(["sh", "-c", "cat; exit 4"]), [stdin_read, stdout_write, stdout_write]
+    )
+    os.close(stdin_read)
+    os.close(stdout_write)
+    data = os.urandom(300_000)
+    writer = threading.Thread(target=lambda: (os.write(stdin, data), os.close(stdin)))
+    writer.start()
+    with open(stdout, "rb") as file:
+        assert file.read() == data
+    writer.join()
+    with socket.socket(fileno=stream.control) as control:
+        control.settimeout(10)
+        received = recv_frame(control)
+        assert received is not None and protocol.parse_reply(received[0]) == {"exit_code": 4}
+        assert recv_frame(control) is None
+
+
+def test_a_stream_with_a_terminal_gives_its_master(running: tuple[Pod, str]) -> None:
+    pod, container = running
+    stream = pod.shims.exec_stream(pod.sandbox, container, process(["sh"], terminal=True), terminal=True)
+    os.write(stream.console, b"tty && exit 3 || test -t 0 && exit 3\n")
+    with socket.socket(fileno=stream.control) as control:
+        control.settimeout(10)
+        received = recv_frame(control)
+        assert received is not None and protocol.parse_reply(received[0]) == {"exit_code": 3}
+    os.close(stream.console)
+    with pytest.raises(ContainerError, match="stdin, stdout and stderr"):
+        pod.shims.exec_stream(pod.sandbox, container, process(["true"]), [0])
