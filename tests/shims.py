@@ -246,6 +246,12 @@ class Lab:
             pod.start(**changes)
         return pod
 
+    def adopt(self, sandbox: Sandbox) -> Pod:
+        """A pod that somebody else has started and stops, to write bundles for."""
+        pod = Pod(self.shims, sandbox.directory, self.root, self.handler, self.machine.cgroup)
+        pod._sandbox = sandbox
+        return pod
+
     def restarted(self) -> Shims:
         """A daemon's client that has just started: it knows nothing but the state directory."""
         self.shims = Shims(self.state)

@@ -1,0 +1,309 @@
+"""What cri.interfaces promises of Sandboxes and Containers, on the fake and on real shims.
+
+Commands are words that both understand: `sh -c` scripts of echo, sleep and exit only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from cri.interfaces import (
+    ContainerError,
+    ContainerFacts,
+    Containers,
+    ContainerSpec,
+    ExecSpec,
+    FsMount,
+    Sandbox,
+    Sandboxes,
+    SandboxSpec,
+)
+from runtime.linux.sockets import recv_frame
+from tests.fakes.containers import MemoryContainers
+from tests.shims import Lab, process
+from tests.support import eventually, needs
+
+
+class Both(Sandboxes, Containers, Protocol):
+    """Shims is both."""
+
+
+class Ground:
+    """The part under test, and how to describe a container to it."""
+
+    def __init__(self, part: Both, directory: Path, lab: Lab | None) -> None:
+        self.part = part
+        self._directory = directory
+        self._lab = lab
+        self._made: list[Sandbox] = []
+
+    def sandbox(self) -> SandboxSpec:
+        directory = self._directory / f"pod-{secrets.token_hex(4)}"
+        directory.mkdir(mode=0o700)
+        return SandboxSpec(directory.name, directory, "contract", None, shm_bytes=1 << 20)
+
+    def start(self) -> Sandbox:
+        sandbox = self.part.start(self.sandbox())
+        self._made.append(sandbox)
+        return sandbox
+
+    def spec(self, sandbox: Sandbox, script: str, **changes: object) -> ContainerSpec:
+        name = f"c{secrets.token_hex(4)}"
+        if self._lab is None:
+            bundle = sandbox.directory / name
+            bundle.mkdir()
+            (bundle / "config.json").write_text(json.dumps({"process": process(["sh", "-c", script])}))
+            log = sandbox.directory / f"{name}.log"
+            return ContainerSpec(name, bundle, FsMount("overlay", "overlay"), log, **changes)  # type: ignore[arg-type]
+        pod = self._lab.adopt(sandbox)
+        return pod.spec(name, ["sh", "-c", script], **changes)  # type: ignore[arg-type]
+
+    def run(self, sandbox: Sandbox, script: str, **changes: object) -> ContainerSpec:
+        spec = self.spec(sandbox, script, **changes)
+        self.part.create(sandbox, spec)
+        self.part.start_container(sandbox, spec.id)
+        return spec
+
+    def facts(self, sandbox: Sandbox, container: str) -> ContainerFacts:
+        found = {facts.id: facts for facts in self.part.reconnect(sandbox) or ()}
+        return found[container]
+
+    def ended(self, sandbox: Sandbox, container: str) -> ContainerFacts:
+        eventually(lambda: self.facts(sandbox, container).finished_ns, 20, "the container to end")
+        return self.facts(sandbox, container)
+
+    def close(self) -> None:
+        for sandbox in self._made:
+            self.part.stop(sandbox)
+
+
+@pytest.fixture(params=["memory", "shims"])
+def ground(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ground]:
+    if request.param == "memory":
+        yield Ground(MemoryContainers(), tmp_path, None)
+        return
+    needs("root", "busybox", "overlay")
+    lab = Lab(tmp_path, "native")
+    (lab.state / "pods").mkdir()
+    ground = Ground(lab.shims, lab.state / "pods", lab)
+    try:
+        yield ground
+    finally:
+        ground.close()
+        lab.close()
+
+
+def refused(code: str) -> object:
+    class Refused:
+        def __enter__(self) -> None:
+            return None
+
+        def __exit__(self, kind: object, error: BaseException | None, _trace: object) -> bool:
+            assert isinstance(error, ContainerError), error
+            assert error.code == code, error
+            assert str(error) and "\n" not in str(error)
+            return True
+
+    return Refused()
+
+
+def test_a_started_pod_has_a_process_and_no_containers(ground: Ground) -> None:
+    sandbox = ground.start()
+    assert sandbox.pid > 0 and sandbox.started_ticks > 0
+    assert list(ground.part.reconnect(sandbox) or ()) == []
+
+
+def test_a_stopped_pod_is_gone_and_stop_is_idempotent(ground: Ground) -> None:
+    sandbox = ground.start()
+    ground.run(sandbox, "sleep 1000")
+    ground.part.stop(sandbox)
+    assert ground.part.reconnect(sandbox) is None
+    ground.part.stop(sandbox)
+    with refused("unavailable"):  # type: ignore[attr-defined]
+        ground.part.create(sandbox, ground.spec(sandbox, "exit 0"))
+
+
+def test_a_container_is_created_started_and_ends_with_its_code(ground: Ground) -> None:
+    sandbox = ground.start()
+    spec = ground.spec(sandbox, "echo hello; exit 3")
+    created = ground.part.create(sandbox, spec)
+    assert created.pid > 0 and created.created_ns > 0
+    assert (created.id, created.started_ns, created.finished_ns, created.exit_code) == (spec.id, 0, 0, -1)
+    started = ground.part.start_container(sandbox, spec.id)
+    assert started.started_ns > 0 and started.pid == created.pid
+    ended = ground.ended(sandbox, spec.id)
+    assert (ended.exit_code, ended.signal, ended.oom_killed) == (3, 0, False)
+    assert ended.finished_ns >= ended.started_ns
+    assert spec.log_path is not None
+    assert spec.log_path.read_bytes().endswith(b" stdout F hello\n")
+
+
+def test_an_id_is_used_once_until_it_is_deleted(ground: Ground) -> None:
+    sandbox = ground.start()
+    spec = ground.run(sandbox, "exit 0")
+    with refused("already_exists"):  # type: ignore[attr-defined]
+        ground.part.create(sandbox, spec)
+    ground.part.delete(sandbox, spec.id)
+    ground.part.create(sandbox, spec)
+
+
+def test_a_second_start_is_refused(ground: Ground) -> None:
+    sandbox = ground.start()
+    spec = ground.run(sandbox, "sleep 1000")
+    with refused("failed_precondition"):  # type: ignore[attr-defined]
+        ground.part.start_container(sandbox, spec.id)
+
+
+def test_unknown_containers(ground: Ground) -> None:
+    sandbox = ground.start()
+    with refused("not_found"):  # type: ignore[attr-defined]
+        ground.part.start_container(sandbox, "none")
+    with refused("not_found"):  # type: ignore[attr-defined]
+        ground.part.exec_sync(sandbox, "none", ExecSpec(process(["true"])))
+    with refused("not_found"):  # type: ignore[attr-defined]
+        ground.part.reopen_log(sandbox, "none")
+    with refused("not_found"):  # type: ignore[attr-defined]
+        ground.part.update(sandbox, "none", {})
+    ground.part.signal(sandbox, "none", 15)
+    ground.part.delete(sandbox, "none")
+
+
+def test_a_signal_ends_a_container_and_later_ones_do_nothing(ground: Ground) -> None:
+    sandbox = ground.start()
+    spec = ground.run(sandbox, "sleep 1000")
+    ground.part.signal(sandbox, spec.id, 9)
+    ended = ground.ended(sandbox, spec.id)
+    assert (ended.exit_code, ended.signal) == (137, 9)
+    ground.part.signal(sandbox, spec.id, 15)
+    ground.part.signal(sandbox, spec.id, 9, everyone=True)
+    assert ground.facts(sandbox, spec.id) == ended
+
+
+def test_delete_kills_forgets_and_is_idempotent(ground: Ground) -> None:
+    sandbox = ground.start()
+    spec = ground.run(sandbox, "sleep 1000")
+    ground.part.delete(sandbox, spec.id)
+    assert list(ground.part.reconnect(sandbox) or ()) == []
+    ground.part.delete(sandbox, spec.id)
+
+
+def test_exec_gives_code_and_output(ground: Ground) -> None:
+    sandbox = ground.start()
+    spec = ground.run(sandbox, "sleep 1000")
+    result = ground.part.exec_sync(sandbox, spec.id, ExecSpec(process(["sh", "-c", "echo out; echo err >&2; exit 5"])))
+    assert (result.exit_code, result.stdout, result.stderr) == (5, b"out\n", b"err\n")
+    assert not result.timed_out and not result.truncated
+
+
+def test_exec_is_bounded_in_time_and_size(ground: Ground) -> None:
+    sandbox = ground.start()
+    spec = ground.run(sandbox, "sleep 1000")
+    slow = ExecSpec(process(["sh", "-c", "sleep 1000"]), timeout_s=0.2)
+    assert ground.part.exec_sync(sandbox, spec.id, slow).timed_out
+    large = ground.part.exec_sync(sandbox, spec.id, ExecSpec(process(["sh", "-c", "echo 0123456789"]), output_limit=4))
+    assert large.stdout == b"0123" and large.truncated
+
+
+def test_exec_needs_a_running_container(ground: Ground) -> None:
+    sandbox = ground.start()
+    spec = ground.spec(sandbox, "exit 0")
+    ground.part.create(sandbox, spec)
+    with refused("failed_precondition"):  # type: ignore[attr-defined]
+        ground.part.exec_sync(sandbox, spec.id, ExecSpec(process(["true"])))
+    ground.part.start_container(sandbox, spec.id)
+    ground.ended(sandbox, spec.id)
+    with refused("failed_precondition"):  # type: ignore[attr-defined]
+        ground.part.exec_sync(sandbox, spec.id, ExecSpec(process(["true"])))
+
+
+def test_events_tell_of_exits_from_now_on_and_end_with_the_pod(ground: Ground) -> None:
+    sandbox = ground.start()
+    earlier = ground.run(sandbox, "exit 1")
+    ground.ended(sandbox, earlier.id)
+    fd = ground.part.events(sandbox)
+    assert not os.get_inheritable(fd)
+    with socket.socket(fileno=fd) as stream:
+        stream.settimeout(20)
+        spec = ground.run(sandbox, "exit 7")
+        received = recv_frame(stream)
+        assert received is not None
+        event = json.loads(received[0])
+        assert event["event"] == "exit"
+        assert ContainerFacts(**event["facts"]) == ground.facts(sandbox, spec.id)
+        assert event["facts"]["exit_code"] == 7
+        ground.part.stop(sandbox)
+        assert recv_frame(stream) is None
+
+
+def test_a_log_can_be_rotated(ground: Ground) -> None:
+    sandbox = ground.start()
+    spec = ground.run(sandbox, "echo one; sleep 1000")
+    assert spec.log_path is not None
+    log = spec.log_path
+    eventually(lambda: log.stat().st_size)
+    log.rename(log.with_suffix(".1"))
+    ground.part.reopen_log(sandbox, spec.id)
+    assert log.exists()
+
+
+def test_attach_copies_output_and_ends_with_it(ground: Ground) -> None:
+    sandbox = ground.start()
+    spec = ground.spec(sandbox, "echo out; echo err >&2")
+    ground.part.create(sandbox, spec)
+    (out, out_write), (err, err_write) = os.pipe(), os.pipe()
+    control = ground.part.attach(sandbox, spec.id, [out_write, err_write], stdin=False, terminal=False)
+    os.close(out_write)
+    os.close(err_write)
+    ground.part.start_container(sandbox, spec.id)
+    with socket.socket(fileno=control) as over, open(out, "rb") as stdout, open(err, "rb") as stderr:
+        over.settimeout(20)
+        assert over.recv(1) == b""
+        assert (stdout.read(), stderr.read()) == (b"out\n", b"err\n")
+
+
+def test_calls_may_come_from_several_threads(ground: Ground) -> None:
+    sandboxes = [ground.start() for _ in range(2)]
+    codes: dict[str, int] = {}
+    failures: list[BaseException] = []
+
+    def work(sandbox: Sandbox, number: int) -> None:
+        try:
+            spec = ground.run(sandbox, f"exit {number}")
+            codes[spec.id] = ground.ended(sandbox, spec.id).exit_code - number
+            ground.part.delete(sandbox, spec.id)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(sandboxes[number % 2], number)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+    assert list(codes.values()) == [0] * 6
+
+
+def test_update_takes_limits(ground: Ground) -> None:
+    sandbox = ground.start()
+    spec = ground.run(sandbox, "sleep 1000")
+    ground.part.update(sandbox, spec.id, {"pids": {"limit": 100}})
+
+
+def names(specs: Sequence[ContainerSpec]) -> set[str]:
+    return {spec.id for spec in specs}
+
+
+def test_all_containers_are_listed(ground: Ground) -> None:
+    sandbox = ground.start()
+    specs = [ground.run(sandbox, "sleep 1000"), ground.run(sandbox, "exit 0"), ground.spec(sandbox, "exit 0")]
+    ground.part.create(sandbox, specs[2])
+    assert {facts.id for facts in ground.part.reconnect(sandbox) or ()} == names(specs)
