@@ -251,14 +251,14 @@ def _newest(libseccomp: object) -> int:
 def _unknown_calls_are_enosys(compiled: bytes, newest: int) -> bytes:
     """Puts before the filter: a native call number above `newest`, and not of the x32 ABI, returns ENOSYS.
 
-        ld  [4]              ; seccomp_data.arch
-        jne native, filter
-        ld  [0]              ; seccomp_data.nr
-        jge 0x40000000, filter   ; x32, and -1 of a tracer
-        jgt newest, enosys
-        ja  filter
-      enosys: ret ERRNO(ENOSYS)
-      filter: …
+      ld  [4]              ; seccomp_data.arch
+      jne native, filter
+      ld  [0]              ; seccomp_data.nr
+      jge 0x40000000, filter   ; x32, and -1 of a tracer
+      jgt newest, enosys
+      ja  filter
+    enosys: ret ERRNO(ENOSYS)
+    filter: …
     """
     native = _kernel.AUDIT_ARCH.get(os.uname().machine)
     if native is None or newest <= 0:

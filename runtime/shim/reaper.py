@@ -27,8 +27,8 @@ class Reaper:
         self._expected: dict[int, Promise[int]] = {}
         self._early: dict[int, int] = {}
         self._holds = 0
-        self._wake, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signals.wake_up(writer)
+        self._wake, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signals.wake_up(self._wake_writer)
         # A handler, not SIG_DFL or SIG_IGN: only a handler wakes the loop, and execve(2) resets it in containers.
         signals.handle(signals.SIGCHLD, lambda _number, _frame: None)
         loop.watch(self._wake, READ, self._woken)
@@ -39,6 +39,12 @@ class Reaper:
         except BlockingIOError:
             pass
         self.collect()
+
+    def close(self) -> None:
+        """Stops listening for signals."""
+        signals.wake_up(-1)
+        os.close(self._wake)
+        os.close(self._wake_writer)
 
     def expect(self, pid: int) -> Promise[int]:
         """The wait status of child `pid`, when it has one."""

@@ -31,6 +31,7 @@ from runtime.shim.worker import Workers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
     from typing import Any
 
@@ -49,11 +50,12 @@ class Shim:
         self._pause_pid = 0
         self._loop = Loop(report)
         self._reaper = Reaper(self._loop)
-        self._workers = Workers(self._loop, self._reaper)
+        self.workers = Workers(self._loop, self._reaper)
         self._containers: dict[str, Container] = {}
         self._busy: dict[str, Promise[Any]] = {}  # containers in creation or deletion
+        self._listener: socket.socket | None = None
         self._subscribers: list[Connection] = []
-        self._engines: dict[str, Engine] = {"": NativeEngine(self._workers, runtime_root(pod.state, ""))}
+        self._engines: dict[str, Engine] = {"": NativeEngine(self.workers, runtime_root(pod.state, ""))}
         self._stopping: Promise[None] | None = None
         self._operations: dict[str, Callable[[Connection, object], Task[object]]] = {
             "attach": self._attach,
@@ -84,27 +86,42 @@ class Shim:
 
     def _bring_up(self) -> Task[dict[str, object]]:
         pod = self._pod
-        answer = yield from self._workers.run("set up the pod", lambda: (set_up(pod), -1))
+        answer = yield from self.workers.run("set up the pod", lambda: (set_up(pod), -1))
         try:
             self._pause_pid = int(answer.value)  # type: ignore[call-overload]  # set_up gave an int
             if self._pause_pid:
                 self._reaper.expect(self._pause_pid)
             record = shim_record(self._pause_pid)
             write_durable(f"{pod.directory}/shim.json", encode(record), sync=False)
-            self._listener = listen_unix(f"{pod.directory}/shim.sock")
+            listener = self._listener = listen_unix(f"{pod.directory}/shim.sock")
         except BaseException:
             yield from self._tear_down()
             raise
-        self._listener.setblocking(False)
-        self._loop.watch(self._listener.fileno(), READ, self._accept)
+        listener.setblocking(False)
+        self._loop.watch(listener.fileno(), READ, lambda _events: self._accept(listener))
         return record
 
     def run(self) -> None:
         """Serves until `stop`."""
         self._loop.run()
 
-    def _accept(self, _events: int) -> None:
-        peer = accept(self._listener)
+    def turn(self) -> None:
+        """One turn of the loop; `run` is this until the end."""
+        self._loop.turn()
+
+    def use_engine(self, handler: str, engine: Engine) -> None:
+        """Containers with this handler are run by `engine`."""
+        self._engines[handler] = engine
+
+    def close(self) -> None:
+        """Closes what the process's end would close."""
+        if self._listener is not None:
+            self._listener.close()
+        self.workers.reaper.close()
+        self._loop.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        peer = accept(listener)
         if peer is not None:
             Connection(self._loop, peer, self._requested)
 
@@ -170,7 +187,7 @@ class Shim:
         if engine is None:
             root = runtime_root(self._pod.state, handler)
             scratch = f"{self._pod.directory}/scratch"
-            engine = self._engines[handler] = ExternalEngine(self._workers, handler, root, scratch)
+            engine = self._engines[handler] = ExternalEngine(self.workers, handler, root, scratch)
         return engine
 
     def _start(self, _connection: Connection, body: object) -> Task[object]:
@@ -338,7 +355,7 @@ class Shim:
             yield ended
             self._pause_pid = 0
         directory = self._pod.directory
-        yield from self._workers.run("clean up the pod", lambda: _cleaned(directory))
+        yield from self.workers.run("clean up the pod", lambda: _cleaned(directory))
 
 
 _ANSWERED = object()

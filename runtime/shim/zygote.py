@@ -28,6 +28,7 @@ from runtime.linux.process import (
 from runtime.linux.sockets import FrameError, listen_unix, peer_uid, recv_frame, send_frame
 from runtime.shim import protocol
 from runtime.shim.cgroup import leave_daemon
+from runtime.shim.rehearsal import rehearse
 from runtime.shim.server import Shim, report
 from runtime.shim.sweep import Sweeper
 
@@ -70,6 +71,10 @@ def _zygote(state: str) -> int:
     listener = listen_unix(f"{state}/zygote.sock")
     os.write(1, b"ready")
     _to_null(0, 1)
+    try:
+        rehearse(state)
+    except (OSError, RuntimeFailure) as error:
+        report("rehearse", error)
     _give_memory_back()
     gc.collect()
     gc.freeze()  # the collector never writes to these pages, so they stay shared with every shim

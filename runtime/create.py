@@ -1,0 +1,443 @@
+"""create: from a parsed config.json to a process that is set up completely and waits for start.
+
+Refuses an id that is taken, a bundle without a root, a spec without a process. Plans before it acts: everything that
+can be refused is refused before anything is made. Invariant: what fails here has left no process, cgroup, directory or
+mount; what succeeds has a state.json that any later command, of any process, can go on from.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+
+from runtime import init, rootfs, seccomp, state, sync
+from runtime.cgroups.manager import Gate, Manager, manager_for
+from runtime.errors import RuntimeFailure
+from runtime.fields import encode
+from runtime.linux.failpoint import failpoint
+from runtime.linux.files import remove_tree, write_durable
+from runtime.linux.libc import KernelError
+from runtime.linux.process import (
+    CLONE_NEWCGROUP,
+    CLONE_PARENT,
+    clone3,
+    pidfd_open,
+    pidfd_send_signal,
+    start_time,
+)
+from runtime.linux.progress import Progress
+from runtime.linux.record import Record
+from runtime.namespaces import Joins, join, new_flags
+from runtime.spec import Spec
+from runtime.state import State
+from runtime.terminal import send_master
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from runtime.linux.mount import FsMount
+    from runtime.spec import IdMapping
+
+    Undo = list[tuple[str, Callable[[], object]]]
+
+_SIGKILL = 9
+SECCOMP_CACHE = ".seccomp"
+
+
+class CreateRequest(Record):
+    """What create is asked for. `rootfs` is mounted by the container on its root path, in its own mount namespace;
+    None: the bundle has it there. `stdio` stays the caller's. `console_socket` gets the terminal's master; "" leaves it
+    to the caller (Created.console)."""
+
+    root: str
+    id: str
+    bundle: str
+    spec: Spec
+    stdio: tuple[int, int, int] = (0, 1, 2)
+    rootfs: FsMount | None = None
+    console_socket: str = ""
+    pid_file: str = ""
+    preserve_fds: int = 0
+    no_pivot: bool = False
+
+
+class Created:
+    """The container's init: a child of the caller. `pidfd` and `console` (or -1) are the caller's to close."""
+
+    __slots__ = ("console", "pidfd", "state", "warnings")
+
+    def __init__(self, made: State, pidfd: int, console: int, warnings: tuple[str, ...]) -> None:
+        self.state = made
+        self.pidfd = pidfd
+        self.console = console
+        self.warnings = warnings
+
+
+def create(request: CreateRequest) -> Created:
+    """See the module. Raises RuntimeFailure with the step of the init that failed."""
+    spec = request.spec
+    if spec.process is None:
+        raise RuntimeFailure("config.json: process: is required to create", code="invalid_argument")
+    bundle = os.path.abspath(request.bundle)
+    root_path = _root_path(bundle, spec.root_path, make=request.rootfs is not None)
+    state.check_id(request.id)
+    filter_program = b""
+    if spec.seccomp is not None:
+        filter_program = seccomp.program(spec.seccomp, f"{request.root}/{SECCOMP_CACHE}")
+    manager = manager_for(spec.cgroups_path, request.id)
+    undo: Undo = []
+    try:
+        directory = state.reserve(request.root, request.id)
+        undo.append(("remove the state directory", lambda: remove_tree(directory)))
+        failpoint("create.reserved")
+        _note_cgroups(directory, manager)
+        manager.create(spec.resources)
+        undo.append(("remove the cgroup", lambda: _remove_cgroup(manager)))
+        failpoint("create.cgroup")
+        with _Birth(request, bundle, root_path, directory, manager, filter_program) as birth:
+            undo.append(("kill the init", birth.kill))
+            created = birth.run()
+            undo.append(("close the console", lambda: _close(created.console)))
+            failpoint("create.ready")
+            state.save(request.root, created.state)
+            if request.pid_file:
+                write_durable(request.pid_file, str(created.state.pid).encode(), 0o644, sync=False)
+            failpoint("create.saved")
+            birth.release()
+        return created
+    except BaseException as error:
+        _unwind(undo, error)
+        raise
+
+
+def _root_path(bundle: str, path: str, *, make: bool) -> str:
+    """root.path with its links followed, once: a directory."""
+    joined = os.path.join(bundle, path)
+    try:
+        if make:
+            os.makedirs(joined, 0o755, exist_ok=True)
+        fd = os.open(joined, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise RuntimeFailure.of(error, what="root.path", code="invalid_argument") from None
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
+
+
+def _note_cgroups(directory: str, manager: Manager) -> None:
+    """Before the cgroup is made: so that `delete --force` finds it if this process is killed now (threats O37)."""
+    write_durable(f"{directory}/cgroup.json", encode(manager.paths()), sync=False)
+
+
+def _remove_cgroup(manager: Manager) -> None:
+    manager.kill(_SIGKILL)
+    manager.destroy()
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)
+
+
+def _unwind(undo: Undo, error: BaseException) -> None:
+    for what, action in reversed(undo):
+        try:
+            action()
+        except (OSError, RuntimeFailure) as failed:
+            error.add_note(f"and could not {what}: {failed}")
+
+
+class _Birth:
+    """One init from clone to its last Go: the caller's side of runtime/sync.py's drawing."""
+
+    def __init__(
+        self, request: CreateRequest, bundle: str, root_path: str, directory: str, manager: Manager, program: bytes
+    ) -> None:
+        self._request = request
+        self._spec = request.spec
+        self._bundle = bundle
+        self._root_path = root_path
+        self._directory = directory
+        self._manager = manager
+        self._program = program
+        self._channel: sync.Channel | None = None
+        self._pid = self._pidfd = self._console = -1
+        self._open: list[int] = []
+        self._created = _now()
+
+    def __enter__(self) -> _Birth:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    def run(self) -> Created:
+        """Clones the init and leads it to Ready."""
+        spec = self._spec
+        user = spec.has_new("user")
+        listener = sync.listen(self._directory, state.START_SOCKET)
+        progress = Progress()
+        joins = Joins(spec.namespaces)
+        gate = self._manager.gate()
+        try:
+            # In a user namespace the init may not copy mounts of the host's namespace: it gets them made.
+            root_tree = rootfs.open_root(self._request.rootfs, self._root_path) if user else -1
+            if root_tree >= 0:
+                self._open.append(root_tree)
+            sources = self._sources() if user else {}
+            mine, its = sync.Channel.pair()
+            self._channel = mine
+            process_ = spec.process
+            assert process_ is not None  # create looked
+            setup = init.Setup(
+                id=self._request.id,
+                spec=spec,
+                process=process_,
+                bundle=self._bundle,
+                root_path=self._root_path,
+                root_tree=root_tree,
+                sources=sources,
+                make_root=lambda: rootfs.open_root(self._request.rootfs, self._root_path),
+                joins=joins.inside,
+                gate=gate,
+                cgroups=self._manager.paths(),
+                stdio=self._request.stdio,
+                preserve_fds=self._request.preserve_fds,
+                no_pivot=self._request.no_pivot,
+                listener=listener,
+                filter=self._filter(),
+                state=self._hook_state,
+                progress=progress,
+            )
+            self._clone(setup, its, joins, gate)
+            its.close()
+            return self._lead(progress)
+        finally:
+            listener.close()
+            progress.close()
+            joins.close()
+            gate.close()
+            for fd in self._open:
+                os.close(fd)
+            self._open = []
+
+    def _filter(self) -> Callable[[], None] | None:
+        profile, program = self._spec.seccomp, self._program
+        if profile is None:
+            return None
+        return lambda: seccomp.load(program, profile.flags)
+
+    def _sources(self) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for index, mount in enumerate(self._spec.mounts):
+            if mount.kind == "bind":
+                try:
+                    found[index] = rootfs.open_source(mount, self._bundle)
+                except OSError as error:
+                    raise RuntimeFailure.of(error, step="mounts", what=mount.describe()) from None
+                self._open.append(found[index])
+        return found
+
+    def _clone(self, setup: init.Setup, its: sync.Channel, joins: Joins, gate: Gate) -> None:
+        # The cgroup namespace is made by the init, once it is in its cgroup: that becomes the namespace's root.
+        flags = new_flags(self._spec.namespaces) & ~CLONE_NEWCGROUP
+        mine = self._channel
+        assert mine is not None
+        try:
+            if not joins.before:
+                self._pid, self._pidfd = clone3(flags, cgroup_fd=gate.cgroup_fd)
+                if self._pid == 0:
+                    mine.close()
+                    init.main(setup, its)
+                return
+        except OSError as error:
+            raise RuntimeFailure.of(error, step="clone", what="make the namespaces") from None
+        between, between_fd = clone3(0)
+        if between == 0:
+            self._between(setup, its, joins, flags, gate)
+        os.close(between_fd)
+        its_end = its  # kept open here until the process between has cloned: Child comes over it
+        try:
+            message, fds = mine.receive("Child")
+            self._pid, self._pidfd = message.pid, fds[0] if fds else pidfd_open(message.pid)
+        finally:
+            os.waitpid(between, 0)
+            del its_end
+
+    def _between(self, setup: init.Setup, its: sync.Channel, joins: Joins, flags: int, gate: Gate) -> None:
+        """Joins what its child must find itself in, clones that as the caller's child, and ends."""
+        try:
+            join(joins.before)
+            pid, pidfd = clone3(flags | CLONE_PARENT, cgroup_fd=gate.cgroup_fd)
+            if pid == 0:
+                if self._channel is not None:
+                    self._channel.close()
+                init.main(setup, its)
+            its.send("Child", pid=pid, fds=(pidfd,))
+        except BaseException as error:
+            its.fail(RuntimeFailure.of(error, step="namespaces", what="join namespaces"))
+            os._exit(1)
+        os._exit(0)
+
+    def _lead(self, progress: Progress) -> Created:
+        channel = self._channel
+        assert channel is not None
+        try:
+            if self._spec.has_new("user"):
+                _write_mappings(self._pid, self._spec.uid_mappings, self._spec.gid_mappings)
+            warnings = list(_adjust_oom_score(self._pid, self._spec))
+            failpoint("create.cloned")
+            channel.send("Go")
+            while True:
+                message, fds = channel.receive("Console", "Hooks", "Ready")
+                if message.kind == "Ready":
+                    break
+                if message.kind == "Console":
+                    self._take_console(fds[0], message.text[0])
+                else:
+                    self._run_hooks()
+                    channel.send("Go")
+        except (sync.Closed, BrokenPipeError):
+            raise self._died(progress) from None
+        warnings += message.text
+        console, self._console = self._console, -1
+        return Created(self._state(), self._pidfd, console, tuple(warnings))
+
+    def _take_console(self, master: int, name: str) -> None:
+        self._console = master
+        if self._request.console_socket:
+            try:
+                send_master(self._request.console_socket, master, name)
+            finally:
+                self._console = -1
+                os.close(master)
+
+    def _run_hooks(self) -> None:
+        from runtime import hooks
+
+        wanted = self._spec.hooks
+        hooks.run(wanted.prestart, self._hook_state(self._pid, "creating"), "prestart hooks")
+        hooks.run(wanted.create_runtime, self._hook_state(self._pid, "creating"), "createRuntime hooks")
+
+    def _died(self, progress: Progress) -> RuntimeFailure:
+        """The init ended without a word: by a signal, as a rule. Names the step it had come to."""
+        reached = progress.reached()
+        step = init.STEPS[reached].name if reached < len(init.STEPS) else "wait"
+        how = "it was killed"
+        try:
+            _, status = os.waitpid(self._pid, os.WNOHANG)
+            if os.WIFSIGNALED(status):
+                how = f"it was killed by signal {os.WTERMSIG(status)}"
+        except ChildProcessError:
+            pass
+        hint = ""
+        if self._manager.oom_kills():
+            how, hint = "it ran out of memory", "linux.resources.memory.limit is too low for a process to start"
+        return RuntimeFailure(f"the container's init ended in step {step}: {how}", step=step, hint=hint)
+
+    def release(self) -> None:
+        """The last Go: create is over, and the init waits for start."""
+        channel, self._channel = self._channel, None
+        assert channel is not None
+        channel.send("Go")
+        channel.close()
+
+    def kill(self) -> None:
+        """Ends the init, if there is one, and waits for it."""
+        _close(self._console)
+        self._console = -1
+        pidfd, self._pidfd = self._pidfd, -1
+        if pidfd < 0:
+            return
+        try:
+            pidfd_send_signal(pidfd, _SIGKILL)
+        except KernelError as error:
+            if error.errno != errno.ESRCH:
+                raise
+        finally:
+            os.close(pidfd)
+        try:
+            os.waitpid(self._pid, 0)
+        except ChildProcessError:
+            pass
+
+    def _state(self) -> State:
+        return State(
+            id=self._request.id,
+            pid=self._pid,
+            started=start_time(self._pid),
+            created=self._created,
+            bundle=self._bundle,
+            rootfs=self._root_path,
+            version=self._spec.version,
+            cgroup_paths=tuple(self._manager.paths().items()),
+            annotations=self._spec.annotations,
+            owner=os.geteuid(),
+        )
+
+    def _hook_state(self, pid: int, status: str) -> bytes:
+        known = State(
+            id=self._request.id,
+            pid=pid,
+            started=0,
+            created=self._created,
+            bundle=self._bundle,
+            rootfs=self._root_path,
+            version=self._spec.version,
+            annotations=self._spec.annotations,
+        )
+        return encode(state.describe(known, status))
+
+
+def _now() -> str:
+    nanoseconds = time.time_ns()
+    seconds, rest = divmod(nanoseconds, 10**9)
+    moment = time.gmtime(seconds)
+    date = f"{moment.tm_year:04}-{moment.tm_mon:02}-{moment.tm_mday:02}"
+    return f"{date}T{moment.tm_hour:02}:{moment.tm_min:02}:{moment.tm_sec:02}.{rest:09}Z"
+
+
+def _write_mappings(pid: int, uids: tuple[IdMapping, ...], gids: tuple[IdMapping, ...]) -> None:
+    """uid_map and gid_map of a new user namespace (user_namespaces(7)); one write(2) each, as the kernel wants."""
+    for name, mappings in (("uid_map", uids), ("gid_map", gids)):
+        text = "".join(f"{m.container} {m.host} {m.size}\n" for m in mappings)
+        try:
+            fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, text.encode())
+            finally:
+                os.close(fd)
+        except OSError as error:
+            what = f"write {name}"
+            raise RuntimeFailure.of(error, step="user namespace", what=what, code="invalid_argument") from None
+
+
+def _adjust_oom_score(pid: int, spec: Spec) -> list[str]:
+    """oom_score_adj of the init, by the caller: a container's own /proc is not trusted with it (CVE-2025-52881).
+    Where lowering it is forbidden, it stays as low as it is, with a warning (restrict_oom_score_adj of the peers)."""
+    wanted = spec.process.oom_score_adj if spec.process is not None else None
+    if wanted is None:
+        return []
+    path = f"/proc/{pid}/oom_score_adj"
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        if int(os.read(fd, 16)) == wanted:
+            return []
+        os.write(fd, str(wanted).encode())
+    except PermissionError:
+        return [f"oom_score_adj {wanted} is lower than this process may set: it stays {_current_oom_score(path)}"]
+    except OSError as error:
+        raise RuntimeFailure.of(error, step="oom_score_adj", what=f"write {wanted} to {path}") from None
+    finally:
+        os.close(fd)
+    return []
+
+
+def _current_oom_score(path: str) -> str:
+    with open(path, encoding="ascii") as file:
+        return file.read().strip()

@@ -1,0 +1,343 @@
+"""exec: a further process in a running container, with its namespaces, cgroup, filter and what its spec asks for.
+
+The process between joins all namespaces at once through the init's pidfd and clones the process itself, which is a
+child of the caller. Refuses paused and stopped containers. Invariant: the caller learns whether execve succeeded, and
+a process that failed before it is gone when the failure arrives.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from runtime import init, process, seccomp, state, sync
+from runtime.cgroups.manager import Gate
+from runtime.errors import RuntimeFailure
+from runtime.linux.failpoint import failpoint
+from runtime.linux.files import PROC_SUPER_MAGIC, fstatfs_type, write_durable
+from runtime.linux.libc import KernelError
+from runtime.linux.process import (
+    CLONE_NEWCGROUP,
+    CLONE_NEWIPC,
+    CLONE_NEWNET,
+    CLONE_NEWNS,
+    CLONE_NEWPID,
+    CLONE_NEWUSER,
+    CLONE_NEWUTS,
+    CLONE_PARENT,
+    clone3,
+    is_running,
+    pidfd_open,
+    pidfd_send_signal,
+    set_dumpable,
+    set_no_new_privs,
+    setns,
+)
+from runtime.linux.record import Record
+from runtime.spec import Process, parse
+from runtime.state import State
+from runtime.terminal import make_controlling, name_of, open_pair, send_master
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+_SIGKILL = 9
+_MAX_CONFIG = 16 << 20
+_SHARED = CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWCGROUP | CLONE_NEWNS
+
+
+class ExecRequest(Record):
+    """What exec is asked for; the fields are those of runtime.create.CreateRequest. `ignore_paused` runs into a frozen
+    container, where the process waits until it is thawed."""
+
+    root: str
+    id: str
+    process: Process
+    stdio: tuple[int, ...] = (0, 1, 2)
+    console_socket: str = ""
+    pid_file: str = ""
+    preserve_fds: int = 0
+    ignore_paused: bool = False
+
+
+class Executed:
+    """The new process: a child of the caller, past its execve. `pidfd` and `console` (or -1) are the caller's."""
+
+    __slots__ = ("console", "pid", "pidfd", "warnings")
+
+    def __init__(self, pid: int, pidfd: int, console: int, warnings: tuple[str, ...]) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.console = console
+        self.warnings = warnings
+
+
+def execute(request: ExecRequest) -> Executed:
+    """See the module. Raises RuntimeFailure with the step that failed."""
+    facts = state.load(request.root, request.id)
+    now = state.status(request.root, facts)
+    if now == "stopped":
+        raise RuntimeFailure("cannot exec in a stopped container", code="failed_precondition")
+    if now == "paused" and not request.ignore_paused:
+        raise RuntimeFailure("cannot exec in a paused container", hint="resume it first", code="failed_precondition")
+    program, flags = _filter_of(request.root, facts)
+    init_fd = _hold(facts)
+    try:
+        with facts.manager().gate() as gate:
+            return _Entry(request, init_fd, gate, program, flags).run()
+    finally:
+        os.close(init_fd)
+
+
+def _hold(facts: State) -> int:
+    try:
+        fd = pidfd_open(facts.pid)
+    except KernelError:
+        raise RuntimeFailure("cannot exec in a stopped container", code="failed_precondition") from None
+    if not is_running(facts.pid, facts.started):
+        os.close(fd)
+        raise RuntimeFailure("cannot exec in a stopped container", code="failed_precondition")
+    return fd
+
+
+def _filter_of(root: str, facts: State) -> tuple[bytes, int]:
+    """The container's seccomp program: what confines the init confines every process that joins it."""
+    path = f"{facts.bundle}/config.json"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise RuntimeFailure.of(error, what="read the container's config.json", code="failed_precondition") from None
+    try:
+        raw = os.read(fd, _MAX_CONFIG)
+    finally:
+        os.close(fd)
+    profile = parse(raw).seccomp
+    if profile is None:
+        return b"", 0
+    from runtime.create import SECCOMP_CACHE
+
+    return seccomp.program(profile, f"{root}/{SECCOMP_CACHE}"), profile.flags
+
+
+class _Entry:
+    """One exec, both sides: the caller's, and the new process's."""
+
+    def __init__(self, request: ExecRequest, init_fd: int, gate: Gate, program: bytes, flags: int) -> None:
+        self._request = request
+        self._process = request.process
+        self._init_fd = init_fd
+        self._gate = gate
+        self._program = program
+        self._flags = flags
+        self._step = "namespaces"
+        self._warnings: list[str] = []
+
+    # ------------------------------------------------------------------------------------------------ the caller
+
+    def run(self) -> Executed:
+        mine, its = sync.Channel.pair()
+        pid = pidfd = console = -1
+        try:
+            between, between_fd = clone3(0)
+            if between == 0:
+                mine.close()
+                self._between(its)
+            os.close(between_fd)
+            its.close()
+            try:
+                message, fds = mine.receive("Child")
+                pid, pidfd = message.pid, fds[0]
+            finally:
+                os.waitpid(between, 0)
+            self._oom_score(pid)
+            failpoint("exec.cloned")
+            mine.send("Go")
+            message, fds = mine.receive("Console", "Ready")
+            if message.kind == "Console":
+                console = self._console(fds[0], message.text[0])
+                message, _ = mine.receive("Ready")
+            self._warnings += message.text
+            if self._request.pid_file:
+                write_durable(self._request.pid_file, str(pid).encode(), 0o644, sync=False)
+            mine.send("Go")
+            try:
+                mine.receive()
+            except sync.Closed:
+                pass  # execve closed the other end
+            return Executed(pid, pidfd, console, tuple(self._warnings))
+        except BaseException:
+            if console >= 0:
+                os.close(console)
+            _end(pid, pidfd)
+            raise
+        finally:
+            mine.close()
+
+    def _oom_score(self, pid: int) -> None:
+        wanted = self._process.oom_score_adj
+        if wanted is None:
+            return
+        try:
+            with open(f"/proc/{pid}/oom_score_adj", "r+", encoding="ascii") as file:
+                if int(file.read()) != wanted:
+                    file.seek(0)
+                    file.write(str(wanted))
+        except PermissionError:
+            self._warnings.append(f"oom_score_adj {wanted} is lower than this process may set: it stays as it was")
+
+    def _console(self, master: int, name: str) -> int:
+        if not self._request.console_socket:
+            return master
+        try:
+            send_master(self._request.console_socket, master, name)
+        finally:
+            os.close(master)
+        return -1
+
+    # -------------------------------------------------------------------------------------------- the new process
+
+    def _between(self, channel: sync.Channel) -> NoReturn:
+        """Joins, clones the process as the caller's child, and ends."""
+        try:
+            set_dumpable(False)  # from here on the container could look (CVE-2016-9962)
+            proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            if fstatfs_type(proc) != PROC_SUPER_MAGIC:
+                raise RuntimeFailure("/proc of the host is no procfs", code="failed_precondition")
+            own_user = self._joins_user()
+            if own_user:
+                setns(self._init_fd, CLONE_NEWUSER)
+            setns(self._init_fd, _SHARED & ~CLONE_NEWCGROUP)
+            pid, pidfd = clone3(CLONE_PARENT, cgroup_fd=self._gate.cgroup_fd)
+            if pid == 0:
+                self._main(channel, own_user)
+            channel.send("Child", pid=pid, fds=(pidfd,))
+        except BaseException as error:
+            channel.fail(RuntimeFailure.of(error, step=self._step, what="join the container"))
+            os._exit(1)
+        os._exit(0)
+
+    def _joins_user(self) -> bool:
+        """setns(2) refuses the user namespace that one is in already."""
+        with open(f"/proc/self/fdinfo/{self._init_fd}", encoding="ascii") as lines:
+            pid = next(int(line.split()[1]) for line in lines if line.startswith("Pid:"))
+        return os.stat(f"/proc/{pid}/ns/user").st_ino != os.stat("/proc/self/ns/user").st_ino
+
+    def _main(self, channel: sync.Channel, own_user: bool) -> NoReturn:
+        try:
+            channel.receive("Go")
+            identity, command, env, slave = self._set_up(channel, own_user)
+            self._step = "wait"
+            channel.send("Ready", text=tuple(self._warnings))
+            channel.receive("Go")
+            self._step = "exec"
+            process.reset_signals()
+            if self._program:
+                self._step = "seccomp"
+                seccomp.load(self._program, self._flags)
+            identity.finish()
+            self._step = "exec"
+            process.execute(command, self._process.args, env)
+        except sync.Closed:
+            pass
+        except BaseException as error:
+            channel.fail(RuntimeFailure.of(error, step=self._step))
+        os._exit(1)
+
+    def _set_up(self, channel: sync.Channel, own_user: bool) -> tuple[process.Identity, str, list[bytes], int]:
+        """The steps of runtime.init.STEPS that a process without a root to make goes through, in their order."""
+        import sys
+
+        wanted = self._process
+        root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        sys.path[:] = []
+        sys.meta_path[:] = []
+        self._step = "session"
+        os.setsid()
+        set_dumpable(False)
+        process.new_keyring(f"_ses.{self._request.id}", self._warnings.append)
+        if own_user:
+            os.setgroups([])
+            os.setresgid(0, 0, 0)
+            os.setresuid(0, 0, 0)
+            set_dumpable(False)
+        slave = -1
+        if wanted.terminal:
+            self._step = "console"
+            master, slave = open_pair(root, wanted.console_size)
+            channel.send("Console", text=(name_of(master),), fds=(master,))
+            os.close(master)
+        self._step = "limits"
+        process.all_cpus()
+        process.set_rlimits(wanted.rlimits, self._warnings.append)
+        if wanted.io_priority is not None:
+            process.set_io_priority(wanted.io_priority)
+        self._step = "terminal"
+        self._stdio(slave)
+        process.own_stdio(wanted.user)
+        if wanted.apparmor_profile or wanted.selinux_label:
+            self._step = "labels"
+            self._labels()
+        self._step = "cgroup"
+        self._gate.enter()
+        self._step = "cgroup namespace"
+        setns(self._init_fd, CLONE_NEWCGROUP)
+        self._step = "cwd"
+        try:
+            process.enter_directory(root, wanted.cwd)
+        except OSError as error:
+            what = f'chdir to cwd ("{wanted.cwd}") failed'
+            raise RuntimeFailure.of(error, what=what, code="invalid_argument") from None
+        self._step = "files"
+        env = process.environment(wanted, root)
+        os.close(root)
+        process.close_all_but({channel.fileno()}, self._request.preserve_fds)
+        if wanted.no_new_privileges:
+            set_no_new_privs()
+        self._step = "identity"
+        identity = process.Identity(wanted, self._warnings.append)
+        identity.drop()
+        set_dumpable(False)
+        self._step = "command"
+        process.verify_directory()
+        return identity, process.find_command(wanted.args[0], env), env, slave
+
+    def _stdio(self, slave: int) -> None:
+        if slave >= 0:
+            for fd in (0, 1, 2):
+                os.dup2(slave, fd)
+            make_controlling(0)
+            return
+        copies = [os.dup(fd) for fd in self._request.stdio]
+        for number, fd in enumerate(copies):
+            os.dup2(fd, number)
+            os.close(fd)
+
+    def _labels(self) -> None:
+        proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            own = os.readlink("self", dir_fd=proc)
+            if self._process.apparmor_profile:
+                value = f"exec {self._process.apparmor_profile}".encode()
+                init.write_proc(proc, f"{own}/attr/apparmor/exec", value, "apparmor")
+            if self._process.selinux_label:
+                init.write_proc(proc, f"{own}/attr/exec", self._process.selinux_label.encode(), "selinux")
+        finally:
+            os.close(proc)
+
+
+def _end(pid: int, pidfd: int) -> None:
+    """Ends a process that did not come to its execve, and waits for it."""
+    if pidfd < 0:
+        return
+    try:
+        pidfd_send_signal(pidfd, _SIGKILL)
+    except KernelError as error:
+        if error.errno != errno.ESRCH:
+            raise
+    finally:
+        os.close(pidfd)
+    try:
+        os.waitpid(pid, 0)
+    except ChildProcessError:
+        pass

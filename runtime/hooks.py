@@ -1,0 +1,103 @@
+"""OCI hooks: programs of the operator that run at fixed points, with the container's state as JSON on their stdin.
+
+Refuses to let a hook outlive its timeout, or its output grow without end. Invariant: hooks run in order, one after
+the other, with no fd of ours but stdin, stdout and stderr, and the first that fails ends the list (runtime-spec).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+
+from runtime.errors import RuntimeFailure
+from runtime.linux.libc import KernelError
+from runtime.linux.process import clone3, close_range, execveat, pidfd_send_signal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from runtime.spec import Hook
+
+_AT_FDCWD = -100
+_SIGKILL = 9
+_OUTPUT_LIMIT = 16 << 10
+
+
+def run(hooks: Iterable[Hook], state: bytes, step: str) -> None:
+    """Runs every hook of one point. Raises RuntimeFailure, naming the hook by its path in config.json."""
+    for hook in hooks:
+        _run(hook, state, step)
+
+
+def _run(hook: Hook, state: bytes, step: str) -> None:
+    what = f"{hook.where} {hook.path}"
+    # A memfd is stdin of unlimited size that needs nobody to write it while the hook does not read.
+    stdin = os.memfd_create("state", os.MFD_CLOEXEC)
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    try:
+        os.write(stdin, state)
+        os.lseek(stdin, 0, os.SEEK_SET)
+        pid, pidfd = clone3(0)
+        if pid == 0:
+            _execute(hook, stdin, writer)
+        os.close(writer)
+        writer = -1
+        try:
+            said, in_time = _wait(pidfd, reader, hook.timeout)
+            if not in_time:
+                pidfd_send_signal(pidfd, _SIGKILL)
+            status = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        finally:
+            os.close(pidfd)
+    finally:
+        for fd in (stdin, reader, writer):
+            if fd >= 0:
+                os.close(fd)
+    if not in_time:
+        raise RuntimeFailure(f"hook {what}: did not end within {hook.timeout} s and was killed", step=step)
+    if status is None or status.si_status != 0 or status.si_code != os.CLD_EXITED:
+        how = "was killed by signal" if status and status.si_code != os.CLD_EXITED else "ended with status"
+        number = status.si_status if status else -1
+        words = said.decode("utf-8", "replace").strip()
+        raise RuntimeFailure(f"hook {what}: {how} {number}" + (f": {words}" if words else ""), step=step)
+
+
+def _execute(hook: Hook, stdin: int, output: int) -> None:
+    try:
+        from runtime.process import reset_signals
+
+        os.setsid()
+        os.dup2(stdin, 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        close_range(3)
+        reset_signals()
+        argv = [os.fsencode(arg) for arg in (hook.args or (hook.path,))]
+        execveat(_AT_FDCWD, hook.path, argv, [os.fsencode(entry) for entry in hook.env])
+    except KernelError as error:
+        os.write(2, f"{error}\n".encode())
+    finally:
+        os._exit(127)
+
+
+def _wait(pidfd: int, reader: int, timeout: int) -> tuple[bytes, bool]:
+    """What the hook said, bounded, and whether it ended in time. Children of it that keep the pipe are not waited for."""
+    deadline = time.monotonic() + timeout if timeout else None
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.register(reader, select.POLLIN)
+    said = b""
+    while True:
+        left = None if deadline is None else max(0, (deadline - time.monotonic()) * 1000)
+        ready = dict(poll.poll(left))
+        if not ready:
+            return said, False
+        if reader in ready:
+            piece = os.read(reader, 4096)
+            said = (said + piece)[-_OUTPUT_LIMIT:]
+            if not piece:
+                poll.unregister(reader)
+        elif pidfd in ready:
+            return said, True

@@ -1,0 +1,277 @@
+"""Everything that is done to a container after create: start, kill, delete, pause, resume, update, and looking.
+
+Refuses what the container's status does not allow, in the words that callers of runc match on. Invariant: each
+function can be called by any process at any time; the truth is the kernel's and state.json's, never the caller's.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+
+from runtime import resources, state, sync
+from runtime.errors import RuntimeFailure
+from runtime.fields import Fields, decode, encode
+from runtime.linux.failpoint import failpoint
+from runtime.linux.files import remove_tree
+from runtime.linux.libc import KernelError
+from runtime.linux.process import is_running, pidfd_open, pidfd_send_signal
+from runtime.state import State
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from runtime.spec import Hooks
+
+_SIGKILL = 9
+# How long the kernel may take to end a killed process: one in uninterruptible sleep cannot be waited for.
+KILL_WAIT_S = 10.0
+_MAX_CONFIG = 16 << 20
+
+
+def start(root: str, container_id: str) -> None:
+    """Releases execve; returns once it has succeeded. Raises RuntimeFailure with the init's step when it has not."""
+    facts = state.load(root, container_id)
+    now = state.status(root, facts)
+    if now == "stopped":
+        raise _wrong("cannot start a container that has stopped")
+    if now != "created":
+        raise _wrong("cannot start an already running container")
+    directory = state.directory(root, container_id)
+    channel = sync.connect(directory, state.START_SOCKET)
+    if channel is None:
+        raise _wrong("cannot start a container that has stopped")
+    try:
+        try:
+            channel.send("Start")
+            channel.receive("Accepted")
+        except (sync.Closed, BrokenPipeError):
+            # Whoever was faster closed the listener behind us.
+            raise _wrong("cannot start an already running container") from None
+        _unlink(f"{directory}/{state.START_SOCKET}")
+        failpoint("start.accepted")
+        try:
+            channel.receive()
+        except sync.Closed:
+            pass  # execve closed the init's end
+    finally:
+        channel.close()
+    hooks = _hooks(facts)
+    if hooks is not None and hooks.poststart:
+        from runtime import hooks as runner
+
+        runner.run(hooks.poststart, encode(state.describe(facts, "running")), "poststart hooks")
+
+
+def _wrong(message: str) -> RuntimeFailure:
+    return RuntimeFailure(message, code="failed_precondition")
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def _hooks(facts: State) -> Hooks | None:
+    """The hooks of the bundle's config.json; None when that is gone: a caller may remove a bundle early."""
+    from runtime import spec
+
+    try:
+        fd = os.open(f"{facts.bundle}/config.json", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            raw = os.read(fd, _MAX_CONFIG)
+        finally:
+            os.close(fd)
+        document = decode(raw, "config.json")
+        if not isinstance(document, dict) or not document.get("hooks"):
+            return None
+        return spec.parse(raw).hooks
+    except (OSError, RuntimeFailure):
+        return None
+
+
+def kill(root: str, container_id: str, number: int, *, everyone: bool = False) -> None:
+    """Signals the init, or with `everyone` all of the container. Raises RuntimeFailure when it is not running."""
+    facts = state.load(root, container_id)
+    if everyone:
+        manager = facts.manager()
+        if number == _SIGKILL:
+            manager.kill(number)
+        else:
+            _signal_each(manager.pids(), number)
+        return
+    if not _signal(facts, number):
+        raise _wrong("container not running")
+    if number == _SIGKILL:
+        _thaw(facts)  # a frozen process takes no signal, not even this one, on cgroup v1 (threats O61)
+
+
+def _signal(facts: State, number: int) -> bool:
+    """False when the init is gone. The start time is checked after the pidfd is held: no other process can be hit."""
+    try:
+        pidfd = pidfd_open(facts.pid)
+    except KernelError as error:
+        if error.errno in (errno.ESRCH, errno.EINVAL):
+            return False
+        raise
+    try:
+        if not is_running(facts.pid, facts.started):
+            return False
+        pidfd_send_signal(pidfd, number)
+        return True
+    except KernelError as error:
+        if error.errno == errno.ESRCH:
+            return False
+        raise RuntimeFailure.of(error, what=f"signal container {facts.id}") from None
+    finally:
+        os.close(pidfd)
+
+
+def _signal_each(pids: list[int], number: int) -> None:
+    for pid in pids:
+        try:
+            pidfd = pidfd_open(pid)
+        except KernelError:
+            continue
+        try:
+            pidfd_send_signal(pidfd, number)
+        except KernelError as error:
+            if error.errno != errno.ESRCH:
+                raise
+        finally:
+            os.close(pidfd)
+
+
+def _thaw(facts: State) -> None:
+    try:
+        manager = facts.manager()
+        if manager.frozen():
+            manager.freeze(False)
+    except (OSError, RuntimeFailure):
+        pass  # no freezer, or no cgroup any more
+
+
+def delete(root: str, container_id: str, *, force: bool = False) -> None:
+    """Removes a stopped container; with `force` one in any state, half-made ones and unknown ids included.
+    Raises RuntimeFailure when something of it could not be removed: the same call goes on from there."""
+    directory = state.directory(root, container_id)
+    try:
+        facts = state.load(root, container_id)
+    except RuntimeFailure as failure:
+        if failure.code == "not_found" and force:
+            return
+        if failure.code != "failed_precondition" or not force:
+            raise
+        _remove_half_made(directory, container_id)
+        return
+    now = state.status(root, facts)
+    if now not in ("stopped", "created") and not force:
+        raise _wrong(f"cannot delete container {container_id} that is not stopped: {now}")
+    _end(facts)
+    manager = facts.manager()
+    manager.kill(_SIGKILL)  # with a shared PID namespace the rest lives on after the init
+    manager.destroy()
+    failpoint("delete.cgroup")
+    hooks = _hooks(facts)
+    remove_tree(directory)
+    if hooks is not None and hooks.poststop:
+        from runtime import hooks as runner
+
+        try:
+            runner.run(hooks.poststop, encode(state.describe(facts, "stopped")), "poststop hooks")
+        except RuntimeFailure:
+            pass  # the spec: log and go on; there is nothing left to undo
+
+
+def _end(facts: State) -> None:
+    """SIGKILL for the init, and a bounded wait for its end."""
+    try:
+        pidfd = pidfd_open(facts.pid)
+    except KernelError:
+        return
+    try:
+        if not is_running(facts.pid, facts.started):
+            return
+        pidfd_send_signal(pidfd, _SIGKILL)
+        _thaw(facts)
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        if not poll.poll(KILL_WAIT_S * 1000):
+            raise RuntimeFailure(
+                f"container {facts.id}: process {facts.pid} did not end within {KILL_WAIT_S:g} s of SIGKILL",
+                hint="it hangs in the kernel; delete again once it is gone",
+                code="unavailable",
+            )
+    finally:
+        os.close(pidfd)
+
+
+def _remove_half_made(directory: str, container_id: str) -> None:
+    """What a create that was killed left: its init ended with it (runtime/sync.py); the cgroup is named in a note."""
+    from runtime.cgroups.manager import manager_from_paths
+
+    try:
+        fd = os.open(f"{directory}/cgroup.json", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        pass
+    else:
+        try:
+            paths = Fields({"cgroup": decode(os.read(fd, 1 << 16), "cgroup.json")}).mapping("cgroup")
+        finally:
+            os.close(fd)
+        if os.path.basename(next(iter(paths.values()), "")).endswith(container_id):
+            manager = manager_from_paths(paths)
+            manager.kill(_SIGKILL)
+            manager.destroy()
+    remove_tree(directory)
+
+
+def describe(root: str, container_id: str) -> dict[str, object]:
+    """The OCI state of one container. Raises RuntimeFailure (not_found)."""
+    facts = state.load(root, container_id)
+    return state.describe(facts, state.status(root, facts))
+
+
+def list_states(root: str) -> list[dict[str, object]]:
+    """The OCI state of every container under `root`; half-made ones, and those that go away meanwhile, are left out."""
+    found = []
+    for container_id in state.ids(root):
+        try:
+            found.append(describe(root, container_id))
+        except RuntimeFailure:
+            continue
+    return found
+
+
+def pids(root: str, container_id: str) -> list[int]:
+    """All processes of the container, as this PID namespace numbers them."""
+    return state.load(root, container_id).manager().pids()
+
+
+def pause(root: str, container_id: str) -> None:
+    """Freezes the container. Raises RuntimeFailure unless it is running or created."""
+    facts = state.load(root, container_id)
+    now = state.status(root, facts)
+    if now not in ("running", "created"):
+        raise _wrong(f"cannot pause: container is {now}, not running")
+    facts.manager().freeze(True)
+
+
+def resume(root: str, container_id: str) -> None:
+    """Thaws the container. Raises RuntimeFailure unless it is paused."""
+    facts = state.load(root, container_id)
+    if state.status(root, facts) != "paused":
+        raise _wrong("cannot resume: container not paused")
+    facts.manager().freeze(False)
+
+
+def update(root: str, container_id: str, wanted: Mapping[str, object]) -> None:
+    """Puts new limits (runtime-spec linux.resources) into force, all or nothing."""
+    facts = state.load(root, container_id)
+    if state.status(root, facts) == "stopped":
+        raise _wrong("container not running")
+    facts.manager().set(resources.parse(Fields(dict(wanted), "resources")))

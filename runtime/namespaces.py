@@ -1,0 +1,140 @@
+"""Linux namespaces: which are new, which are joined by path, and by whom.
+
+Refuses a path that is no namespace of its type before any process is made. Invariant: the caller of create never
+changes its own namespaces; new ones are made by the clone that makes the init, and joined ones are joined by that init,
+or, where a process cannot move itself (a PID namespace) or must not yet (a user namespace comes first), by a
+short-lived process between (user_namespaces(7), pid_namespaces(7)).
+"""
+
+from __future__ import annotations
+
+import os
+
+from runtime.errors import RuntimeFailure
+from runtime.linux.files import NSFS_MAGIC, fstatfs_type
+from runtime.linux.namespace import namespace_type
+from runtime.linux.process import (
+    CLONE_NEWCGROUP,
+    CLONE_NEWIPC,
+    CLONE_NEWNET,
+    CLONE_NEWNS,
+    CLONE_NEWPID,
+    CLONE_NEWUSER,
+    CLONE_NEWUTS,
+    setns,
+)
+from runtime.linux.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# runtime-spec config-linux.md "Namespaces"; the order is the order of joining: user first, for the rights in it, and
+# mount last, for the host's /proc is gone after it.
+FLAGS = {
+    "user": CLONE_NEWUSER,
+    "pid": CLONE_NEWPID,
+    "network": CLONE_NEWNET,
+    "ipc": CLONE_NEWIPC,
+    "uts": CLONE_NEWUTS,
+    "cgroup": CLONE_NEWCGROUP,
+    "mount": CLONE_NEWNS,
+}
+# The name of each under /proc/PID/ns.
+PROC_NAMES = {
+    "user": "user",
+    "pid": "pid",
+    "network": "net",
+    "ipc": "ipc",
+    "uts": "uts",
+    "cgroup": "cgroup",
+    "mount": "mnt",
+}
+
+
+class Namespace(Record):
+    """One entry of linux.namespaces; `path` "" asks for a new one."""
+
+    kind: str
+    path: str = ""
+
+
+def new_flags(namespaces: Iterable[Namespace]) -> int:
+    """CLONE_NEW* of those that are to be made."""
+    flags = 0
+    for namespace in namespaces:
+        if not namespace.path:
+            flags |= FLAGS[namespace.kind]
+    return flags
+
+
+def is_private(namespaces: Iterable[Namespace], kind: str) -> bool:
+    """True when the container does not share its caller's `kind`: a new one, or another one joined by path."""
+    for namespace in namespaces:
+        if namespace.kind == kind:
+            return not namespace.path or _identity(namespace.path) != _identity(f"/proc/self/ns/{PROC_NAMES[kind]}")
+    return False
+
+
+def _identity(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise RuntimeFailure.of(error, step="namespaces", what="join a namespace", code="invalid_argument") from None
+    return status.st_dev, status.st_ino
+
+
+class Joins:
+    """The fds of the namespaces to join, open in the parent, and who joins which.
+
+    `before`: by the process between, before it clones the init. `inside`: by the init itself. Both in order.
+    """
+
+    def __init__(self, namespaces: Iterable[Namespace]) -> None:
+        self.before: list[tuple[int, int]] = []
+        self.inside: list[tuple[int, int]] = []
+        wanted = {namespace.kind: namespace for namespace in namespaces}
+        # With a new user namespace the init has no rights over the namespaces of others: all is joined before.
+        early = "user" in wanted and not wanted["user"].path
+        try:
+            for kind, flag in FLAGS.items():
+                if kind not in wanted or not wanted[kind].path:
+                    continue
+                if _identity(wanted[kind].path) == _identity(f"/proc/self/ns/{PROC_NAMES[kind]}"):
+                    continue  # joined already; for a user namespace setns(2) even refuses it
+                target = self.before if early or kind in ("user", "pid") else self.inside
+                target.append((_open(kind, wanted[kind].path), flag))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        for fd, _ in (*self.before, *self.inside):
+            os.close(fd)
+        self.before, self.inside = [], []
+
+
+def _open(kind: str, path: str) -> int:
+    what = f"join {kind} namespace {path}"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        raise RuntimeFailure.of(error, step="namespaces", what=what, code="invalid_argument") from None
+    try:
+        if fstatfs_type(fd) != NSFS_MAGIC or namespace_type(fd) != FLAGS[kind]:
+            raise RuntimeFailure(
+                f"{what}: that is no {kind} namespace",
+                step="namespaces",
+                hint="linux.namespaces[].path must be like /proc/PID/ns/… or a bind mount of it",
+                code="invalid_argument",
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def join(fds: Iterable[tuple[int, int]]) -> None:
+    """setns(2) into each."""
+    for fd, flag in fds:
+        setns(fd, flag)

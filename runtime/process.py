@@ -1,0 +1,325 @@
+"""What the init (or an exec) does to itself before execve: limits, identity, capabilities, working directory, command.
+
+Refuses to resolve the working directory through a magic link (CVE-2024-21626), and to hand on any fd but 0, 1, 2 and
+those that were asked for. Invariant: each function changes the calling process only, and is called in the order of
+runtime.init.STEPS.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import stat
+
+from runtime.capabilities import names
+from runtime.errors import RuntimeFailure
+from runtime.linux.files import open_in_root, read_bounded
+from runtime.linux.keys import join_session_keyring
+from runtime.linux.libc import KernelError, prctl
+from runtime.linux.process import (
+    CLOSE_RANGE_CLOEXEC,
+    PR_CAPBSET_READ,
+    cap_ambient_clear,
+    cap_ambient_raise,
+    capbset_drop,
+    capget,
+    capset,
+    close_range,
+    execveat,
+    ioprio_set,
+    reset_all_signals,
+    set_keepcaps,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from runtime.spec import Capabilities, Process, Rlimit, User
+
+    Warn = Callable[[str], None]
+
+_AT_FDCWD = -100
+_NULL_DEVICE = os.makedev(1, 3)
+_PASSWD_LIMIT = 1 << 20
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# What loading a filter and lowering the sets at the very end takes; see `Identity`.
+_CAP_SYS_ADMIN, _CAP_SETPCAP = 1 << 21, 1 << 8
+
+
+def reset_signals() -> None:
+    """Every disposition to its default and an empty mask: the interpreter ignores SIGPIPE, a nohup'd caller SIGHUP,
+    and execve(2) hands both on."""
+    reset_all_signals()
+
+
+def new_keyring(name: str, warn: Warn) -> None:
+    """A session keyring of the container's own, so that it reads no key of the caller (keyrings(7))."""
+    try:
+        join_session_keyring(name)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EPERM, errno.EDQUOT):
+            raise
+        warn(f"no session keyring of its own: {error}")
+
+
+def all_cpus() -> None:
+    """Undoes the affinity of the caller; the kernel keeps within the cpuset (threats O61)."""
+    os.sched_setaffinity(0, range(4096))
+
+
+def set_rlimits(limits: Iterable[Rlimit], warn: Warn) -> None:
+    """setrlimit(2) of each. Without CAP_SYS_RESOURCE a limit cannot rise: then it becomes what it may be."""
+    for limit in limits:
+        wanted = (_unlimited(limit.soft), _unlimited(limit.hard))
+        try:
+            resource.setrlimit(limit.resource, wanted)
+        except (PermissionError, ValueError) as error:
+            if isinstance(error, ValueError) and "maximum limit" not in str(error):
+                raise RuntimeFailure(f"set {limit.name} to {limit.soft}:{limit.hard}: {error}") from None
+            _, hard = resource.getrlimit(limit.resource)
+            hard_wanted = _lower(wanted[1], hard)
+            resource.setrlimit(limit.resource, (_lower(wanted[0], hard_wanted), hard_wanted))
+            warn(f"{limit.name} {limit.soft}:{limit.hard} is above what this process may set: it is {hard_wanted}")
+        except OSError as error:
+            raise RuntimeFailure.of(error, what=f"set {limit.name} to {limit.soft}:{limit.hard}") from None
+
+
+def _unlimited(value: int) -> int:
+    return resource.RLIM_INFINITY if value >= (1 << 63) - 1 else value
+
+
+def _lower(one: int, two: int) -> int:
+    if one == resource.RLIM_INFINITY:
+        return two
+    return one if two == resource.RLIM_INFINITY else min(one, two)
+
+
+def set_io_priority(priority: tuple[int, int]) -> None:
+    """ioprio_set(2) for this process."""
+    ioprio_set(*priority)
+
+
+def own_stdio(user: User) -> None:
+    """Gives pipes and terminals on 0, 1 and 2 to the user, so that it can reopen them under /proc/self/fd.
+
+    Never a device such as /dev/null: that inode is the host's (threats S20). Neither a regular file: its owner is the
+    caller's business."""
+    for fd in (0, 1, 2):
+        try:
+            status = os.fstat(fd)
+        except OSError:
+            continue  # closed by the caller, who may
+        if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode) or status.st_uid == user.uid:
+            continue
+        if stat.S_ISCHR(status.st_mode) and not os.isatty(fd):
+            continue
+        try:
+            os.fchown(fd, user.uid, -1)
+        except OSError as error:
+            # In a user namespace the pipe's owner may be unmapped, and some filesystems have no owners.
+            if error.errno not in (errno.EINVAL, errno.EPERM, errno.EROFS, errno.ENOSYS):
+                raise
+
+
+class Identity:
+    """Becomes the user with the capabilities asked for, in two halves around the seccomp filter.
+
+    Without no_new_privs, loading a filter needs CAP_SYS_ADMIN; were the filter loaded before setuid, it would have to
+    allow setuid, setgroups and all the rest. So CAP_SYS_ADMIN is held until the filter is in force, and the only calls
+    after it are capset and execve.
+    """
+
+    def __init__(self, process: Process, warn: Warn) -> None:
+        self._user = process.user
+        self._wanted = process.capabilities
+        self._effective, self._permitted, self._inheritable = capget()
+        self._final: tuple[int, int, int] | None = None
+        if self._wanted is not None and self._wanted.unknown:
+            warn(f"ignored unknown capabilities: {', '.join(self._wanted.unknown)}")
+        if self._wanted is not None:
+            self._wanted = self._available(self._wanted, warn)
+
+    def _available(self, wanted: Capabilities, warn: Warn) -> Capabilities:
+        """Without what this process lacks itself: nobody can give what he has not."""
+        have = bounding_set() & self._permitted
+        every = wanted.bounding | wanted.effective | wanted.permitted | wanted.inheritable | wanted.ambient
+        if every & ~have:
+            warn(f"ignored unavailable capabilities: {', '.join(names(every & ~have))}")
+        permitted = wanted.permitted & have
+        inheritable = wanted.inheritable & have
+        return wanted.changed(
+            bounding=wanted.bounding & have,
+            permitted=permitted,
+            effective=wanted.effective & permitted,
+            inheritable=inheritable,
+            # The kernel raises in the ambient set only what is in both of these, capabilities(7).
+            ambient=wanted.ambient & permitted & inheritable,
+        )
+
+    def drop(self) -> None:
+        """Bounding set, groups, gid, uid; afterwards the sets are the final ones, plus CAP_SYS_ADMIN."""
+        wanted = self._wanted
+        if wanted is not None:
+            if self._effective & _CAP_SETPCAP:
+                current = bounding_set()
+                for number in range(64):
+                    if (current & ~wanted.bounding) >> number & 1:
+                        capbset_drop(number)
+            set_keepcaps(True)
+        os.setgroups(list(dict.fromkeys(self._user.additional_gids)))
+        os.setresgid(self._user.gid, self._user.gid, self._user.gid)
+        os.setresuid(self._user.uid, self._user.uid, self._user.uid)
+        os.umask(0o022 if self._user.umask is None else self._user.umask)
+        if wanted is None:
+            return
+        keep = _CAP_SYS_ADMIN & self._permitted
+        capset(wanted.effective | keep, wanted.permitted | keep, wanted.inheritable)
+        set_keepcaps(False)
+        cap_ambient_clear()
+        for number in range(64):
+            if wanted.ambient >> number & 1:
+                cap_ambient_raise(number)
+        if keep & ~wanted.effective or keep & ~wanted.permitted:
+            self._final = (wanted.effective, wanted.permitted, wanted.inheritable)
+
+    def finish(self) -> None:
+        """The last change before execve: gives up what the filter needed."""
+        if self._final is not None:
+            capset(*self._final)
+
+
+def bounding_set() -> int:
+    """The bounding set of this thread as a mask."""
+    mask = 0
+    for number in range(64):
+        try:
+            mask |= prctl(PR_CAPBSET_READ, number) << number
+        except KernelError:
+            break  # EINVAL: above the last one that this kernel knows
+    return mask
+
+
+def home_of(root_fd: int, uid: int) -> str:
+    """The home directory that /etc/passwd inside the root has for `uid`, or "/". Bounded, regular file only (S42)."""
+    try:
+        raw = read_bounded(root_fd, "etc/passwd", _PASSWD_LIMIT, in_root=True)
+    except OSError:
+        return "/"
+    for line in raw.split(b"\n"):
+        fields = line.split(b":")
+        if len(fields) >= 7 and fields[2] == b"%d" % uid:
+            return os.fsdecode(fields[5]) if fields[5].startswith(b"/") else "/"
+    return "/"
+
+
+def environment(process: Process, root_fd: int) -> list[bytes]:
+    """The config's environment, later entries winning, with HOME where it has none (as runc does)."""
+    entries: dict[bytes, bytes] = {}
+    for entry in process.env:
+        name, _, value = os.fsencode(entry).partition(b"=")
+        entries[name] = value
+    if not entries.get(b"HOME"):
+        entries[b"HOME"] = os.fsencode(home_of(root_fd, process.user.uid))
+    return [name + b"=" + value for name, value in entries.items()]
+
+
+def enter_directory(root_fd: int, cwd: str) -> None:
+    """fchdir(2) to `cwd` as seen from `root_fd`: no magic link on the way can lead to an fd of the host (S8)."""
+    fd = open_in_root(root_fd, cwd, os.O_PATH | os.O_DIRECTORY)
+    try:
+        os.fchdir(fd)
+    finally:
+        os.close(fd)
+
+
+def verify_directory() -> None:
+    """Raises when the working directory is not below the root: getcwd(3) says (unreachable) then."""
+    try:
+        inside = os.getcwd().startswith("/")
+    except FileNotFoundError:
+        inside = False
+    if not inside:
+        raise RuntimeFailure("the working directory is outside of the container's root", code="failed_precondition")
+
+
+def find_command(name: str, env: Iterable[bytes]) -> str:
+    """The path to execute for `name`, in the words that callers of runc look for when there is none."""
+    if "/" in name:
+        _check_executable(name, name)
+        return name
+    path = next((entry[5:] for entry in env if entry.startswith(b"PATH=")), os.fsencode(DEFAULT_PATH))
+    denied = False
+    for directory in os.fsdecode(path).split(":"):
+        if not directory.startswith("/"):
+            continue  # a relative entry finds what somebody put into the working directory
+        try:
+            _check_executable(f"{directory}/{name}", name)
+        except RuntimeFailure as failure:
+            denied = denied or failure.errno == errno.EACCES
+            continue
+        return f"{directory}/{name}"
+    problem = "permission denied" if denied else "executable file not found in $PATH"
+    raise RuntimeFailure(
+        f'exec: "{name}": {problem}',
+        step="command",
+        errno=errno.EACCES if denied else errno.ENOENT,
+        code="invalid_argument",
+        hint="process.args[0] must exist in the root filesystem and be executable",
+    )
+
+
+def _check_executable(path: str, name: str) -> None:
+    code = 0
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            code = errno.EISDIR
+        elif not status.st_mode & 0o111 or not os.access(path, os.X_OK, effective_ids=True):
+            code = errno.EACCES
+    except (OSError, ValueError) as error:
+        code = error.errno or errno.EINVAL if isinstance(error, OSError) else errno.EINVAL
+    if code:
+        problem = "is a directory: permission denied" if code == errno.EISDIR else os.strerror(code).lower()
+        where = "" if code in (errno.EACCES, errno.EISDIR) else f"stat {path}: "
+        raise RuntimeFailure(
+            f'exec: "{name}": {where}{problem}',
+            step="command",
+            errno=code,
+            code="invalid_argument",
+            hint="process.args[0] must exist in the root filesystem and be executable",
+        )
+
+
+def close_all_but(keep: Iterable[int], preserved: int) -> None:
+    """Closes every fd above 2 but `keep` and the first `preserved`; those of `keep` that stay open are CLOEXEC."""
+    start = 3 + preserved
+    for fd in sorted({fd for fd in keep if fd >= start}):
+        if fd > start:
+            close_range(start, fd - 1)
+        start = fd + 1
+    close_range(start)
+    close_range(3 + preserved, flags=CLOSE_RANGE_CLOEXEC)
+    for fd in range(3, 3 + preserved):
+        os.set_inheritable(fd, True)
+
+
+def execute(path: str, args: Iterable[str], env: Iterable[bytes]) -> None:
+    """execve(2). Returns only by raising, in a sentence with the file and what is likely wrong with it."""
+    try:
+        execveat(_AT_FDCWD, path, [os.fsencode(arg) for arg in args], list(env))
+    except KernelError as error:
+        hints = {
+            errno.ENOEXEC: "it is neither a program of this architecture nor a script with a #! line",
+            errno.ENOENT: "the file is there, but its interpreter (#! line, dynamic loader) is not",
+            errno.EACCES: "it or its interpreter is not executable, or its mount is noexec",
+        }
+        words = os.strerror(error.errno or 0).lower()
+        raise RuntimeFailure(
+            f"exec {path}: {words} ({errno.errorcode.get(error.errno or 0, error.errno)})",
+            step="exec",
+            errno=error.errno or 0,
+            hint=hints.get(error.errno or 0, ""),
+            code="invalid_argument" if error.errno in hints else "internal",
+        ) from None

@@ -1,0 +1,433 @@
+"""config.json (OCI runtime-spec 1.3, Linux) as frozen values: read once, here, and checked field by field.
+
+Refuses by its path every field that this runtime knows and does not support yet, if it asks for something; what the
+specification does not know is ignored, as it wants. Invariant: who holds a `Spec` sees no dict, and ids, counts and
+lengths in it are in range.
+"""
+
+from __future__ import annotations
+
+from runtime import mounts, resources, seccomp
+from runtime.capabilities import CAPABILITIES
+from runtime.fields import FieldError, Fields, decode
+from runtime.linux.record import Record
+from runtime.mounts import Mount
+from runtime.namespaces import FLAGS, Namespace
+from runtime.resources import Resources
+from runtime.seccomp import Seccomp
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Larger ids are legal for the kernel up to 2^32-2, but the peers stop here and images abuse the rest (threats S32).
+MAX_ID = (1 << 31) - 1
+MAX_UINT64 = (1 << 64) - 1
+# asm-generic/resource.h, by number
+RLIMITS = (
+    *("CPU", "FSIZE", "DATA", "STACK", "CORE", "RSS", "NPROC", "NOFILE"),
+    *("MEMLOCK", "AS", "LOCKS", "SIGPENDING", "MSGQUEUE", "NICE", "RTPRIO", "RTTIME"),
+)
+IO_CLASSES = {"IOPRIO_CLASS_RT": 1, "IOPRIO_CLASS_BE": 2, "IOPRIO_CLASS_IDLE": 3}
+
+
+class User(Record):
+    """Who the process is. `umask` None: as runc has it, 0022."""
+
+    uid: int = 0
+    gid: int = 0
+    additional_gids: tuple[int, ...] = ()
+    umask: int | None = None
+
+
+class Capabilities(Record):
+    """Five sets as bit masks (capabilities(7)); `unknown` names were in the config and not in any kernel we know."""
+
+    bounding: int = 0
+    effective: int = 0
+    inheritable: int = 0
+    permitted: int = 0
+    ambient: int = 0
+    unknown: tuple[str, ...] = ()
+
+
+class Rlimit(Record):
+    """`resource` is the number of RLIMIT_*, `name` its name."""
+
+    name: str
+    resource: int
+    soft: int
+    hard: int
+
+
+class Process(Record):
+    """config.json's process, and that of an exec. Strings hold the config's bytes (surrogateescape)."""
+
+    args: tuple[str, ...]
+    cwd: str
+    env: tuple[str, ...] = ()
+    user: User = User()
+    terminal: bool = False
+    console_size: tuple[int, int] = (0, 0)
+    capabilities: Capabilities | None = None
+    rlimits: tuple[Rlimit, ...] = ()
+    no_new_privileges: bool = False
+    apparmor_profile: str = ""
+    selinux_label: str = ""
+    oom_score_adj: int | None = None
+    io_priority: tuple[int, int] | None = None
+
+
+class IdMapping(Record):
+    """One line of uid_map or gid_map (user_namespaces(7))."""
+
+    container: int
+    host: int
+    size: int
+
+
+class Device(Record):
+    """One of linux.devices; `kind` is "c", "b" or "p"."""
+
+    path: str
+    kind: str
+    major: int = 0
+    minor: int = 0
+    mode: int = 0o666
+    uid: int = 0
+    gid: int = 0
+
+
+class Hook(Record):
+    """A program of the operator that runs at a point of the lifecycle; `timeout` in seconds, 0: none."""
+
+    path: str
+    args: tuple[str, ...]
+    env: tuple[str, ...]
+    timeout: int
+    where: str
+
+
+class Hooks(Record):
+    """config.json's hooks; `prestart` runs just before `create_runtime` (deprecated, but in use)."""
+
+    prestart: tuple[Hook, ...] = ()
+    create_runtime: tuple[Hook, ...] = ()
+    create_container: tuple[Hook, ...] = ()
+    start_container: tuple[Hook, ...] = ()
+    poststart: tuple[Hook, ...] = ()
+    poststop: tuple[Hook, ...] = ()
+
+
+class Spec(Record):
+    """A whole config.json."""
+
+    version: str
+    root_path: str
+    resources: Resources
+    process: Process | None = None
+    root_readonly: bool = False
+    hostname: str = ""
+    domainname: str = ""
+    mounts: tuple[Mount, ...] = ()
+    namespaces: tuple[Namespace, ...] = ()
+    uid_mappings: tuple[IdMapping, ...] = ()
+    gid_mappings: tuple[IdMapping, ...] = ()
+    devices: tuple[Device, ...] = ()
+    cgroups_path: str = ""
+    seccomp: Seccomp | None = None
+    sysctl: tuple[tuple[str, str], ...] = ()
+    masked_paths: tuple[str, ...] = ()
+    readonly_paths: tuple[str, ...] = ()
+    rootfs_propagation: tuple[int, bool] | None = None
+    personality: int | None = None
+    hooks: Hooks = Hooks()
+    annotations: tuple[tuple[str, str], ...] = ()
+
+    def has_new(self, kind: str) -> bool:
+        """True when a namespace of this kind is to be made."""
+        return any(namespace.kind == kind and not namespace.path for namespace in self.namespaces)
+
+    def has(self, kind: str) -> bool:
+        """True when a namespace of this kind is made or joined."""
+        return any(namespace.kind == kind for namespace in self.namespaces)
+
+
+def parse(raw: bytes) -> Spec:
+    """config.json's bytes. Raises FieldError, naming the field."""
+    fields = Fields(decode(raw, "config.json"))
+    version = fields.str("ociVersion", required=True)
+    if version.split(".")[0] != "1":
+        raise fields.error("ociVersion", f'expected a version 1.x of the runtime specification, got "{version:.40}"')
+    root = fields.required_object("root")
+    linux = fields.object("linux") or Fields({}, "linux")
+    linux.refuse("mountLabel", "intelRdt", "timeOffsets", "netDevices", "memoryPolicy")
+    process = fields.object("process")
+    namespaces = _namespaces(linux)
+    kinds = {namespace.kind for namespace in namespaces}
+    spec = Spec(
+        version=version,
+        root_path=root.str("path", required=True),
+        root_readonly=root.bool("readonly"),
+        process=None if process is None else _process(process),
+        hostname=_hostname(fields, "hostname", kinds),
+        domainname=_hostname(fields, "domainname", kinds),
+        mounts=tuple(mounts.parse(entry) for entry in fields.objects("mounts")),
+        namespaces=namespaces,
+        uid_mappings=_mappings(linux, "uidMappings"),
+        gid_mappings=_mappings(linux, "gidMappings"),
+        devices=tuple(_device(entry) for entry in linux.objects("devices")),
+        cgroups_path=linux.str("cgroupsPath"),
+        resources=resources.parse(linux.object("resources") or Fields({}, "linux.resources")),
+        seccomp=_seccomp(linux),
+        sysctl=_sysctl(linux, namespaces),
+        masked_paths=_absolute(linux, "maskedPaths"),
+        readonly_paths=_absolute(linux, "readonlyPaths"),
+        rootfs_propagation=_propagation(linux),
+        personality=_personality(linux),
+        hooks=_hooks(fields),
+        annotations=tuple(fields.mapping("annotations").items()),
+    )
+    _check_user_namespace(linux, spec)
+    return spec
+
+
+def parse_process(obj: object, path: str) -> Process:
+    """A `process` object: that of an exec, given as JSON was read. Raises FieldError."""
+    return _process(Fields(obj, path))
+
+
+def _process(fields: Fields) -> Process:
+    fields.refuse("scheduler", "execCPUAffinity")
+    args = fields.strs("args")
+    if not args or not args[0]:
+        raise fields.error("args", "at least one argument is required, and the first must not be empty")
+    cwd = fields.str("cwd", required=True)
+    if not cwd.startswith("/"):
+        raise fields.error("cwd", f'expected an absolute path, got "{cwd:.80}"')
+    env = fields.strs("env")
+    for index, entry in enumerate(env):
+        if "=" not in entry[1:]:
+            raise fields.error(f"env[{index}]", f'expected NAME=VALUE, got "{entry:.80}"')
+    console = fields.object("consoleSize")
+    return Process(
+        args=args,
+        cwd=cwd,
+        env=env,
+        user=_user(fields.object("user") or Fields({}, fields.at("user"))),
+        terminal=fields.bool("terminal"),
+        console_size=(console.int("height", 0, 65535), console.int("width", 0, 65535)) if console else (0, 0),
+        capabilities=_capabilities(fields.object("capabilities")),
+        rlimits=_rlimits(fields),
+        no_new_privileges=fields.bool("noNewPrivileges"),
+        apparmor_profile=fields.str("apparmorProfile"),
+        selinux_label=fields.str("selinuxLabel"),
+        oom_score_adj=fields.optional_int("oomScoreAdj", -1000, 1000),
+        io_priority=_io_priority(fields.object("ioPriority")),
+    )
+
+
+def _user(fields: Fields) -> User:
+    return User(
+        uid=fields.int("uid", 0, MAX_ID),
+        gid=fields.int("gid", 0, MAX_ID),
+        additional_gids=fields.ints("additionalGids", 0, MAX_ID),
+        umask=fields.optional_int("umask", 0, 0o777),
+    )
+
+
+def _capabilities(fields: Fields | None) -> Capabilities | None:
+    if fields is None:
+        return None
+    sets, unknown = {}, []
+    for kind in ("bounding", "effective", "inheritable", "permitted", "ambient"):
+        mask = 0
+        for name in fields.strs(kind):
+            if name in CAPABILITIES:
+                mask |= 1 << CAPABILITIES[name]
+            elif name not in unknown:
+                unknown.append(name)
+        sets[kind] = mask
+    return Capabilities(**sets, unknown=tuple(unknown))
+
+
+def _rlimits(fields: Fields) -> tuple[Rlimit, ...]:
+    found: dict[str, Rlimit] = {}
+    for entry in fields.objects("rlimits"):
+        name = entry.str("type", required=True)
+        short = name.removeprefix("RLIMIT_")
+        if short not in RLIMITS or short == name:
+            raise entry.error("type", f'unknown resource limit "{name:.40}"')
+        if name in found:
+            raise entry.error("type", f"{name} is given twice")
+        soft, hard = (entry.int(key, 0, MAX_UINT64, required=True) for key in ("soft", "hard"))
+        if soft > hard:
+            raise entry.error("soft", f"{soft} is above the hard limit {hard}")
+        found[name] = Rlimit(name, RLIMITS.index(short), soft, hard)
+    return tuple(found.values())
+
+
+def _io_priority(fields: Fields | None) -> tuple[int, int] | None:
+    if fields is None:
+        return None
+    name = fields.str("class", required=True, choices=IO_CLASSES)
+    return IO_CLASSES[name], fields.int("priority", 0, 7)
+
+
+def _namespaces(linux: Fields) -> tuple[Namespace, ...]:
+    found: dict[str, Namespace] = {}
+    for entry in linux.objects("namespaces"):
+        kind = entry.str("type", required=True)
+        if kind == "time":
+            raise entry.error("type", 'namespace "time" is not supported by this runtime yet')
+        if kind not in FLAGS:
+            raise entry.error("type", f'unknown namespace "{kind:.40}"')
+        if kind in found:
+            raise entry.error("type", f'namespace "{kind}" is given twice')
+        path = entry.str("path")
+        if path and not path.startswith("/"):
+            raise entry.error("path", f'expected an absolute path, got "{path:.80}"')
+        found[kind] = Namespace(kind, path)
+    if "mount" not in found:
+        raise linux.error("namespaces", 'a "mount" namespace is required: without it the host\'s root would be pivoted')
+    if found["mount"].path:
+        raise linux.error("namespaces", "a mount namespace to join by path is not supported by this runtime yet")
+    return tuple(found.values())
+
+
+def _mappings(linux: Fields, key: str) -> tuple[IdMapping, ...]:
+    top = (1 << 32) - 1
+    found = tuple(
+        IdMapping(
+            entry.int("containerID", 0, top, required=True),
+            entry.int("hostID", 0, top, required=True),
+            entry.int("size", 1, top, required=True),
+        )
+        for entry in linux.objects(key)
+    )
+    if len(found) > 340:  # the kernel's limit, user_namespaces(7)
+        raise linux.error(key, f"{len(found)} mappings, the kernel takes at most 340")
+    return found
+
+
+def _check_user_namespace(linux: Fields, spec: Spec) -> None:
+    if spec.has_new("user"):
+        for key, mappings in (("uidMappings", spec.uid_mappings), ("gidMappings", spec.gid_mappings)):
+            if not mappings:
+                raise linux.error(key, "is required with a new user namespace")
+    elif (spec.uid_mappings or spec.gid_mappings) and not spec.has("user"):
+        raise linux.error("uidMappings", "needs a user namespace in linux.namespaces")
+
+
+def _device(fields: Fields) -> Device:
+    path = fields.str("path", required=True)
+    if not path.startswith("/") or ".." in path.split("/"):
+        raise fields.error("path", f'expected an absolute path without "..", got "{path:.80}"')
+    kind = fields.str("type", required=True, choices=("c", "b", "u", "p"))
+    numbers = (
+        {} if kind == "p" else {key: fields.int(key, 0, (1 << 32) - 1, required=True) for key in ("major", "minor")}
+    )
+    return Device(
+        path=path,
+        kind="c" if kind == "u" else kind,
+        mode=fields.int("fileMode", 0, 0xFFFF, 0o666) & 0o7777,
+        uid=fields.int("uid", 0, MAX_ID),
+        gid=fields.int("gid", 0, MAX_ID),
+        **numbers,
+    )
+
+
+def _seccomp(linux: Fields) -> Seccomp | None:
+    fields = linux.object("seccomp")
+    return None if fields is None else seccomp.parse(fields)
+
+
+# sysctl(8) names that belong to a namespace; everything else is the host's (threats S59).
+_IPC_SYSCTLS = frozenset({"msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced"})
+
+
+def _sysctl(linux: Fields, namespaces: Sequence[Namespace]) -> tuple[tuple[str, str], ...]:
+    kinds = {namespace.kind for namespace in namespaces}
+    found = linux.mapping("sysctl")
+    for name, value in found.items():
+        parts = name.replace("/", ".").split(".")
+        needs = ""
+        if parts[0] == "net":
+            needs = "network"
+        elif parts[:1] == ["kernel"] and len(parts) == 2 and parts[1] in _IPC_SYSCTLS or parts[:2] == ["fs", "mqueue"]:
+            needs = "ipc"
+        elif parts == ["kernel", "domainname"]:
+            needs = "uts"
+        elif parts == ["kernel", "hostname"]:
+            raise linux.error("sysctl", f'"{name}" conflicts with the field hostname: use that')
+        else:
+            raise linux.error("sysctl", f'sysctl "{name:.80}" is not in a separate kernel namespace')
+        if "" in parts or ".." in parts or not name.isascii() or not name.isprintable() or " " in name:
+            raise linux.error("sysctl", f'"{name:.80}" is no name of a sysctl')
+        if "\n" in value:
+            raise linux.error("sysctl", f'the value of "{name}" holds a line break')
+        if needs not in kinds:
+            raise linux.error("sysctl", f'sysctl "{name}" needs a {needs} namespace of its own')
+    return tuple(found.items())
+
+
+def _absolute(linux: Fields, key: str) -> tuple[str, ...]:
+    paths = linux.strs(key)
+    for index, path in enumerate(paths):
+        if not path.startswith("/"):
+            raise linux.error(f"{key}[{index}]", f'expected an absolute path, got "{path:.80}"')
+    return paths
+
+
+def _propagation(linux: Fields) -> tuple[int, bool] | None:
+    name = linux.str("rootfsPropagation")
+    if not name:
+        return None
+    if name not in mounts.PROPAGATION:
+        raise linux.error("rootfsPropagation", f'unknown propagation "{name:.40}"')
+    return mounts.PROPAGATION[name]
+
+
+def _personality(linux: Fields) -> int | None:
+    fields = linux.object("personality")
+    if fields is None:
+        return None
+    fields.refuse("flags")
+    return {"LINUX": 0x0000, "LINUX32": 0x0008}[fields.str("domain", required=True, choices=("LINUX", "LINUX32"))]
+
+
+def _hostname(fields: Fields, key: str, kinds: set[str]) -> str:
+    name = fields.str(key)
+    if name and "uts" not in kinds:
+        raise fields.error(key, "unable to set it without a uts namespace in linux.namespaces")
+    if len(name.encode("utf-8", "surrogateescape")) > 64:  # __NEW_UTS_LEN
+        raise fields.error(key, "longer than 64 bytes")
+    return name
+
+
+def _hooks(fields: Fields) -> Hooks:
+    hooks = fields.object("hooks")
+    if hooks is None:
+        return Hooks()
+    names = {
+        "prestart": "prestart",
+        "create_runtime": "createRuntime",
+        "create_container": "createContainer",
+        "start_container": "startContainer",
+        "poststart": "poststart",
+        "poststop": "poststop",
+    }
+    return Hooks(**{name: tuple(_hook(entry) for entry in hooks.objects(key)) for name, key in names.items()})
+
+
+def _hook(fields: Fields) -> Hook:
+    path = fields.str("path", required=True)
+    if not path.startswith("/"):
+        raise fields.error("path", f'expected an absolute path, got "{path:.80}"')
+    timeout = fields.optional_int("timeout")
+    if timeout is not None and timeout <= 0:
+        raise fields.error("timeout", f"expected more than zero seconds, got {timeout}")
+    return Hook(path, fields.strs("args"), fields.strs("env"), timeout or 0, fields.path)
+
+
+__all__ = ["FieldError", "Process", "Spec", "parse", "parse_process"]

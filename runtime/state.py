@@ -1,0 +1,210 @@
+"""What is known of a container between two commands: <root>/<id>/state.json, with the keys that readers of runc's want.
+
+    <root>/                0700
+      <id>/                0700; there from the first moment of create to the last of delete
+        state.json         written once the init is ready; atomically, without fsync: <root> does not outlive a boot
+        cgroup.json        where the cgroup is going to be, from before it is made
+        start.sock         the init waits here; gone once it was started
+
+Refuses an id that could be a path. Invariant: facts only; what a container *is* (`status`) is asked of the kernel each
+time, by pid and start time, so a reused pid is never taken for a container.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from runtime.errors import RuntimeFailure
+from runtime.fields import Fields, decode, encode
+from runtime.linux.files import write_durable
+from runtime.linux.process import is_running
+from runtime.linux.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from runtime.cgroups.manager import Manager
+
+START_SOCKET = "start.sock"
+_FILE = "state.json"
+_MAX_STATE = 16 << 20
+_ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-.")
+# namespaces(7) names as runc's state.json has them, and the files under /proc/PID/ns.
+_NAMESPACE_KEYS = {
+    "NEWUSER": "user",
+    "NEWPID": "pid",
+    "NEWNET": "net",
+    "NEWIPC": "ipc",
+    "NEWUTS": "uts",
+    "NEWNS": "mnt",
+    "NEWCGROUP": "cgroup",
+}
+
+
+class State(Record):
+    """Facts of one container. `created` is RFC 3339, `started` clock ticks since boot, `annotations` config.json's."""
+
+    id: str
+    pid: int
+    started: int
+    created: str
+    bundle: str
+    rootfs: str
+    version: str
+    cgroup_paths: tuple[tuple[str, str], ...] = ()
+    annotations: tuple[tuple[str, str], ...] = ()
+    owner: int = 0
+
+    def manager(self) -> Manager:
+        """The container's cgroups."""
+        from runtime.cgroups.manager import manager_from_paths
+
+        return manager_from_paths(dict(self.cgroup_paths))
+
+
+def check_id(container_id: str) -> str:
+    """The id itself. Raises RuntimeFailure unless it is a file name of harmless characters (threats S19)."""
+    if (
+        not container_id
+        or len(container_id) > 1024
+        or container_id in (".", "..")
+        or container_id[0] in ".-"
+        or set(container_id) - _ID_CHARACTERS
+    ):
+        raise RuntimeFailure(
+            f"invalid container ID format: {container_id[:80]!r}",
+            hint="letters, digits and _+-. only, not starting with . or -",
+            code="invalid_argument",
+        )
+    return container_id
+
+
+def directory(root: str, container_id: str) -> str:
+    """The container's directory; it may not be there."""
+    return f"{root}/{check_id(container_id)}"
+
+
+def reserve(root: str, container_id: str) -> str:
+    """Makes the container's directory, and so takes the id. Raises RuntimeFailure when it is taken."""
+    path = directory(root, container_id)
+    try:
+        os.makedirs(root, 0o700, exist_ok=True)
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        raise RuntimeFailure(
+            f"container with id exists: {container_id}", code="already_exists", hint="delete it, or choose another id"
+        ) from None
+    except OSError as error:
+        raise RuntimeFailure.of(error, what=f"make {path}") from None
+    return path
+
+
+def save(root: str, state: State) -> None:
+    """Writes state.json, whole or not at all."""
+    namespaces = {key: f"/proc/{state.pid}/ns/{name}" for key, name in _NAMESPACE_KEYS.items()}
+    document = {
+        "id": state.id,
+        "init_process_pid": state.pid,
+        "init_process_start": state.started,
+        "created": state.created,
+        "config": {"rootfs": state.rootfs, "labels": [f"bundle={state.bundle}"], "version": state.version},
+        "rootless": state.owner != 0,
+        "cgroup_paths": dict(state.cgroup_paths),
+        "namespace_paths": namespaces,
+        "annotations": dict(state.annotations),
+        "bundle": state.bundle,
+        "owner": state.owner,
+    }
+    write_durable(f"{directory(root, state.id)}/{_FILE}", encode(document), sync=False)
+
+
+def load(root: str, container_id: str) -> State:
+    """The facts. Raises RuntimeFailure: not_found when there is no such container, failed_precondition when its
+    create never came to an end."""
+    path = directory(root, container_id)
+    try:
+        fd = os.open(f"{path}/{_FILE}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        if os.path.isdir(path):
+            raise RuntimeFailure(
+                f"container {container_id} was never completely created",
+                code="failed_precondition",
+                hint="delete it with --force",
+            ) from None
+        raise RuntimeFailure("container does not exist", code="not_found", hint=f"no {path}") from None
+    try:
+        raw = os.read(fd, _MAX_STATE)
+    finally:
+        os.close(fd)
+    return _parse(raw, f"{path}/{_FILE}")
+
+
+def _parse(raw: bytes, what: str) -> State:
+    try:
+        fields = Fields(decode(raw, what))
+        config = fields.required_object("config")
+        return State(
+            id=fields.str("id", required=True),
+            pid=fields.int("init_process_pid", required=True),
+            started=fields.int("init_process_start", required=True),
+            created=fields.str("created"),
+            bundle=fields.str("bundle"),
+            rootfs=config.str("rootfs"),
+            version=config.str("version"),
+            cgroup_paths=tuple(fields.mapping("cgroup_paths").items()),
+            annotations=tuple(fields.mapping("annotations").items()),
+            owner=fields.int("owner"),
+        )
+    except RuntimeFailure as failure:
+        raise RuntimeFailure.of(failure, what=f"read {what}") from None
+
+
+def status(root: str, state: State) -> str:
+    """runtime-spec's status: "created", "running" or "stopped"; and runc's "paused"."""
+    if not is_running(state.pid, state.started):
+        return "stopped"
+    try:
+        if state.cgroup_paths and state.manager().frozen():
+            return "paused"
+    except (OSError, RuntimeFailure):
+        pass  # the cgroup is going away: so is the container
+    return "created" if waits(root, state.id) else "running"
+
+
+def waits(root: str, container_id: str) -> bool:
+    """True while the init has not been started."""
+    try:
+        return stat.S_ISSOCK(os.lstat(f"{directory(root, container_id)}/{START_SOCKET}").st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def ids(root: str) -> Iterator[str]:
+    """Every id under `root`, in order."""
+    try:
+        names = sorted(os.listdir(root))
+    except FileNotFoundError:
+        return
+    for name in names:
+        if not name.startswith(".") and not set(name) - _ID_CHARACTERS and os.path.isdir(f"{root}/{name}"):
+            yield name
+
+
+def describe(state: State, status: str, pid: int | None = None) -> dict[str, object]:
+    """The state object of runtime-spec's "State", as `state` prints it and hooks get it."""
+    shown = state.pid if pid is None else pid
+    document: dict[str, object] = {
+        "ociVersion": state.version,
+        "id": state.id,
+        "pid": 0 if status == "stopped" else shown,
+        "status": status,
+        "bundle": state.bundle,
+        "rootfs": state.rootfs,
+        "created": state.created,
+        "owner": "",
+    }
+    if state.annotations:
+        document["annotations"] = dict(state.annotations)
+    return document

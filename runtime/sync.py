@@ -1,0 +1,181 @@
+"""The talk between the caller of create (or exec), the init it makes, and a later start. One file, both directions.
+
+    caller                            init                                   start (another process, later)
+      |-- clone ------------------------>|
+      |<- Child(pid) + pidfd ------------|   only from a process between (joined pid or user namespace)
+      | writes uid_map, gid_map          |
+      |-- Go --------------------------->|   namespaces, rootfs, mounts, devices
+      |<- Console + pty fd --------------|   only with a terminal
+      |<- Hooks -------------------------|   only with prestart or createRuntime hooks
+      |-- Go --------------------------->|   pivot, masks, limits, cgroup, identity, command looked up
+      |<- Ready(warnings) ---------------|
+      | writes state.json                |
+      |-- Go --------------------------->|   create is over; waits on start.sock
+      |                                  |<------------------------------ Start --|
+      |                                  |-- Accepted --------------------------->|
+      |                                  |   startContainer hooks, seccomp, execve
+      |                                  |-- end of file: execve did it --------->|   or Failed(step, errno, …)
+
+An exec has no start: after the last Go it executes, and end of file tells the caller. Instead of any message the init
+may send Failed, and exits. Until the last Go, end of file from the caller makes the init exit: a killed caller leaves
+no half-made container (threats O37). A peer that only connects to start.sock and closes asked whether anybody listens.
+Refuses an unexpected message by name. Invariant: sockets are SOCK_SEQPACKET, so a message is whole or not there.
+"""
+
+from __future__ import annotations
+
+import _socket  # the C module: socket itself costs 10 ms of imports
+import os
+import struct
+
+from runtime.errors import RuntimeFailure
+from runtime.fields import Fields, decode, encode
+from runtime.linux.record import Record
+
+MAX_MESSAGE = 64 << 10
+_SUN_PATH = 108
+
+
+class Message(Record):
+    """What passes over a channel; `kind` is one of the names in the drawing."""
+
+    kind: str
+    pid: int = 0
+    text: tuple[str, ...] = ()
+
+
+class Closed(RuntimeFailure):
+    """The peer ended without a word."""
+
+
+class Channel:
+    """One end. Owns its socket; fds received are CLOEXEC and the receiver's."""
+
+    def __init__(self, take_socket: _socket.socket) -> None:
+        self._socket = take_socket
+
+    @classmethod
+    def pair(cls) -> tuple[Channel, Channel]:
+        """Two connected ends, both CLOEXEC."""
+        one, two = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC, 0)
+        return cls(one), cls(two)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def send(self, kind: str, *, pid: int = 0, text: tuple[str, ...] = (), fds: tuple[int, ...] = ()) -> None:
+        """Sends a message, and `fds` with it."""
+        self._send(encode({"kind": kind, "pid": pid, "text": text}), fds)
+
+    def fail(self, failure: RuntimeFailure) -> None:
+        """Sends Failed by write(2), which a seccomp filter forbids last. A peer that is gone hears nothing."""
+        body = encode({"kind": "Failed", "failure": failure.to_json()})
+        if len(body) > MAX_MESSAGE:
+            failure.message = failure.message[:4096] + " …"
+            body = encode({"kind": "Failed", "failure": failure.to_json()})
+        try:
+            os.write(self._socket.fileno(), body)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+
+    def _send(self, body: bytes, fds: tuple[int, ...]) -> None:
+        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))] if fds else []
+        self._socket.sendmsg([body], rights, _socket.MSG_NOSIGNAL)
+
+    def receive(self, *expected: str) -> tuple[Message, list[int]]:
+        """The next message, which must be one of `expected`, and its fds. Failed is raised; so is Closed."""
+        message, fds = self._receive()
+        if message.kind not in expected:
+            for fd in fds:
+                os.close(fd)
+            raise RuntimeFailure(f"expected {' or '.join(expected)} from the other process, got {message.kind}")
+        return message, fds
+
+    def _receive(self) -> tuple[Message, list[int]]:
+        try:
+            body, ancillary, flags, _ = self._socket.recvmsg(
+                MAX_MESSAGE + 4096, _socket.CMSG_SPACE(16), _socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionResetError:
+            raise Closed("the other process ended without a word") from None
+        fds: list[int] = []
+        for level, kind, data in ancillary:
+            if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
+                fds.extend(struct.unpack(f"={len(data) // 4}i", data[: len(data) // 4 * 4]))
+        try:
+            if not body:
+                raise Closed("the other process ended without a word")
+            if flags & (_socket.MSG_TRUNC | _socket.MSG_CTRUNC):
+                raise RuntimeFailure("a message of the other process is too long")
+            fields = Fields(decode(body, "message"), "message")
+            if fields.str("kind") == "Failed":
+                raise RuntimeFailure.from_json(fields.raw("failure"))
+            return Message(fields.str("kind"), fields.int("pid"), fields.strs("text")), fds
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+
+
+def listen(directory: str, name: str) -> _socket.socket:
+    """A listening socket `directory`/`name`, 0600, made in a directory that nobody else can enter."""
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+    before = os.umask(0o177)
+    try:
+        with _Reachable(directory, name) as path:
+            sock.bind(path)
+        sock.listen(8)
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        os.umask(before)
+    return sock
+
+
+def accept(listener: _socket.socket) -> Channel:
+    """Waits for a peer that says Start, and tells it Accepted. Whoever connects and says nothing is passed over."""
+    while True:
+        fd, _ = listener._accept()  # type: ignore[attr-defined]  # typeshed leaves it out
+        channel = Channel(_socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET, 0, fd))
+        try:
+            channel.receive("Start")
+            channel.send("Accepted")
+            return channel
+        except (RuntimeFailure, OSError):
+            channel.close()
+
+
+def connect(directory: str, name: str) -> Channel | None:
+    """A channel to who listens at `directory`/`name`; None when nobody does any more."""
+    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+    try:
+        with _Reachable(directory, name) as path:
+            sock.connect(path)
+    except (ConnectionRefusedError, FileNotFoundError):
+        sock.close()
+        return None
+    except BaseException:
+        sock.close()
+        raise
+    return Channel(sock)
+
+
+class _Reachable:
+    """A path that fits sun_path: through the directory's fd when the real one is too long (unix(7))."""
+
+    def __init__(self, directory: str, name: str) -> None:
+        self._path, self._fd = f"{directory}/{name}", -1
+        if len(os.fsencode(self._path)) >= _SUN_PATH:
+            self._fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._path = f"/proc/self/fd/{self._fd}/{name}"
+
+    def __enter__(self) -> str:
+        return self._path
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
