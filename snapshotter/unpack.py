@@ -17,7 +17,8 @@ from runtime.linux.writeback import syncfs
 from snapshotter import inflate
 from snapshotter.extract import Extracted, Extractor
 from snapshotter.model import Limits, UnpackError
-from snapshotter.tar import Feed, Walker
+from snapshotter.tar import Walker
+from snapshotter.tar_feed import Feed
 
 QUEUED = 8
 WRITEBACK = 128 << 20

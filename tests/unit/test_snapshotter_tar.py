@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from snapshotter.model import Limits, UnpackError
-from snapshotter.tar import CHAR, DIRECTORY, FIFO, FILE, LINK, SYMLINK, Entry, Feed, Walker, parse_pax
+from snapshotter.tar import CHAR, DIRECTORY, FIFO, FILE, LINK, SYMLINK, Entry, Walker
+from snapshotter.tar_feed import Feed
+from snapshotter.tar_fields import parse_pax
 from tests.fakes.snapshots import Member, device, directory, fifo, file, hardlink, symlink, tarball, xattrs
 
 BLOCK = 512
@@ -147,9 +149,21 @@ def test_global_names_and_sizes_are_refused(key: bytes) -> None:
         walk(special(b"g", record(key, b"1")) + header() + END)
 
 
-def test_trailing_slash_makes_a_directory() -> None:
-    ((entry, _),) = walk(header(b"d/") + END)
+def test_a_trailing_slash_makes_a_directory_of_the_oldest_type_only() -> None:
+    ((entry, _),) = walk(header(b"d/", kind=b"\0", magic=bytes(8)) + END)
     assert entry.kind == DIRECTORY
+    ((entry, _),) = walk(header(b"d/") + END)
+    assert entry.kind == FILE
+
+
+def test_gnu_long_names_win_over_pax() -> None:
+    raw = special(b"L", b"gnu\0") + special(b"x", record(b"path", b"pax")) + header(b"own") + END
+    assert walk(raw)[0][0].name == b"gnu"
+
+
+def test_a_global_header_inside_an_entry_is_refused() -> None:
+    with pytest.raises(UnpackError, match="global"):
+        walk(special(b"x", record(b"path", b"p")) + special(b"g", record(b"uid", b"1")) + header() + END)
 
 
 def test_end_without_marker_and_data_after_it() -> None:
