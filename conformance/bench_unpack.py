@@ -22,8 +22,9 @@ from pathlib import Path
 from runtime.linux.files import remove_tree
 from runtime.linux.writeback import syncfs
 from snapshotter.inflate import inflate
+from snapshotter.layout import spread
 from snapshotter.model import Config, Limits
-from snapshotter.overlay import Overlay, spread
+from snapshotter.overlay import Overlay
 from snapshotter.unpack import unpack
 
 # So many words of random bytes give gzip -1 the ratio of that layer.

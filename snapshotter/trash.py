@@ -37,6 +37,14 @@ class Trash:
         failed is taken up. Raises OSError: the rest is in the trash."""
         self.delete(self.take(path, name) or name)
 
+    def undo(self, error: BaseException, *paths: Path) -> None:
+        """Takes away what a failed call made; what goes wrong with that is a note on its error."""
+        for path in paths:
+            try:
+                self.discard(path)
+            except OSError as undoing:
+                error.add_note(f"removing {path} failed as well, the next start will: {undoing}")
+
     def retry(self) -> None:
         """Tries once more to delete what is left over; what fails again stays."""
         for name in os.listdir(self._directory):

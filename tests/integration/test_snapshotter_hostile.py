@@ -1,4 +1,4 @@
-"""Layers that mean harm: nothing outside the layer's directory changes, whatever they hold (threats S23, S36–S41, P1)."""
+"""Layers that mean harm: nothing outside the layer changes, whatever they hold (threats S23, S36–S41, P1, P13)."""
 
 from __future__ import annotations
 
@@ -82,10 +82,20 @@ class HostMarker:
             status = entry.lstat()
             regular = stat.S_ISREG(status.st_mode)
             found.append(
-                (str(entry), status.st_mode, status.st_uid, status.st_gid, status.st_ino, status.st_nlink, status.st_size,
-                 status.st_mtime_ns, status.st_ctime_ns, entry.read_bytes() if regular else b"",
-                 tuple(os.listxattr(entry, follow_symlinks=False)))
-            )  # fmt: skip
+                (
+                    str(entry),
+                    status.st_mode,
+                    status.st_uid,
+                    status.st_gid,
+                    status.st_ino,
+                    status.st_nlink,
+                    status.st_size,
+                    status.st_mtime_ns,
+                    status.st_ctime_ns,
+                    entry.read_bytes() if regular else b"",
+                    tuple(os.listxattr(entry, follow_symlinks=False)),
+                )
+            )
         return found
 
     def unchanged(self) -> bool:
@@ -99,10 +109,32 @@ def host(tmp_path: Path) -> Iterator[HostMarker]:
     assert marker.unchanged(), "the host marker tree changed"
 
 
-ROUTES = ["symlink", "relative symlink", "hardlink", "hardlink to symlink", "chain of three", "pax path", "gnu longname",
-          "duplicate entry", "link in the lower layer"]  # fmt: skip
-ACTIONS = ["file", "dir", "chmod", "chown", "xattr", "mtime", "whiteout", "opaque", "device", "fifo", "symlink", "hardlink",
-           "truncate"]  # fmt: skip
+ROUTES = [
+    "symlink",
+    "relative symlink",
+    "hardlink",
+    "hardlink to symlink",
+    "chain of three",
+    "pax path",
+    "gnu longname",
+    "duplicate entry",
+    "link in the lower layer",
+]
+ACTIONS = [
+    "file",
+    "dir",
+    "chmod",
+    "chown",
+    "xattr",
+    "mtime",
+    "whiteout",
+    "opaque",
+    "device",
+    "fifo",
+    "symlink",
+    "hardlink",
+    "truncate",
+]
 
 
 def _route(route: str, host: HostMarker) -> tuple[list[Member], list[Member], str, int]:
@@ -166,8 +198,17 @@ def test_s39_no_way_out(overlay: Overlay, tmp_path: Path, host: HostMarker, rout
 
 def test_s23_modes_of_directories_that_became_links(overlay: Overlay, tmp_path: Path, host: HostMarker) -> None:
     out = str(host.path)
-    members = [directory("a", 0o777), symlink("a", out), directory("b", 0o777, uid=5), directory("b/dir", 0o777, mtime=3),
-               symlink("b", out), directory("c"), directory("c/dir", 0o777), file("c"), symlink("c", out)]  # fmt: skip
+    members = [
+        directory("a", 0o777),
+        symlink("a", out),
+        directory("b", 0o777, uid=5),
+        directory("b/dir", 0o777, mtime=3),
+        symlink("b", out),
+        directory("c"),
+        directory("c/dir", 0o777),
+        file("c"),
+        symlink("c", out),
+    ]
     layer = blob(tmp_path, members)
     overlay.unpack_layer(*layer.arguments())
     (root,) = overlay.lower_directories(layer.chain_id)
@@ -176,9 +217,21 @@ def test_s23_modes_of_directories_that_became_links(overlay: Overlay, tmp_path: 
 
 
 def test_s38_a_cached_parent_that_became_a_link(overlay: Overlay, tmp_path: Path, host: HostMarker) -> None:
-    members = [directory("d"), file("d/x"), symlink("d", str(host.path)), file("d/y", b"evil"), file("d/file", b"evil"),
-               directory("e/f"), file("e/f/x"), symlink("e", str(host.path)), file("e/dir/file", b"evil"),
-               symlink("t", "u"), file("t/x"), symlink("t", str(host.path)), file("t/file", b"evil")]  # fmt: skip
+    members = [
+        directory("d"),
+        file("d/x"),
+        symlink("d", str(host.path)),
+        file("d/y", b"evil"),
+        file("d/file", b"evil"),
+        directory("e/f"),
+        file("e/f/x"),
+        symlink("e", str(host.path)),
+        file("e/dir/file", b"evil"),
+        symlink("t", "u"),
+        file("t/x"),
+        symlink("t", str(host.path)),
+        file("t/file", b"evil"),
+    ]
     layer = blob(tmp_path, members)
     overlay.unpack_layer(*layer.arguments())
     (root,) = overlay.lower_directories(layer.chain_id)
@@ -230,8 +283,9 @@ def test_s36_opaque_whiteouts_take_linear_time(overlay: Overlay, tmp_path: Path)
 
 def test_s36_replacing_directories_takes_linear_time(overlay: Overlay, tmp_path: Path) -> None:
     def turns(count: int) -> list[Member]:
-        return [member for number in range(count)
-                for member in (directory("d"), file(f"d/{number}"), symlink("d", "e"))]  # fmt: skip
+        return [
+            member for number in range(count) for member in (directory("d"), file(f"d/{number}"), symlink("d", "e"))
+        ]
 
     short, long = blob(tmp_path, turns(500), PLAIN), blob(tmp_path, turns(4000), PLAIN)
     assert _seconds(overlay, long) < 16 * _seconds(overlay, short) + 0.5
@@ -374,11 +428,11 @@ def test_p13_a_worker_s_memory_does_not_grow_with_the_layer(tmp_path: Path) -> N
     overlay = open_overlay(tmp_path, workers=1)
     try:
         overlay.unpack_layer(*blob(tmp_path, [file("small", b"1")]).arguments())
-        (pid,) = overlay._pool.processes()
+        (pid,) = overlay._layers.pool.processes()
         overlay.unpack_layer(
             *blob(tmp_path, [file("big", bytes(200 << 20)), file("b2", os.urandom(1 << 20))]).arguments()
         )
-        assert overlay._pool.processes() == [pid]
+        assert overlay._layers.pool.processes() == [pid]
         peak = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
         assert int(peak.split()[1]) < 96 << 10, peak
     finally:
@@ -389,12 +443,12 @@ def test_s37_unpacking_fits_into_512_mib_of_address_space(tmp_path: Path) -> Non
     overlay = open_overlay(tmp_path, workers=1)
     try:
         overlay.unpack_layer(*blob(tmp_path, [file("small", b"1")]).arguments())
-        (pid,) = overlay._pool.processes()
+        (pid,) = overlay._layers.pool.processes()
         resource.prlimit(pid, resource.RLIMIT_AS, (512 << 20, 512 << 20))
         many = [
             file(f"d{number % 300}/f{number}", b"x" * 3000, pax_headers=xattrs(user__a=b"1")) for number in range(5000)
         ]
         overlay.unpack_layer(*blob(tmp_path, [*many, file("big", os.urandom(30 << 20))], ZSTD).arguments())
-        assert overlay._pool.processes() == [pid]
+        assert overlay._layers.pool.processes() == [pid]
     finally:
         overlay.close()

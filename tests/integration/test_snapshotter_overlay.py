@@ -462,9 +462,9 @@ def test_workers_are_two_at_most_and_end_when_idle(tmp_path: Path) -> None:
         with ThreadPoolExecutor(6) as threads:
             for done in [threads.submit(overlay.unpack_layer, *layer.arguments()) for layer in layers]:
                 done.result(30)
-                seen.update(overlay._pool.processes())
+                seen.update(overlay._layers.pool.processes())
         assert 1 <= len(seen) <= 2
-        eventually(lambda: not overlay._pool.processes(), what="idle workers end")
+        eventually(lambda: not overlay._layers.pool.processes(), what="idle workers end")
         eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in seen), what="they are waited for")
         overlay.unpack_layer(*blob(tmp_path, [file("later")]).arguments())
 
@@ -475,7 +475,7 @@ def test_a_worker_that_dies_is_an_error_and_replaced(tmp_path: Path) -> None:
         with ThreadPoolExecutor(1) as threads:
             unpacking = threads.submit(overlay.unpack_layer, *layer.arguments())
             eventually(lambda: any(tmp_path.glob("root/layers/.*/fs/f1000")), what="files")
-            (pid,) = overlay._pool.processes()
+            (pid,) = overlay._layers.pool.processes()
             os.kill(pid, signal.SIGKILL)
             with pytest.raises(SnapshotError, match="SIGKILL"):
                 unpacking.result(30)
@@ -499,7 +499,7 @@ def test_closing_ends_what_is_under_way(tmp_path: Path) -> None:
             with pytest.raises(SnapshotError, match="closed"):
                 failed.result(10)
         assert time.monotonic() - start < 5
-    assert overlay._pool.processes() == []
+    assert overlay._layers.pool.processes() == []
     assert contents(tmp_path) == {"layers": [], "active": [], "trash": []}
 
 

@@ -1,0 +1,259 @@
+"""Committed layers: from a blob to a record, each once, in any order, several at a time.
+
+    extract (a worker) ─▶ wait for the parent ─▶ finish on its chain (a worker) ─▶ rename ─▶ sync ─▶ record
+
+It refuses a layer whose parent fails or never comes, and one whose diff id is not the announced one. Invariant: a
+layer is recorded only once its files and its directory's name are on disk, and its parent is recorded; after a failure
+nothing of it is left but what the trash holds; no lock is held while files are made, synced or deleted (threats O43,
+O45, R14).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from runtime.linux.failpoint import failpoint
+from runtime.linux.files import sync_directory
+from runtime.linux.libc import KernelError
+from snapshotter import protocol
+from snapshotter.durable import Syncer
+from snapshotter.layout import Layout, make_root
+from snapshotter.model import Config, NotFound, SnapshotError, UnpackError, Usage
+from snapshotter.pool import Pool
+from snapshotter.records import LayerRecord, Records
+from snapshotter.trash import Trash
+
+# Each round follows links that the round before could not know of; more than this is no image.
+_ROUNDS = 4
+_FAILURES = 256
+
+
+class _Flight:
+    """A layer that is being unpacked: equal calls wait for it."""
+
+    __slots__ = ("parent", "started", "error", "done", "cancelled")
+
+    def __init__(self, parent: str | None) -> None:
+        self.parent = parent
+        self.started = time.monotonic()
+        self.error: BaseException | None = None
+        self.done = False
+        self.cancelled = False
+
+
+class Layers:
+    """`changed` is the snapshotter's lock, which guards `records`."""
+
+    def __init__(
+        self, layout: Layout, records: Records, trash: Trash, changed: threading.Condition, config: Config
+    ) -> None:
+        self._layout = layout
+        self._records = records
+        self._trash = trash
+        self._changed = changed
+        self._config = config
+        self._flights: dict[str, _Flight] = {}
+        self._failures: dict[str, tuple[float, str]] = {}
+        self._fd = os.open(layout.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._syncer = Syncer(self._fd)
+        self.pool = Pool(config.workers, config.worker_idle_s)
+        self._closed = False
+
+    def close(self) -> None:
+        """Ends the workers; calls under way fail with SnapshotError."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self.pool.close()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._flights)
+        os.close(self._fd)
+
+    def has(self, chain_id: str) -> bool:
+        """The layer and all below it are committed."""
+        with self._changed:
+            return self._records.chain(chain_id) is not None
+
+    def chain(self, chain_id: str) -> Sequence[LayerRecord]:
+        """The layers of a chain, top first. Raises NotFound."""
+        with self._changed:
+            chain = self._records.chain(chain_id)
+        if chain is None:
+            raise NotFound(f"layer {chain_id} does not exist")
+        return chain
+
+    def directories(self, chain_id: str) -> list[Path]:
+        """The directories of a chain, top first. Raises NotFound."""
+        found = []
+        for layer in self.chain(chain_id):
+            found.append(self._layout.layer(layer.number))
+            if layer.opaque:  # overlayfs ignores an opaque root, so what it hides is left out here
+                break
+        return found
+
+    def usage(self) -> Usage:
+        """The sum over all layers, as computed when they were unpacked."""
+        with self._changed:
+            layers = tuple(self._records.layers.values())
+        return Usage(sum(layer.bytes for layer in layers), sum(layer.inodes for layer in layers))
+
+    def unpack(self, blob: Path, media_type: str, diff_id: str, chain_id: str, parent: str | None) -> None:
+        """See imagestore.model.Unpacker.unpack_layer."""
+        with self._changed:
+            if self._closed:
+                raise SnapshotError("the snapshotter was closed")
+            if self._records.chain(chain_id) is not None:
+                return
+            flight = self._flights.get(chain_id)
+            if flight is not None:
+                self._join(flight)
+                return
+            flight = self._flights[chain_id] = _Flight(parent)
+            self._failures.pop(chain_id, None)
+        try:
+            self._make(blob, media_type, diff_id, chain_id, flight)
+        except BaseException as error:
+            flight.error = error
+            raise
+        finally:
+            with self._changed:
+                flight.done = True
+                del self._flights[chain_id]
+                if flight.error is not None:
+                    self._failures[chain_id] = (time.monotonic(), str(flight.error))
+                    if len(self._failures) > _FAILURES:
+                        del self._failures[next(iter(self._failures))]
+                self._changed.notify_all()
+
+    def cancel(self, chain_id: str) -> None:
+        """See Overlay.cancel."""
+        with self._changed:
+            flight = self._flights.get(chain_id)
+            if flight is not None:
+                flight.cancelled = True
+                self._changed.notify_all()
+
+    def remove_except(self, keep: Iterable[str], held: Callable[[], Iterable[str | None]]) -> int:
+        """Removes the layers that are not in `keep` or `held` (asked for with the lock held), below one of those, or
+        wanted by an unpacking under way."""
+        with self._changed:
+            wanted = {*keep, *held(), *self._flights, *(flight.parent for flight in self._flights.values())}
+            kept: set[str] = set()
+            for at in wanted:
+                while at is not None and at not in kept and (layer := self._records.layers.get(at)):
+                    kept.add(at)
+                    at = layer.parent
+            gone = [layer for layer in self._records.layers.values() if layer.chain_id not in kept]
+            for layer in gone:
+                self._records.remove_layer(layer.chain_id)
+        failpoint("snapshots.layers.unrecorded")
+        names = [self._trash.take(self._layout.layer(layer.number).parent) for layer in gone]
+        # Whatever of this a power cut undoes, no record may come to stand on a half deleted directory.
+        sync_directory(self._layout.layers)
+        failure: OSError | None = None
+        for name in names:
+            try:
+                self._trash.delete(name)
+            except OSError as error:  # the others first; this one is found again by the next call or start
+                failure = failure or error
+        if failure is not None:
+            raise failure
+        return len(gone)
+
+    # ------------------------------------------------------------------------------------------------ one unpacking
+
+    def _join(self, flight: _Flight) -> None:
+        """Waits for an equal call, and ends as it does."""
+        self._changed.wait_for(lambda: flight.done)
+        if flight.error is not None:
+            raise _again(flight.error)
+
+    def _make(self, blob: Path, media_type: str, diff_id: str, chain_id: str, flight: _Flight) -> None:
+        with self._changed:
+            number = self._layout.number()
+        hidden, final = self._layout.hidden(self._layout.layers, number), self._layout.layer(number).parent
+        blob_fd = os.open(blob, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            made = self._extract(blob_fd, hidden, media_type, diff_id, flight)
+            failpoint("snapshots.layer.extracted")
+            hidden.rename(final)
+            self._syncer.sync()
+            failpoint("snapshots.layer.synced")
+            record = LayerRecord(
+                chain_id, diff_id, flight.parent, number, made.size, made.inodes, made.opaque, time.time_ns()
+            )
+            with self._changed:
+                if flight.parent is not None and self._records.chain(flight.parent) is None:
+                    raise SnapshotError(f"layer {chain_id}: its parent {flight.parent} was removed meanwhile")
+                self._records.add_layer(record)
+        except BaseException as error:
+            self._trash.undo(error, hidden, final)
+            raise
+        finally:
+            os.close(blob_fd)
+
+    def _extract(self, blob_fd: int, hidden: Path, media_type: str, diff_id: str, flight: _Flight) -> protocol.Done:
+        """Unpacks into `hidden`/fs and finishes it on the parent's chain."""
+        aliases: dict[bytes, bytes] = {}
+        for _ in range(_ROUNDS):
+            hidden.mkdir(0o700)
+            layer_fd = make_root(hidden / "fs")
+            try:
+                request = protocol.Unpack(media_type, diff_id, flight.parent is None, aliases, self._config.limits)
+                made = self.pool.ask(request, blob_fd, layer_fd)
+                lowers = self._lowers(flight)
+                more = self.pool.ask(protocol.Finish(lowers, made.implied, made.links), layer_fd).aliases
+            finally:
+                os.close(layer_fd)
+            if not more:
+                return made
+            aliases.update(zip(more[::2], more[1::2], strict=True))
+            self._trash.discard(hidden)
+        raise UnpackError(f"layer goes through links of the layers below in more than {_ROUNDS} steps")
+
+    def _lowers(self, flight: _Flight) -> list[str]:
+        """The directories below, once the parent is committed."""
+        if flight.parent is None:
+            return []
+        if not self.has(flight.parent):
+            self._syncer.sync()  # it has to wait anyway: what it wrote may as well go to disk meanwhile
+            self._wait_for(flight.parent, flight)
+        return [str(path) for path in self.directories(flight.parent)]
+
+    def _wait_for(self, parent: str, flight: _Flight) -> None:
+        """Fails with the parent's failure, or when nobody has been unpacking it for `parent_wait_s`."""
+        wait = self._config.parent_wait_s
+        with self._changed:
+            idle_since = time.monotonic()
+            while self._records.chain(parent) is None:
+                if self._closed or flight.cancelled:
+                    raise SnapshotError("the snapshotter was closed" if self._closed else "unpacking was cancelled")
+                failed_at, failure = self._failures.get(parent, (0.0, ""))
+                if failed_at >= flight.started:
+                    raise SnapshotError(f"parent layer {parent} failed: {failure}")
+                if parent in self._flights:
+                    idle_since = time.monotonic()
+                left = idle_since + wait - time.monotonic()
+                if left <= 0:
+                    raise NotFound(f"parent layer {parent} was not unpacked within {wait:g} s")
+                self._changed.wait(left)
+
+
+def _again(error: BaseException) -> BaseException:
+    """The failure of an equal call, for one more caller: an exception object must not be raised in two threads."""
+    copy: BaseException
+    if isinstance(error, KernelError):
+        copy = KernelError(error.errno or errno.EIO, error.call, error.subject)
+    elif isinstance(error, OSError):
+        copy = OSError(error.errno, error.strerror, error.filename)
+    elif isinstance(error, SnapshotError):
+        copy = type(error)(*error.args)
+    else:
+        copy = SnapshotError(f"the same layer failed in another call: {error}")
+    copy.__cause__ = error
+    return copy
