@@ -63,6 +63,11 @@ def _cgroup(value: Any) -> str:
     return "" if fine else "an absolute path in the cgroup hierarchy, without . and .."
 
 
+def _interface(value: Any) -> str:
+    fine = 0 < len(value) <= 15 and value.isascii() and value.isprintable() and not set(value) & set("/ :")
+    return "" if fine and value not in (".", "..") else "a name for a network interface, at most 15 characters"
+
+
 @dataclass(frozen=True, slots=True)
 class RuntimeSection:
     """[runtime]"""
@@ -90,8 +95,15 @@ class NetworkSection:
         "Where CNI plugins that are not built in are looked for, in this order.",
         check=_absolute_all,
     )
-    default_subnet: str = _key(
-        "10.88.0.0/16", "Subnet of the bridge network that is used when conf_dir holds no network list."
+    lease_dir: Path = _key(
+        Path("/var/lib/cni/networks"), "Where host-local notes which pod has which address.", check=_absolute
+    )
+    default_bridge: str = _key(
+        "ocid0", "Bridge of the network that is used when conf_dir holds no network list.", check=_interface
+    )
+    default_subnets: tuple[str, ...] = _key(
+        ("10.88.0.0/16", "10.89.0.0/16", "10.188.0.0/16", "172.31.0.0/16"),
+        "Subnets for that network; the first one that no route of this node covers is taken.",
     )
     netns_pool: int = _key(4, "Network namespaces kept ready for the next pods; 0 keeps none.", least=0)
 

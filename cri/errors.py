@@ -112,3 +112,16 @@ def sentence(error: BaseException) -> str:
         words = f"{words} (hint: {hint})"
     notes = "; ".join(getattr(error, "__notes__", ()))
     return f"{words}; {notes}" if notes else words
+
+
+class CallFailed(Exception):
+    """A call's failure as it leaves the server, by gRPC or in this process: a code and one sentence."""
+
+    def __init__(self, code: StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+    @property
+    def status(self) -> str:
+        """The code's name, such as "NOT_FOUND"."""
+        return str(self.code.name)

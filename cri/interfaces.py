@@ -56,8 +56,9 @@ __all__ = [
 class Images(Protocol):
     """imagestore.store.Store."""
 
-    async def pull(self, reference: str, credentials: Credentials | None = None,
-                   progress: ProgressFunction | None = None) -> Image:
+    async def pull(
+        self, reference: str, credentials: Credentials | None = None, progress: ProgressFunction | None = None
+    ) -> Image:
         """Before: anything. After: the image is whole, unpacked, durable and has `reference` as tag or digest.
 
         Equal pulls at once are one; cancelling the last waiter leaves only resumable ingests. Idempotent: asks the
@@ -237,7 +238,7 @@ class Network(Protocol):
         ...
 
     async def delete(self, pod: PodNetwork) -> None:
-        """CNI DEL, with the netns gone too. Idempotent. Raises NetworkError: the caller keeps the record and retries."""
+        """CNI DEL, with the netns gone too. Idempotent. Raises NetworkError: the caller keeps its record and retries."""
         ...
 
     async def status(self) -> str | None:

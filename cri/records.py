@@ -21,7 +21,8 @@ _PROTOCOLS = {pb.TCP: "tcp", pb.UDP: "udp", pb.SCTP: "sctp"}
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod. `config` is the PodSandboxConfig as it came; `netns` is "" for the host's network."""
+    """A pod. `config` is the PodSandboxConfig as it came; `netns` is "" for the host's network; `cgroup_made`
+    is the topmost part of its cgroup parent that was not there before it."""
 
     id: str
     name: str
@@ -38,6 +39,7 @@ class Pod:
     pid: int = 0
     started_ticks: int = 0
     pause_pid: int = 0
+    cgroup_made: str = ""
     made_ns: int = 0
     stopping_ns: int = 0
     lost_ns: int = 0
@@ -117,11 +119,11 @@ class Container:
         return bool(self.started_ns) and not self.finished_ns
 
     @property
-    def state(self) -> int:
-        """The CRI's ContainerState."""
+    def state(self) -> pb.ContainerState:
+        """CONTAINER_CREATED, _RUNNING or _EXITED."""
         if self.finished_ns:
-            return int(pb.CONTAINER_EXITED)
-        return int(pb.CONTAINER_RUNNING if self.started_ns else pb.CONTAINER_CREATED)
+            return pb.CONTAINER_EXITED
+        return pb.CONTAINER_RUNNING if self.started_ns else pb.CONTAINER_CREATED
 
     @cached_property
     def request(self) -> pb.ContainerConfig:

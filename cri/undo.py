@@ -10,20 +10,25 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from types import TracebackType
+from typing import TypeVar
 
 DEADLINE_S = 30.0
 
+A = TypeVar("A")
+B = TypeVar("B")
 Inverse = Callable[[], Awaitable[object]]
 
 
 class Undo:
     """`async with Undo() as undo:` … `undo.did("remove netns", inverse)` after each step … `undo.keep_all()`."""
 
-    __slots__ = ("_steps", "_deadline_s")
+    __slots__ = ("_steps", "_deadline_s", "failed")
 
     def __init__(self, deadline_s: float = DEADLINE_S) -> None:
         self._steps: list[tuple[str, Inverse]] = []
         self._deadline_s = deadline_s
+        self.failed = False
+        """An inverse has failed: something is left, and a record of it must stay (threats R11, O2)."""
 
     def did(self, name: str, inverse: Inverse) -> None:
         """A step has happened, or may have: `inverse` takes it back, and is fine with its not having happened."""
@@ -40,8 +45,10 @@ class Undo:
             try:
                 await asyncio.wait_for(_run(inverse), self._deadline_s)
             except TimeoutError:
+                self.failed = True
                 error.add_note(f"undo {name}: not done within {self._deadline_s:g} s")
             except Exception as failure:
+                self.failed = True
                 error.add_note(f"undo {name}: {failure}")
 
     async def __aenter__(self) -> Undo:
@@ -77,3 +84,15 @@ async def uncancelled(work: Awaitable[None]) -> None:
             task.exception()
         raise cancelled
     task.result()
+
+
+async def both(first: Awaitable[A], second: Awaitable[B]) -> tuple[A, B]:
+    """Runs both at once and to their ends, also when one fails; then raises the first failure."""
+    one, two = await asyncio.gather(first, second, return_exceptions=True)
+    if isinstance(one, BaseException):
+        if isinstance(two, BaseException):
+            one.add_note(f"also: {two}")
+        raise one
+    if isinstance(two, BaseException):
+        raise two
+    return one, two

@@ -44,7 +44,12 @@ class Api:
         """One unary call. Raises ApiError."""
         metadata = (("ocid-network", network),) if network else ()
         if self._stubs is None:
-            return await self.local.call(name, request, metadata)
+            from cri.errors import CallFailed
+
+            try:
+                return await self.local.call(name, request, metadata)
+            except CallFailed as error:
+                raise ApiError(error.code.name, str(error)) from None
         import grpc
 
         stub = self._stubs[1 if name in _IMAGE_CALLS else 0]
@@ -57,7 +62,7 @@ class Api:
 def configuration(args: argparse.Namespace) -> Config:
     """The configuration file with the command line over it."""
     try:
-        return load(args.config, root=args.root, state=args.state)
+        return load(Path(args.config) if args.config else None, root=args.root, state=args.state)
     except _ConfigError as error:
         raise CommandError(str(error)) from None
 
@@ -92,7 +97,10 @@ async def connect(args: argparse.Namespace) -> AsyncIterator[Api]:
         async with grpc.aio.insecure_channel(f"unix://{socket_path(config)}", options=options) as channel:
             yield Api(config, channel=channel)
         return
-    from cri.daemon import local
+    from cri.daemon import AlreadyServed, local
 
-    async with local(config) as parts:
-        yield Api(config, local=parts)
+    try:
+        async with local(config) as parts:
+            yield Api(config, local=parts)
+    except AlreadyServed as error:
+        raise CommandError(str(error)) from None

@@ -36,6 +36,6 @@ async def _run(args: argparse.Namespace) -> int:
         output.as_json(facts)
     else:
         rows = [(key, str(value)) for key, value in facts.items() if key != "conditions"]
-        rows += [(name, str(value).lower()) for name, value in sorted(dict(facts["conditions"]).items())]  # type: ignore[call-overload]
+        rows += [(name, str(value).lower()) for name, value in sorted(dict(facts["conditions"]).items())]
         output.table(("WHAT", "VALUE"), rows)
     return 0

@@ -28,7 +28,8 @@ async def find(api: Api, wanted: str) -> pb.Container:
     if len(found) > 1:
         ids = ", ".join(c.id[:12] for c in found)
         raise CommandError(f"{wanted!r} could be any of {ids}; say more of the id", 1)
-    return found[0]
+    only: pb.Container = found[0]
+    return only
 
 
 def display_name(container: pb.Container) -> str:

@@ -1,0 +1,294 @@
+"""The one place that constructs parts: `serve` for a daemon, `local` for a command that does the same work itself.
+
+Refuses to share a root: whoever works in one holds its lock, since the parts assume to be alone. Invariant: starting
+is recovering; until that is done calls answer UNAVAILABLE; ending ends no container.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import gc
+import logging
+import os
+import signal
+import sqlite3
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from cri.config import Config
+from cri.events import Events
+from cri.intercept import Intercept
+from cri.interfaces import Images
+from cri.network.cni import Cni, NetworkConfig
+from cri.node import Node, Parts
+from cri.recovery import lost, recover
+from cri.service import Metadata, Service
+from cri.stats import Statistics
+from cri.store import Store as Records
+from cri.store import open_database, open_sound
+from imagestore.config import StoreConfig
+from imagestore.model import Usage
+from imagestore.store import Store
+from runtime.linux.sockets import connect_unix
+from runtime.shim.client import Shims
+from snapshotter.model import Config as SnapshotConfig
+from snapshotter.overlay import Overlay
+
+log = logging.getLogger(__name__)
+
+RECOVERING = "ocid is starting and recovers its pods; try again in a moment"
+STOPPING = "ocid is stopping"
+# How long calls under way may take once the daemon is to end; what they work on is recovered at the next start.
+GRACE_S = 10.0
+_LOCK_WAIT_S = 60.0
+
+
+class AlreadyServed(RuntimeError):
+    """Another process works in this root."""
+
+
+@dataclass(slots=True)
+class Built:
+    """Everything that was constructed, and how it is taken apart."""
+
+    node: Node
+    events: Events
+    statistics: Statistics
+    service: Service
+    network: Cni
+    snapshots: Overlay
+    databases: tuple[sqlite3.Connection, ...]
+
+    async def close(self) -> None:
+        """Lets go of everything. Pods run on."""
+        left = await self.node.tasks.drain(GRACE_S)
+        if left:
+            log.warning("%d calls are not done; the next start finishes or undoes them", left)
+        self.events.close()
+        await self.node.store.close()
+        self.network.close()
+        await asyncio.get_running_loop().run_in_executor(None, self.snapshots.close)
+        self.node.exec_threads.close()
+        for database in self.databases:
+            database.close()
+
+
+@contextlib.contextmanager
+def owned(config: Config, *, wait_s: float) -> Iterator[None]:
+    """Holds the lock of the root and of the state directory, both made 0700 whatever they were and whatever the
+    umask is: images hold set-uid programs of strangers (CVE-2021-41103). Raises AlreadyServed."""
+    os.umask(0o022)
+    with contextlib.ExitStack() as held:
+        for directory in (config.root, config.state):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.chmod(0o700)
+            fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            held.callback(os.close, fd)
+            _lock(fd, directory, wait_s)
+        yield
+
+
+def _lock(fd: int, directory: Path, wait_s: float) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    except BlockingIOError:
+        if not wait_s:
+            raise AlreadyServed(f"another ocid works in {directory}; end it, or choose another directory") from None
+    # flock(2) has no timeout; an alarm would be the process's, and a thread could not be ended.
+    loop_until = os.times().elapsed + wait_s
+    while True:
+        signal.sigtimedwait([], 0.01)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if os.times().elapsed > loop_until:
+                raise AlreadyServed(f"another ocid works in {directory} for {wait_s:g} s already") from None
+
+
+def build(config: Config, *, direct: bool) -> Built:
+    """All parts of `config`, wired; the caller holds the lock. `direct`: no zygote and no spare namespaces."""
+    for directory in (config.state / "pods", config.state / "bundles"):
+        directory.mkdir(mode=0o700, exist_ok=True)
+        directory.chmod(0o700)
+    path = config.root / "ocid.db"
+    records = Records(open_sound(path))
+    databases = (open_database(path, durable=True), open_database(path, durable=True))
+    snapshots = Overlay(
+        config.root / "snapshots",
+        databases[0],
+        SnapshotConfig(workers=config.image.unpack_processes or min(os.cpu_count() or 1, 4)),
+    )
+    images = Store(config.root / "images", databases[1], snapshots, _image_config(config, snapshots))
+    shims = Shims(config.state, direct=direct)
+    network = Cni(
+        NetworkConfig(
+            conf_dir=config.network.conf_dir,
+            bin_dirs=config.network.bin_dirs,
+            state_dir=config.state,
+            lease_dir=config.network.lease_dir,
+            pool_size=0 if direct else config.network.netns_pool,
+            default_bridge=config.network.default_bridge,
+            default_subnets=config.network.default_subnets,
+        )
+    )
+    node = Node(config, records, Parts(images, snapshots, shims, shims, network))
+    events = Events(node, lambda pod_id: _lost(node, pod_id))
+    node.events = events
+    statistics = Statistics(node)
+    node.statistics = statistics
+    service = Service(node, Intercept(RECOVERING))
+    return Built(node, events, statistics, service, network, snapshots, databases)
+
+
+def _lost(node: Node, pod_id: str) -> None:
+    node.tasks.spawn(lost(node, pod_id), f"lost {pod_id[:13]}")
+
+
+def _image_config(config: Config, snapshots: Overlay) -> StoreConfig:
+    section = config.image
+
+    def layers_usage() -> Usage:
+        usage = snapshots.layers_usage()
+        return Usage(usage.bytes, usage.inodes)
+
+    return StoreConfig(
+        hosts_directories=section.hosts_dirs,
+        pinned=frozenset(section.pinned),
+        layers_usage=layers_usage,
+        concurrent_pulls=section.concurrent_pulls,
+        concurrent_downloads=section.concurrent_downloads,
+        concurrent_unpacks=section.concurrent_unpacks,
+        stall_timeout_s=section.stall_s,
+        retries=section.retries,
+        blob_bytes=section.blob_bytes,
+        image_bytes=section.image_bytes,
+        layers=section.layers,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- the daemon
+
+
+async def serve(config: Config) -> None:
+    """Serves the CRI until SIGTERM or SIGINT. Raises AlreadyServed, and OSError when the socket cannot be made."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname).1s %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S%z",
+    )
+    with owned(config, wait_s=0):
+        built = build(config, direct=False)
+        server = _server(config, built.service)
+        ended = _ending()
+        await server.start()
+        config.socket.chmod(0o600)
+        log.info("serving the CRI on %s", config.listen)
+        background = [asyncio.create_task(_become_ready(built), name="recovery")]
+        background.append(asyncio.create_task(built.statistics.measure(), name="measure"))
+        try:
+            done, _ = await asyncio.wait({ended, background[0]}, return_when=asyncio.FIRST_COMPLETED)
+            if background[0] in done:
+                background[0].result()
+                await ended
+        finally:
+            built.service.intercept.why_not = STOPPING
+            log.info("stopping; pods run on")
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+            await server.stop(GRACE_S)
+            await built.close()
+
+
+async def _become_ready(built: Built) -> None:
+    await recover(built.node, built.events)
+    await built.network.warm()
+    # What is there now stays: the collector need not look at it again and again.
+    gc.collect()
+    gc.freeze()
+    built.service.intercept.why_not = ""
+    log.info("ready")
+
+
+def _ending() -> asyncio.Future[None]:
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def end() -> None:
+        if not ended.done():
+            ended.set_result(None)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)
+    # A service manager's reload, or a terminal that goes away, ends no node (threats O20).
+    loop.add_signal_handler(signal.SIGHUP, lambda: log.info("SIGHUP: the configuration is read at start only"))
+    return ended
+
+
+def _server(config: Config, service: Service) -> grpc.aio.Server:
+    path = config.socket
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if _answers(path):
+        raise AlreadyServed(f"{path} is served by another process")
+    path.unlink(missing_ok=True)
+    server = grpc.aio.server(
+        maximum_concurrent_rpcs=config.limits.concurrent_calls,
+        options=(
+            ("grpc.max_receive_message_length", config.limits.message_bytes),
+            ("grpc.max_send_message_length", 64 << 20),
+            ("grpc.so_reuseport", 0),
+        ),
+    )
+    server.add_generic_rpc_handlers(service.handlers())
+    before = os.umask(0o177)  # never a moment in which another user could connect
+    try:
+        server.add_insecure_port(config.listen)
+    finally:
+        os.umask(before)
+    return server
+
+
+def _answers(path: Path) -> bool:
+    try:
+        connect_unix(path, 2.0).close()
+    except OSError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------- without daemon
+
+
+class Local:
+    """The calls of the CRI in this process, as `cri.cli.connect` makes them."""
+
+    def __init__(self, built: Built) -> None:
+        self._service = built.service
+        self.images: Images = built.node.parts.images
+
+    async def call(self, name: str, request: Any, metadata: Metadata = ()) -> Any:
+        """The answer. Raises cri.errors.CallFailed."""
+        return await self._service.call(name, request, metadata)
+
+
+@contextlib.asynccontextmanager
+async def local(config: Config) -> AsyncIterator[Local]:
+    """The parts of `config` for the length of a command; waits for another command that works in the root."""
+    with owned(config, wait_s=_LOCK_WAIT_S):
+        built = build(config, direct=True)
+        try:
+            await recover(built.node, built.events)
+            built.service.intercept.why_not = ""
+            yield Local(built)
+        finally:
+            await built.close()

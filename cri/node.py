@@ -1,0 +1,194 @@
+"""What the verbs share: the parts, the store, where things lie, who is waiting for what.
+
+Constructed by `cri.daemon` only. Refuses policy: a verb decides, this looks up. Invariant: looking something up takes
+no lock and touches no disk (threats R14, O41).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from cri.api import api_pb2 as pb
+from cri.calls import Locks, Reservations, Tasks
+from cri.config import NATIVE, Config
+from cri.errors import FailedPrecondition, InvalidArgument, NotFound
+from cri.interfaces import Containers, Images, Network, Sandbox, Sandboxes, Snapshots
+from cri.records import Container, Pod
+from cri.store import Store
+from cri.threads import Threads
+
+Record = TypeVar("Record", Pod, Container)
+
+EXEC_THREADS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where the server keeps things under the state directory, which a reboot may empty."""
+
+    state: Path
+
+    @property
+    def pods(self) -> Path:
+        return self.state / "pods"
+
+    @property
+    def bundles(self) -> Path:
+        return self.state / "bundles"
+
+    def pod(self, pod_id: str) -> Path:
+        """The pod's directory: the shim's, with the pod's files of /etc."""
+        return self.pods / pod_id
+
+    def bundle(self, container_id: str) -> Path:
+        """The container's OCI bundle."""
+        return self.bundles / container_id
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The five parts behind their Protocols."""
+
+    images: Images
+    snapshots: Snapshots
+    sandboxes: Sandboxes
+    containers: Containers
+    network: Network
+
+
+class Watcher(Protocol):
+    """cri.events.Events, as the verbs see it."""
+
+    def watch(self, pod_id: str, take_fd: int) -> None:
+        """Reads the pod's events from `take_fd`, which is the watcher's from now on."""
+        ...
+
+    def unwatch(self, pod_id: str) -> None:
+        """Stops reading them; what had come by now was read."""
+        ...
+
+
+class Reader(Protocol):
+    """cri.stats.Statistics, as the verbs see it."""
+
+    async def of(self, containers: list[Container]) -> list[pb.ContainerStats]:
+        """The use of each container, in the same order."""
+        ...
+
+    def forget(self, container_id: str) -> None:
+        """Nothing of a removed container stays."""
+        ...
+
+
+class Stopping(Protocol):
+    """One stopping of one container (cri.verbs.stop_container)."""
+
+    task: asyncio.Task[None] | None
+
+    def hurry(self, deadline: float) -> None:
+        """Brings the deadline forward, never back."""
+        ...
+
+
+class Exits:
+    """Who waits for a container to end."""
+
+    def __init__(self) -> None:
+        self._events: dict[str, asyncio.Event] = {}
+
+    def event(self, container_id: str) -> asyncio.Event:
+        """Set once the container has ended or is gone."""
+        return self._events.setdefault(container_id, asyncio.Event())
+
+    def happened(self, container_id: str) -> None:
+        """Wakes everybody who waits for it."""
+        event = self._events.pop(container_id, None)
+        if event is not None:
+            event.set()
+
+
+@dataclass(slots=True)
+class Node:
+    """One node's worth of everything."""
+
+    config: Config
+    store: Store
+    parts: Parts
+    events: Watcher = field(init=False)
+    statistics: Reader = field(init=False)
+    tasks: Tasks = field(default_factory=Tasks)
+    locks: Locks = field(default_factory=Locks)
+    exits: Exits = field(default_factory=Exits)
+    stopping: dict[str, Stopping] = field(default_factory=dict)
+    processes: dict[str, dict[str, object]] = field(default_factory=dict)
+    exec_threads: Threads = field(default_factory=lambda: Threads("exec", EXEC_THREADS))
+    pod_names: Reservations[str] = field(init=False)
+    container_names: Reservations[str] = field(init=False)
+    paths: Paths = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pod_names = Reservations(self.tasks)
+        self.container_names = Reservations(self.tasks)
+        self.paths = Paths(self.config.state)
+
+    def pod(self, id_or_prefix: str) -> Pod:
+        """The pod of this id, or of this unambiguous beginning of one. Raises NotFound."""
+        return _find(self.store.pods, id_or_prefix, "pod sandbox")
+
+    def container(self, id_or_prefix: str) -> Container:
+        """The container of this id, or of this unambiguous beginning of one. Raises NotFound."""
+        return _find(self.store.containers, id_or_prefix, "container")
+
+    def sandbox(self, pod: Pod) -> Sandbox:
+        """The pod's shim."""
+        return pod.sandbox(self.paths.pod(pod.id))
+
+    def sandbox_of(self, container: Container) -> Sandbox:
+        """The shim of the container's pod."""
+        return self.sandbox(self.store.pods[container.pod_id])
+
+    def handler(self, name: str) -> tuple[str, str]:
+        """The handler of a request: its name, and the path of its binary or "" for native. Raises InvalidArgument."""
+        name = name or self.config.runtime.default_handler
+        path = self.config.runtime.handlers.get(name)
+        if path is None:
+            known = ", ".join(sorted(self.config.runtime.handlers))
+            raise InvalidArgument(f"runtime_handler: no handler {name!r} is configured; there are: {known}")
+        return name, "" if path == NATIVE else path
+
+    def running(self, container: Container, verb: str) -> Container:
+        """`container` if it runs. Raises FailedPrecondition."""
+        if not container.running:
+            state = "has ended" if container.finished_ns else "was not started"
+            raise FailedPrecondition(f"{verb} {container.name} ({container.id[:13]}): the container {state}")
+        return container
+
+
+def _find(records: Mapping[str, Record], wanted: str, what: str) -> Record:
+    record = records.get(wanted)
+    if record is not None:
+        return record
+    if not wanted:
+        raise InvalidArgument(f"{what}: the id is empty")
+    found = [record for id_, record in records.items() if id_.startswith(wanted)] if len(wanted) < 64 else []
+    if len(found) > 1:
+        raise InvalidArgument(f"{what} {wanted[:64]!r}: {len(found)} ids begin so, say more of it")
+    if not found:
+        raise NotFound(f"{what} {wanted[:80]!r} not found")
+    return found[0]
+
+
+def new_id() -> str:
+    """64 hex digits that nobody can guess."""
+    return os.urandom(32).hex()
+
+
+def now_ns() -> int:
+    """Now, for a record. Never for a timeout (threats P15)."""
+    return time.time_ns()

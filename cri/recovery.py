@@ -1,0 +1,231 @@
+"""The daemon's start, which is always a recovery: records, then shims, then what nobody owns.
+
+Assumes that the shims and the kernel know better than the records; that a record exists before anything it tells of;
+and that nothing else works on this root (the lock of `cri.daemon`). Refuses to invent: an end that nobody saw is
+reported as unseen. Invariant: a pod that cannot be recovered costs that pod, not the node; sweeping comes last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Awaitable
+
+from cri.events import Events, keep_facts, parse_facts
+from cri.interfaces import ContainerError, ContainerFacts, Sandbox, ShimUnresponsive
+from cri.node import Node, now_ns
+from cri.records import Container, Pod
+from cri.threads import to_thread
+from cri.verbs import remove_container, stop_pod
+from cri.verbs.run_pod import LOOPBACK_ONLY
+from runtime.linux.failpoint import failpoint
+from runtime.linux.files import AT_FDCWD, read_bounded, remove_tree
+from runtime.linux.process import is_running
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 32
+RETRY_S = 5.0
+MAX_FACTS = 1 << 20
+
+
+async def recover(node: Node, events: Events) -> None:
+    """Brings records, shims and leftovers to agree. Never raises for one pod's sake."""
+    await _all(node, [_undo_pod(node, pod) for pod in node.store.pods.values() if not pod.made_ns])
+    await _all(node, [_undo_container(node, one) for one in node.store.containers.values() if not one.made_ns])
+    failpoint("recovery.undone")
+    open_pods = [pod for pod in node.store.pods.values() if not pod.stopped_ns]
+    await _all(node, [_reconnect(node, events, pod) for pod in open_pods])
+    failpoint("recovery.reconnected")
+    await _sweep(node)
+    await node.store.settle()
+    log.info("recovered %d pods and %d containers", len(node.store.pods), len(node.store.containers))
+
+
+async def _all(node: Node, works: list[Awaitable[None]]) -> None:
+    gate = asyncio.Semaphore(AT_ONCE)
+
+    async def one(work: Awaitable[None]) -> None:
+        async with gate:
+            try:
+                await work
+            except Exception as error:
+                log.error("recovery: %s", error, exc_info=not isinstance(error, OSError | ContainerError))
+
+    await asyncio.gather(*(one(work) for work in works))
+
+
+async def _undo_pod(node: Node, pod: Pod) -> None:
+    """A RunPodSandbox that a kill interrupted. What cannot be undone now stays, as a pod to be stopped and removed."""
+    log.warning("pod %s (%s) was half-made: undoing it", pod.label, pod.id[:13])
+    try:
+        await to_thread(node.parts.sandboxes.stop, node.sandbox(pod))
+        if pod.netns:
+            if pod.network != LOOPBACK_ONLY:
+                await node.parts.network.delete(pod.pod_network())
+            await node.parts.network.remove_netns(pod.pod_network().netns)
+        await to_thread(remove_tree, node.paths.pod(pod.id))
+    except Exception:
+        await node.store.change_pod(pod.id, made_ns=now_ns(), lost_ns=now_ns())
+        raise
+    await node.store.remove(pod)
+
+
+async def _undo_container(node: Node, container: Container) -> None:
+    log.warning("container %s (%s) was half-made: undoing it", container.name, container.id[:13])
+    try:
+        await to_thread(remove_container.take_away, node, container)
+    except Exception:
+        await node.store.change_container(
+            container.id,
+            made_ns=now_ns(),
+            finished_ns=now_ns(),
+            exit_code=128,
+            reason="CreateError",
+            message="its creation was interrupted",
+        )
+        raise
+    await node.store.remove(container)
+
+
+async def _reconnect(node: Node, events: Events, pod: Pod) -> None:
+    """Takes in what the pod's shim knows, and listens to it from now on."""
+    limit = node.config.limits.recovery_s
+    try:
+        stream, facts = await asyncio.wait_for(to_thread(_ask, node, pod), limit)
+    except (ShimUnresponsive, TimeoutError) as error:
+        log.error("pod %s (%s): its shim does not answer, asking again later: %s", pod.label, pod.id[:13], error)
+        node.tasks.spawn(_ask_again(node, events, pod.id), f"reconnect {pod.id[:13]}")
+        return
+    if facts is None:
+        await lost(node, pod.id)
+        return
+    events.watch(pod.id, stream)
+    await _merge(node, pod, facts)
+
+
+def _ask(node: Node, pod: Pod) -> tuple[int, list[ContainerFacts] | None]:
+    # The stream first: an exit between the two is told twice rather than never (threats O14).
+    sandbox = node.sandbox(pod)
+    if not is_running(pod.pid, pod.started_ticks):
+        return -1, None
+    try:
+        stream = node.parts.sandboxes.events(sandbox)
+    except ShimUnresponsive:
+        raise
+    except ContainerError:
+        if is_running(pod.pid, pod.started_ticks):
+            raise
+        return -1, None
+    try:
+        facts = node.parts.sandboxes.reconnect(sandbox)
+    except BaseException:
+        os.close(stream)
+        raise
+    if facts is None:
+        os.close(stream)
+        return -1, None
+    return stream, list(facts)
+
+
+async def _ask_again(node: Node, events: Events, pod_id: str) -> None:
+    """Until the shim answers, is gone, or its pod is stopped by somebody."""
+    while (pod := node.store.pods.get(pod_id)) is not None and not pod.stopping_ns and not pod.stopped_ns:
+        await asyncio.sleep(RETRY_S)
+        try:
+            stream, facts = await to_thread(_ask, node, pod)
+        except ContainerError as error:
+            log.debug("pod %s: %s", pod_id[:13], error)
+            continue
+        if facts is None:
+            await lost(node, pod_id)
+        else:
+            events.watch(pod_id, stream)
+            await _merge(node, pod, facts)
+            log.info("pod %s (%s): its shim answers again", pod.label, pod_id[:13])
+        return
+
+
+async def _merge(node: Node, pod: Pod, facts: list[ContainerFacts]) -> None:
+    known = {item.id for item in facts}
+    for item in facts:
+        if keep_facts(node, item) is None:
+            log.warning("pod %s: container %s has no record: removing it", pod.label, item.id[:13])
+            await to_thread(node.parts.containers.delete, node.sandbox(pod), item.id)
+    for container in node.store.containers_of(pod.id):
+        if container.id not in known and not container.finished_ns:
+            await _end_from_disk(node, container, "its shim knows nothing of it")
+
+
+async def lost(node: Node, pod_id: str) -> None:
+    """The pod's shim has died: what ran in it is killed, since nobody could log, reap or stop it any more
+    (threats O13), and the pod is not ready. What the shim wrote down before it died counts (threats O15)."""
+    async with node.locks.held(pod_id):
+        pod = node.store.pods.get(pod_id)
+        if pod is None or pod.stopping_ns or pod.stopped_ns or not pod.made_ns:
+            return
+        log.error("pod %s (%s): its shim (pid %d) has died", pod.label, pod.id[:13], pod.pid)
+        pod = await node.store.change_pod(pod_id, lost_ns=pod.lost_ns or now_ns())
+        for container in node.store.containers_of(pod_id):
+            if not container.finished_ns:
+                await _end_from_disk(node, container, f"its shim (pid {pod.pid}) died")
+
+
+async def _end_from_disk(node: Node, container: Container, why: str) -> None:
+    facts = await to_thread(_written_facts, node, container)
+    if facts is not None and facts.finished_ns:
+        keep_facts(node, facts)
+        return
+    pod = node.store.pods[container.pod_id]
+    try:
+        await to_thread(node.parts.containers.delete, node.sandbox(pod), container.id)
+    except ContainerError as error:
+        # It may still run: it is not said to have ended, and StopPodSandbox tries again.
+        log.error("container %s (%s): %s, and it cannot be killed: %s", container.name, container.id[:13], why, error)
+        return
+    stop_pod.end_unseen(node, container, f"{why}; how it ended is not known")
+
+
+def _written_facts(node: Node, container: Container) -> ContainerFacts | None:
+    path = node.paths.bundle(container.id) / "exit.json"
+    try:
+        facts = parse_facts(json.loads(read_bounded(AT_FDCWD, str(path), MAX_FACTS)))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        log.warning("container %s: %s: %s", container.id[:13], path, error)
+        return None
+    return facts if facts.id == container.id else None
+
+
+async def _sweep(node: Node) -> None:
+    """Takes away what no record tells of. Each on its own: one that resists does not keep the others."""
+    pods = await to_thread(_names, node.paths.pods)
+    bundles = await to_thread(_names, node.paths.bundles)
+    await _all(node, [_sweep_pod(node, name) for name in pods if name not in node.store.pods])
+    await _all(
+        node, [to_thread(remove_tree, node.paths.bundle(name)) for name in bundles if name not in node.store.containers]
+    )
+    snapshots = [item.key for item in await to_thread(node.parts.snapshots.list)]
+    await _all(
+        node, [to_thread(node.parts.snapshots.remove, key) for key in snapshots if key not in node.store.containers]
+    )
+    valid = frozenset(pod.id for pod in node.store.pods.values() if not pod.stopped_ns)
+    await _all(node, [node.parts.network.collect(valid)])
+
+
+async def _sweep_pod(node: Node, name: str) -> None:
+    log.warning("pod %s has no record: removing what is left of it", name[:13])
+    directory = node.paths.pod(name)
+    # The shim wrote who it is into its directory; that is all there is to go by.
+    await to_thread(node.parts.sandboxes.stop, Sandbox(name, directory, 0, 0))
+    await to_thread(remove_tree, directory)
+
+
+def _names(directory: os.PathLike[str]) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,120 @@
+"""The CRI's calls by name, each to its verb; the same table serves gRPC and this process.
+
+Only translates. Refuses by name what this version does not have. Invariant: every call of the proto has an answer,
+since the table is checked against the descriptor when it is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+
+from cri.api import api_pb2 as pb
+from cri.errors import CallFailed, Unimplemented
+from cri.intercept import Intercept
+from cri.node import Node
+from cri.verbs import (
+    container_stats,
+    create_container,
+    exec_sync,
+    images,
+    query,
+    remove_container,
+    remove_pod,
+    reopen_log,
+    run_pod,
+    start_container,
+    stop_container,
+    stop_pod,
+    update_container,
+)
+
+# gRPC metadata of RunPodSandbox that our own command line sends: a network's name, or "none".
+NETWORK_KEY = "ocid-network"
+
+Verb = Callable[[Node, Any], Awaitable[Any]]
+Metadata = Sequence[tuple[str, Any]]
+
+VERBS: dict[str, Verb] = {
+    "Version": query.version,
+    "Status": query.node_status,
+    "RuntimeConfig": query.runtime_config,
+    "UpdateRuntimeConfig": query.update_runtime_config,
+    "RunPodSandbox": run_pod.run_pod,
+    "StopPodSandbox": stop_pod.stop_pod,
+    "RemovePodSandbox": remove_pod.remove_pod,
+    "PodSandboxStatus": query.pod_status,
+    "ListPodSandbox": query.list_pods,
+    "CreateContainer": create_container.create_container,
+    "StartContainer": start_container.start_container,
+    "StopContainer": stop_container.stop_container,
+    "RemoveContainer": remove_container.remove_container,
+    "ContainerStatus": query.container_status,
+    "ListContainers": query.list_containers,
+    "UpdateContainerResources": update_container.update_container,
+    "ReopenContainerLog": reopen_log.reopen_log,
+    "ExecSync": exec_sync.exec_sync,
+    "ContainerStats": container_stats.container_stats,
+    "ListContainerStats": container_stats.list_container_stats,
+    "ListImages": images.list_images,
+    "ImageStatus": images.image_status,
+    "PullImage": images.pull_image,
+    "RemoveImage": images.remove_image,
+    "ImageFsInfo": images.image_fs_info,
+}
+
+_METHODS = {method.name: method for service in pb.DESCRIPTOR.services_by_name.values() for method in service.methods}
+if unknown := VERBS.keys() - _METHODS.keys():
+    raise AssertionError(f"no such calls in the proto: {unknown}")
+
+
+class Service:
+    """The calls of one node."""
+
+    def __init__(self, node: Node, intercept: Intercept) -> None:
+        self.node = node
+        self.intercept = intercept
+
+    async def call(self, name: str, request: Any, metadata: Metadata = ()) -> Any:
+        """The answer to a call. Raises CallFailed."""
+        return await self.intercept.run(name, self._dispatch(name, request, metadata))
+
+    async def _dispatch(self, name: str, request: Any, metadata: Metadata) -> Any:
+        verb = VERBS.get(name)
+        if verb is None:
+            raise Unimplemented(f"{name}: ocid does not have this call yet")
+        if name == "RunPodSandbox":
+            network = next((str(value) for key, value in metadata if key == NETWORK_KEY), "")
+            return await run_pod.run_pod(self.node, request, network)
+        return await verb(self.node, request)
+
+    def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
+        """RuntimeService and ImageService for a grpc.aio server."""
+        return tuple(
+            grpc.method_handlers_generic_handler(
+                service.full_name, {method.name: self._handler(method) for method in service.methods}
+            )
+            for service in pb.DESCRIPTOR.services_by_name.values()
+        )
+
+    def _handler(self, method: Any) -> grpc.RpcMethodHandler:
+        name = method.name
+        parse = getattr(pb, method.input_type.name).FromString
+
+        async def unary(request: Any, context: grpc.aio.ServicerContext) -> bytes:
+            try:
+                metadata = context.invocation_metadata() or () if name == "RunPodSandbox" else ()
+                answer: bytes = (await self.call(name, request, metadata)).SerializeToString()
+                return answer
+            except CallFailed as error:
+                await context.abort(error.code, str(error))
+                raise AssertionError("abort returned") from None
+
+        async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+            yield await unary(request, context)
+
+        if method.server_streaming:
+            return grpc.unary_stream_rpc_method_handler(stream, request_deserializer=parse)
+        return grpc.unary_unary_rpc_method_handler(unary, request_deserializer=parse)

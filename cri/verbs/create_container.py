@@ -1,0 +1,246 @@
+"""CreateContainer: a record, a writable layer, a bundle, and a process that waits before execve.
+
+Refuses a pod that is not ready (threats O11). Invariant: a container is visible only once it is whole; after a
+failure nothing of it is left, and after a kill -9 recovery finds the record and undoes it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cri.api import api_pb2 as pb
+from cri.errors import AlreadyExists, FailedPrecondition, InvalidArgument, LimitExceeded, NotFound
+from cri.interfaces import ContainerFacts, ContainerSpec
+from cri.node import Node, new_id, now_ns
+from cri.records import Container, Pod, facts_of
+from cri.spec import users, validate
+from cri.spec.build import PodFacts, SpecInputs, build, user_request
+from cri.spec.mounts import PodFiles
+from cri.threads import to_thread
+from cri.undo import Undo
+from cri.verbs.remove_container import take_away
+from cri.verbs.run_pod import cgroup_parent, check_labels, hostname, namespaces
+from cri.verbs.stop_container import signal_number
+from imagestore.model import Image
+from runtime.linux.failpoint import failpoint
+from runtime.linux.files import write_durable
+
+log = logging.getLogger(__name__)
+
+
+async def create_container(node: Node, request: pb.CreateContainerRequest) -> pb.CreateContainerResponse:
+    """Makes the container in its pod."""
+    pod = node.pod(request.pod_sandbox_id)
+    config = request.config
+    metadata = config.metadata
+    validate.name("metadata.name", metadata.name)
+    validate.log_path(config.log_path)
+    check_labels(config)
+    what = f"create container {metadata.name} in pod {pod.label}"
+    require_ready(pod, what)
+    if len(node.store.containers) >= node.config.limits.containers:
+        raise LimitExceeded(f"{what}: there are {len(node.store.containers)} containers (limits.containers)")
+    key = (pod.id, metadata.name, metadata.attempt)
+    fingerprint = config.SerializeToString(deterministic=True)
+    existing = node.store.named(key)
+    if existing is not None and node.store.containers[existing].made_ns:
+        if node.container_names.unclaimed(key, fingerprint) == existing:
+            return pb.CreateContainerResponse(container_id=existing)
+        raise AlreadyExists(f"{what}: the name is taken by container {existing}; remove that first")
+    container = Container(
+        id=new_id(),
+        pod_id=pod.id,
+        name=metadata.name,
+        attempt=metadata.attempt,
+        config=config.SerializeToString(),
+        created_ns=now_ns(),
+        log_path=log_path(pod, config),
+        resources=config.linux.resources.SerializeToString(),
+    )
+    made = await node.container_names.once(key, fingerprint, what, lambda: _make(node, pod, container))
+    return pb.CreateContainerResponse(container_id=made)
+
+
+def require_ready(pod: Pod, what: str) -> None:
+    """Raises FailedPrecondition when nothing may start in `pod` any more."""
+    if not pod.ready:
+        raise FailedPrecondition(f"{what}: the pod sandbox is not ready; make a new one")
+
+
+def log_path(pod: Pod, config: pb.ContainerConfig) -> str:
+    """Where the log goes, "" for nowhere: both parts are needed, as CRI words it."""
+    directory = pod.request.log_directory
+    return os.path.join(directory, config.log_path) if directory and config.log_path else ""
+
+
+async def _make(node: Node, pod: Pod, container: Container) -> str:
+    async with node.locks.held(container.id), Undo() as undo:
+        undo.did("forget the container", lambda: _forget(node, container, undo))
+        await node.store.add(container)
+        failpoint("create_container.recorded")
+        undo.did("remove the container", lambda: to_thread(take_away, node, container))
+        made = await to_thread(_build_and_create, node, pod, container)
+        failpoint("create_container.created")
+        # Before it is visible: StopPodSandbox may have begun meanwhile, and would have missed it.
+        require_ready(node.store.pods[pod.id], f"create container {container.name}")
+        await node.store.change_container(
+            container.id,
+            made_ns=now_ns(),
+            image_id=made.image.id,
+            cgroup=made.cgroup,
+            stop_signal=made.stop_signal,
+            uid=made.user.uid,
+            gid=made.user.gid,
+            groups=",".join(map(str, made.user.groups)),
+            **facts_of(made.facts),
+        )
+        failpoint("create_container.made")
+        node.processes[container.id] = made.process
+        undo.keep_all()
+    log.info(
+        "container %s (%s) of %s is created in pod %s", container.name, container.id[:13], made.image.id, pod.label
+    )
+    return container.id
+
+
+async def _forget(node: Node, container: Container, undo: Undo) -> None:
+    if not undo.failed:
+        await node.store.remove(container)
+        return
+    # Something of it is left: it stays, as one that never started, to be removed by whoever lists it.
+    await node.store.change_container(
+        container.id,
+        made_ns=now_ns(),
+        finished_ns=now_ns(),
+        exit_code=128,
+        reason="CreateError",
+        message="its creation failed, and so did taking it back",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    image: Image
+    user: users.User
+    cgroup: str
+    stop_signal: str
+    process: dict[str, object]
+    facts: ContainerFacts
+
+
+def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
+    """All that blocks, in one go. What it leaves when it fails is `take_away`'s to remove."""
+    config = container.request
+    image = find_image(node, config.image.image)
+    stop_signal = stop_signal_of(config, image)
+    user = _user(node, config, image)
+    spec = build(
+        SpecInputs(
+            container_id=container.id,
+            config=config,
+            sandbox=pod.request,
+            image=image.config,
+            user=user,
+            pod=_pod_facts(node, pod, config),
+        )
+    )
+    rootfs = node.parts.snapshots.prepare(container.id, image.chain_id if image.layers else None)
+    failpoint("create_container.prepared")
+    bundle = node.paths.bundle(container.id)
+    os.mkdir(bundle, 0o700)
+    write_durable(bundle / "config.json", json.dumps(spec).encode("utf-8", "surrogateescape"), sync=False)
+    failpoint("create_container.bundled")
+    if container.log_path:
+        os.makedirs(os.path.dirname(container.log_path), 0o755, exist_ok=True)
+    _, handler = node.handler(pod.handler)
+    facts = node.parts.containers.create(
+        node.sandbox(pod),
+        ContainerSpec(
+            id=container.id,
+            bundle=bundle,
+            rootfs=rootfs,
+            log_path=Path(container.log_path) if container.log_path else None,
+            terminal=config.tty,
+            stdin=config.stdin,
+            stdin_once=config.stdin_once,
+            handler=handler,
+        ),
+    )
+    return _Made(image, user, spec["linux"]["cgroupsPath"], stop_signal, spec["process"], facts)
+
+
+def find_image(node: Node, name: str) -> Image:
+    """The image that a request names. Raises InvalidArgument, NotFound."""
+    if not name:
+        raise InvalidArgument("image: the name is empty")
+    image = node.parts.images.get(name)
+    if image is None:
+        raise NotFound(f"image {name[:200]!r} is not here; pull it first")
+    return image
+
+
+def stop_signal_of(config: pb.ContainerConfig, image: Image) -> str:
+    """The request's, else the image's, else SIGTERM. Raises InvalidArgument for a word that is no signal."""
+    if config.stop_signal != pb.SIGNAL_RUNTIME_DEFAULT:
+        try:
+            name: str = pb.Signal.Name(config.stop_signal).removeprefix("SIGNAL_")
+        except ValueError:
+            raise InvalidArgument(f"stop_signal: {config.stop_signal} is no signal") from None
+    else:
+        name = image.config.stop_signal or "SIGTERM"
+    signal_number(name)
+    return name
+
+
+def _user(node: Node, config: pb.ContainerConfig, image: Image) -> users.User:
+    def database() -> users.Database:
+        if not image.layers:
+            return users.Database()
+        return users.read_database(node.parts.snapshots.lower_directories(image.chain_id))
+
+    return users.resolve(user_request(config, image.config), database)
+
+
+def _pod_facts(node: Node, pod: Pod, config: pb.ContainerConfig) -> PodFacts:
+    """What of the pod the container joins: network, IPC and UTS are the pod's, whatever the container says."""
+    own = namespaces(pod.request)
+    asked = config.linux.security_context.namespace_options
+    directory = node.paths.pod(pod.id)
+    pid, host_pid = _pid_namespace(node, pod, asked)
+    return PodFacts(
+        id=pod.id,
+        hostname=hostname(pod.request),
+        cgroup_parent=cgroup_parent(node, pod.request),
+        network=pod.netns,
+        ipc=str(directory / "ns" / "ipc") if own.ipc else "",
+        uts=str(directory / "ns" / "uts") if own.network else "",
+        pid=pid,
+        host_pid=host_pid,
+        files=PodFiles(
+            shm=str(directory / "shm") if own.ipc else "/dev/shm",
+            hosts=str(directory / "hosts"),
+            hostname=str(directory / "hostname"),
+            resolv_conf=str(directory / "resolv.conf"),
+        ),
+    )
+
+
+def _pid_namespace(node: Node, pod: Pod, asked: pb.NamespaceOption) -> tuple[str, bool]:
+    own = namespaces(pod.request)
+    if asked.pid == pb.TARGET:
+        target = node.container(asked.target_id)
+        if target.pod_id != pod.id:
+            raise InvalidArgument(f"namespace_options.target_id: container {target.id} is of another pod")
+        node.running(target, "join the PID namespace of")
+        return f"/proc/{target.pid}/ns/pid", False
+    if asked.pid == pb.NODE:
+        if not own.host_pid:
+            raise InvalidArgument("namespace_options.pid: NODE needs a pod sandbox with NODE")
+        return "", True
+    if asked.pid == pb.POD:
+        return (str(node.paths.pod(pod.id) / "ns" / "pid"), False) if own.pid else ("", own.host_pid)
+    return "", False

@@ -1,0 +1,160 @@
+"""The image service: ListImages, ImageStatus, PullImage, RemoveImage, ImageFsInfo.
+
+Refuses to log credentials. Invariant: an image that is listed is whole, and what the caller gets back from a pull is
+its id.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import logging
+import time
+
+from cri.api import api_pb2 as pb
+from cri.errors import InvalidArgument
+from cri.node import Node
+from cri.threads import to_thread
+from imagestore.model import Credentials, Image
+from runtime.linux.failpoint import failpoint
+
+log = logging.getLogger(__name__)
+
+MAX_AUTH = 1 << 20
+
+
+def message(image: Image) -> pb.Image:
+    """An image in the CRI's words. `uid` is set for a numeric USER, `username` for a name."""
+    answer = pb.Image(
+        id=image.id, repo_tags=image.repo_tags, repo_digests=image.repo_digests, size=image.size, pinned=image.pinned
+    )
+    answer.spec.image = image.id
+    user = image.config.user.partition(":")[0]
+    if user.isascii() and user.isdecimal() and len(user) < 19:
+        answer.uid.value = int(user)
+    elif user:
+        answer.username = user
+    return answer
+
+
+async def list_images(node: Node, request: pb.ListImagesRequest) -> pb.ListImagesResponse:
+    """All images, or the one that the filter names."""
+    wanted = request.filter.image.image
+    if wanted:
+        image = await to_thread(node.parts.images.get, wanted)
+        images = [image] if image is not None else []
+    else:
+        images = list(await to_thread(node.parts.images.list))
+    return pb.ListImagesResponse(images=[message(image) for image in images])
+
+
+async def image_status(node: Node, request: pb.ImageStatusRequest) -> pb.ImageStatusResponse:
+    """One image; an answer without one when it is not here."""
+    name = _name(request.image)
+    image = await to_thread(node.parts.images.get, name)
+    if image is None:
+        return pb.ImageStatusResponse()
+    response = pb.ImageStatusResponse(image=message(image))
+    if request.verbose:
+        config = image.config
+        response.info["info"] = json.dumps(
+            {
+                "chainID": image.chain_id if image.layers else "",
+                "manifestDigest": image.manifest_digest,
+                "layers": [layer.blob.digest for layer in image.layers],
+                "imageSpec": {
+                    "created": config.created,
+                    "architecture": config.architecture,
+                    "os": config.os,
+                    "variant": config.variant,
+                    "config": {
+                        "User": config.user,
+                        "Env": config.env,
+                        "Entrypoint": config.entrypoint,
+                        "Cmd": config.cmd,
+                        "WorkingDir": config.working_dir,
+                        "StopSignal": config.stop_signal,
+                        "Volumes": config.volumes,
+                        "ExposedPorts": config.exposed_ports,
+                        "Labels": dict(config.labels),
+                    },
+                },
+            }
+        )
+    return response
+
+
+async def pull_image(node: Node, request: pb.PullImageRequest) -> pb.PullImageResponse:
+    """Pulls; cancelling it cancels this caller's part in the pull."""
+    name = _name(request.image)
+    failpoint("pull_image.begun")
+    started = time.monotonic()
+    image = await node.parts.images.pull(name, credentials(request.auth) if request.HasField("auth") else None)
+    log.info("image %s is here as %s, after %.1f s", name, image.id, time.monotonic() - started)
+    return pb.PullImageResponse(image_ref=image.id)
+
+
+def credentials(auth: pb.AuthConfig) -> Credentials | None:
+    """What to log in with; `auth` is base64 of user:password, as docker's configuration has it."""
+    username, password = auth.username, auth.password
+    if auth.auth and not username:
+        try:
+            if len(auth.auth) > MAX_AUTH:
+                raise ValueError
+            username, colon, password = base64.b64decode(auth.auth, validate=True).decode().partition(":")
+        except (ValueError, binascii.Error):
+            raise InvalidArgument("auth.auth: not base64 of user:password") from None
+        if not colon:
+            raise InvalidArgument("auth.auth: not base64 of user:password")
+        password = password.strip("\0")
+    if not (username or password or auth.identity_token or auth.registry_token):
+        return None
+    return Credentials(username, password, auth.identity_token, auth.registry_token, auth.server_address)
+
+
+async def remove_image(node: Node, request: pb.RemoveImageRequest) -> pb.RemoveImageResponse:
+    """Removes the image; its space comes back soon after. A name whose image has no other tag takes the image along."""
+    name = _name(request.image)
+    await node.tasks.finish(_remove(node, name), f"remove image {name}")
+    return pb.RemoveImageResponse()
+
+
+async def _remove(node: Node, name: str) -> None:
+    image = await to_thread(node.parts.images.get, name)
+    if image is None:
+        return
+    # Pulled by tag, an image has its tag and the digest it came by; the latter alone keeps nothing that was asked for.
+    last = len(image.repo_tags) <= 1
+    await to_thread(node.parts.images.remove, image.id if last else name)
+    failpoint("remove_image.removed")
+    log.info("image %s: %s removed", image.id, "all of it" if last else name)
+    if last:
+        node.tasks.spawn(_collect(node), "collect garbage")
+
+
+async def _collect(node: Node) -> None:
+    try:
+        await to_thread(node.parts.images.collect)
+    except Exception as error:
+        log.warning("collecting what no image needs: %s", error)
+
+
+async def image_fs_info(node: Node, request: pb.ImageFsInfoRequest) -> pb.ImageFsInfoResponse:
+    """Space of images, and of containers: both under the same root."""
+    usage = await to_thread(node.parts.images.usage)
+    response = pb.ImageFsInfoResponse()
+    filesystem = response.image_filesystems.add(timestamp=time.time_ns())
+    filesystem.fs_id.mountpoint = str(node.config.root)
+    filesystem.used_bytes.value = usage.bytes
+    filesystem.inodes_used.value = usage.inodes
+    response.container_filesystems.add().CopyFrom(filesystem)
+    return response
+
+
+def _name(image: pb.ImageSpec) -> str:
+    if not image.image:
+        raise InvalidArgument("image: the name is empty")
+    if len(image.image) > 4096:
+        raise InvalidArgument("image: the name is longer than 4096 bytes")
+    return image.image

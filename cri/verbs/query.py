@@ -1,0 +1,162 @@
+"""Version, Status, RuntimeConfig, and every List and Status of pods and containers.
+
+Refuses to wait: all of it is read from memory, and what is verbose about one object from its own files only
+(threats R14, O41). Invariant: what is half-made is not shown.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+
+from cri.api import api_pb2 as pb
+from cri.node import Node
+from cri.records import Container, Pod
+from cri.spec.limits import build as limits_of
+from cri.threads import to_thread
+from cri.verbs import status
+from cri.version import CRI_API, NAME, VERSION
+from runtime.linux.files import AT_FDCWD, read_bounded
+
+log = logging.getLogger(__name__)
+
+MAX_CONFIG = 16 << 20
+
+
+async def version(node: Node, request: pb.VersionRequest) -> pb.VersionResponse:
+    """Who we are. The first field is the kubelet's API version, which it never looks at."""
+    return pb.VersionResponse(version="0.1.0", runtime_name=NAME, runtime_version=VERSION, runtime_api_version=CRI_API)
+
+
+async def node_status(node: Node, request: pb.StatusRequest) -> pb.StatusResponse:
+    """RuntimeReady, NetworkReady, the handlers and what they can do."""
+    trouble = await node.parts.network.status()
+    response = pb.StatusResponse()
+    response.status.conditions.add(type="RuntimeReady", status=True)
+    if trouble is None:
+        response.status.conditions.add(type="NetworkReady", status=True)
+    else:
+        response.status.conditions.add(
+            type="NetworkReady", status=False, reason="NetworkPluginNotReady", message=trouble
+        )
+    features = pb.RuntimeHandlerFeatures(recursive_read_only_mounts=True, user_namespaces=False)
+    for name in ("", *node.config.runtime.handlers):
+        response.runtime_handlers.add(name=name, features=features)
+    response.features.supplemental_groups_policy = True
+    response.features.mount_options = True
+    if request.verbose:
+        from cri.config import as_toml
+
+        facts = {"config": as_toml(node.config), "pods": len(node.store.pods), "containers": len(node.store.containers)}
+        response.info["config"] = json.dumps(facts)
+    return response
+
+
+async def runtime_config(node: Node, request: pb.RuntimeConfigRequest) -> pb.RuntimeConfigResponse:
+    """The cgroup driver, so that the kubelet uses the same."""
+    response = pb.RuntimeConfigResponse()
+    response.linux.cgroup_driver = pb.CGROUPFS
+    return response
+
+
+async def update_runtime_config(node: Node, request: pb.UpdateRuntimeConfigRequest) -> pb.UpdateRuntimeConfigResponse:
+    """Takes note of the pods' address range; networks are configured by their own files."""
+    if request.runtime_config.network_config.pod_cidr:
+        log.info("the node's pod range is %s", request.runtime_config.network_config.pod_cidr[:256])
+    return pb.UpdateRuntimeConfigResponse()
+
+
+async def list_pods(node: Node, request: pb.ListPodSandboxRequest) -> pb.ListPodSandboxResponse:
+    """The pods that match."""
+    return pb.ListPodSandboxResponse(items=[status.pod_item(pod) for pod in matching_pods(node, request.filter)])
+
+
+def matching_pods(node: Node, wanted: pb.PodSandboxFilter) -> Iterator[Pod]:
+    """The whole pods that every field given in `wanted` matches."""
+    for pod in list(node.store.pods.values()):
+        if not pod.made_ns or not pod.id.startswith(wanted.id):
+            continue
+        if wanted.HasField("state") and wanted.state.state != status.pod_state(pod):
+            continue
+        if labels_match(wanted.label_selector, pod.request.labels):
+            yield pod
+
+
+async def pod_status(node: Node, request: pb.PodSandboxStatusRequest) -> pb.PodSandboxStatusResponse:
+    """One pod, with more about it when asked."""
+    pod = node.pod(request.pod_sandbox_id)
+    response = pb.PodSandboxStatusResponse(status=status.pod_status(pod))
+    if request.verbose:
+        info = {
+            "pid": pod.pid if pod.ready else 0,
+            "pausePid": pod.pause_pid,
+            "netns": pod.netns,
+            "runtimeHandler": pod.handler,
+            "network": json.loads(pod.network_result or "null"),
+            "config": _as_json(pod.request),
+        }
+        response.info["info"] = json.dumps(info)
+    return response
+
+
+async def list_containers(node: Node, request: pb.ListContainersRequest) -> pb.ListContainersResponse:
+    """The containers that match."""
+    wanted = request.filter
+    return pb.ListContainersResponse(
+        containers=[
+            status.container_item(container)
+            for container in matching_containers(node, wanted.id, wanted.pod_sandbox_id, wanted.label_selector)
+            if not wanted.HasField("state") or wanted.state.state == container.state
+        ]
+    )
+
+
+def matching_containers(node: Node, id_: str, pod_id: str, labels: Mapping[str, str]) -> Iterator[Container]:
+    """The whole containers whose id and pod begin so and whose labels match."""
+    for container in list(node.store.containers.values()):
+        if not container.made_ns or not container.id.startswith(id_) or not container.pod_id.startswith(pod_id):
+            continue
+        if labels_match(labels, container.request.labels):
+            yield container
+
+
+def labels_match(wanted: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+    """True when every wanted label is there with its value."""
+    return all(labels.get(key) == value for key, value in wanted.items()) if wanted else True
+
+
+async def container_status(node: Node, request: pb.ContainerStatusRequest) -> pb.ContainerStatusResponse:
+    """One container, with more about it when asked."""
+    container = node.container(request.container_id)
+    response = pb.ContainerStatusResponse(status=status.container_status(container))
+    if request.verbose:
+        spec = await to_thread(_spec, node, container)
+        info = {
+            "sandboxID": container.pod_id,
+            "pid": container.pid if container.running else 0,
+            "snapshotKey": container.id,
+            "runtimeHandler": node.store.pods[container.pod_id].handler,
+            "cgroup": container.cgroup,
+            "exitSignal": container.signal,
+            "resources": limits_of(pb.LinuxContainerResources.FromString(container.resources)),
+            "config": _as_json(container.request),
+            "runtimeSpec": spec,
+        }
+        response.info["info"] = json.dumps(info)
+    return response
+
+
+def _spec(node: Node, container: Container) -> object:
+    """config.json as the runtime got it; None once a reboot has taken the state directory."""
+    try:
+        return json.loads(read_bounded(AT_FDCWD, str(node.paths.bundle(container.id) / "config.json"), MAX_CONFIG))
+    except (OSError, ValueError) as error:
+        log.debug("container %s: config.json: %s", container.id[:13], error)
+        return None
+
+
+def _as_json(message: pb.PodSandboxConfig | pb.ContainerConfig) -> object:
+    from google.protobuf.json_format import MessageToDict  # rarely needed, and not small
+
+    return MessageToDict(message, preserving_proto_field_name=True)

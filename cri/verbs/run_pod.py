@@ -1,0 +1,240 @@
+"""RunPodSandbox: a record, a network namespace, a shim, a network; then the pod is ready.
+
+Refuses what a later step could not honour before anything is made. Invariant: a pod is visible only once it is whole;
+after a failure nothing of it is left, and after a kill -9 recovery finds the record and undoes it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cri.api import api_pb2 as pb
+from cri.cgroups import first_missing, remove_made
+from cri.errors import AlreadyExists, InvalidArgument, Unimplemented
+from cri.interfaces import NetworkResult, Sandbox, Sandboxes, SandboxSpec
+from cri.node import Node, new_id, now_ns
+from cri.records import Pod
+from cri.spec import etc, validate
+from cri.threads import to_thread
+from cri.undo import Undo, both
+from runtime.linux.failpoint import failpoint
+from runtime.linux.files import remove_tree, write_durable
+
+log = logging.getLogger(__name__)
+
+LOOPBACK_ONLY = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Namespaces:
+    """Which namespaces a pod has of its own."""
+
+    network: bool
+    ipc: bool
+    pid: bool
+    host_pid: bool
+
+
+def namespaces(config: pb.PodSandboxConfig) -> Namespaces:
+    """The pod's namespaces as asked for. Raises InvalidArgument, Unimplemented."""
+    options = config.linux.security_context.namespace_options
+    if options.HasField("userns_options") and options.userns_options.mode != pb.NODE:
+        raise Unimplemented("namespace_options.userns_options: user namespaces are not supported")
+    for field, value in (("network", options.network), ("ipc", options.ipc)):
+        if value not in (pb.POD, pb.NODE):
+            raise InvalidArgument(f"namespace_options.{field}: a pod's is POD or NODE")
+    if options.pid not in (pb.POD, pb.CONTAINER, pb.NODE):
+        raise InvalidArgument("namespace_options.pid: a pod's is POD, CONTAINER or NODE")
+    return Namespaces(options.network == pb.POD, options.ipc == pb.POD, options.pid == pb.POD, options.pid == pb.NODE)
+
+
+def hostname(config: pb.PodSandboxConfig) -> str:
+    """What the pod's processes see as host name: as asked, else the node's in its network, else the pod's name."""
+    if config.hostname:
+        return validate.hostname(config.hostname)
+    if not namespaces(config).network:
+        return etc.host_name()
+    return str(config.metadata.name)[:63].rstrip(".-").replace("_", "-")
+
+
+def cgroup_parent(node: Node, config: pb.PodSandboxConfig) -> str:
+    """The absolute parent of the pod's cgroups. Raises InvalidArgument (threats S19)."""
+    asked: str = config.linux.cgroup_parent
+    if not asked:
+        return node.config.runtime.cgroup_parent
+    parts = [part for part in asked.split("/") if part]
+    if not parts or len(asked) > 4096 or any(part in (".", "..") or not part.isprintable() for part in parts):
+        raise InvalidArgument(f"linux.cgroup_parent: {asked[:80]!r} is no path of cgroup names")
+    return "/" + "/".join(parts)
+
+
+def check_labels(config: pb.PodSandboxConfig | pb.ContainerConfig) -> None:
+    """Bounds labels and annotations as Kubernetes does. Raises InvalidArgument."""
+    for field, values in (("labels", config.labels), ("annotations", config.annotations)):
+        if sum(len(key) + len(value) for key, value in values.items()) > validate.MAX_ANNOTATIONS:
+            raise InvalidArgument(f"{field}: more than {validate.MAX_ANNOTATIONS} bytes in all")
+
+
+def check(node: Node, config: pb.PodSandboxConfig) -> None:
+    """Refuses what cannot be run, before anything is made. Raises InvalidRequest and CriError."""
+    metadata = config.metadata
+    validate.name("metadata.name", metadata.name)
+    if metadata.namespace:
+        validate.name("metadata.namespace", metadata.namespace)
+    if metadata.uid:
+        validate.uid("metadata.uid", metadata.uid)
+    validate.log_directory(config.log_directory)
+    check_labels(config)
+    cgroup_parent(node, config)
+    hostname(config)
+    own = namespaces(config)
+    validate.sysctls(config.linux.sysctls, private_network=own.network, private_ipc=own.ipc)
+    if config.HasField("dns_config"):
+        dns = config.dns_config
+        etc.resolv_conf(dns.servers, dns.searches, dns.options)
+    for index, port in enumerate(config.port_mappings):
+        if not (0 <= port.host_port <= 65535 and 0 < port.container_port <= 65535):
+            raise InvalidArgument(f"port_mappings[{index}]: ports go from 1 to 65535")
+
+
+async def run_pod(node: Node, request: pb.RunPodSandboxRequest, network: str = "") -> pb.RunPodSandboxResponse:
+    """`network` is "" for the default network, "none" for loopback alone, else the name of a conflist."""
+    config = request.config
+    check(node, config)
+    handler, _ = node.handler(request.runtime_handler)
+    metadata = config.metadata
+    key = (metadata.name, metadata.namespace, metadata.uid, metadata.attempt)
+    what = f"run pod {metadata.namespace}/{metadata.name}"
+    fingerprint = request.SerializeToString(deterministic=True) + network.encode()
+    existing = node.store.named(key)
+    if existing is not None and node.store.pods[existing].made_ns:
+        if node.pod_names.unclaimed(key, fingerprint) == existing and node.store.pods[existing].ready:
+            return pb.RunPodSandboxResponse(pod_sandbox_id=existing)
+        raise AlreadyExists(f"{what}: the name is taken by pod sandbox {existing}; remove that first")
+    pod = Pod(
+        id=new_id(),
+        name=metadata.name,
+        namespace=metadata.namespace,
+        uid=metadata.uid,
+        attempt=metadata.attempt,
+        handler=handler,
+        config=config.SerializeToString(),
+        created_ns=now_ns(),
+        network=network,
+    )
+    made = await node.pod_names.once(key, fingerprint, what, lambda: _make(node, pod))
+    return pb.RunPodSandboxResponse(pod_sandbox_id=made)
+
+
+async def _make(node: Node, pod: Pod) -> str:
+    config = pod.request
+    own = namespaces(config)
+    directory, parent = node.paths.pod(pod.id), cgroup_parent(node, config)
+    async with node.locks.held(pod.id), Undo() as undo:
+        undo.did("forget the pod", lambda: _forget(node, pod, undo))
+        await node.store.add(pod)
+        failpoint("run_pod.recorded")
+        undo.did("remove the pod's directory", lambda: to_thread(remove_tree, directory))
+        made, netns = await both(to_thread(_prepare, directory, parent), _new_netns(node, pod, undo, own))
+        failpoint("run_pod.netns")
+        if netns is not None or made:
+            # Before ADD: whoever finds this record knows that addresses may be in use (threats O3).
+            pod = await node.store.change_pod(pod.id, netns=str(netns or ""), cgroup_made=made)
+        undo.did("remove the pod's cgroup", lambda: to_thread(remove_made, parent, made))
+        spec = SandboxSpec(
+            id=pod.id,
+            directory=directory,
+            hostname=hostname(config),
+            netns=netns,
+            private_ipc=own.ipc,
+            private_uts=own.network,
+            shared_pid=own.pid,
+            shm_bytes=node.config.runtime.shm_bytes if own.ipc else 0,
+            sysctls=validate.sysctls(config.linux.sysctls, private_network=own.network, private_ipc=own.ipc),
+            cgroup_parent=parent,
+        )
+        sandbox, network = await both(_start(node, spec, undo), _connect(node, pod, undo, own))
+        failpoint("run_pod.connected")
+        await node.store.change_pod(
+            pod.id,
+            pid=sandbox.pid,
+            started_ticks=sandbox.started_ticks,
+            pause_pid=sandbox.pause_pid,
+            made_ns=now_ns(),
+            ips=",".join(network.ips),
+            network_result=json.dumps(dict(network.raw)) if network.raw else "",
+        )
+        failpoint("run_pod.made")
+        undo.keep_all()
+    log.info("pod %s (%s) is ready: %s", pod.label, pod.id[:13], ", ".join(network.ips) or "no address of its own")
+    return pod.id
+
+
+def _prepare(directory: Path, parent: str) -> str:
+    os.mkdir(directory, 0o700)
+    return first_missing(parent)
+
+
+async def _forget(node: Node, pod: Pod, undo: Undo) -> None:
+    if not undo.failed:
+        await node.store.remove(pod)
+        return
+    # Something of it is left that only the record knows of: it stays, as a pod that is not ready, to be stopped and
+    # removed by whoever lists it.
+    await node.store.change_pod(pod.id, made_ns=now_ns(), lost_ns=now_ns())
+
+
+async def _new_netns(node: Node, pod: Pod, undo: Undo, own: Namespaces) -> Path | None:
+    if not own.network:
+        return None
+    netns = await node.parts.network.new_netns(pod.id)
+    undo.did("remove the network namespace", lambda: node.parts.network.remove_netns(netns))
+    return netns
+
+
+async def _start(node: Node, spec: SandboxSpec, undo: Undo) -> Sandbox:
+    sandbox, events = await to_thread(_start_watched, node.parts.sandboxes, spec)
+    node.events.watch(spec.id, events)
+
+    async def stop() -> None:
+        node.events.unwatch(spec.id)
+        await to_thread(node.parts.sandboxes.stop, sandbox)
+
+    undo.did("stop the shim", stop)
+    return sandbox
+
+
+def _start_watched(sandboxes: Sandboxes, spec: SandboxSpec) -> tuple[Sandbox, int]:
+    sandbox = sandboxes.start(spec)
+    try:
+        return sandbox, sandboxes.events(sandbox)
+    except BaseException:
+        sandboxes.stop(sandbox)
+        raise
+
+
+async def _connect(node: Node, pod: Pod, undo: Undo, own: Namespaces) -> NetworkResult:
+    result = NetworkResult((), {})
+    if own.network and pod.network != LOOPBACK_ONLY:
+        result = await node.parts.network.add(pod.pod_network())
+        undo.did("release the pod's addresses", lambda: node.parts.network.delete(pod.pod_network()))
+    await to_thread(_write_files, node.paths.pod(pod.id), pod.request, own, result.ips)
+    return result
+
+
+def _write_files(directory: Path, config: pb.PodSandboxConfig, own: Namespaces, ips: tuple[str, ...]) -> None:
+    name = hostname(config)
+    dns = config.dns_config
+    texts = {
+        "hostname": f"{name}\n",
+        "hosts": etc.hosts(name, ips) if own.network else etc.host_file("/etc/hosts"),
+        "resolv.conf": etc.resolv_conf(dns.servers, dns.searches, dns.options)
+        if config.HasField("dns_config")
+        else etc.host_file("/etc/resolv.conf"),
+    }
+    for file, text in texts.items():
+        write_durable(directory / file, text.encode("utf-8", "surrogateescape"), 0o644, sync=False)
