@@ -102,7 +102,7 @@ def ocid(directory: Path, subnet: str = "10.201.0.0/16", bridge: str = "") -> It
     if bridge:
         (networks / "10-pods.conflist").write_text(conflist("pods", bridge, subnet, directory / "leases"))
     configuration = directory / "config.toml"
-    configuration.write_text(f'[network]\nconf_dir = "{networks}"\ndefault_subnet = "{subnet}"\n')
+    configuration.write_text(f'[network]\nconf_dir = "{networks}"\ndefault_subnets = ["{subnet}"]\n')
     socket = state / "ocid.sock"
     command = [command_path("ocid"), "--config", str(configuration), "--root", str(root), "--state", str(state)]
     with _running("ocid", [*command, "serve"], directory, socket, bridge or "ocid0") as daemon:
