@@ -65,6 +65,17 @@ class Blobs:
         os.unlink(path)
         return False
 
+    def is_sound(self, blob: Descriptor) -> bool:
+        """As `has`, but by what is in it. A damaged one goes, or it would be taken for whole for ever (threats O49)."""
+        if not self.has(blob):
+            return False
+        path = self.path(blob.digest)
+        with open(path, "rb", buffering=0) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == blob.digest[7:]:
+                return True
+        os.unlink(path)
+        return False
+
     def read(self, digest: str, limit: int) -> bytes:
         """A small blob, checked against its digest again. Raises ContentInvalid, OSError."""
         data = read_bounded(AT_FDCWD, str(self.path(digest)), limit)
@@ -98,7 +109,11 @@ class Blobs:
             for entry in os.scandir(directory):
                 if not entry.name.startswith(".") or not entry.name.endswith(suffix):
                     continue
-                if os.lstat(entry.path).st_mtime <= oldest:
+                try:
+                    old = os.lstat(entry.path).st_mtime <= oldest
+                except FileNotFoundError:
+                    continue  # whole by now, or given up
+                if old:
                     _unlink_unlocked(entry.path)
 
     def ingest(self, blob: Descriptor) -> Ingest | None:

@@ -92,13 +92,18 @@ class Leases:
         """Yields False when another process pulls or collects; nobody else begins a pull or a collection meanwhile."""
         gate = self._gate()
         try:
-            try:
-                fcntl.flock(gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            # Under the lock, so that a pull of ours that begins now either waits for neither or sees `_collecting`.
+            with self._lock:
+                try:
+                    fcntl.flock(gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._collecting = True
+                except BlockingIOError:
+                    busy = True
+                else:
+                    busy = False
+            if busy:
                 yield False
                 return
-            with self._lock:
-                self._collecting = True
             try:
                 yield not self._others_pull()
             finally:

@@ -111,7 +111,7 @@ class Puller:
         return document, entry.descriptor.media_type
 
     def _keep_document(self, document: Document) -> None:
-        if not self.blobs.has(Descriptor("", document.digest, len(document.data))):
+        if not self.blobs.is_sound(Descriptor("", document.digest, len(document.data))):
             self.blobs.put(document.digest, document.data)
 
     def give_up(self, chain_id: str, unpacking: asyncio.Future[None]) -> None:
@@ -134,7 +134,8 @@ class Puller:
 
         listener("waiting", 0)
         async with self._flights.turn(blob.digest, listener) as announce:
-            if await self.threads.io(self.blobs.has, blob):
+            small = blob.size <= self.config.config_bytes  # cheap enough to look inside
+            if await self.threads.io(self.blobs.is_sound if small else self.blobs.has, blob):
                 announce("exists", blob.size)
                 return
             async with self._downloads.here():
@@ -219,7 +220,14 @@ class _Layers:
         try:
             self._report(layer, "unpack", 0)
             parent = self._layers[number - 1].chain_id if number else None
-            await self._call(layer, parent)
+            try:
+                await self._call(layer, parent)
+            except ContentInvalid:
+                if await self._puller.threads.io(self._puller.blobs.is_sound, layer.blob):
+                    raise
+                # It was damaged on this disk since it was verified: that is no fault of the image.
+                await self._puller.fetch(self._source, layer.blob, self._held, self._tell)
+                await self._call(layer, parent)
         finally:
             if slot:
                 self._puller.unpacks.here().release()

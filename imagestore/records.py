@@ -16,9 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from imagestore.model import Descriptor, ImageError
 from imagestore.reference import Reference
+
+T = TypeVar("T")
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS image (
@@ -81,11 +84,13 @@ Publish = Callable[[list[tuple[str, Descriptor]]], None]
 
 
 class Records:
-    """The image tables. `publish` is handed every (name, manifest) when they changed, inside the transaction."""
+    """The image tables. `publish` is handed every (name, manifest) when they changed, inside the transaction;
+    `spend_reserve` frees some disk space, once, and tells whether there was any."""
 
-    def __init__(self, db: sqlite3.Connection, publish: Publish) -> None:
+    def __init__(self, db: sqlite3.Connection, publish: Publish, spend_reserve: Callable[[], bool]) -> None:
         self._db = db
         self._publish = publish
+        self._spend_reserve = spend_reserve
         self._lock = threading.RLock()
         with self._lock, _worded():
             # An image must be there after a power cut once a pull has said so: NORMAL would lose the WAL's tail.
@@ -150,12 +155,13 @@ class Records:
 
     # --------------------------------------------------------------------------------------------------- changes
 
-    def put(self, reference: Reference, image_id: str, manifest: Descriptor, served: str) -> None:
+    def put(self, reference: Reference, image_id: str, manifest: Descriptor, served: str) -> ImageRecord:
         """Records a whole image and gives it `reference`; `served` is "" when no registry stands behind the name.
 
         A tag that moves away from an image leaves that its digest, so that it can still be asked for by it.
         """
-        with self._change() as db:
+
+        def work(db: sqlite3.Connection) -> ImageRecord:
             db.execute(
                 "INSERT INTO image (id, manifest_type, manifest, manifest_size, pulled_ns) VALUES (?, ?, ?, ?, ?) "
                 "ON CONFLICT (id) DO UPDATE SET manifest_type = excluded.manifest_type, manifest = excluded.manifest, "
@@ -163,23 +169,32 @@ class Records:
                 (image_id, manifest.media_type, manifest.digest, manifest.size, time.time_ns()),
             )
             _give(db, NameRecord(str(reference), reference.repository, image_id, manifest, served))
+            record = self._one(image_id)
+            assert record is not None  # inserted above, in this transaction
+            return record
 
-    def tag(self, image_id: str, manifest: Descriptor, reference: Reference) -> None:
-        """Gives an image a name that no registry stands behind."""
-        with self._change() as db:
+        return self._change(work)
+
+    def tag(self, image_id: str, manifest: Descriptor, reference: Reference) -> bool:
+        """Gives an image a name that no registry stands behind; False when the image is gone."""
+
+        def work(db: sqlite3.Connection) -> bool:
+            if self._one(image_id) is None:
+                return False
             _give(db, NameRecord(str(reference), reference.repository, image_id, manifest, ""))
+            return True
+
+        return self._change(work)
 
     def remove_image(self, image_id: str) -> None:
         """Forgets the image and all its names."""
-        with self._change(shrinking=True) as db:
-            db.execute("DELETE FROM image WHERE id = ?", (image_id,))
+        self._change(lambda db: db.execute("DELETE FROM image WHERE id = ?", (image_id,)), shrinking=True)
 
     def remove_name(self, reference: Reference) -> None:
         """Forgets a tag, or all that a repository calls by that digest; and the image with its last name."""
-        image_id = self._id_by_name(reference)
-        if image_id is None:
-            return
-        with self._change(shrinking=True) as db:
+
+        def work(db: sqlite3.Connection) -> None:
+            image_id = self._id_by_name(reference)
             if reference.digest:
                 db.execute(
                     "DELETE FROM image_name WHERE repository = ? AND (served = ? OR manifest = ?)",
@@ -192,29 +207,38 @@ class Records:
                 (image_id,),
             )
 
+        self._change(work, shrinking=True)
+
     def publish(self) -> None:
         """Writes index.json anew from what is recorded: at the start, and after a removal on a full disk."""
-        with self._change(shrinking=True):
-            pass
+        self._change(lambda db: None, shrinking=True)
 
-    @contextmanager
-    def _change(self, *, shrinking: bool = False) -> Iterator[sqlite3.Connection]:
-        """A write transaction that ends with index.json in place. `shrinking`: a removal must work on a full disk,
-        so there an index.json that cannot be written is left for the next `publish`."""
+    def _change(self, work: Callable[[sqlite3.Connection], T], *, shrinking: bool = False) -> T:
+        """`work` in a write transaction that ends with index.json in place. `shrinking`: a removal must work on a full
+        disk, so it may spend the reserve, and an index.json that cannot be written is left for the next `publish`."""
         with self._lock, _worded():
-            self._db.execute("BEGIN IMMEDIATE")
             try:
-                yield self._db
-                try:
-                    self._publish(self._entries())
-                except OSError as error:
-                    if not shrinking:
-                        raise ImageError(f"image records: index.json: {error.strerror or error}") from error
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+                return self._transaction(work, lenient=shrinking)
+            except sqlite3.OperationalError as error:
+                if not shrinking or error.sqlite_errorcode != sqlite3.SQLITE_FULL or not self._spend_reserve():
+                    raise
+                return self._transaction(work, lenient=True)
+
+    def _transaction(self, work: Callable[[sqlite3.Connection], T], *, lenient: bool) -> T:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            result = work(self._db)
+            try:
+                self._publish(self._entries())
+            except (OSError, ImageError) as error:
+                if not lenient:
+                    raise ImageError(f"image records: index.json: {error}") from error
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+        return result
 
     def _entries(self) -> list[tuple[str, Descriptor]]:
         entries = [

@@ -18,11 +18,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from imagestore import layout
 from imagestore.auth import applicable
 from imagestore.config import StoreConfig
 from imagestore.content import Blobs, errno_text
 from imagestore.hosts import hosts_for
+from imagestore.layout import Layout
 from imagestore.leases import Leases
 from imagestore.manifest import Manifest, parse_config, parse_document
 from imagestore.model import (
@@ -46,6 +46,7 @@ from imagestore.pull import Held, Pulled, Puller
 from imagestore.records import ImageRecord, Records
 from imagestore.reference import DEFAULT_TAG, Reference, id_prefix, parse
 from imagestore.registry import Repository
+from imagestore.reserve import Reserve
 from imagestore.shared import SharedWork, Slots
 from imagestore.source import LayoutSource, RegistrySource, Source
 from imagestore.threads import Threads
@@ -87,8 +88,11 @@ class Store:
         self._pinned = frozenset(str(parse(name)) for name in config.pinned)
         self._blobs = Blobs(root)
         self._blobs.create()
-        self._records = Records(db, lambda entries: layout.write(root, layout.index_json(entries)))
+        self._reserve = Reserve(root / "ingest")
+        self._layout = Layout(root, self._blobs, config)
+        self._records = Records(db, self._layout.publish, self._reserve.spend)
         self._records.publish()
+        self._reserve.fill()
         self._leases = Leases(root / "ingest")
         self._known: dict[str, _Contents] = {}
         self._whole: set[str] = set()
@@ -191,11 +195,10 @@ class Store:
         return await self._threads.io(self._record, wanted, pulled, registry)
 
     def _record(self, wanted: Reference, pulled: Pulled, registry: bool) -> Image:
-        self._records.put(wanted, pulled.image_id, pulled.manifest, pulled.served if registry else "")
-        record = self._records.by_name(wanted)
-        image = self._image(record, again=True) if record else None
+        served = pulled.served if registry else ""
+        image = self._image(self._records.put(wanted, pulled.image_id, pulled.manifest, served), again=True)
         if image is None:
-            raise ImageError(f"image {pulled.image_id}: removed while it was recorded; pull it again")
+            raise ImageError(f"image {pulled.image_id}: something outside removed parts of it; pull it again")
         return image
 
     # ----------------------------------------------------------------------------------------------------- questions
@@ -282,9 +285,8 @@ class Store:
         if wanted.digest:
             raise ReferenceInvalid(f"tag {name}: {new!r} is a digest, expected a tag")
         record, _ = self._find(name)
-        if record is None:
+        if record is None or not self._records.tag(record.id, record.manifest, wanted):
             raise ImageNotFound(f"tag {name}: no such image")
-        self._records.tag(record.id, record.manifest, wanted)
 
     def collect(self) -> None:
         """See cri.interfaces.Images.collect. Does nothing while another process pulls into the same root."""
@@ -295,6 +297,7 @@ class Store:
                     self._collect_blobs()
                     self._collect_layers()
                     self._records.publish()
+                    self._reserve.fill()
         except OSError as error:
             raise ImageError(f"collect images: {errno_text(error)}") from error
 
@@ -309,11 +312,15 @@ class Store:
             if digest not in keep:
                 self._known.pop(digest, None)
                 self._whole.discard(digest)
+        self._layout.forget(keep)
 
     def _blobs_of(self, record: ImageRecord) -> set[str]:
         found = {name.served for name in record.names} | {record.manifest.digest}
         for manifest in (record.manifest, *(name.manifest for name in record.names)):
             found.add(manifest.digest)
+            shown = self._layout.shown(manifest)
+            if shown is not None:
+                found.add(shown.digest)
             contents = self._contents(manifest)
             if contents is not None:
                 found.add(contents.config_blob.digest)

@@ -84,6 +84,6 @@ class Bench:
         odd = {
             path.name
             for path in (self.root / "ingest").iterdir()
-            if not path.name.endswith(".part") and path.name != ".collect"
+            if not path.name.endswith(".part") and path.name not in (".collect", ".reserve")
         }
         return hidden | odd | {path.name for path in self.root.iterdir() if path.name.startswith(".")}

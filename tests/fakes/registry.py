@@ -315,6 +315,10 @@ class FakeRegistry:
         self._ready.set()
         await self._stop.wait()
         await runner.cleanup()
+        hanging = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in hanging:
+            task.cancel()
+        await asyncio.gather(*hanging, return_exceptions=True)
 
     @property
     def name(self) -> str:
@@ -360,7 +364,8 @@ class FakeRegistry:
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         body = await request.read()
-        self.seen.append(Seen(request.method, request.path, request.rel_url.raw_query_string, request.headers.copy(), body))
+        query = request.rel_url.raw_query_string
+        self.seen.append(Seen(request.method, request.path, query, request.headers.copy(), body))
         self.concurrent += 1
         self.most_concurrent = max(self.most_concurrent, self.concurrent)
         try:
