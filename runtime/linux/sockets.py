@@ -33,7 +33,8 @@ def send_frame(sock: socket.socket, payload: bytes, fds: tuple[int, ...] = ()) -
     if fds:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
         sent = sock.sendmsg([data], rights)
-    sock.sendall(memoryview(data)[sent:])
+    if sent < len(data):  # an empty send would fail when the peer has answered and closed already
+        sock.sendall(memoryview(data)[sent:])
 
 
 def recv_frame(sock: socket.socket, *, want_fds: bool = False) -> tuple[bytes, list[int]] | None:

@@ -13,6 +13,7 @@ import socket
 
 from runtime.linux import signals
 from runtime.linux.files import remove_tree
+from runtime.linux.process import set_child_subreaper
 from runtime.linux.sockets import connect_unix, send_frame
 from runtime.shim import protocol
 from runtime.shim.engine import Made
@@ -74,6 +75,7 @@ class _Idle:
 def rehearse(state: str) -> None:
     """Runs it a few times in a directory of its own below `state`. Raises OSError and RuntimeFailure."""
     directory = f"{state}/.rehearsal"
+    set_child_subreaper(True)  # as a shim is: the parent of what its workers leave
     try:
         for _ in range(_ROUNDS):
             os.makedirs(directory, mode=0o700, exist_ok=True)
@@ -82,7 +84,7 @@ def rehearse(state: str) -> None:
     finally:
         tear_down(directory)
         remove_tree(directory)
-        signals.wake_up(-1)
+        set_child_subreaper(False)
         for number in (signals.SIGCHLD, signals.SIGTERM, signals.SIGHUP, signals.SIGINT):
             signals.handle(number, None)
 
