@@ -121,6 +121,7 @@ class Layers:
             flight.error = error
             raise
         finally:
+            self.pool.forget(flight)
             with self._changed:
                 flight.done = True
                 del self._flights[chain_id]
@@ -136,6 +137,7 @@ class Layers:
             flight = self._flights.get(chain_id)
             if flight is not None:
                 flight.cancelled = True
+                self.pool.cancel(flight)
                 self._changed.notify_all()
 
     def remove_except(self, keep: Iterable[str], held: Callable[[], Iterable[str | None]]) -> int:
@@ -205,9 +207,9 @@ class Layers:
             layer_fd = make_root(hidden / "fs")
             try:
                 request = protocol.Unpack(media_type, diff_id, flight.parent is None, aliases, self._config.limits)
-                made = self.pool.ask(request, blob_fd, layer_fd)
+                made = self.pool.ask(flight, request, blob_fd, layer_fd)
                 lowers = self._lowers(flight)
-                more = self.pool.ask(protocol.Finish(lowers, made.implied, made.links), layer_fd).aliases
+                more = self.pool.ask(flight, protocol.Finish(lowers, made.implied, made.links), layer_fd).aliases
             finally:
                 os.close(layer_fd)
             if not more:

@@ -138,8 +138,8 @@ class Overlay:
         self._layers.unpack(blob, media_type, diff_id, chain_id, parent)
 
     def cancel(self, chain_id: str) -> None:
-        """Ends the wait of an `unpack_layer` of `chain_id` for its parent, for a caller who knows that the parent will
-        not come; an unpacking under way goes on to that point. Unknown: no-op."""
+        """Ends an `unpack_layer` of `chain_id`, be it at work or waiting for a parent that will not come: every call
+        for it fails with SnapshotError. Once its files are being synced it is finished all the same. Unknown: no-op."""
         self._layers.cancel(chain_id)
 
     def remove_layers_except(self, keep: frozenset[str]) -> int:

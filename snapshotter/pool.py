@@ -48,23 +48,27 @@ class _Worker:
         self.socket = ours
         self.idle_since = 0.0
 
-    def ask(self, request: protocol.Unpack | protocol.Finish, fds: tuple[int, ...]) -> protocol.Done:
+    def ask(self, request: protocol.Unpack | protocol.Finish, fds: tuple[int, ...]) -> protocol.Done | protocol.Failed:
         send_frame(self.socket, protocol.encode_request(request), fds)
         message = recv_frame(self.socket)
         if message is None:
             raise FrameError("closed")
-        reply = protocol.decode_reply(message[0])
-        if isinstance(reply, protocol.Failed):
-            reply.raise_()
-            raise AssertionError("unreachable")
-        return reply
+        return protocol.decode_reply(message[0])
+
+    def hang_up(self) -> None:
+        """Ends the conversation from another thread: whoever waits for the reply is told so."""
+        try:
+            self.socket.shutdown(socket.SHUT_RDWR)
+        except OSError:  # over already
+            return
 
     def end(self) -> int:
-        """Closes the socket, on which the worker exits, and waits; returns its wait status as an exit code."""
+        """Ends the process and waits for it; returns its wait status as an exit code."""
         self.socket.close()
         try:
+            os.kill(self.pid, signal.SIGKILL)  # not waited for yet, so the pid is nobody else's
             return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        except ChildProcessError:  # somebody who waits for every child was faster
+        except (ProcessLookupError, ChildProcessError):  # somebody who waits for every child was faster
             return 0
 
 
@@ -76,38 +80,50 @@ class Pool:
         self._idle_s = idle_s
         self._changed = threading.Condition()
         self._idle: list[_Worker] = []
-        self._busy: set[_Worker] = set()
+        self._busy: dict[_Worker, object] = {}
+        self._cancelled: set[object] = set()
         self._starting = 0
         self._closed = False
         self._reaper: threading.Thread | None = None
 
-    def ask(self, request: protocol.Unpack | protocol.Finish, *fds: int) -> protocol.Done:
-        """Has a worker do `request`. Raises what it raises: UnpackError, OSError; SnapshotError when it died or the
-        pool was closed meanwhile."""
+    def ask(self, owner: object, request: protocol.Unpack | protocol.Finish, *fds: int) -> protocol.Done:
+        """Has a worker do `request`. Raises what it raises: UnpackError, OSError; SnapshotError when the worker died,
+        `owner` was cancelled or the pool closed meanwhile."""
         if self._size == 0:
             from snapshotter.worker import work  # the daemon itself never needs it
 
             return work(request, list(fds))
-        worker = self._take()
-        answered = False
+        worker = self._take(owner)
         try:
             reply = worker.ask(request, fds)
-            answered = True
-            return reply
-        except (FrameError, BrokenPipeError, ConnectionResetError) as error:
+        except BaseException as error:
             status = self._drop(worker)
-            if self._closed:
-                raise SnapshotError("the snapshotter was closed") from error
-            words = f"signal {signal.Signals(-status).name}" if status < 0 else f"code {status}"
-            raise SnapshotError(f"unpack worker {worker.pid} ended with {words} in the middle of a layer") from error
-        except (SnapshotError, OSError):
-            answered = True  # a reply, though not a good one
+            self._raise_if_over(owner)
+            if isinstance(error, ConnectionError):
+                words = f"signal {signal.Signals(-status).name}" if status < 0 else f"code {status}"
+                raise SnapshotError(
+                    f"unpack worker {worker.pid} ended with {words} in the middle of a layer"
+                ) from error
             raise
-        finally:
-            if answered:
-                self._give_back(worker)
-            elif worker in self._busy:
-                self._drop(worker)
+        self._give_back(worker)
+        if isinstance(reply, protocol.Failed):
+            reply.raise_()
+        assert isinstance(reply, protocol.Done)
+        return reply
+
+    def cancel(self, owner: object) -> None:
+        """Ends what is done for `owner`, with the worker that does it, and refuses to do more."""
+        with self._changed:
+            self._cancelled.add(owner)
+            for worker, whose in self._busy.items():
+                if whose is owner:
+                    worker.hang_up()
+            self._changed.notify_all()
+
+    def forget(self, owner: object) -> None:
+        """`owner` asks no more."""
+        with self._changed:
+            self._cancelled.discard(owner)
 
     def processes(self) -> list[int]:
         """The pids of the workers."""
@@ -120,7 +136,7 @@ class Pool:
             self._closed = True
             idle, self._idle = self._idle, []
             for worker in self._busy:
-                worker.socket.shutdown(socket.SHUT_RDWR)
+                worker.hang_up()
             self._changed.notify_all()
             reaper = self._reaper
         for worker in idle:
@@ -130,14 +146,19 @@ class Pool:
         with self._changed:
             self._changed.wait_for(lambda: not self._busy and not self._starting)
 
-    def _take(self) -> _Worker:
+    def _raise_if_over(self, owner: object) -> None:
+        if self._closed:
+            raise SnapshotError("the snapshotter was closed")
+        if owner in self._cancelled:
+            raise SnapshotError("unpacking was cancelled")
+
+    def _take(self, owner: object) -> _Worker:
         with self._changed:
             while True:
-                if self._closed:
-                    raise SnapshotError("the snapshotter was closed")
+                self._raise_if_over(owner)
                 if self._idle:
                     worker = self._idle.pop()
-                    self._busy.add(worker)
+                    self._busy[worker] = owner
                     return worker
                 if len(self._busy) + self._starting < self._size:
                     self._starting += 1
@@ -150,23 +171,23 @@ class Pool:
             with self._changed:
                 self._starting -= 1
                 if started is not None:
-                    self._busy.add(started)
-                    if self._closed:
-                        started.socket.shutdown(socket.SHUT_RDWR)
+                    self._busy[started] = owner
+                    if self._closed or owner in self._cancelled:
+                        started.hang_up()
                 self._changed.notify_all()
         return started
 
     def _drop(self, worker: _Worker) -> int:
         status = worker.end()
         with self._changed:
-            self._busy.discard(worker)
+            self._busy.pop(worker, None)
             self._changed.notify_all()
         return status
 
     def _give_back(self, worker: _Worker) -> None:
         with self._changed:
             if not self._closed:
-                self._busy.discard(worker)
+                self._busy.pop(worker, None)
                 worker.idle_since = time.monotonic()
                 self._idle.append(worker)
                 self._changed.notify_all()

@@ -232,12 +232,24 @@ def leftovers(overlay: Overlay, tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize(
     "member",
     [
-        file("a/.wh.", b""), file(".wh..", b""), file(".wh...", b""), file(".wh.d/x", b""), hardlink("h", "missing"),
-        hardlink("h", "../../etc/passwd"), hardlink("h", "/"), hardlink("h", "h"), symlink("s", ""),
-        device("c", 4096, 0), device("c", 0, 1 << 20), file("x" * 256), file("."), symlink("/", "x"),
-        file("a/" * 600 + "deep"), file("f", uid=2**32 - 1),
+        file("a/.wh.", b""),
+        file(".wh..", b""),
+        file(".wh...", b""),
+        file(".wh.d/x", b""),
+        hardlink("h", "missing"),
+        hardlink("h", "../../etc/passwd"),
+        hardlink("h", "/"),
+        hardlink("h", "h"),
+        symlink("s", ""),
+        device("c", 4096, 0),
+        device("c", 0, 1 << 20),
+        file("x" * 256),
+        file("."),
+        symlink("/", "x"),
+        file("a/" * 600 + "deep"),
+        file("f", uid=2**32 - 1),
     ],
-)  # fmt: skip
+)
 def test_refused_entries_are_named_and_leave_nothing(overlay: Overlay, tmp_path: Path, member: Member) -> None:
     layer = blob(tmp_path, tarball([directory("d"), file("d/f"), member], tarfile.GNU_FORMAT))
     with pytest.raises(UnpackError, match="tar"):
@@ -323,8 +335,14 @@ def test_implied_directories_below_an_opaque_one_are_new(overlay: Overlay, stack
 
 
 def test_directories_that_are_links_below_are_followed(overlay: Overlay, stack: Stack, tmp_path: Path) -> None:
-    base = [directory("usr/bin", 0o751), file("usr/bin/sh"), symlink("bin", "usr/bin"), symlink("lib64", "/lib"),
-            symlink("lib", "usr/lib/../lib"), file("usr/bin/old")]  # fmt: skip
+    base = [
+        directory("usr/bin", 0o751),
+        file("usr/bin/sh"),
+        symlink("bin", "usr/bin"),
+        symlink("lib64", "/lib"),
+        symlink("lib", "usr/lib/../lib"),
+        file("usr/bin/old"),
+    ]
     layer = stack(
         base, [file("bin/tool", b"t"), whiteout("bin/old"), file("lib64/x", b"x"), hardlink("bin/tool2", "bin/tool")]
     )
@@ -356,15 +374,29 @@ def test_looping_links_below_are_an_unpack_error(overlay: Overlay, stack: Stack,
 
 
 def test_hard_links_into_lower_layers_become_copies(overlay: Overlay, stack: Stack, tmp_path: Path) -> None:
-    base = [directory("d", mtime=5), file("d/f", b"lower" * 5000, 0o4711, uid=3, mtime=99, pax_headers=xattrs(user__a=b"1")),
-            symlink("d/s", "f"), device("d/n", 1, 3), symlink("dd", "d")]  # fmt: skip
+    base = [
+        directory("d", mtime=5),
+        file("d/f", b"lower" * 5000, 0o4711, uid=3, mtime=99, pax_headers=xattrs(user__a=b"1")),
+        symlink("d/s", "f"),
+        device("d/n", 1, 3),
+        symlink("dd", "d"),
+    ]
     layer = stack(
         base,
         [file("between")],
-        [directory("e", mtime=7), hardlink("e/one", "d/f"), hardlink("e/two", "e/one"), hardlink("e/soft", "d/s"),
-         hardlink("e/node", "/d/n"), hardlink("e/through", "dd/f"), hardlink("e/lost", "d/f"), file("e/lost", b"replaced"),
-         hardlink("gone/x", "d/f"), file("gone", b"a file now")],
-    )  # fmt: skip
+        [
+            directory("e", mtime=7),
+            hardlink("e/one", "d/f"),
+            hardlink("e/two", "e/one"),
+            hardlink("e/soft", "d/s"),
+            hardlink("e/node", "/d/n"),
+            hardlink("e/through", "dd/f"),
+            hardlink("e/lost", "d/f"),
+            file("e/lost", b"replaced"),
+            hardlink("gone/x", "d/f"),
+            file("gone", b"a file now"),
+        ],
+    )
     path = top(overlay, layer) / "e"
     one = os.stat(path / "one")
     assert (path / "one").read_bytes() == b"lower" * 5000

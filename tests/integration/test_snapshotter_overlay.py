@@ -537,6 +537,25 @@ def test_a_wait_for_the_parent_can_be_cancelled(tmp_path: Path) -> None:
                 waiting.result(10)
 
 
+def test_unpacking_can_be_cancelled(tmp_path: Path) -> None:
+    with opened(tmp_path, workers=1) as overlay:
+        layer = blob(tmp_path, [file(f"f{number}", b"x") for number in range(60_000)])
+        queued = blob(tmp_path, [file("queued")])
+        with ThreadPoolExecutor(3) as threads:
+            unpacking = [threads.submit(overlay.unpack_layer, *layer.arguments()) for _ in range(2)]
+            eventually(lambda: any(tmp_path.glob("root/layers/.*/fs/f1000")), what="files")
+            behind = threads.submit(overlay.unpack_layer, *queued.arguments())
+            overlay.cancel(layer.chain_id)
+            for failed in unpacking:
+                with pytest.raises(SnapshotError, match="cancelled"):
+                    failed.result(5)
+            behind.result(10)
+        assert contents(tmp_path)["trash"] == []
+        assert len(contents(tmp_path)["layers"]) == 1
+        overlay.unpack_layer(*layer.arguments())
+        assert overlay.has_layer(layer.chain_id)
+
+
 def test_no_fds_are_left(tmp_path: Path) -> None:
     with opened(tmp_path, workers=1) as overlay:
         base = blob(tmp_path, [directory("d"), file("d/f", b"1")])
