@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import shutil
 import signal
+import socket as socketlib
+import struct
 import subprocess
 import sys
 import time
@@ -105,8 +108,25 @@ def ocid(directory: Path, subnet: str = "10.201.0.0/16", bridge: str = "") -> It
     configuration.write_text(f'[network]\nconf_dir = "{networks}"\ndefault_subnets = ["{subnet}"]\n')
     socket = state / "ocid.sock"
     command = [command_path("ocid"), "--config", str(configuration), "--root", str(root), "--state", str(state)]
-    with _running("ocid", [*command, "serve"], directory, socket, bridge or "ocid0") as daemon:
-        yield daemon
+    try:
+        with _running("ocid", [*command, "serve"], directory, socket, bridge or "ocid0") as daemon:
+            yield daemon
+    finally:
+        retire(state)
+
+
+def retire(state: Path) -> None:
+    """Takes away what ocid keeps of a state directory for its next start: the zygote, and the mount that namespaces
+    are pinned in. A node does this by rebooting."""
+    with contextlib.suppress(OSError), socketlib.socket(socketlib.AF_UNIX, socketlib.SOCK_STREAM) as client:
+        client.connect(str(state / "zygote.sock"))
+        # struct ucred of unix(7): pid, uid, gid of whoever listens.
+        pid = struct.unpack("3i", client.getsockopt(socketlib.SOL_SOCKET, socketlib.SO_PEERCRED, 12))[0]
+        handle = os.pidfd_open(pid)
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+        select.select([handle], [], [], STOP_S)
+        os.close(handle)
+    subprocess.run(["umount", state / "netns"], capture_output=True, check=False)
 
 
 CONTAINERD = """\

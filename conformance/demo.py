@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,10 +35,14 @@ SETTLE_S = 5.0
 COMMAND_S = 60.0
 # A process that belongs to this run carries this in its environment, whoever its parent is by now.
 MARK = "OCID_DEMO"
+BRIDGE, TABLE = "ocid0", "table inet ocid"
 FETCHER = 'echo "fetching from $(hostname)"; until wget -q -O- http://127.0.0.1/; do sleep 0.1; done; exec sleep 3600'
 
 
-class StepFailed(Exception):
+FAILURES = (grpc.RpcError, OSError, RuntimeError, TimeoutError, subprocess.SubprocessError)
+
+
+class StepFailed(RuntimeError):
     """A step did not do what it claims: one sentence with what was seen."""
 
 
@@ -216,13 +221,13 @@ def _fetch(ocid: CommandLine) -> str:
         return ""
 
 
-def clean_up(before: Machine) -> None:
-    """Removes what stays by design as long as a node lives: its bridge and its table."""
+def take_away_node(before: Machine) -> None:
+    """Removes what stays by design as long as a node lives, if this run brought it: the default bridge, the table."""
     now = Machine.now()
-    for link in now.links - before.links:
-        subprocess.run(["ip", "link", "delete", link], capture_output=True, check=False)
-    for table in now.tables - before.tables:
-        subprocess.run(["nft", *f"delete {table}".split()], capture_output=True, check=False)
+    if BRIDGE in now.links - before.links:
+        subprocess.run(["ip", "link", "delete", BRIDGE], capture_output=True, check=False)
+    if TABLE in now.tables - before.tables:
+        subprocess.run(["nft", *f"delete {TABLE}".split()], capture_output=True, check=False)
     daemons.remove_cgroup("ocid")
 
 
@@ -235,6 +240,34 @@ def leftovers(before: Machine, marks: Sequence[str]) -> list[str]:
         time.sleep(0.05)
 
 
+def unmount_below(directory: str) -> None:
+    """Only after leftovers were counted: so that removing the directory cannot reach into what is mounted there."""
+    points = [mount.split(" (")[0] for mount in Machine.now().mounts]
+    for point in sorted((one for one in points if one.startswith(directory)), reverse=True):
+        subprocess.run(["umount", "--lazy", point], capture_output=True, check=False)
+
+
+def explain(error: Exception, log: Path) -> str:
+    text = str(error.details()) if isinstance(error, grpc.RpcError) else str(error)
+    return f"{text}\n--- the end of {log.name}:\n{log.read_text()[-3000:]}" if log.exists() else text
+
+
+def perform(demo: Demonstration, base: Path) -> None:
+    with ExitStack() as stack:
+        images = stack.enter_context(registry(base / "registry"))
+        stock(demo, images)
+        with demo.step("start ocid serve"):
+            (base / "serve").mkdir()
+            serving = stack.enter_context(ExitStack())
+            daemon = serving.enter_context(daemons.ocid(base / "serve"))
+            client = serving.enter_context(connected(daemon.socket))
+            serving.callback(client.clear)
+        pods(demo, images, daemon, client, base)
+        serving.close()
+        stack.callback(daemons.retire, base / "alone" / "state")
+        without_daemon(demo, images, base)
+
+
 def main() -> int:
     if os.geteuid() != 0:
         print("make run: containers need root", file=sys.stderr)
@@ -243,30 +276,19 @@ def main() -> int:
     demo = Demonstration()
     before = Machine.now()
     failure = ""
-    with tempfile.TemporaryDirectory(prefix="ocid-demo-") as directory:
-        base = Path(directory)
-        log = base / "serve" / "ocid.log"
-        try:
-            with ExitStack() as stack:
-                images = stack.enter_context(registry(base / "registry"))
-                stock(demo, images)
-                with demo.step("start ocid serve"):
-                    (base / "serve").mkdir()
-                    serving = stack.enter_context(ExitStack())
-                    daemon = serving.enter_context(daemons.ocid(base / "serve"))
-                    client = serving.enter_context(connected(daemon.socket))
-                    serving.callback(client.clear)
-                pods(demo, images, daemon, client, base)
-                serving.close()
-                without_daemon(demo, images, base)
-        except (StepFailed, grpc.RpcError, OSError, RuntimeError, TimeoutError, subprocess.SubprocessError) as error:
-            failure = str(error.details()) if isinstance(error, grpc.RpcError) else str(error)
-            if log.exists():
-                failure += f"\n--- the end of {log.name}:\n{log.read_text()[-3000:]}"
-        clean_up(before)
+    directory = tempfile.mkdtemp(prefix="ocid-demo-")
+    base = Path(directory)
+    try:
+        perform(demo, base)
+    except FAILURES as error:
+        failure = explain(error, base / "serve" / "ocid.log")
+    finally:
+        take_away_node(before)
         # On a machine that is ours alone everything counts; beside others only what carries our marks.
         alone = bool(os.environ.get("OCID_REQUIRE_ALL") or os.environ.get("CI"))
         found = leftovers(before, [] if alone else [directory, f"{MARK}={os.environ[MARK]}"])
+        unmount_below(directory)
+        shutil.rmtree(directory)
     if failure:
         print(f"\nFAILED: {failure}")
     for line in found:
