@@ -12,6 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("cri", "imagestore", "snapshotter", "runtime", "conformance")
+# Of the standard library, but not yet in 3.11, where another name is tried first or next.
+SINCE_3_12 = {"_sha2"}
 COMPONENTS = ("imagestore", "snapshotter", "runtime")
 
 
@@ -167,14 +169,17 @@ def test_interfaces_know_value_types_only() -> None:
 
 
 def test_only_the_daemon_and_the_cli_build_parts() -> None:
-    parts = ("imagestore.store", "snapshotter.overlay", "runtime.shim.client", "cri.network.cni", "cri.store")
-    builders = ("cri.daemon", "cri.cli")
+    # A part's own package may know it; the command line stands in for the daemon where none serves.
+    parts = {
+        "imagestore.store": "imagestore",
+        "snapshotter.overlay": "snapshotter",
+        "runtime.shim.client": "runtime",
+        "cri.network.cni": "cri.network",
+    }
     edges = [
         edge
         for edge in imports()
-        if _inside(edge.module, "cri")
-        and not _inside(edge.module, *builders, *parts)
-        and edge.target in ("imagestore.store", "snapshotter.overlay", "runtime.shim.client", "cri.network.cni")
+        if edge.target in parts and not _inside(edge.module, "cri.daemon", "cri.cli", "conformance", parts[edge.target])
     ]
     _refused("only cri.daemon constructs parts; everything else receives Protocols", edges)
 
@@ -185,7 +190,7 @@ def test_runtime_is_standard_library_only() -> None:
         for edge in imports()
         if _inside(edge.module, "runtime")
         and not _inside(edge.target, "runtime")
-        and edge.target.split(".")[0] not in sys.stdlib_module_names
+        and edge.target.split(".")[0] not in sys.stdlib_module_names | SINCE_3_12
     ]
     _refused("the zygote and the shims stay small: runtime imports nothing outside the standard library", edges)
 
