@@ -22,9 +22,13 @@ from runtime.linux.libc import KernelError
 from runtime.linux.mount import FSCONFIG_SET_STRING, FsMount, fsconfig, fsopen
 from snapshotter.model import SnapshotError
 
+_MAX_LOWERS = 500  # fs/overlayfs/params.h, OVL_MAX_STACK
+
 
 def overlay_mount(lowers: Sequence[Path], directory: Path, *, volatile: bool, plus: bool) -> FsMount:
-    """The mount of `directory`/{upper,work} over `lowers`, topmost first."""
+    """The mount of `directory`/{upper,work} over `lowers`, topmost first. Raises SnapshotError."""
+    if len(lowers) > _MAX_LOWERS:
+        raise SnapshotError(f"image of {len(lowers)} layers: overlayfs takes {_MAX_LOWERS} at most")
     options: list[tuple[str, str | None]]
     if plus:
         options = [("lowerdir+", str(path)) for path in lowers]

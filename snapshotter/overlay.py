@@ -66,14 +66,15 @@ class Overlay:
             top = self._layers.chain(parent)[0] if parent is not None else None
             self._making[key] = parent  # holds the chain: nobody removes its layers meanwhile
             number = self._layout.number()
+            record = ActiveRecord(key, parent, number, time.time_ns(), self._boot)
         hidden, final = self._layout.hidden(self._layout.active, number), self._layout.snapshot(number)
         try:
+            mount = self._mount(record)
             hidden.mkdir(0o700)
             (hidden / "work").mkdir(0o700)
             self._make_upper(hidden / "upper", top)
             hidden.rename(final)
             failpoint("snapshots.prepare.renamed")
-            record = ActiveRecord(key, parent, number, time.time_ns(), self._boot)
             with self._changed:
                 self._records.add_active(record)
         except BaseException as error:
@@ -82,7 +83,7 @@ class Overlay:
         finally:
             with self._changed:
                 del self._making[key]
-        return self._mount(record)
+        return mount
 
     def mount(self, key: str) -> FsMount:
         """See cri.interfaces.Snapshots.mount. With `volatile` it makes the snapshot ready to be mounted once more,

@@ -155,6 +155,27 @@ def test_xattrs_are_set_but_for_those_that_steer_overlayfs(overlay: Overlay, sta
         assert os.getxattr(path, "security.capability") == capability
 
 
+def test_a_default_acl_is_not_passed_on_and_links_keep_trusted_xattrs(overlay: Overlay, stack: Stack) -> None:
+    entries = [(0x01, 7), (0x04, 7), (0x10, 7), (0x20, 0)]  # user, group, mask, other (linux/posix_acl_xattr.h)
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", tag, perm, 0xFFFFFFFF) for tag, perm in entries)
+    layer = stack(
+        [
+            directory("d", pax_headers=xattrs(system__posix_acl_default=acl)),
+            file("d/f", b"x", 0o644),
+            directory("d/e", 0o711),
+            symlink("d/s", "f", pax_headers=xattrs(trusted__kept=b"1", user__dropped=b"1")),
+            device("d/n", 1, 3, pax_headers=xattrs(trusted__kept=b"2")),
+        ]
+    )
+    root = top(overlay, layer) / "d"
+    assert os.getxattr(root, "system.posix_acl_default") == acl
+    assert stat.S_IMODE((root / "f").stat().st_mode) == 0o644
+    assert os.listxattr(root / "f") == []
+    assert (stat.S_IMODE((root / "e").stat().st_mode), os.listxattr(root / "e")) == (0o711, [])
+    assert os.listxattr(root / "s", follow_symlinks=False) == ["trusted.kept"]
+    assert os.getxattr(root / "n", "trusted.kept") == b"2"
+
+
 def test_sparse_files_stay_sparse(overlay: Overlay, stack: Stack) -> None:
     packed = "0,5,1048576,600,3145728,1"
     headers = {"GNU.sparse.map": packed, "GNU.sparse.size": str(64 << 20), "GNU.sparse.name": "s"}

@@ -179,6 +179,23 @@ def test_without_volatile_it_can_be_mounted_over_and_over(tmp_path: Path) -> Non
                 (root / "x").touch()
 
 
+def test_o47_prepare_on_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    needs("root", "overlay")
+    with mounted(FsMount("tmpfs", "small", (("nr_inodes", "30"), ("mode", "700"))), tmp_path / "small") as place:
+        with opened(place, workers=0) as overlay:
+            ready = 0
+            with pytest.raises(OSError, match="No space left"):
+                while True:
+                    overlay.prepare(f"c{ready}", None)
+                    ready += 1
+            assert ready > 1
+            assert [info.key for info in overlay.list()] == [f"c{number}" for number in range(ready)]
+            assert len(contents(place)["active"]) == ready
+            assert contents(place)["trash"] == []
+            overlay.remove("c0")
+            overlay.prepare("again", None)
+
+
 def test_s24_nobody_else_gets_in(tmp_path: Path) -> None:
     needs("root")
     before = os.umask(0)
