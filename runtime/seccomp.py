@@ -1,72 +1,63 @@
-"""Seccomp: linux.seccomp read into values, compiled to classic BPF once, cached, and loaded.
+"""`linux.seccomp` of runtime-spec: parsed, compiled into classic BPF (runtime.seccomp_filter), cached, and loaded.
 
-Refuses what it would have to weaken: a listener, an action it does not know. Invariant: a program in the cache is one
-that this libseccomp made of exactly this profile; a damaged file is made anew, never loaded (threats S73).
-
-A name that libseccomp does not know is skipped, as runc does; and so that a program which probes for a new system call
-gets the ENOSYS it is written for instead of the profile's EPERM, every call above the newest one that the profile's
-libseccomp can name answers ENOSYS (runc does the same by patching the filter).
+Refuses listeners. Invariant: a cached program is the very bytes that were compiled from this profile, with this
+libseccomp, for this machine, or it is not used; and taking it loads neither libseccomp nor the compiler.
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import os
-import struct
-import sys
+import stat
 
 from runtime.errors import RuntimeFailure
-from runtime.linux import seccomp as _kernel
+from runtime.linux import libseccomp, seccomp
+from runtime.linux.libc import KernelError
 from runtime.linux.record import Record
 
-TYPE_CHECKING = False
+TYPE_CHECKING = False  # as in runtime.fields
 if TYPE_CHECKING:
     from runtime.fields import Fields
 
-ACTIONS = {
-    "SCMP_ACT_KILL": 0x00000000,
-    "SCMP_ACT_KILL_THREAD": 0x00000000,
-    "SCMP_ACT_KILL_PROCESS": 0x80000000,
-    "SCMP_ACT_TRAP": 0x00030000,
-    "SCMP_ACT_ERRNO": 0x00050000,
-    "SCMP_ACT_TRACE": 0x7FF00000,
-    "SCMP_ACT_LOG": 0x7FFC0000,
-    "SCMP_ACT_ALLOW": 0x7FFF0000,
+_FORMAT = 1  # part of the cache key: raise it when runtime.seccomp_filter translates anything differently
+_MOST_CACHED = 256
+MAX_INSTRUCTIONS = 4096  # linux/bpf_common.h, BPF_MAXINSNS
+_MAX_RULES = 4096
+
+_ACTIONS = {
+    "SCMP_ACT_KILL": libseccomp.SCMP_ACT_KILL_THREAD,
+    "SCMP_ACT_KILL_THREAD": libseccomp.SCMP_ACT_KILL_THREAD,
+    "SCMP_ACT_KILL_PROCESS": libseccomp.SCMP_ACT_KILL_PROCESS,
+    "SCMP_ACT_TRAP": libseccomp.SCMP_ACT_TRAP,
+    "SCMP_ACT_ERRNO": libseccomp.SCMP_ACT_ERRNO,
+    "SCMP_ACT_TRACE": libseccomp.SCMP_ACT_TRACE,
+    "SCMP_ACT_LOG": libseccomp.SCMP_ACT_LOG,
+    "SCMP_ACT_ALLOW": libseccomp.SCMP_ACT_ALLOW,
 }
-_WITH_ERRNO = ("SCMP_ACT_ERRNO", "SCMP_ACT_TRACE")
-OPERATORS = {
-    "SCMP_CMP_NE": 1,
-    "SCMP_CMP_LT": 2,
-    "SCMP_CMP_LE": 3,
-    "SCMP_CMP_EQ": 4,
-    "SCMP_CMP_GE": 5,
-    "SCMP_CMP_GT": 6,
-    "SCMP_CMP_MASKED_EQ": 7,
+_OPERATORS = {f"SCMP_CMP_{name}": number for name, number in libseccomp.SCMP_CMP.items()}
+_FLAGS = {
+    "SECCOMP_FILTER_FLAG_TSYNC": 0,  # the loader has one thread: there is nobody to synchronise with
+    "SECCOMP_FILTER_FLAG_LOG": seccomp.SECCOMP_FILTER_FLAG_LOG,
+    "SECCOMP_FILTER_FLAG_SPEC_ALLOW": seccomp.SECCOMP_FILTER_FLAG_SPEC_ALLOW,
+    "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV": 0,  # is about listeners, of which there are none
 }
-FLAGS = {
-    "SECCOMP_FILTER_FLAG_TSYNC": 1,
-    "SECCOMP_FILTER_FLAG_LOG": 2,
-    "SECCOMP_FILTER_FLAG_SPEC_ALLOW": 4,
-}
-_EPERM, _ENOSYS = 1, 38
-_UINT64 = (1 << 64) - 1
-MAX_RULES = 4096
-# BPF_MAXINSNS of linux/filter.h times the size of struct sock_filter.
-_MAX_PROGRAM = 4096 * 8
-_FORMAT = b"ocid-seccomp-2"
+_ARCHITECTURES = frozenset(
+    {"X86", "X86_64", "X32", "ARM", "AARCH64", "MIPS", "MIPS64", "MIPS64N32", "MIPSEL", "MIPSEL64", "MIPSEL64N32"}
+    | {"PPC", "PPC64", "PPC64LE", "S390", "S390X", "PARISC", "PARISC64", "RISCV64", "LOONGARCH64"}
+)
 
 
 class Argument(Record):
-    """A condition on one argument of a call: `operator` is libseccomp's number."""
+    """A condition on one argument of a system call; `operator` is libseccomp's."""
 
     index: int
-    value: int
-    value_two: int
     operator: int
+    value: int
+    second: int
 
 
 class Rule(Record):
-    """One entry of linux.seccomp.syscalls; `action` is SCMP_ACT_* with its errno or'ed in."""
+    """What happens to calls of these names whose arguments match; `action` holds its errno already."""
 
     names: tuple[str, ...]
     action: int
@@ -74,203 +65,188 @@ class Rule(Record):
 
 
 class Seccomp(Record):
-    """A profile. `flags` are SECCOMP_FILTER_FLAG_* for `load`."""
+    """A profile. `architectures` are libseccomp's names; the native one is always in. `flags` are for seccomp(2)."""
 
     default_action: int
     architectures: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
-    flags: int = 0
+    flags: int = seccomp.SECCOMP_FILTER_FLAG_SPEC_ALLOW
 
 
 def parse(fields: Fields) -> Seccomp:
-    """linux.seccomp. Raises FieldError naming the field."""
-    fields.refuse("listenerPath", "listenerMetadata")
-    default = _action(fields, "defaultAction", "defaultErrnoRet", required=True)
-    entries = fields.objects("syscalls")
-    if len(entries) > MAX_RULES:
-        raise fields.error("syscalls", f"{len(entries)} rules, at most {MAX_RULES}")
-    flags = 0
-    for name in fields.strs("flags", choices=FLAGS):
-        flags |= FLAGS[name]
-    return Seccomp(default, fields.strs("architectures"), tuple(_rule(entry) for entry in entries), flags)
+    """The object `linux.seccomp`. Raises FieldError naming what is wrong by its path."""
+    fields.refuse("listenerPath", "listenerMetadata", why="is not supported: ocid has no seccomp notification yet")
+    syscalls = fields.objects("syscalls")
+    if len(syscalls) > _MAX_RULES:
+        raise fields.error("syscalls", f"{len(syscalls)} rules, at most {_MAX_RULES} are taken")
+    names = fields.strs("architectures", choices=[f"SCMP_ARCH_{name}" for name in _ARCHITECTURES])
+    flags = seccomp.SECCOMP_FILTER_FLAG_SPEC_ALLOW  # runtime-spec's default
+    if fields.has("flags"):
+        flags = 0
+        for name in fields.strs("flags", choices=_FLAGS):
+            flags |= _FLAGS[name]
+    return Seccomp(
+        default_action=_action(fields, "defaultAction", "defaultErrnoRet"),
+        architectures=tuple(name.removeprefix("SCMP_ARCH_").lower() for name in names),
+        rules=tuple(_rule(item) for item in syscalls),
+        flags=flags,
+    )
 
 
-def _action(fields: Fields, key: str, errno_key: str, *, required: bool = False) -> int:
-    name = fields.str(key, required=required)
+def _action(fields: Fields, key: str, errno_key: str) -> int:
+    name = fields.str(key, required=True)
     if name == "SCMP_ACT_NOTIFY":
-        raise fields.error(key, "SCMP_ACT_NOTIFY is not supported by this runtime yet")
-    if name not in ACTIONS:
-        raise fields.error(key, f'unknown action "{name:.40}"')
-    number = fields.optional_int(errno_key, 0, 0xFFFF)
-    if name not in _WITH_ERRNO:
-        if number:
-            raise fields.error(errno_key, f"goes with {' or '.join(_WITH_ERRNO)}, not with {name}")
-        return ACTIONS[name]
-    return ACTIONS[name] | (_EPERM if number is None else number)
+        raise fields.error(key, "SCMP_ACT_NOTIFY is not supported: ocid has no seccomp notification yet")
+    if name not in _ACTIONS:
+        raise fields.error(key, f"expected one of {', '.join(sorted(_ACTIONS))}, got {name[:60]!r}")
+    action = _ACTIONS[name]
+    if action not in (libseccomp.SCMP_ACT_ERRNO, libseccomp.SCMP_ACT_TRACE):
+        # runtime-spec: errnoRet is for ERRNO and TRACE alone, and an error anywhere else.
+        if fields.int(errno_key):
+            raise fields.error(errno_key, f"means nothing with {name}")
+        return action
+    # linux/err.h, MAX_ERRNO: what is above reads as success in a C library. A tracer takes 16 bits of anything.
+    highest = 4095 if action == libseccomp.SCMP_ACT_ERRNO else 0xFFFF
+    return action | fields.int(errno_key, 0, highest, errno.EPERM)
 
 
 def _rule(fields: Fields) -> Rule:
     names = fields.strs("names")
-    if not names:
-        raise fields.error("names", "is required")
-    arguments = []
-    for entry in fields.objects("args"):
-        arguments.append(
-            Argument(
-                entry.int("index", 0, 5, required=True),
-                entry.int("value", 0, _UINT64),
-                entry.int("valueTwo", 0, _UINT64),
-                OPERATORS[entry.str("op", required=True, choices=OPERATORS)],
-            )
+    if not names or "" in names:
+        raise fields.error("names", "expected names of system calls")
+    arguments = tuple(
+        Argument(
+            item.int("index", 0, 5, required=True),
+            _OPERATORS[item.str("op", required=True, choices=_OPERATORS)],
+            item.int("value", 0, (1 << 64) - 1),
+            item.int("valueTwo", 0, (1 << 64) - 1),
         )
-    return Rule(names, _action(fields, "action", "errnoRet", required=True), tuple(arguments))
+        for item in fields.objects("args")
+    )
+    return Rule(names, _action(fields, "action", "errnoRet"), arguments)
 
 
-def program(seccomp: Seccomp, cache_dir: str) -> bytes:
-    """The profile as an array of struct sock_filter. A cached one does not load libseccomp at all; `cache_dir` is
-    made 0700, "" goes without a cache. Raises RuntimeFailure."""
-    key = hashlib.sha256(b"\0".join((_FORMAT, _identity().encode(), repr(seccomp).encode()))).hexdigest()
-    path = f"{cache_dir}/{key}.bpf"
-    if cache_dir:
-        cached = _read_cache(path)
-        if cached is not None:
-            return cached
+# ----------------------------------------------------------------------------------------------------------- program
+
+
+def program(profile: Seccomp, cache_dir: str) -> bytes:
+    """The profile as struct sock_filter[], from `cache_dir` (made 0700 when missing) where it is known there.
+    Raises RuntimeFailure."""
+    name = _cache_name(profile)
+    if not name:  # libseccomp is where only the loader finds it: its version cannot be part of the key
+        return _compiled(profile)
     try:
-        compiled = _compile(seccomp)
+        directory = _open_cache(cache_dir)
+        try:
+            found = _recall(directory, name)
+            if found is None:
+                found = _compiled(profile)
+                _remember(directory, name, found)
+            return found
+        finally:
+            os.close(directory)
     except OSError as error:
-        raise RuntimeFailure.of(error, step="seccomp", what="compile the seccomp profile") from error
-    if not compiled or len(compiled) > _MAX_PROGRAM:
-        raise RuntimeFailure(
-            f"linux.seccomp: {len(compiled) // 8} instructions, the kernel takes at most {_MAX_PROGRAM // 8}",
-            step="seccomp",
-            code="invalid_argument",
-        )
-    if cache_dir:
-        _write_cache(cache_dir, path, compiled)
-    return compiled
+        raise RuntimeFailure.of(error, step="seccomp", what=f"use the seccomp cache {cache_dir}") from error
 
 
-def load(program: bytes, flags: int) -> None:
-    """seccomp(2), SECCOMP_SET_MODE_FILTER. Raises KernelError."""
-    _kernel.set_mode_filter(program, flags)
-
-
-def _identity() -> str:
-    from runtime.linux import libseccomp
-
-    return f"{os.uname().machine} {libseccomp.identity()}"
-
-
-def _read_cache(path: str) -> bytes | None:
+def load(code: bytes, flags: int = 0) -> None:
+    """Puts the filter on this thread, for good. Raises RuntimeFailure."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
+        seccomp.set_mode_filter(code, flags)
+    except KernelError as error:
+        failure = RuntimeFailure.of(error, step="seccomp", what="load the seccomp filter")
+        if error.errno == errno.EACCES:
+            failure.hint = "without noNewPrivileges this takes CAP_SYS_ADMIN: load it before capabilities are dropped"
+        raise failure from error
+
+
+def _compiled(profile: Seccomp) -> bytes:
+    from runtime.seccomp_filter import compile_profile  # rarely needed: see the module
+
+    return compile_profile(profile)
+
+
+def _digest(data: bytes) -> bytes:
+    # hashlib would load OpenSSL: 3 ms, and a third of a megabyte in every shim. Without it this is the quickest.
+    try:
+        from _blake2 import blake2b
+    except ImportError:
+        from hashlib import blake2b
+    return bytes(blake2b(data, digest_size=32).digest())
+
+
+def _cache_name(profile: Seccomp) -> str:
+    identity = libseccomp.identity()
+    if not identity:
+        return ""
+    # A record of ints, strings and tuples of records: its repr is canonical. The flags are no part of the program.
+    what = (_FORMAT, os.uname().machine, identity, profile.changed(flags=0))
+    return _digest(repr(what).encode("utf-8", "surrogatepass")).hex()
+
+
+def _open_cache(path: str) -> int:
+    """The directory's fd. Raises RuntimeFailure when others could write there: a filter is a security boundary."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(path, flags)
+    except FileNotFoundError:
+        os.makedirs(path, 0o700, exist_ok=True)
+        fd = os.open(path, flags)
+    info = os.fstat(fd)
+    if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) & 0o077:
+        os.close(fd)
+        raise RuntimeFailure(
+            f"use the seccomp cache {path}: it must belong to uid {os.geteuid()} with mode 0700, "
+            f"and has uid {info.st_uid} with mode {stat.S_IMODE(info.st_mode):04o}",
+            step="seccomp",
+            hint="remove it: it is made again",
+            code="failed_precondition",
+        )
+    return fd
+
+
+def _recall(directory: int, name: str) -> bytes | None:
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory)
+    except FileNotFoundError:
         return None
     try:
-        raw = os.read(fd, _MAX_PROGRAM + 64)
+        raw = os.read(fd, 32 + MAX_INSTRUCTIONS * 8 + 1)
     finally:
         os.close(fd)
-    digest, body = raw[:32], raw[32:]
-    if not body or len(body) % 8 or hashlib.sha256(body).digest() != digest:
-        return None
-    return body
+    code = raw[32:]
+    # A power cut may have left half of it, and half a filter lets through what the other half refuses.
+    return code if code and len(code) % 8 == 0 and _digest(code) == raw[:32] else None
 
 
-def _write_cache(directory: str, path: str, body: bytes) -> None:
-    """A cache that cannot be written only costs time."""
-    temporary = f"{path}.{os.getpid()}"
+def _remember(directory: int, name: str, code: bytes) -> None:
+    _make_room(directory)
+    temporary = f".{name[:16]}.{os.getpid()}.{os.urandom(4).hex()}"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory)
     try:
-        os.makedirs(directory, 0o700, exist_ok=True)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            os.write(fd, hashlib.sha256(body).digest() + body)
+            os.write(fd, _digest(code) + code)
         finally:
             os.close(fd)
-        os.rename(temporary, path)
-    except OSError:
+        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:
+        os.unlink(temporary, dir_fd=directory)
+        raise
+
+
+def _make_room(directory: int) -> None:
+    """Profiles come from pods, so there is no end to them: beyond the limit the older half goes."""
+    names = os.listdir(directory)
+    if len(names) < _MOST_CACHED:
+        return
+    aged = []
+    for name in names:
         try:
-            os.unlink(temporary)
-        except OSError:
-            pass
-
-
-def _compile(seccomp: Seccomp) -> bytes:
-    from runtime.linux import libseccomp
-
-    with libseccomp.Filter(seccomp.default_action) as building:
-        building.optimize()
-        tokens = [libseccomp.native_token()]
-        for name in seccomp.architectures:
-            token = libseccomp.arch_token(name.removeprefix("SCMP_ARCH_").lower())
-            if not token:
-                raise RuntimeFailure(
-                    f'linux.seccomp.architectures: unknown "{name:.40}"', step="seccomp", code="invalid_argument"
-                )
-            if token not in tokens:
-                building.add_arch(token)
-                tokens.append(token)
-        for rule in seccomp.rules:
-            if rule.action == seccomp.default_action:
-                continue  # libseccomp refuses a rule that says what is so already
-            for name in rule.names:
-                number = libseccomp.syscall_number(name)
-                if number is None:
-                    continue
-                for conditions in _alternatives(rule.arguments):
-                    building.add_rule(rule.action, number, conditions)
-        compiled = building.export()
-    if seccomp.default_action & 0xFFFF0000 == ACTIONS["SCMP_ACT_ERRNO"]:
-        return _unknown_calls_are_enosys(compiled, _newest(libseccomp))
-    return compiled
-
-
-def _alternatives(arguments: tuple[Argument, ...]) -> list[tuple[tuple[int, int, int, int], ...]]:
-    """libseccomp takes one condition an argument; several on the same one are alternatives, as runc reads them."""
-    conditions = tuple((a.index, a.operator, a.value, a.value_two) for a in arguments)
-    if len({a.index for a in arguments}) == len(arguments):
-        return [conditions]
-    return [(condition,) for condition in conditions]
-
-
-# New calls get the same number everywhere since 424; these are the newest by kernel, read from the top.
-_NEWEST_NAMES = (
-    *("file_setattr", "file_getattr", "open_tree_attr", "removexattrat", "listxattrat", "getxattrat", "setxattrat"),
-    *("mseal", "lsm_list_modules", "lsm_set_self_attr", "lsm_get_self_attr", "listmount", "statmount"),
-    *("futex_requeue", "futex_wait", "futex_wake", "map_shadow_stack", "fchmodat2", "cachestat"),
-    *("set_mempolicy_home_node", "futex_waitv", "process_mrelease", "memfd_secret", "landlock_restrict_self"),
-    *("mount_setattr", "epoll_pwait2", "process_madvise", "faccessat2", "openat2", "close_range", "clone3"),
-)
-
-
-def _newest(libseccomp: object) -> int:
-    number_of = libseccomp.syscall_number  # type: ignore[attr-defined]
-    numbers = [number for name in _NEWEST_NAMES if (number := number_of(name)) is not None]
-    return max(numbers, default=0)
-
-
-def _unknown_calls_are_enosys(compiled: bytes, newest: int) -> bytes:
-    """Puts before the filter: a native call number above `newest`, and not of the x32 ABI, returns ENOSYS.
-
-      ld  [4]              ; seccomp_data.arch
-      jne native, filter
-      ld  [0]              ; seccomp_data.nr
-      jge 0x40000000, filter   ; x32, and -1 of a tracer
-      jgt newest, enosys
-      ja  filter
-    enosys: ret ERRNO(ENOSYS)
-    filter: …
-    """
-    native = _kernel.AUDIT_ARCH.get(os.uname().machine)
-    if native is None or newest <= 0:
-        return compiled
-    instructions = (
-        (0x20, 0, 0, 4),
-        (0x15, 0, 5, native),
-        (0x20, 0, 0, 0),
-        (0x35, 3, 0, 0x40000000),
-        (0x25, 1, 0, newest),
-        (0x05, 0, 0, 1),
-        (0x06, 0, 0, ACTIONS["SCMP_ACT_ERRNO"] | _ENOSYS),
-    )
-    order = "<" if sys.byteorder == "little" else ">"
-    return b"".join(struct.pack(f"{order}HBBI", *instruction) for instruction in instructions) + compiled
+            aged.append((os.stat(name, dir_fd=directory, follow_symlinks=False).st_mtime_ns, name))
+        except FileNotFoundError:
+            continue
+    for _, name in sorted(aged)[: _MOST_CACHED // 2]:
+        try:
+            os.unlink(name, dir_fd=directory)
+        except FileNotFoundError:
+            continue

@@ -1,7 +1,7 @@
-"""bpf(2) for device programs on cgroups, and seccomp(2): programs go in, fds come out.
+"""bpf(2) for device programs on cgroups: programs go in, fds come out.
 
 Refuses to write a program: callers bring the instructions. Invariant: returned fds are CLOEXEC (the kernel makes every
-bpf fd so) and the caller's. See bpf(2), linux/bpf.h, seccomp(2), linux/seccomp.h.
+bpf fd so) and the caller's. See bpf(2), linux/bpf.h.
 """
 
 from __future__ import annotations
@@ -15,10 +15,6 @@ from runtime.linux.libc import KernelError, syscall
 BPF_PROG_LOAD, BPF_PROG_ATTACH, BPF_PROG_DETACH, BPF_PROG_GET_FD_BY_ID, BPF_PROG_QUERY = 5, 8, 9, 13, 16
 BPF_PROG_TYPE_CGROUP_DEVICE, BPF_CGROUP_DEVICE = 15, 6
 BPF_F_ALLOW_MULTI, BPF_F_REPLACE = 2, 4
-# linux/seccomp.h
-SECCOMP_SET_MODE_FILTER = 1
-SECCOMP_FILTER_FLAG_TSYNC, SECCOMP_FILTER_FLAG_LOG, SECCOMP_FILTER_FLAG_SPEC_ALLOW = 1, 2, 4
-SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV = 32
 
 _QUERY_ROOM = 64  # the kernel's own BPF_CGROUP_MAX_PROGS
 
@@ -94,11 +90,3 @@ def bpf_prog_get_fd_by_id(number: int) -> int:
     """BPF_PROG_GET_FD_BY_ID."""
     attr = struct.pack("=III", number, 0, 0)
     return syscall("bpf", BPF_PROG_GET_FD_BY_ID, attr, len(attr), subject=f"program {number}")
-
-
-def seccomp_set_mode_filter(program: bytes, flags: int = 0) -> None:
-    """seccomp(2) SECCOMP_SET_MODE_FILTER with an array of struct sock_filter, for this thread and its children.
-    Without no_new_privs it wants CAP_SYS_ADMIN (EACCES)."""
-    code = ctypes.create_string_buffer(program, len(program))
-    fprog = struct.pack("@HP", len(program) // 8, ctypes.addressof(code))
-    syscall("seccomp", SECCOMP_SET_MODE_FILTER, flags, fprog, subject=f"{len(program) // 8} instructions")

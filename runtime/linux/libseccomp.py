@@ -10,9 +10,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from types import TracebackType
 
 from runtime.linux.libc import KernelError
+
+TYPE_CHECKING = False  # as in runtime.fields
+if TYPE_CHECKING:
+    from types import TracebackType
 
 SONAME = "libseccomp.so.2"
 # seccomp.h

@@ -5,20 +5,19 @@ Refuses to know what the program does. Invariant: after a return without error t
 
 from __future__ import annotations
 
-import ctypes
 import struct
 
-from runtime.linux.libc import syscall
+from runtime.linux.libc import address, syscall
 
 # linux/seccomp.h
 SECCOMP_SET_MODE_FILTER = 1
+SECCOMP_FILTER_FLAG_LOG, SECCOMP_FILTER_FLAG_SPEC_ALLOW = 2, 4
 # linux/audit.h
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7, "riscv64": 0xC00000F3, "s390x": 0x80000016}
 
 
 def set_mode_filter(program: bytes, flags: int) -> None:
     """SECCOMP_SET_MODE_FILTER with `program`, an array of struct sock_filter."""
-    code = ctypes.create_string_buffer(program, len(program))
     # struct sock_fprog: unsigned short len; struct sock_filter *filter
-    fprog = struct.pack("@HP", len(program) // 8, ctypes.addressof(code))
+    fprog = struct.pack("@HP", len(program) // 8, address(program))
     syscall("seccomp", SECCOMP_SET_MODE_FILTER, flags, fprog, subject="filter")
