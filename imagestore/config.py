@@ -31,7 +31,9 @@ class StoreConfig:
     # how much at once
     concurrent_pulls: int = 16
     concurrent_downloads: int = 4
-    concurrent_unpacks: int = 3
+    concurrent_unpacks: int = 8
+    """Layers handed to the unpacker at once. It bounds its own processes, and a layer that waits for its parent holds
+    a thread only: with fewer, small layers would stand in line behind a large one that is below them."""
 
     # what a registry or a layout may send
     manifest_bytes: int = 4 * _MIB
@@ -60,7 +62,7 @@ class StoreConfig:
     backoff_limit_s: float = 5.0
     retry_after_limit_s: float = 30.0
     """A registry that asks for more patience than this (429, Retry-After) is reported instead of waited for."""
-    cancel_wait_s: float = 10.0
+    cancel_wait_s: float = 5.0
     """How long a cancelled caller waits for the worker threads to let go of what they hold."""
 
     # what stays on disk

@@ -68,10 +68,10 @@ class Leases:
                 mine.add(chain_id)
                 self._layers[chain_id] += 1
 
-    def only_mine(self, chain_id: str) -> bool:
-        """True when no other pull of this process has leased the layer."""
+    def holders(self, chain_id: str) -> int:
+        """How many pulls of this process have leased the layer."""
         with self._lock:
-            return self._layers[chain_id] <= 1
+            return self._layers[chain_id]
 
     @contextmanager
     def sweeping_layers(self) -> Iterator[frozenset[str]]:

@@ -67,7 +67,8 @@ class Puller:
         self.unpacker = unpacker
         self.threads = threads
         self.config = config
-        self.given_up: dict[str, asyncio.Future[None]] = {}
+        self._orphans: dict[str, asyncio.Future[None]] = {}
+        self._cancelled: dict[str, asyncio.Future[None]] = {}
         self._flights = Flights()
         self._downloads = Slots(config.concurrent_downloads)
         self.unpacks = Slots(config.concurrent_unpacks)
@@ -114,14 +115,59 @@ class Puller:
         if not self.blobs.is_sound(Descriptor("", document.digest, len(document.data))):
             self.blobs.put(document.digest, document.data)
 
-    def give_up(self, chain_id: str, unpacking: asyncio.Future[None]) -> None:
-        """Tells the unpacker, where it can be told, that nobody waits for a layer any more: it may itself be waiting
-        for a parent that will not come. Not when another pull wants the same layer."""
-        cancel = getattr(self.unpacker, "cancel", None)
-        if cancel is not None and not unpacking.done() and self.leases.only_mine(chain_id):
-            self.given_up[chain_id] = unpacking
-            unpacking.add_done_callback(lambda _: self.given_up.pop(chain_id, None))
-            cancel(chain_id)
+    @property
+    def can_cancel(self) -> bool:
+        """Whether the unpacker can be told to give a layer up. Its Protocol leaves that open."""
+        return hasattr(self.unpacker, "cancel")
+
+    async def _give_up(self, chain_id: str, unpacking: asyncio.Future[None]) -> None:
+        """This pull waits for the layer no more, but for a moment until the worker thread lets go. The unpacker may
+        wait on: for a parent that will not come. A layer that other pulls want too goes on for them."""
+        if unpacking.done() or self.leases.holders(chain_id) > 1:
+            self._orphan(chain_id, unpacking)
+            return
+        if self.can_cancel:
+            self._orphan(chain_id, unpacking)
+            self._cancel(chain_id)
+        await asyncio.wait({unpacking}, timeout=self.config.cancel_wait_s)
+
+    def _orphan(self, chain_id: str, unpacking: asyncio.Future[None]) -> None:
+        if self.can_cancel and not unpacking.done():
+            self._orphans[chain_id] = unpacking
+            unpacking.add_done_callback(lambda _: self._orphans.pop(chain_id, None))
+
+    def reap(self) -> None:
+        """After a pull gave its leases back: what others were to finish and now nobody wants is given up too."""
+        for chain_id in tuple(self._orphans):
+            if chain_id not in self._cancelled and self.leases.holders(chain_id) == 0:
+                self._cancel(chain_id)
+
+    def _cancel(self, chain_id: str) -> None:
+        unpacking = self._orphans[chain_id]
+        self._cancelled[chain_id] = unpacking
+        unpacking.add_done_callback(lambda _: self._cancelled.pop(chain_id, None))
+        self.unpacker.cancel(chain_id)  # type: ignore[attr-defined]
+
+    async def unpack(self, layer: Layer, parent: str | None) -> None:
+        """Raises ContentInvalid, ImageError. Cancelled, it waits a moment for the worker thread to let go."""
+        cancelled = self._cancelled.get(layer.chain_id)
+        if cancelled is not None:
+            await asyncio.wait({cancelled})  # another pull's: joining it would end in its failure
+        path = self.blobs.path(layer.blob.digest)
+        unpacking = self.threads.start_unpack(
+            self.unpacker.unpack_layer, path, layer.blob.media_type, layer.diff_id, layer.chain_id, parent
+        )
+        try:
+            await asyncio.wait({unpacking})
+        except asyncio.CancelledError:
+            await self._give_up(layer.chain_id, unpacking)
+            raise
+        error = unpacking.exception()
+        if isinstance(error, OSError):
+            raise ImageError(f"unpack layer {layer.blob.digest}: {errno_text(error)}") from error
+        if isinstance(error, Exception):
+            raise ContentInvalid(f"unpack layer {layer.blob.digest}: {error}") from error
+        unpacking.result()
 
     # ------------------------------------------------------------------------------------------------------- blobs
 
@@ -188,7 +234,8 @@ class _Layers:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._lease())
-                for number in range(len(self._layers)):
+                # The largest first: it takes longest to come, and then to unpack.
+                for number in sorted(range(len(self._layers)), key=lambda at: -self._layers[at].blob.size):
                     group.create_task(self._layer(number))
         except BaseExceptionGroup as group_error:
             raise _first(group_error) from None
@@ -203,9 +250,9 @@ class _Layers:
         layer = self._layers[number]
         await self._puller.fetch(self._source, layer.blob, self._held, self._tell)
         await self._leased.wait()
-        if number:
-            # An unpack waits for its parent's commit. Begun only when all below have arrived, it cannot wait for a
-            # layer that will never come because its download failed.
+        if number and not self._puller.can_cancel:
+            # An unpack waits for its parent's commit. Where that wait cannot be ended, it must not begin before all
+            # below have arrived: a download may fail.
             await self._arrived[number - 1].wait()
         self._arrived[number].set()
         if await self._puller.threads.io(self._puller.unpacker.has_layer, layer.chain_id):
@@ -221,13 +268,13 @@ class _Layers:
             self._report(layer, "unpack", 0)
             parent = self._layers[number - 1].chain_id if number else None
             try:
-                await self._call(layer, parent)
+                await self._puller.unpack(layer, parent)
             except ContentInvalid:
                 if await self._puller.threads.io(self._puller.blobs.is_sound, layer.blob):
                     raise
                 # It was damaged on this disk since it was verified: that is no fault of the image.
                 await self._puller.fetch(self._source, layer.blob, self._held, self._tell)
-                await self._call(layer, parent)
+                await self._puller.unpack(layer, parent)
         finally:
             if slot:
                 self._puller.unpacks.here().release()
@@ -250,28 +297,6 @@ class _Layers:
             if not slot.done():
                 slot.cancel()
         return slot.done()
-
-    async def _call(self, layer: Layer, parent: str | None) -> None:
-        puller = self._puller
-        given_up = puller.given_up.get(layer.chain_id)
-        if given_up is not None:
-            await asyncio.wait({given_up})  # another pull's, cancelled: joining it would end in its failure
-        path = puller.blobs.path(layer.blob.digest)
-        unpacking = puller.threads.start_unpack(
-            puller.unpacker.unpack_layer, path, layer.blob.media_type, layer.diff_id, layer.chain_id, parent
-        )
-        try:
-            await asyncio.wait({unpacking})
-        except asyncio.CancelledError:
-            puller.give_up(layer.chain_id, unpacking)
-            await asyncio.wait({unpacking}, timeout=puller.config.cancel_wait_s)
-            raise
-        error = unpacking.exception()
-        if isinstance(error, OSError):
-            raise ImageError(f"unpack layer {layer.blob.digest}: {errno_text(error)}") from error
-        if isinstance(error, Exception):
-            raise ContentInvalid(f"unpack layer {layer.blob.digest}: {error}") from error
-        unpacking.result()
 
     def _report(self, layer: Layer, phase: str, done: int | None = None) -> None:
         size = layer.blob.size

@@ -179,6 +179,7 @@ class Store:
                 finally:
                     if entering.done() and not entering.cancelled() and entering.exception() is None:
                         self._leases.leave(held.blobs, held.layers)
+                        self._puller.reap()
                     else:
                         entering.add_done_callback(self._leave_late)
             finally:

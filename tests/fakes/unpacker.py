@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import threading
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import zstandard
@@ -26,7 +27,8 @@ class MemoryUnpacker:
         self.most_running = 0
         self.fail: dict[str, BaseException] = {}
         self.gate: threading.Event | None = None
-        self.cancelled: list[str] = []
+        self._cancelled: set[str] = set()
+        self._active: Counter[str] = Counter()
         self._changed = threading.Condition()
 
     def has_layer(self, chain_id: str) -> bool:
@@ -35,6 +37,7 @@ class MemoryUnpacker:
     def unpack_layer(self, blob: Path, media_type: str, diff_id: str, chain_id: str, parent: str | None) -> None:
         with self._changed:
             self.calls.append(chain_id)
+            self._active[chain_id] += 1
             self.running += 1
             self.most_running = max(self.most_running, self.running)
         try:
@@ -48,10 +51,9 @@ class MemoryUnpacker:
                 raise UnpackError(f"layer's diff id is {found}, the image's config says {diff_id}")
             with self._changed:
                 waited = self._changed.wait_for(
-                    lambda: parent is None or parent in self.layers or chain_id in self.cancelled, 10
+                    lambda: parent is None or parent in self.layers or chain_id in self._cancelled, 10
                 )
-                if chain_id in self.cancelled:
-                    self.cancelled.remove(chain_id)
+                if chain_id in self._cancelled:
                     raise UnpackError("unpacking was cancelled")
                 if not waited:
                     raise UnpackError(f"parent {parent} never came")
@@ -60,12 +62,16 @@ class MemoryUnpacker:
         finally:
             with self._changed:
                 self.running -= 1
+                self._active[chain_id] -= 1
+                if not self._active[chain_id]:
+                    self._cancelled.discard(chain_id)
 
     def cancel(self, chain_id: str) -> None:
         """Optional for an Unpacker: ends the wait for a parent that will not come."""
         with self._changed:
-            self.cancelled.append(chain_id)
-            self._changed.notify_all()
+            if self._active[chain_id]:
+                self._cancelled.add(chain_id)
+                self._changed.notify_all()
 
     def remove_layers_except(self, keep: frozenset[str]) -> int:
         with self._changed:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from imagestore.model import ContentInvalid, ImageError, ImageNotFound
+from imagestore.model import ContentInvalid, ImageError, ImageNotFound, RegistryUnavailable
 from tests.fakes.imagestore import Bench, run
 from tests.fakes.registry import (
     OCI_INDEX,
@@ -164,6 +164,52 @@ def test_o43_a_stuck_unpack_blocks_no_other_pull(bench: Bench, registry: FakeReg
         assert (await slow).repo_tags
 
     run(scenario())
+
+
+def test_a_layer_above_a_failed_download_is_given_up(bench: Bench, registry: FakeRegistry) -> None:
+    """It was unpacked before its parent came, which never does: nobody may wait for that."""
+    built = build_image([{"a": b"1"}, {"b": b"2" * 5000}])
+    reference = registry.add("app", "1", built)
+    registry.rule("GET", f"/blobs/{built.layer_digests[0]}", Stall(5))
+    began = time.monotonic()
+    with pytest.raises(RegistryUnavailable):
+        bench.pull(reference)
+    assert time.monotonic() - began < 4 and bench.unpacker.running == 0  # type: ignore[attr-defined]
+    assert len(bench.unpacker.calls) == 1  # type: ignore[attr-defined]
+    registry.heal()
+    assert bench.pull(reference).repo_tags == (reference,)
+
+
+def test_cancelling_one_of_two_pulls_that_share_layers(bench: Bench, registry: FakeRegistry) -> None:
+    assert isinstance(bench.unpacker, MemoryUnpacker)
+    unpacker = bench.unpacker
+    built = build_image([{"a": os.urandom(50_000)}, {"b": b"2"}])
+    first, second = registry.add("app", "1", built), registry.add("app", "2", built)
+    base = registry.rule("GET", f"/blobs/{built.layer_digests[0]}", Stall(10, drip=3000))
+
+    async def scenario() -> None:
+        pulls = [asyncio.create_task(bench.store.pull(reference)) for reference in (first, second)]
+        while unpacker.running < 2 or not base.hits:
+            await asyncio.sleep(0.001)
+        pulls[0].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await pulls[0]
+        assert (await pulls[1]).repo_tags == (second,)
+
+        bench.store.remove(second)
+        await asyncio.to_thread(bench.store.collect)
+        registry.seen.clear()
+        pulls = [asyncio.create_task(bench.store.pull(reference)) for reference in (first, second)]
+        while unpacker.running < 2:
+            await asyncio.sleep(0.001)
+        for pull in pulls:
+            pull.cancel()
+        await asyncio.gather(*pulls, return_exceptions=True)
+        await asyncio.to_thread(eventually, lambda: unpacker.running == 0)
+
+    run(scenario())
+    registry.heal()
+    assert bench.pull(first).repo_tags == (first,)
 
 
 # ------------------------------------------------------------------------------------------------------- full disk
