@@ -52,6 +52,7 @@ def open_overlay(path: Path, **config: object) -> Overlay:
 def overlay(tmp_path: Path) -> Iterator[Overlay]:
     made = open_overlay(tmp_path, workers=0)
     yield made
+    made.remove_layers_except(frozenset())  # thousands of files: pytest keeps tmp_path for a while
     made.close()
 
 

@@ -499,6 +499,7 @@ def test_a_worker_that_dies_is_an_error_and_replaced(tmp_path: Path) -> None:
         assert contents(tmp_path) == {"layers": [], "active": [], "trash": []}
         overlay.unpack_layer(*layer.arguments())
         assert overlay.has_layer(layer.chain_id)
+        overlay.remove_layers_except(frozenset())
 
 
 def test_closing_ends_what_is_under_way(tmp_path: Path) -> None:
@@ -571,6 +572,7 @@ def test_unpacking_can_be_cancelled(tmp_path: Path) -> None:
         assert len(contents(tmp_path)["layers"]) == 1
         overlay.unpack_layer(*layer.arguments())
         assert overlay.has_layer(layer.chain_id)
+        overlay.remove_layers_except(frozenset())
 
 
 def test_no_fds_are_left(tmp_path: Path) -> None:
