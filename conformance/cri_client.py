@@ -118,6 +118,12 @@ class Cri:
                 self.remove_pod(pod.id)
 
 
+def _namespaces() -> Any:
+    """What a kubelet asks for unless the pod says otherwise: a network and ipc namespace for the pod, a pid namespace
+    for each container. (Left out, the field would mean one pid namespace for the pod.)"""
+    return api_pb2.NamespaceOption(network=api_pb2.POD, ipc=api_pb2.POD, pid=api_pb2.CONTAINER)
+
+
 @dataclass(frozen=True, slots=True)
 class Names:
     """Makes pod configurations that do not collide, with logs below `logs` and cgroups below `cgroup`."""
@@ -131,12 +137,9 @@ class Names:
         metadata = api_pb2.PodSandboxMetadata(name=name, namespace="conformance", uid=f"{name}-{os.urandom(4).hex()}")
         directory = self.logs / name
         directory.mkdir(parents=True, exist_ok=True)
-        return api_pb2.PodSandboxConfig(
-            metadata=metadata,
-            hostname=name,
-            log_directory=str(directory),
-            linux=api_pb2.LinuxPodSandboxConfig(cgroup_parent=self.cgroup),
-        )
+        security = api_pb2.LinuxSandboxSecurityContext(namespace_options=_namespaces())
+        linux = api_pb2.LinuxPodSandboxConfig(cgroup_parent=self.cgroup, security_context=security)
+        return api_pb2.PodSandboxConfig(metadata=metadata, hostname=name, log_directory=str(directory), linux=linux)
 
 
 def container(name: str, image: str, command: Sequence[str] = (), labels: Mapping[str, str] | None = None) -> Any:
@@ -147,7 +150,9 @@ def container(name: str, image: str, command: Sequence[str] = (), labels: Mappin
         command=list(command),
         labels=dict(labels or {}),
         log_path=f"{name}.log",
-        linux=api_pb2.LinuxContainerConfig(),
+        linux=api_pb2.LinuxContainerConfig(
+            security_context=api_pb2.LinuxContainerSecurityContext(namespace_options=_namespaces())
+        ),
     )
 
 

@@ -79,6 +79,9 @@ def run(parts: Sequence[str], names: Sequence[str], quick: bool, base: Path) -> 
         if "logs" in parts:
             say("log throughput")
             transfer.logs(subjects, 100 if quick else 300)
+        for one in subjects:
+            for note in one.notes:
+                say(f"{one.name}: {note}")
         results = {one.name: one.values for one in subjects}
         if "runtime" in parts and "ocid" in names:
             say("ocirun and runc, in turn")

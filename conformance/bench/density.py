@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
-from conformance.bench.subject import Subject, median, new_since, settled_pss, timed
+from conformance.bench.subject import MIB, Subject, median, new_since, settled_pss, timed
 from conformance.cri_client import container
-from conformance.daemons import all_pids
+from conformance.daemons import all_pids, pss_bytes
 
 CALLERS = 8
 PAYLOAD = "86399"
@@ -29,6 +31,7 @@ def measure(subjects: Sequence[Subject], pods: int) -> None:
         subject.values["list_stats"] = median([timed(subject.client.list_stats) for _ in range(LISTINGS)])
         overhead = settled_pss(lambda before=before, subject=subject: _helpers(before, subject))  # type: ignore[misc]
         subject.values["per_pod"] = overhead / pods
+        subject.notes.append(f"helpers of {pods} pods: {_breakdown(_helpers(before, subject))}")
         subject.values["daemon_full"] = subject.daemon_pss()
         began = time.perf_counter()
         _all(lambda pair, subject=subject: _down(subject, pair), up)  # type: ignore[misc]
@@ -60,6 +63,15 @@ def _down(subject: Subject, pair: tuple[str, str]) -> tuple[str, str]:
 def _helpers(before: frozenset[int], subject: Subject) -> frozenset[int]:
     """What runs for the pods beside the containers' own processes: shims, monitors, pause."""
     return frozenset(pid for pid in new_since(before) - subject.daemon_pids if not _is_payload(pid))
+
+
+def _breakdown(pids: frozenset[int]) -> str:
+    """How many processes of which name, and what one of them weighs."""
+    weights: dict[str, list[float]] = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            weights.setdefault(Path(f"/proc/{pid}/comm").read_text().split()[0], []).append(pss_bytes(pid) / MIB)
+    return ", ".join(f"{len(each)} × {name} {sum(each) / len(each):.2f} MiB" for name, each in sorted(weights.items()))
 
 
 def _is_payload(pid: int) -> bool:

@@ -15,7 +15,8 @@ MIB = 1 << 20
 
 @dataclass(slots=True)
 class Subject:
-    """`values` collects the results by metric key; `daemon_pids` are the processes it has while idle."""
+    """`values` collects the results by metric key, `notes` what explains them; `daemon_pids` are the processes it has
+    while idle."""
 
     daemon: Daemon
     client: Cri
@@ -23,6 +24,7 @@ class Subject:
     image: str
     daemon_pids: frozenset[int]
     values: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
