@@ -488,7 +488,7 @@ def test_workers_are_two_at_most_and_end_when_idle(tmp_path: Path) -> None:
 
 def test_a_worker_that_dies_is_an_error_and_replaced(tmp_path: Path) -> None:
     with opened(tmp_path, workers=1) as overlay:
-        layer = blob(tmp_path, [file(f"f{number}", b"x") for number in range(40_000)])
+        layer = blob(tmp_path, [file(f"f{number}", b"x") for number in range(25_000)])
         with ThreadPoolExecutor(1) as threads:
             unpacking = threads.submit(overlay.unpack_layer, *layer.arguments())
             eventually(lambda: any(tmp_path.glob("root/layers/.*/fs/f1000")), what="files")
@@ -557,7 +557,7 @@ def test_a_wait_for_the_parent_can_be_cancelled(tmp_path: Path) -> None:
 
 def test_unpacking_can_be_cancelled(tmp_path: Path) -> None:
     with opened(tmp_path, workers=1) as overlay:
-        layer = blob(tmp_path, [file(f"f{number}", b"x") for number in range(60_000)])
+        layer = blob(tmp_path, [file(f"f{number}", b"x") for number in range(25_000)])
         queued = blob(tmp_path, [file("queued")])
         with ThreadPoolExecutor(3) as threads:
             unpacking = [threads.submit(overlay.unpack_layer, *layer.arguments()) for _ in range(2)]
