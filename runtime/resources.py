@@ -6,21 +6,21 @@ None is "not given", and a 0 that the ecosystem writes for "not given" (limits, 
 
 from __future__ import annotations
 
-import re
-from typing import Any, NamedTuple, TypeVar
+from runtime.linux.record import Record
 
-from runtime.fields import Fields
+TYPE_CHECKING = False  # as in runtime.fields
+if TYPE_CHECKING:
+    from typing import TypeVar
 
-_CPU_LIST = re.compile(r"[0-9]+(?:-[0-9]+(?::[0-9]+/[0-9]+)?)?(?:,[0-9]+(?:-[0-9]+(?::[0-9]+/[0-9]+)?)?)*", re.ASCII)
-_PAGE_SIZE = re.compile(r"[1-9][0-9]{0,8}(?:KB|MB|GB)", re.ASCII)
-_UNIFIED_KEY = re.compile(r"[a-z][a-z_]*(?:\.[A-Za-z0-9_]+)+", re.ASCII)
+    from runtime.fields import Fields
+
+    R = TypeVar("R", bound=Record)
+
 _UINT32, _INT64, _UINT64 = (1 << 32) - 1, (1 << 63) - 1, (1 << 64) - 1
 _MAX_RULES = 4096  # devices, throttles, unified keys: far above any real container, far below trouble
 
-T = TypeVar("T", bound=tuple[object, ...])
 
-
-class Memory(NamedTuple):
+class Memory(Record):
     """Bytes; -1 is unlimited. `swap` is memory and swap together, as in cgroup v1 and the spec."""
 
     limit: int | None = None
@@ -32,7 +32,7 @@ class Memory(NamedTuple):
     check_before_update: bool | None = None
 
 
-class Cpu(NamedTuple):
+class Cpu(Record):
     """Microseconds, but for `shares`; a `quota` of -1 is unlimited."""
 
     shares: int | None = None
@@ -44,20 +44,20 @@ class Cpu(NamedTuple):
     idle: int | None = None
 
 
-class Cpuset(NamedTuple):
+class Cpuset(Record):
     """Lists such as "0-3,7"."""
 
     cpus: str | None = None
     mems: str | None = None
 
 
-class Pids(NamedTuple):
+class Pids(Record):
     """-1 is unlimited."""
 
     limit: int | None = None
 
 
-class DeviceValue(NamedTuple):
+class DeviceValue(Record):
     """A weight or a rate of one block device."""
 
     major: int
@@ -65,7 +65,7 @@ class DeviceValue(NamedTuple):
     value: int
 
 
-class Blkio(NamedTuple):
+class Blkio(Record):
     """Weights are 10..1000; rates are bytes or operations a second, 0 lifts one."""
 
     weight: int | None = None
@@ -78,12 +78,12 @@ class Blkio(NamedTuple):
     write_iops: tuple[DeviceValue, ...] = ()
 
 
-class HugePages(NamedTuple):
+class HugePages(Record):
     page_size: str
     limit: int
 
 
-class DeviceRule(NamedTuple):
+class DeviceRule(Record):
     """`type` is a (all), b or c; a number of -1 is a wildcard; `access` is a subset of "rwm"."""
 
     allow: bool
@@ -93,7 +93,7 @@ class DeviceRule(NamedTuple):
     access: str
 
 
-class Resources(NamedTuple):
+class Resources(Record):
     """All of it. `devices` None: the rules are not to be touched; (): deny all but the default devices."""
 
     memory: Memory = Memory()
@@ -131,33 +131,36 @@ def merge(base: Resources, over: Resources) -> Resources:
         cpuset=_merge_flat(base.cpuset, over.cpuset),
         pids=_merge_flat(base.pids, over.pids),
         blkio=_merge_blkio(base.blkio, over.blkio),
-        hugetlb=_merge_keyed(base.hugetlb, over.hugetlb, 1),
+        hugetlb=_merge_keyed(base.hugetlb, over.hugetlb, "page_size"),
         devices=base.devices if over.devices is None else over.devices,
-        unified=_merge_keyed(base.unified, over.unified, 1),
+        unified=tuple(sorted({**dict(base.unified), **dict(over.unified)}.items())),
     )
 
 
-def _merge_flat(base: T, over: T) -> T:
-    values: list[Any] = [old if new is None else new for old, new in zip(base, over, strict=True)]
-    return type(base)(*values)  # a NamedTuple, which has no name as a bound
+def _merge_flat(base: R, over: R) -> R:
+    given = {name: value for name in over._fields if (value := getattr(over, name)) is not None}
+    return base.changed(**given)
+
+
+def _merge_keyed(base: tuple[R, ...], over: tuple[R, ...], *key: str) -> tuple[R, ...]:
+    """The last of those whose fields `key` are the same."""
+    return tuple({tuple(getattr(item, name) for name in key): item for item in (*base, *over)}.values())
 
 
 def _merge_blkio(base: Blkio, over: Blkio) -> Blkio:
+    def devices(name: str) -> tuple[DeviceValue, ...]:
+        return _merge_keyed(getattr(base, name), getattr(over, name), "major", "minor")
+
     return Blkio(
-        base.weight if over.weight is None else over.weight,
-        base.leaf_weight if over.leaf_weight is None else over.leaf_weight,
-        _merge_keyed(base.weight_devices, over.weight_devices, 2),
-        _merge_keyed(base.leaf_weight_devices, over.leaf_weight_devices, 2),
-        _merge_keyed(base.read_bps, over.read_bps, 2),
-        _merge_keyed(base.write_bps, over.write_bps, 2),
-        _merge_keyed(base.read_iops, over.read_iops, 2),
-        _merge_keyed(base.write_iops, over.write_iops, 2),
+        weight=base.weight if over.weight is None else over.weight,
+        leaf_weight=base.leaf_weight if over.leaf_weight is None else over.leaf_weight,
+        weight_devices=devices("weight_devices"),
+        leaf_weight_devices=devices("leaf_weight_devices"),
+        read_bps=devices("read_bps"),
+        write_bps=devices("write_bps"),
+        read_iops=devices("read_iops"),
+        write_iops=devices("write_iops"),
     )
-
-
-def _merge_keyed(base: tuple[T, ...], over: tuple[T, ...], width: int) -> tuple[T, ...]:
-    """The last value of every key, where the first `width` members of an item are its key."""
-    return tuple({item[:width]: item for item in (*base, *over)}.values())
 
 
 def _bounded(fields: Fields, key: str) -> tuple[Fields, ...]:
@@ -206,9 +209,37 @@ def _cpu_list(fields: Fields, key: str) -> str | None:
     text = fields.str(key)
     if not text:
         return None
-    if len(text) > 4096 or not _CPU_LIST.fullmatch(text):
+    if len(text) > 4096 or not _is_list(text):
         raise fields.error(key, f"expected a list such as 0-3,7, got {text[:60]!r}")
     return text
+
+
+def _is_list(text: str) -> bool:
+    """As the kernel's bitmap_parselist reads it: "0-3,7", "0-31:2/4"."""
+    for part in text.split(","):
+        span, colon, stride = part.partition(":")
+        first, dash, last = span.partition("-")
+        numbers = [first, last] if dash else [first]
+        if colon:
+            used, slash, group = stride.partition("/")
+            if not dash or not slash:
+                return False
+            numbers += [used, group]
+        if not all(number.isascii() and number.isdigit() for number in numbers):
+            return False
+    return True
+
+
+def _is_page_size(text: str) -> bool:
+    number = text[:-2]
+    plain = number.isascii() and number.isdigit() and number[0] != "0" and len(number) < 10
+    return plain and text[-2:] in ("KB", "MB", "GB")
+
+
+def _is_controller_file(key: str) -> bool:
+    controller, *rest = key.split(".")
+    words = all(word.isascii() and word.replace("_", "x").isalnum() for word in (controller, *rest))
+    return bool(rest) and len(key) <= 128 and words and controller not in ("", "cgroup")
 
 
 def _pids(fields: Fields | None) -> Pids:
@@ -255,7 +286,7 @@ def _block_device(fields: Fields) -> tuple[int, int]:
 def _hugepages(fields: Fields) -> HugePages:
     # The page size becomes part of a file name: "2MB/../../x" would leave the cgroup.
     size = fields.str("pageSize", required=True)
-    if not _PAGE_SIZE.fullmatch(size):
+    if not _is_page_size(size):
         raise fields.error("pageSize", f"expected a size such as 2MB or 1GB, got {size[:60]!r}")
     return HugePages(size, fields.int("limit", 0, _UINT64, required=True))
 
@@ -278,7 +309,7 @@ def _device(fields: Fields) -> DeviceRule:
         # The kernel reads "a" as everything, whatever follows: a narrower rule would be widened in silence.
         if rule.major != -1 or rule.minor != -1 or access not in ("", "rwm"):
             raise fields.error("type", 'a rule for type "a" is for every device and every access: name b or c')
-        return rule._replace(access="rwm")
+        return rule.changed(access="rwm")
     if not access:
         raise fields.error("access", "is required for one type of device")
     return rule
@@ -290,7 +321,7 @@ def _unified(fields: Fields) -> tuple[tuple[str, str], ...]:
         raise fields.error("unified", f"{len(items)} entries, at most {_MAX_RULES} are taken")
     for key, value in items.items():
         # A key is a file name in the cgroup: "cgroup.procs" would move processes, "../memory.max" leave it.
-        if len(key) > 128 or not _UNIFIED_KEY.fullmatch(key) or key.startswith("cgroup."):
+        if not _is_controller_file(key):
             raise fields.error("unified", f"{key[:60]!r} is no controller's file, such as memory.high")
         if len(value) > 4096 or not value.isprintable() and not value.replace("\n", "").isprintable():
             raise fields.error("unified", f"the value of {key} is too long or holds control characters")

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import NamedTuple
 
-from runtime.cgroups.plan import Write
 from runtime.cgroups.tree import read_at, write_at
 from runtime.errors import RuntimeFailure
+from runtime.linux.record import Record
+
+TYPE_CHECKING = False  # as in runtime.fields
+if TYPE_CHECKING:
+    from runtime.cgroups.plan import Write
 
 
-class Step(NamedTuple):
+class Step(Record):
     """A write and the directory it goes to; `directory` is for people."""
 
     dir_fd: int

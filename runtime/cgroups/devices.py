@@ -8,10 +8,10 @@ usable, and an update neither closes a permitted device for a moment nor leaves 
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
 from runtime.errors import RuntimeFailure
 from runtime.linux import bpf
+from runtime.linux.record import Record
 from runtime.resources import DeviceRule
 
 # runtime-spec, "Default Devices", with the pseudo terminals, and mknod of everything: making a node opens nothing.
@@ -32,7 +32,7 @@ DEFAULT_DEVICES = (
 Key = tuple[str, int, int]
 
 
-class Policy(NamedTuple):
+class Policy(Record):
     """What is not an exception is allowed iff `allow`; exceptions are (device, access), sorted."""
 
     allow: bool

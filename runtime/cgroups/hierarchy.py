@@ -7,11 +7,13 @@ controllers with a v2 mount at the side, whatever controllers that one has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
-
 from runtime.errors import RuntimeFailure
 from runtime.linux.cgroup import cgroup_mounts, cgroups_of
+from runtime.linux.record import Record
+
+TYPE_CHECKING = False  # as in runtime.fields
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 V1_CONTROLLERS = frozenset(
     {"cpu", "cpuacct", "cpuset", "memory", "devices", "freezer", "blkio", "pids", "hugetlb"}
@@ -22,7 +24,7 @@ SYSTEMD_NAME = "name=systemd"
 _COMPONENT, _PATH = 255, 4096  # NAME_MAX, PATH_MAX
 
 
-class Hierarchy(NamedTuple):
+class Hierarchy(Record):
     """A mounted hierarchy: v1 with its controllers, or v2, where they are found out when needed."""
 
     mount: str
@@ -31,7 +33,7 @@ class Hierarchy(NamedTuple):
     controllers: tuple[str, ...]
 
 
-class Place(NamedTuple):
+class Place(Record):
     """A container's directory in a hierarchy; `relative` has neither leading slash nor dots."""
 
     hierarchy: Hierarchy

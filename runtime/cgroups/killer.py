@@ -10,18 +10,23 @@ from __future__ import annotations
 import errno
 import os
 import select
-import signal
 import time
-from collections.abc import Callable
 
-from runtime.cgroups.freezer import Freezer
-from runtime.cgroups.hierarchy import Place
 from runtime.cgroups.stats import table
-from runtime.cgroups.tree import Verify, remove_place
+from runtime.cgroups.tree import remove_place
 from runtime.errors import RuntimeFailure
 from runtime.linux.libc import KernelError
 from runtime.linux.process import pidfd_open, pidfd_send_signal
 
+TYPE_CHECKING = False  # as in runtime.fields
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from runtime.cgroups.freezer import Freezer
+    from runtime.cgroups.hierarchy import Place
+    from runtime.cgroups.tree import Verify
+
+SIGKILL = 9  # the signal module costs as much to import as all of this package
 _LONGEST_NAP_S = 0.004
 _FREEZE_S = 0.1
 _BATCH = 256  # pidfds open at once: the usual limit of open files is 1024
@@ -30,7 +35,7 @@ _BATCH = 256  # pidfds open at once: the usual limit of open files is 1024
 def kill_all(number: int, pids: Callable[[], list[int]], freezer: Freezer, v2: str, deadline_s: float) -> bool:
     """See Manager.kill. `v2` is the container's v2 directory, "" without."""
     deadline = time.monotonic() + deadline_s
-    if number != signal.SIGKILL:
+    if number != SIGKILL:
         _signal_once(number, pids)
         return not pids()
     if v2:

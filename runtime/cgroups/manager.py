@@ -19,21 +19,25 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
-from collections.abc import Callable, Mapping
-from types import TracebackType
 
 from runtime.cgroups import devices, stats, tree, v1, v2
 from runtime.cgroups.apply import Journal, Step, apply, failure
 from runtime.cgroups.freezer import Freezer
-from runtime.cgroups.hierarchy import V2_NAME, Place, places_for, places_from
-from runtime.cgroups.killer import kill_all, wait_until_removable
+from runtime.cgroups.hierarchy import V2_NAME, places_for, places_from
+from runtime.cgroups.killer import SIGKILL, kill_all, wait_until_removable
 from runtime.cgroups.plan import CONTROLLERS, Now, Write
-from runtime.cgroups.stats import Stats
 from runtime.errors import RuntimeFailure
 from runtime.linux.failpoint import failpoint
 from runtime.linux.libc import KernelError
-from runtime.resources import Resources
+
+TYPE_CHECKING = False  # as in runtime.fields
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
+    from runtime.cgroups.hierarchy import Place
+    from runtime.cgroups.stats import Stats
+    from runtime.resources import Resources
 
 _V2_CONTROLLERS = {"cpuset": "cpuset", "cpu": "cpu", "memory": "memory", "pids": "pids", "blkio": "io"}
 _V2_CONTROLLERS["hugetlb"] = "hugetlb"
@@ -335,7 +339,7 @@ class Manager:
             return -1
         return tree.open_place(self._v2, self._verify)
 
-    def kill(self, number: int = signal.SIGKILL, deadline_s: float = 2.0) -> bool:
+    def kill(self, number: int = SIGKILL, deadline_s: float = 2.0) -> bool:
         """Signals every process in here. SIGKILL is repeated, against forks and freezers, until nobody is left or the
         deadline passes; True when the cgroup is empty then. A missing cgroup is an empty one."""
         v2_directory = "" if self._v2 is None else self._v2.directory

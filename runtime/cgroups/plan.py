@@ -6,12 +6,12 @@ which field of config.json asked for it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from runtime.linux.record import Record
 
 CONTROLLERS = ("cpuset", "cpu", "memory", "pids", "blkio", "hugetlb")
 
 
-class Write(NamedTuple):
+class Write(Record):
     """`value` into `file` of the cgroup; `field` is the path below linux.resources that asked for it.
 
     `optional`: a kernel without that file already does what is asked. `otherwise`: what to write where `file` is
@@ -28,7 +28,7 @@ class Write(NamedTuple):
         return f"{self.field}: write {self.value!r} to {self.file}"
 
 
-class Now(NamedTuple):
+class Now(Record):
     """What is in force, as far as the order of writes hangs on it. None: a fresh cgroup, with nothing in force.
     -1 is unlimited."""
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import time
-from typing import NamedTuple
+
+from runtime.linux.record import Record
 
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 _V1_UNLIMITED = 1 << 62  # v1 prints the largest multiple of a page below 2^63 for "no limit"
 
 
-class DeviceIo(NamedTuple):
+class DeviceIo(Record):
     """Bytes and operations of one block device, since the cgroup was made."""
 
     major: int
@@ -25,7 +26,7 @@ class DeviceIo(NamedTuple):
     writes: int = 0
 
 
-class Stats(NamedTuple):
+class Stats(Record):
     """One look at a container. Memory counts those below it, as the kernel's `total_` figures do."""
 
     timestamp_ns: int

@@ -9,9 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterable
 
-from runtime.cgroups.hierarchy import Hierarchy, Place
 from runtime.errors import RuntimeFailure
 from runtime.linux.files import (
     CGROUP2_SUPER_MAGIC,
@@ -25,7 +23,14 @@ from runtime.linux.files import (
 )
 from runtime.linux.libc import KernelError
 
-Verify = Callable[[int, Hierarchy], None]
+TYPE_CHECKING = False  # as in runtime.fields
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from runtime.cgroups.hierarchy import Hierarchy, Place
+
+    Verify = Callable[[int, Hierarchy], None]
+
 _BENEATH = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_XDEV
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY
 _LONGEST_FILE = 1 << 20

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from runtime.cgroups.plan import Now, Write, above
 from runtime.errors import RuntimeFailure
-from runtime.resources import Blkio, Cpu, Cpuset, DeviceValue, HugePages, Memory, Pids, Resources
+
+TYPE_CHECKING = False  # as in runtime.fields
+if TYPE_CHECKING:
+    from runtime.resources import Blkio, Cpu, Cpuset, DeviceValue, HugePages, Memory, Pids, Resources
 
 
 def plan(resources: Resources, controller: str, now: Now) -> list[Write]:

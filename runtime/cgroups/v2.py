@@ -10,7 +10,10 @@ import math
 from runtime.cgroups.plan import Now, Write, above
 from runtime.cgroups.v1 import cpuset, pids
 from runtime.errors import RuntimeFailure
-from runtime.resources import Blkio, Cpu, HugePages, Memory, Resources
+
+TYPE_CHECKING = False  # as in runtime.fields
+if TYPE_CHECKING:
+    from runtime.resources import Blkio, Cpu, HugePages, Memory, Resources
 
 _DEFAULT_PERIOD = 100_000
 
