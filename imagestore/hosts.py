@@ -10,7 +10,6 @@ Invariant: plain HTTP only where the reference itself names a loopback host lite
 from __future__ import annotations
 
 import errno
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -73,6 +72,8 @@ def _read(path: Path) -> dict[str, object] | None:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return None
         raise ImageError(f"registry hosts: {error}") from error
+    import tomllib  # only where somebody has such a file
+
     try:
         return tomllib.loads(data.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:

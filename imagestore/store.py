@@ -24,6 +24,7 @@ from imagestore.content import Blobs, errno_text
 from imagestore.hosts import hosts_for
 from imagestore.layout import Layout
 from imagestore.leases import Leases
+from imagestore.local import DirectoryFiles, DockerArchive, LocalSource, TarFiles
 from imagestore.manifest import Manifest, parse_config, parse_document
 from imagestore.model import (
     AccessDenied,
@@ -48,7 +49,7 @@ from imagestore.reference import DEFAULT_TAG, Reference, id_prefix, parse
 from imagestore.registry import Repository
 from imagestore.reserve import Reserve
 from imagestore.shared import SharedWork, Slots
-from imagestore.source import LayoutSource, RegistrySource, Source
+from imagestore.source import RegistrySource
 from imagestore.threads import Threads
 from imagestore.transport import Transport, preload
 from imagestore.usage import disk_usage
@@ -128,7 +129,10 @@ class Store:
                     wanted, [Repository(host, wanted, given, transport, self._threads, self._config) for host in hosts]
                 )
                 image = await self._unchanged(wanted, source)
-                return image or await self._finish(wanted, source, held, tell, registry=True)
+                if image is None:
+                    pulled = await self._puller.run(source, held, tell)
+                    image = await self._threads.io(self._record, wanted, pulled, pulled.served)
+                return image
 
         return await self._session(work)
 
@@ -150,19 +154,39 @@ class Store:
         self, directory: Path, tag: str = "", name: str = "", progress: ProgressFunction | None = None
     ) -> Image:
         """The image of an OCI layout directory: the one named `tag` there, or its only one. It is called `name` here,
-        by default "localhost/DIRECTORY:TAG". Raises ImageError and its kinds."""
-        wanted = parse(name) if name else _local_name(directory, tag)
-        if wanted.digest:
-            raise ReferenceInvalid(f"import {directory}: {name!r} is a digest, expected a tag")
+        by default what it is called there, or "localhost/DIRECTORY:TAG". Raises ImageError and its kinds."""
+        source = LocalSource(DirectoryFiles(directory), f"layout {directory}", tag, self._threads, self._config)
+        return await self._import(source, directory, tag, name, progress)
+
+    async def import_archive(
+        self,
+        path: Path,
+        tag: str = "",
+        name: str = "",
+        progress: ProgressFunction | None = None,
+        *,
+        docker: bool = False,
+    ) -> Image:
+        """As `import_layout`, from a tar of an OCI layout, or with `docker` from what `docker save` writes."""
+        kind = DockerArchive if docker else LocalSource
+        source = kind(TarFiles(path), f"archive {path}", tag, self._threads, self._config)
+        return await self._import(source, path, tag, name, progress)
+
+    async def _import(
+        self, source: LocalSource, path: Path, tag: str, name: str, progress: ProgressFunction | None
+    ) -> Image:
+        if name and parse(name).digest:
+            raise ReferenceInvalid(f"import {path}: {name!r} is a digest, expected a tag")
 
         async def work(held: Held) -> Image:
-            source = LayoutSource(directory, tag, self._threads, self._config)
-            return await self._finish(wanted, source, held, progress or (lambda _: None), registry=False)
+            pulled = await self._puller.run(source, held, progress or (lambda _: None))
+            called = parse(name) if name else _local_name(path, tag or source.name)
+            return await self._threads.io(self._record, called, pulled, "")
 
         try:
             return await self._session(work)
         except ImageError as error:
-            raise _told(f"import {directory}", error) from error
+            raise _told(f"import {path}", error) from error
 
     async def _session(self, work: Callable[[Held], Awaitable[Image]]) -> Image:
         """A pull's frame: its leases and worker threads exist as long as it does."""
@@ -189,15 +213,8 @@ class Store:
         if not entering.cancelled() and entering.exception() is None:
             self._leases.leave(set(), set())
 
-    async def _finish(
-        self, wanted: Reference, source: Source, held: Held, tell: ProgressFunction, *, registry: bool
-    ) -> Image:
-        pulled = await self._puller.run(source, held, tell)
-        return await self._threads.io(self._record, wanted, pulled, registry)
-
-    def _record(self, wanted: Reference, pulled: Pulled, registry: bool) -> Image:
-        served = pulled.served if registry else ""
-        image = self._image(self._records.put(wanted, pulled.image_id, pulled.manifest, served), again=True)
+    def _record(self, called: Reference, pulled: Pulled, served: str) -> Image:
+        image = self._image(self._records.put(called, pulled.image_id, pulled.manifest, served), again=True)
         if image is None:
             raise ImageError(f"image {pulled.image_id}: something outside removed parts of it; pull it again")
         return image
@@ -351,14 +368,14 @@ def _told(doing: str, error: ImageError) -> ImageError:
     return kind(f"{doing}: {error}")
 
 
-def _local_name(directory: Path, tag: str) -> Reference:
-    """What an image from a directory is called: by the full reference in the layout, or as localhost/DIRECTORY:TAG."""
+def _local_name(path: Path, tag: str) -> Reference:
+    """What an image from a file is called: by its full reference in there, or as localhost/NAME:TAG."""
     if "/" in tag or ":" in tag:
         try:
             return parse(tag)
         except ReferenceInvalid:
             pass
-    name = re.sub(r"[^a-z0-9]+", "-", directory.absolute().name.lower()).strip("-") or "layout"
+    name = re.sub(r"[^a-z0-9]+", "-", path.absolute().name.lower().removesuffix(".tar")).strip("-") or "layout"
     try:
         return parse(f"localhost/{name}:{tag or DEFAULT_TAG}")
     except ReferenceInvalid:

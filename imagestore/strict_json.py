@@ -18,11 +18,26 @@ _NUMBER = re.compile(r"-?[0-9]{1,19}", re.ASCII)
 
 def parse_object(data: bytes, what: str, values_limit: int) -> Fields:
     """The top-level object of `data`. Raises ContentInvalid, beginning with `what`."""
+    document = _parse(data, what, values_limit)
+    if not isinstance(document, dict):
+        raise ContentInvalid(f"{what}: expected a JSON object, got {_kind(document)}")
+    return Fields(document, what)
+
+
+def parse_array(data: bytes, what: str, values_limit: int) -> tuple[Fields, ...]:
+    """The objects of the top-level array of `data`. Raises ContentInvalid, beginning with `what`."""
+    document = _parse(data, what, values_limit)
+    if not isinstance(document, list) or not all(isinstance(item, dict) for item in document):
+        raise ContentInvalid(f"{what}: expected a JSON array of objects, got {_kind(document)}")
+    return tuple(Fields(item, f"{what}[{number}]") for number, item in enumerate(document))
+
+
+def _parse(data: bytes, what: str, values_limit: int) -> object:
     # Each value but the first follows one of these bytes, so counting them bounds what the parser allocates.
     if data.count(b",") + data.count(b"[") + data.count(b"{") > values_limit:
         raise ContentInvalid(f"{what}: more than {values_limit} JSON values")
     try:
-        document = json.loads(
+        found: object = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
@@ -32,9 +47,7 @@ def parse_object(data: bytes, what: str, values_limit: int) -> Fields:
         raise ContentInvalid(f"{what}: JSON is nested too deeply") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise ContentInvalid(f"{what}: not valid JSON ({error})") from None
-    if not isinstance(document, dict):
-        raise ContentInvalid(f"{what}: expected a JSON object, got {_kind(document)}")
-    return Fields(document, what)
+    return found
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -520,7 +520,7 @@ def test_import_of_a_layout(bench: Bench, tmp_path: Path) -> None:
     assert image.manifest_digest == built.digest
     image = run(bench.store.import_layout(tmp_path / "My Layout", "registry.example/x:2"))
     assert image.repo_tags == ("registry.example/x:2",)
-    image = run(bench.store.import_layout(tmp_path / "My Layout", "one", "my/name:3"))
+    image = run(bench.store.import_layout(tmp_path / "My Layout", "one", "my/name:3"))  # one image, two names
     assert image.repo_tags == ("docker.io/my/name:3", "localhost/my-layout:one")
     with pytest.raises(ImageNotFound, match="0 images named 'two'; there is one, registry.example/x:2"):
         run(bench.store.import_layout(tmp_path / "My Layout", "two"))
@@ -547,13 +547,44 @@ def test_import_of_damaged_layouts(bench: Bench, tmp_path: Path) -> None:
         run(bench.store.import_layout(layout))
     layer.unlink()
     layer.write_bytes(good)
-    assert run(bench.store.import_layout(layout)).repo_tags == ("localhost/layout:latest",)
+    assert run(bench.store.import_layout(layout)).repo_tags == ("localhost/layout:x",)
 
 
 def test_skopeo_writes_what_we_import(bench: Bench, registry: FakeRegistry, tmp_path: Path) -> None:
     reference = registry.add("app", "1", build_image([{"a": b"1"}]))
     skopeo("copy", "-q", "--src-tls-verify=false", f"docker://{reference}", f"oci:{tmp_path}/out:v1")
     assert run(bench.store.import_layout(tmp_path / "out", "v1")).repo_tags == ("localhost/out:v1",)
+
+
+@pytest.mark.parametrize("kind", ["oci-archive", "docker-archive"])
+def test_archives_that_skopeo_writes(bench: Bench, registry: FakeRegistry, tmp_path: Path, kind: str) -> None:
+    built = build_image([{"a": b"1" * 3000}, {"deep/" * 30 + "b": b"2"}])
+    reference = registry.add("team/app", "1.0", built)
+    path = tmp_path / "saved.tar"
+    docker = kind == "docker-archive"
+    name = "docker.io/team/app:1.0" if docker else "v7"
+    skopeo("copy", "-q", "--src-tls-verify=false", f"docker://{reference}", f"{kind}:{path}:{name}")
+    image = run(bench.store.import_archive(path, docker=docker))
+    assert image.repo_tags == ("docker.io/team/app:1.0" if docker else "localhost/saved:v7",)
+    assert tuple(layer.diff_id for layer in image.layers) == built.diff_ids
+    assert run(bench.store.import_archive(path, name, "mine:1", docker=docker)).id == image.id
+    told = json.loads(skopeo("inspect", f"oci:{bench.root}:docker.io/library/mine:1"))
+    assert len(told["Layers"]) == 2
+    with pytest.raises(ImageNotFound, match="0 images named 'other'; there is"):
+        run(bench.store.import_archive(path, "other", docker=docker))
+    data = path.read_bytes()
+    for spoiled in (
+        data[:700],
+        data[: len(data) // 2],
+        b"",
+        b"\x1f\x8b" + data,
+        data.replace(b"ustar", b"uSTAR"),
+        b"x" * 2048,
+    ):
+        path.write_bytes(spoiled)
+        with pytest.raises((ContentInvalid, ImageNotFound), match=r"import .*saved\.tar: archive .*saved\.tar: "):
+            run(bench.store.import_archive(path, docker=docker))
+    assert bench.ingests() == set() and bench.strays() == set()
 
 
 # ------------------------------------------------------------------------------------------------ Debian's registry
