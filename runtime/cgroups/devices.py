@@ -55,19 +55,19 @@ def policy(rules: tuple[DeviceRule, ...]) -> Policy:
         elif rule.allow != allow:
             exceptions[key] = _union(exceptions.get(key, ""), rule.access)
         else:
-            _take_out(exceptions, key, rule.access, index)
+            where = f"devices[{index}]" if index < len(rules) else "devices: a default device"
+            _take_out(exceptions, key, rule.access, where)
     return Policy(allow, tuple(sorted(exceptions.items())))
 
 
-def _take_out(exceptions: dict[Key, str], key: Key, access: str, index: int) -> None:
+def _take_out(exceptions: dict[Key, str], key: Key, access: str, where: str) -> None:
     """Removes from the exceptions what a rule that says the default again covers."""
     for other, held in list(exceptions.items()):
         if other[0] != key[0] or not _overlap(other, key) or not set(held) & set(access):
             continue
         if not _covers(key, other):
             raise RuntimeFailure(
-                f"linux.resources.devices[{index}]: {_text(key)} cannot be taken out of {_text(other)}, "
-                "a wider rule before it",
+                f"linux.resources.{where}: {_text(key)} cannot be taken out of {_text(other)}, a wider rule before it",
                 hint="name the devices one by one",
                 code="invalid_argument",
             )
