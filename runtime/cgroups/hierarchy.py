@@ -78,7 +78,7 @@ def places_for(
     "": the container's id there. Raises RuntimeFailure for a path that is none."""
     hierarchies = detect() if hierarchies is None else hierarchies
     wanted = clean(cgroups_path or container_id, "linux.cgroupsPath" if cgroups_path else "container id")
-    if not cgroups_path and "/" in wanted:
+    if not cgroups_path and "/" in container_id:
         raise _bad("container id", container_id, "holds a slash")
     if cgroups_path.startswith("/"):
         return tuple(Place(hierarchy, wanted) for hierarchy in hierarchies)
