@@ -21,6 +21,7 @@ from pathlib import Path
 
 from imagestore.model import ContentInvalid, Descriptor, ImageError
 from imagestore.reference import is_digest
+from runtime.linux.failpoint import failpoint
 from runtime.linux.files import AT_FDCWD, read_bounded, sync_directory, write_all, write_durable
 
 _READ = 1 << 20
@@ -231,8 +232,10 @@ class Ingest:
                 self.discard()
                 raise
             try:
+                failpoint("images.blob.verified")
                 os.fsync(self._fd)
                 os.rename(self._path, self._final)
+                failpoint("images.blob.named")
                 sync_directory(self._final.parent)
             except OSError as error:
                 raise self._refused(error) from error

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from imagestore.model import Descriptor, ImageError
 from imagestore.reference import Reference
+from runtime.linux.failpoint import failpoint
 
 T = TypeVar("T")
 
@@ -233,11 +234,15 @@ class Records:
             except (OSError, ImageError) as error:
                 if not lenient:
                     raise ImageError(f"image records: index.json: {error}") from error
+            if not lenient:
+                failpoint("images.index.written")
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
+        if not lenient:
+            failpoint("images.recorded")
         return result
 
     def _entries(self) -> list[tuple[str, Descriptor]]:

@@ -326,16 +326,18 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tests.fakes.imagestore import Bench
-bench = Bench(Path(sys.argv[2]))
 print("ready", flush=True)
+bench = Bench(Path(sys.argv[2]))
 print(bench.pull(sys.argv[3]).id, flush=True)
 """
 
 
-def _pull_in_a_process(directory: Path, reference: str) -> subprocess.Popen[bytes]:
+def _pull_in_a_process(directory: Path, reference: str, failpoints: str = "") -> subprocess.Popen[bytes]:
     tree = str(Path(__file__).parents[2])
     child = subprocess.Popen(
-        [sys.executable, "-c", _PULL_IN_A_PROCESS, tree, str(directory), reference], stdout=subprocess.PIPE
+        [sys.executable, "-c", _PULL_IN_A_PROCESS, tree, str(directory), reference],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OCID_FAILPOINTS": failpoints},
     )
     assert child.stdout is not None and child.stdout.readline() == b"ready\n"
     return child
@@ -361,6 +363,27 @@ def test_o45_killed_in_the_middle(tmp_path: Path, registry: FakeRegistry) -> Non
         (again,) = [seen for seen in registry.seen if seen.path.endswith(built.layer_digests[0])]
         assert "Range" in again.headers
         assert bench.ingests() == set()
+    finally:
+        bench.close()
+
+
+@pytest.mark.parametrize("step", ["blob.verified", "blob.named", "index.written", "recorded"])
+def test_r12_killed_at_each_step(tmp_path: Path, registry: FakeRegistry, step: str) -> None:
+    """A name that is there after a kill leads to a whole image; the same pull again works; nothing stray stays."""
+    reference = registry.add("app", "1", build_image([{"a": b"1"}, {"b": b"2"}]))
+    bench = Bench(tmp_path)
+    bench.close()
+    child = _pull_in_a_process(tmp_path, reference, f"images.{step}=kill")
+    assert child.wait(20) == -signal.SIGKILL
+    bench.open()
+    try:
+        assert list(bench.store.list()) == []  # the layers were in the memory of the dead process
+        index = json.loads((bench.root / "index.json").read_bytes())
+        assert bool(index["manifests"]) == (step == "recorded")
+        assert bench.pull(reference).repo_tags == (reference,)
+        bench.store.collect()
+        assert bench.strays() == set() and bench.ingests() == set()
+        assert len(bench.blobs()) == 4
     finally:
         bench.close()
 
