@@ -83,7 +83,7 @@ def _execute(hook: Hook, stdin: int, output: int) -> None:
 
 
 def _wait(pidfd: int, reader: int, timeout: int) -> tuple[bytes, bool]:
-    """What the hook said, bounded, and whether it ended in time. Children of it that keep the pipe are not waited for."""
+    """What the hook said, bounded, and whether it ended in time. Children that keep the pipe are not waited for."""
     deadline = time.monotonic() + timeout if timeout else None
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)

@@ -393,6 +393,11 @@ def look_up_command(init: Init) -> None:
     init.command = process.find_command(init.process.args[0], init.env)
 
 
+def needs_proc(init: Init) -> bool:
+    """True when something is going to be written to procfs."""
+    return bool(init.spec.sysctl or init.process.apparmor_profile or init.process.selinux_label)
+
+
 STEPS = (
     Step("session", session),
     Step("user namespace", be_root, when=lambda init: init.spec.has("user")),
@@ -403,7 +408,7 @@ STEPS = (
     Step("propagation", isolate_mounts),
     Step("rootfs", make_root),
     # While the host's /proc is there to fall back to.
-    Step("proc", private_proc, when=lambda init: needs_proc(init)),
+    Step("proc", private_proc, when=needs_proc),
     # Sources are host paths, so before the pivot.
     Step("mounts", fill_root),
     # The devpts is mounted now, and /dev has its files.
@@ -430,11 +435,6 @@ STEPS = (
     # As the user and from the working directory, so that it says what execve would.
     Step("command", look_up_command),
 )
-
-
-def needs_proc(init: Init) -> bool:
-    """True when something is going to be written to procfs."""
-    return bool(init.spec.sysctl or init.process.apparmor_profile or init.process.selinux_label)
 
 
 def has_runtime_hooks(spec: Spec) -> bool:

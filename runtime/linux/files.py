@@ -12,6 +12,7 @@ import fcntl
 import os
 import stat
 import struct
+from array import array
 
 from runtime.linux.libc import KernelError, _libc, check, syscall
 
@@ -118,9 +119,9 @@ def fd_path(fd: int) -> str:
 
 def fstatfs_type(fd: int) -> int:
     """f_type of fstatfs(2): compare with the *_MAGIC constants before writing to a procfs or sysfs file."""
-    buffer = ctypes.create_string_buffer(256)
-    check(_libc.fstatfs(ctypes.c_int(fd), buffer), "fstatfs", fd)
-    return int(struct.unpack_from("=l", buffer.raw)[0]) & 0xFFFFFFFF
+    buffer = array("B", bytes(256))
+    check(_libc.fstatfs(ctypes.c_int(fd), ctypes.c_void_p(buffer.buffer_info()[0])), "fstatfs", fd)
+    return int(struct.unpack_from("=l", buffer)[0]) & 0xFFFFFFFF
 
 
 def fchmodat2(dirfd: int, path: str, mode: int, flags: int = AT_SYMLINK_NOFOLLOW) -> None:

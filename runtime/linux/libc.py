@@ -102,3 +102,15 @@ def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 
     """prctl(2)."""
     values = (ctypes.c_ulong(arg2), ctypes.c_ulong(arg3), ctypes.c_ulong(arg4), ctypes.c_ulong(arg5))
     return check(_libc.prctl(ctypes.c_int(option), *values), "prctl", option)
+
+
+def address(data: bytes) -> int:
+    """Where `data` lies, for structures that hold pointers; keep it until the call is over.
+
+    No ctypes array is made for it: each length is a type of its own, and making a type writes to a hundred pages that
+    a forked process shares until then."""
+    return ctypes.c_void_p.from_buffer(ctypes.c_char_p(data)).value or 0
+
+
+for _name in ("syscall", "prctl", "fstatfs", "sethostname", "setdomainname"):
+    getattr(_libc, _name)  # ctypes makes the function object at its first use: before a fork is the better time

@@ -10,8 +10,9 @@ import ctypes
 import errno
 import os
 import struct
+from array import array
 
-from runtime.linux.libc import KernelError, _libc, check, prctl, syscall
+from runtime.linux.libc import KernelError, _libc, address, check, prctl, syscall
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -106,9 +107,9 @@ def is_running(pid: int, started: int) -> bool:
 
 def capget() -> tuple[int, int, int]:
     """capget(2) of this thread: (effective, permitted, inheritable) bit sets."""
-    header, data = struct.pack("=Ii", 0x20080522, 0), ctypes.create_string_buffer(24)
-    syscall("capget", header, data)
-    e0, p0, i0, e1, p1, i1 = struct.unpack("=6I", data.raw)
+    header, data = struct.pack("=Ii", 0x20080522, 0), array("B", bytes(24))
+    syscall("capget", header, data.buffer_info()[0])
+    e0, p0, i0, e1, p1, i1 = struct.unpack("=6I", data)
     return e0 | e1 << 32, p0 | p1 << 32, i0 | i1 << 32
 
 
@@ -180,8 +181,8 @@ def setdomainname(name: str) -> None:
 
 def execveat(dirfd: int, path: str, argv: Sequence[bytes], env: Sequence[bytes], flags: int = 0) -> None:
     """execveat(2) with an environment of raw KEY=VALUE bytes. Returns only by raising KernelError."""
-    c_argv = (ctypes.c_char_p * (len(argv) + 1))(*argv, None)
-    c_env = (ctypes.c_char_p * (len(env) + 1))(*env, None)
+    c_argv = struct.pack(f"@{len(argv) + 1}P", *map(address, argv), 0)
+    c_env = struct.pack(f"@{len(env) + 1}P", *map(address, env), 0)
     syscall("execveat", dirfd, os.fsencode(path), c_argv, c_env, flags, subject=path)
 
 

@@ -82,7 +82,7 @@ class NativeEngine:
                     id=message.id,
                     bundle=message.bundle,
                     spec=config,
-                    stdio=stdio,
+                    stdio=(stdio[0], stdio[1], stdio[2]),
                     rootfs=root_mount(message),
                 )
             )

@@ -1,0 +1,176 @@
+"""`ocirun`: runc's command line. Finds the command, and prints a failure the way runc's callers read one.
+
+Refuses a command it does not have by name. Invariant: exit code 0 means done, 1 that ocirun failed, and anything else
+is the container's; with --log the last line of that file says why, as text or JSON. Commands that put a process into a
+container go on in a sealed interpreter before anything else is imported (runtime/sealed.py).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from runtime.errors import RuntimeFailure
+from runtime.options import Flag, UsageError, describe, parse
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from runtime.options import Values
+
+VERSION = "0.1.0"
+SPEC_VERSION = "1.2.1"
+DEFAULT_ROOT = "/run/ocirun"
+
+GLOBAL = (
+    Flag(("root",), "str", f"directory of container state (default: {DEFAULT_ROOT})"),
+    Flag(("log",), "str", "append failures to this file"),
+    Flag(("log-format",), "str", "text or json (default: text)"),
+    Flag(("debug",), "bool", "print the traceback of a failure"),
+    Flag(("systemd-cgroup",), "bool", "not supported: cgroups are made directly"),
+    Flag(("rootless",), "str", "accepted for runc's callers; ocirun finds out"),
+    Flag(("version", "v"), "bool", "print the version"),
+    Flag(("help", "h"), "bool", "print this"),
+)
+# command: (module below runtime.commands, what it does, whether a process of it enters a container)
+COMMANDS = {
+    "create": ("make", "set a container up; its process waits for start", True),
+    "run": ("make", "create, start, and wait unless --detach", True),
+    "exec": ("enter", "run a command in a running container", True),
+    "start": ("change", "start the process of a created container", False),
+    "kill": ("change", "send a signal to a container's process", False),
+    "delete": ("change", "remove what a container holds", False),
+    "pause": ("change", "freeze a container", False),
+    "resume": ("change", "thaw a container", False),
+    "state": ("show", "print a container's state as JSON", False),
+    "list": ("show", "list containers", False),
+    "ps": ("show", "list a container's processes", False),
+}
+
+
+class Context:
+    """What the global flags say."""
+
+    __slots__ = ("command", "debug", "log", "log_json", "root")
+
+    def __init__(self, values: Values) -> None:
+        self.root = values.text("root", _default_root())
+        self.log = values.text("log")
+        self.log_json = values.text("log-format", "text") == "json"
+        self.debug = values.on("debug")
+        self.command = ""
+
+    def warn(self, text: str) -> None:
+        """A warning, to the log or to stderr."""
+        self.write("warning", text)
+
+    def write(self, level: str, text: str) -> None:
+        """A line as logrus writes it, which is what reads these files."""
+        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        from runtime.fields import encode
+
+        if self.log_json:
+            line = encode({"level": level, "msg": text, "time": moment}) + b"\n"
+        else:
+            line = b'time="' + moment.encode() + b'" level=' + level.encode() + b" msg=" + encode(text) + b"\n"
+        fd = 2
+        if self.log:
+            fd = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.write(fd, line)
+        finally:
+            if fd != 2:
+                os.close(fd)
+
+
+def _default_root() -> str:
+    if os.geteuid() == 0:
+        return DEFAULT_ROOT
+    return f"{os.environ.get('XDG_RUNTIME_DIR', f'/run/user/{os.geteuid()}')}/ocirun"
+
+
+def usage() -> str:
+    """The text of --help."""
+    width = max(map(len, COMMANDS))
+    commands = "".join(f"  {name:<{width}}  {text}\n" for name, (_, text, _) in COMMANDS.items())
+    return (
+        "usage: ocirun [FLAGS] COMMAND [FLAGS] CONTAINER …\n\nRuns OCI bundles, with runc's command line.\n\n"
+        f"commands:\n{commands}\nflags:\n{describe(GLOBAL)}\n`ocirun COMMAND --help` says more.\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `ocirun` command."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        values = parse(words, GLOBAL)
+        if values.text("log-format", "text") not in ("text", "json"):
+            raise UsageError(f"--log-format: expected text or json, got {values.text('log-format')[:40]!r}")
+    except UsageError as error:
+        return _misused(str(error))
+    if values.on("version"):
+        os.write(1, f"ocirun version {VERSION}\nspec: {SPEC_VERSION}\n".encode())
+        return 0
+    if values.on("help") or not values.words:
+        os.write(1, usage().encode())
+        return 0
+    context = Context(values)
+    if values.on("systemd-cgroup"):
+        return _failed(context, RuntimeFailure("--systemd-cgroup: the systemd cgroup driver is not supported yet"))
+    name = context.command = values.words[0]
+    if name not in COMMANDS:
+        return _misused(f"No help topic for '{name}'")
+    return _run(context, words, name, values.words[1:])
+
+
+def _run(context: Context, words: list[str], name: str, rest: list[str]) -> int:
+    module, text, enters = COMMANDS[name]
+    try:
+        if enters:
+            from runtime import sealed
+
+            if not sealed.is_sealed():
+                sealed.enter("runtime.cli", words)
+        commands = __import__(f"runtime.commands.{module}", fromlist=["FLAGS"])
+        flags = (*commands.FLAGS[name], Flag(("help", "h"), "bool", "print this"))
+        values = parse(rest, flags)
+        if values.on("help"):
+            os.write(1, f"usage: ocirun {name} [FLAGS] {commands.WORDS[name]}\n\n{text}\n\n{describe(flags)}".encode())
+            return 0
+        return int(commands.run(context, name, values))
+    except UsageError as error:
+        return _misused(f"{name}: {error}")
+    except (RuntimeFailure, OSError) as error:
+        if context.debug:
+            import traceback
+
+            traceback.print_exc()
+        return _failed(context, RuntimeFailure.of(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _misused(text: str) -> int:
+    os.write(2, f"ocirun: {text}\nsee ocirun --help\n".encode("utf-8", "surrogateescape"))
+    return 1
+
+
+def _failed(context: Context, failure: RuntimeFailure) -> int:
+    message = failure.message
+    if failure.step == "command":
+        message = f"unable to start container process: {message}"
+    elif failure.step:
+        message = f"{message} (step: {failure.step})"
+    notes = "; ".join(getattr(failure, "__notes__", ()))
+    message += f"; {notes}" if notes else ""
+    if context.log:
+        context.write("error", message)
+    hint = f"\n  hint: {failure.hint}" if failure.hint else ""
+    os.write(2, f"ocirun {context.command}: {message}{hint}\n".encode("utf-8", "surrogateescape"))
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

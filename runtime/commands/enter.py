@@ -1,0 +1,140 @@
+"""`ocirun exec`.
+
+The process is config.json's own with what the flags change, or the whole of --process. Refuses names as users: they
+would be looked up in a file of the image. Invariant: the exit code of an attached exec is the process's.
+"""
+
+from __future__ import annotations
+
+from runtime import exec as execution
+from runtime import spec, state
+from runtime.capabilities import CAPABILITIES
+from runtime.errors import RuntimeFailure
+from runtime.fields import Fields, decode
+from runtime.foreground import Foreground
+from runtime.linux.files import AT_FDCWD, read_bounded
+from runtime.options import Flag, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from runtime.cli import Context
+    from runtime.options import Values
+
+_MAX_PROCESS = 16 << 20
+FLAGS = {
+    "exec": (
+        Flag(("console-socket",), "str", "unix socket that is sent the terminal's master"),
+        Flag(("cwd",), "str", "working directory"),
+        Flag(("env", "e"), "list", "NAME=VALUE, again for more"),
+        Flag(("tty", "t"), "bool", "give it a terminal"),
+        Flag(("user", "u"), "str", "UID[:GID]"),
+        Flag(("additional-gids", "g"), "list", "a further group, again for more"),
+        Flag(("process", "p"), "str", "file with the whole process object"),
+        Flag(("detach", "d"), "bool", "do not wait for it"),
+        Flag(("pid-file",), "str", "file to write its process id to"),
+        Flag(("process-label",), "str", "SELinux label"),
+        Flag(("apparmor",), "str", "AppArmor profile"),
+        Flag(("no-new-privs",), "bool", "set no_new_privs"),
+        Flag(("cap", "c"), "list", "a further capability, again for more"),
+        Flag(("preserve-fds",), "int", "how many descriptors from 3 on it gets"),
+        Flag(("ignore-paused",), "bool", "also into a paused container"),
+    )
+}
+WORDS = {"exec": "CONTAINER COMMAND [ARGUMENT …]"}
+
+
+def run(context: Context, _name: str, values: Values) -> int:
+    if not values.words:
+        raise UsageError('"CONTAINER" is required')
+    container_id, words = values.words[0], values.words[1:]
+    if not words and not values.text("process"):
+        raise UsageError("process args cannot be empty")
+    facts = state.load(context.root, container_id)
+    process = spec.parse_process(_process(facts.bundle, words, values), "process")
+    detached, console_socket = values.on("detach"), values.text("console-socket")
+    if process.terminal and detached and not console_socket:
+        raise RuntimeFailure(
+            "cannot allocate tty if runc will detach without setting console socket", code="invalid_argument"
+        )
+    preserve = values.number("preserve-fds")
+    if not 0 <= preserve <= 1024:
+        raise UsageError(f"--preserve-fds: {preserve} is not from 0 to 1024")
+    request = execution.ExecRequest(
+        root=context.root,
+        id=container_id,
+        process=process,
+        console_socket=console_socket,
+        pid_file=values.text("pid-file"),
+        preserve_fds=preserve,
+        ignore_paused=values.on("ignore-paused"),
+    )
+    if detached:
+        for text in execution.execute(request).warnings:
+            context.warn(text)
+        return 0
+    with Foreground(subreaper=False) as foreground:
+        executed = execution.execute(request)
+        for text in executed.warnings:
+            context.warn(text)
+        return foreground.follow(executed.pid, executed.console)
+
+
+def _process(bundle: str, words: list[str], values: Values) -> dict[str, object]:
+    if values.text("process"):
+        raw = read_bounded(AT_FDCWD, values.text("process"), _MAX_PROCESS)
+        document = decode(raw, values.text("process"))
+        if not isinstance(document, dict):
+            raise RuntimeFailure(f"{values.text('process')}: expected a process object", code="invalid_argument")
+        return document
+    config = Fields(decode(read_bounded(AT_FDCWD, f"{bundle}/config.json", _MAX_PROCESS), "config.json"))
+    raw_process = config.raw("process")
+    process: dict[str, object] = dict(raw_process) if isinstance(raw_process, dict) else {"cwd": "/"}
+    process["args"] = words
+    process["terminal"] = values.on("tty")
+    process.pop("consoleSize", None)
+    if values.text("cwd"):
+        process["cwd"] = values.text("cwd")
+    env = process.get("env")
+    process["env"] = [*(env if isinstance(env, list) else []), *values.all("env")]
+    if values.text("user") or values.all("additional-gids"):
+        process["user"] = _user(process.get("user"), values)
+    if values.text("apparmor"):
+        process["apparmorProfile"] = values.text("apparmor")
+    if values.text("process-label"):
+        process["selinuxLabel"] = values.text("process-label")
+    if values.on("no-new-privs"):
+        process["noNewPrivileges"] = True
+    if values.all("cap"):
+        process["capabilities"] = _capabilities(process.get("capabilities"), values.all("cap"))
+    return process
+
+
+def _user(before: object, values: Values) -> dict[str, object]:
+    user: dict[str, object] = dict(before) if isinstance(before, dict) else {}
+    if values.text("user"):
+        # The numbers are exactly what they say: "1" is never 0, and never a name (CVE-2026-30892, CVE-2016-3697).
+        uid, colon, gid = values.text("user").partition(":")
+        user["uid"] = _number("--user", uid)
+        if colon:
+            user["gid"] = _number("--user", gid)
+    if values.all("additional-gids"):
+        user["additionalGids"] = [_number("--additional-gids", gid) for gid in values.all("additional-gids")]
+    return user
+
+
+def _number(flag: str, text: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or len(text) > 10:
+        raise UsageError(f"{flag}: {text[:40]!r} is no number")
+    return int(text)
+
+
+def _capabilities(before: object, names: list[str]) -> dict[str, object]:
+    """As runc: into the bounding, effective and permitted sets, and into the ambient one only where inheritable."""
+    sets: dict[str, object] = dict(before) if isinstance(before, dict) else {}
+    for name in names:
+        if name not in CAPABILITIES:
+            raise UsageError(f"--cap: there is no capability {name[:40]!r}")
+    for kind in ("bounding", "effective", "permitted"):
+        have = sets.get(kind)
+        sets[kind] = list(dict.fromkeys([*(have if isinstance(have, list) else []), *names]))
+    return sets

@@ -1,0 +1,88 @@
+"""The interpreter that enters containers runs from a copy that nobody can write (CVE-2019-5736).
+
+/proc/self/exe of a process inside a container leads back to the file it was started from, past every mount namespace.
+So that file is one on an overlay without an upper layer, mounted nowhere: it cannot be opened for writing, remounted or
+found by name, and its pages are those of the real interpreter, so it costs no memory. Where no overlay can be made it
+is a memfd with seals. Refuses to go on unsealed. Invariant: argv[0] is the real interpreter's path, from which Python
+finds its standard library; nothing of the environment or of site-packages is taken in (-I -S).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from runtime.linux.files import OVERLAYFS_SUPER_MAGIC, fstatfs_type, sealed_memfd
+from runtime.linux.libc import KernelError
+from runtime.linux.mount import MOUNT_ATTR_NODEV, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY, FsMount
+from runtime.linux.process import execveat
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NoReturn
+
+_AT_EMPTY_PATH = 0x1000
+_MAX_INTERPRETER = 256 << 20
+_ST_RDONLY = 1
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_MEMFD_NAME = "ocid-interpreter"
+
+
+def interpreter() -> str:
+    """The real path of the interpreter that runs this, whatever link it was started through."""
+    path = sys.executable
+    while os.path.islink(path):
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
+    return os.path.normpath(path)
+
+
+def interpreter_fd() -> int:
+    """A sealed copy of the interpreter, CLOEXEC; the caller owns it. Raises OSError."""
+    path = interpreter()
+    try:
+        return _overlay_fd(path)
+    except KernelError:  # no overlayfs, no right to mount, or a filesystem that overlayfs does not take
+        with open(path, "rb") as file:
+            return sealed_memfd(_MEMFD_NAME, file.read(_MAX_INTERPRETER))
+
+
+def _overlay_fd(path: str) -> int:
+    # overlayfs wants two lower layers where there is no upper one; the second only lies below.
+    directory = os.path.dirname(path)
+    options = (("lowerdir+", directory), ("lowerdir+", os.path.dirname(os.path.abspath(__file__))))
+    attributes = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
+    mounted = FsMount("overlay", "overlay", options, attributes).make()
+    try:
+        return os.open(os.path.basename(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=mounted)
+    finally:
+        os.close(mounted)
+
+
+def is_sealed() -> bool:
+    """True when this very process runs from a sealed copy."""
+    try:
+        fd = os.open("/proc/self/exe", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        if os.readlink("/proc/self/exe").startswith(f"/memfd:{_MEMFD_NAME}"):
+            return True
+        return fstatfs_type(fd) == OVERLAYFS_SUPER_MAGIC and bool(os.fstatvfs(fd).f_flag & _ST_RDONLY)
+    finally:
+        os.close(fd)
+
+
+def command(module: str, arguments: Sequence[str]) -> list[str]:
+    """The argv that runs `module`.main(argv) in an isolated interpreter; exec it on `interpreter_fd()`."""
+    boot = f"import sys; sys.path.append({_ROOT!r}); from {module} import main; sys.exit(main(sys.argv[1:]))"
+    return [interpreter(), "-IS", "-c", boot, *arguments]
+
+
+def enter(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Goes on as `module`.main(arguments) in a sealed interpreter, in this very process. Raises OSError."""
+    fd = interpreter_fd()
+    argv = [os.fsencode(word) for word in command(module, arguments)]
+    env = [key + b"=" + value for key, value in os.environb.items()]
+    execveat(fd, "", argv, env, _AT_EMPTY_PATH)
+    raise AssertionError("execveat returned")
