@@ -2,8 +2,8 @@
 
 Refuses to let a thread that was in a pod's namespace do anything else: it ends there. Invariant: a namespace of the
 pool exists only as an fd of this process, so a killed daemon leaves none; a pinned one is a bind mount of nsfs on
-`directory`/NAME. The directory is a private mount of its own (mount_namespaces(7)): without that, each pin would be
-copied into every mount namespace that shares /run.
+`directory`/NAME. Where the directory lies on a shared mount it becomes a private one of its own
+(mount_namespaces(7)): without that, each pin would be copied into every mount namespace that shares /run.
 """
 
 from __future__ import annotations
@@ -171,6 +171,7 @@ class Namespaces:
             spare, self._spare = list(self._spare), collections.deque()
         for fd in spare:
             os.close(fd)
+        self._unprepare()
 
     def _take(self) -> int:
         try:
@@ -199,15 +200,32 @@ class Namespaces:
                 self._refilling = False
 
     def _prepare(self) -> None:
-        """The directory, as a private mount on itself. A daemon that was killed left it so: then it stays."""
+        """The directory, as a private mount on itself where it would lie on a shared one."""
         with self._lock:
             if self._ready:
                 return
             self._directory.mkdir(mode=0o755, parents=True, exist_ok=True)
             target = str(self._directory)
-            found = [point for point in mountinfo() if point.target == target]
-            if not found:
+            if "shared:" in _propagation_at(target):
                 mount(target, target, None, MS_BIND)
-            if not found or "shared:" in found[-1].propagation:
                 mount(None, target, None, MS_PRIVATE)
             self._ready = True
+
+    def _unprepare(self) -> None:
+        """Takes the mount away again when nothing is pinned in it."""
+        with self._lock:
+            if not self._ready or self.names():
+                return
+            self._ready = False
+            if any(point.target == str(self._directory) for point in mountinfo()):
+                umount2(str(self._directory), MNT_DETACH | UMOUNT_NOFOLLOW)
+
+
+def _propagation_at(path: str) -> str:
+    """The propagation of the mount that `path` lies on."""
+    best, found = "", ""
+    for point in mountinfo():
+        inside = path == point.target or path.startswith(point.target.rstrip("/") + "/")
+        if inside and len(point.target) >= len(best):
+            best, found = point.target, point.propagation
+    return found
