@@ -9,6 +9,7 @@ aiohttp is imported when the first pull begins and its pools live as long as a p
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import socket
 import ssl
@@ -23,6 +24,7 @@ from imagestore.config import StoreConfig
 from imagestore.content import errno_text
 from imagestore.hosts import Host
 from imagestore.model import ContentInvalid, ImageError, RegistryUnavailable
+from imagestore.proxy import proxy_for
 from imagestore.reference import is_loopback
 
 if TYPE_CHECKING:
@@ -157,6 +159,7 @@ class Transport:
         import aiohttp
         import yarl
 
+        proxy = proxy_for(url, os.environ)
         verify: ssl.SSLContext | bool = True
         if url.startswith("https:"):
             verify = await self._context(tls)
@@ -168,8 +171,11 @@ class Transport:
                 headers=headers,
                 data=request.body,
                 ssl=verify,
+                proxy=proxy,
                 allow_redirects=False,
             )
+        except (aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError) as error:
+            raise _proxy_failed(error, url, proxy or "") from None
         except aiohttp.ClientConnectorCertificateError as error:
             reason = getattr(error.certificate_error, "verify_message", "") or "certificate verify failed"
             raise RegistryUnavailable(f"{place(url)}: the server's certificate is not trusted ({reason})") from None
@@ -192,6 +198,15 @@ class Transport:
         if self._session is None:
             self._session = _session(self._config)
         return self._session
+
+
+def _proxy_failed(error: aiohttp.ClientError, url: str, proxy: str) -> RegistryUnavailable:
+    import aiohttp
+
+    where = f"{place(url)}: proxy {place(proxy)}"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return Transient(f"{where}: connect: {_connect_words(error.os_error)}")
+    return RegistryUnavailable(f"{where}: answered {getattr(error, 'status', 0)}")
 
 
 def _connect_words(error: OSError) -> str:

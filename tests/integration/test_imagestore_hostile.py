@@ -46,6 +46,14 @@ BIG = os.urandom(3 << 20)
 ANNA = Credentials("anna", "pa55word-of-anna")
 
 
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that only a test knows must not be asked for at the machine's proxy."""
+    for name in ("http_proxy", "https_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
 @pytest.fixture
 def registry() -> Iterator[FakeRegistry]:
     with FakeRegistry() as made:
@@ -731,6 +739,34 @@ def test_broken_hosts_toml(bench: Bench, registry: FakeRegistry) -> None:
     fails(bench, reference, ImageError, r"certificates of hosts\.toml")
     bench.hosts_toml(registry.name, f'server = "{registry.url}"')
     heals(bench, registry, reference)
+
+
+# ------------------------------------------------------------------------------------------------------------- proxies
+
+
+def test_plain_http_through_a_proxy(bench: Bench, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry plays the proxy too: it sees requests for a name that only the proxy could know."""
+    registry.add("app", "1", build_image())
+    monkeypatch.setenv("HTTP_PROXY", f"http://anna:pa55word@{registry.name}")
+    bench.hosts_toml("registry.test", 'server = "http://registry.test"')
+    assert bench.pull("registry.test/app:1").repo_tags == ("registry.test/app:1",)
+    assert all(seen.headers["Host"] == "registry.test" for seen in registry.seen)
+    assert all(seen.headers["Proxy-Authorization"].startswith("Basic ") for seen in registry.seen)
+    monkeypatch.setenv("NO_PROXY", "other, .test")
+    count = len(registry.seen)
+    with pytest.raises(RegistryUnavailable, match="does not resolve"):
+        bench.pull("registry.test/app:1")
+    assert len(registry.seen) == count
+
+
+def test_a_proxy_that_fails(bench: Bench, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", f"http://anna:pa55word@{registry.name}")
+    registry.rule("", "", Reply(407))
+    fails(bench, "registry.test/app:1", RegistryUnavailable, f"proxy http://{registry.name}: answered")
+    monkeypatch.setenv("https_proxy", "http://anna:pa55word@127.0.0.1:1")
+    fails(bench, "registry.test/app:1", RegistryUnavailable, "proxy http://127.0.0.1:1: connect: ECONNREFUSED")
+    monkeypatch.setenv("https_proxy", "socks5://anna:pa55word@127.0.0.1:1")
+    fails(bench, "registry.test/app:1", ImageError, "HTTPS_PROXY of the environment is no http://host:port")
 
 
 # ------------------------------------------------------------------------------------------------------- O49: resuming

@@ -8,6 +8,7 @@ import pytest
 
 from imagestore.hosts import Host, hosts_for
 from imagestore.model import ImageError
+from imagestore.proxy import proxy_for
 
 
 def write(directory: Path, name: str, text: str) -> Path:
@@ -148,3 +149,31 @@ def test_a_fifo_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "quay.io/hosts.toml")
     with pytest.raises(ImageError, match=r"regular file.*hosts\.toml"):
         hosts_for("quay.io", (tmp_path,), 16)
+
+
+PROXIES = {"HTTPS_PROXY": "http://secure:3128", "http_proxy": "plain:80"}
+
+
+@pytest.mark.parametrize(
+    ("url", "excluded", "proxy"),
+    [
+        ("https://quay.io/v2/", "", "http://secure:3128"),
+        ("http://quay.io/v2/", "", "http://plain:80"),
+        ("http://localhost:5000/", "", None),
+        ("https://127.0.0.1/", "", None),
+        ("https://[::1]:5000/", "", None),
+        ("https://quay.io/", "*", None),
+        ("https://quay.io/", "other, QUAY.io", None),
+        ("https://cdn.quay.io/", ".quay.io", None),
+        ("https://cdn.quay.io/", "quay.io", None),
+        ("https://notquay.io/", "quay.io", "http://secure:3128"),
+        ("https://10.1.2.3:5000/", "10.0.0.0/8", None),
+        ("https://11.1.2.3:5000/", "10.0.0.0/8", "http://secure:3128"),
+        ("https://[2001:db8::5]/", "2001:db8::/32", None),
+        ("https://quay.io:5000/", "quay.io:5000", None),
+        ("https://quay.io/", "quay.io:5000", "http://secure:3128"),
+    ],
+)
+def test_proxies_of_the_environment(url: str, excluded: str, proxy: str | None) -> None:
+    assert proxy_for(url, {**PROXIES, "NO_PROXY": excluded}) == proxy
+    assert proxy_for(url, {}) is None
