@@ -8,6 +8,7 @@ See the CNI specification 1.1, sections 2 and 5.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from typing import Any
 
 from cri.network.conflist import ConfigError, Conflist, Plugin, field, is_name, parse_json
 from cri.network.values import Call, Cancel, CancelledError, PluginError, Result, parse_result
-from runtime.linux.process import pidfd_open
+from runtime.linux.process import CLOSE_RANGE_CLOEXEC, close_range, pidfd_open
 
 OUTPUT_LIMIT = 1 << 20
 _STDERR_LIMIT = 4096
@@ -61,6 +62,12 @@ def _printable(data: bytes, limit: int = 1024) -> str:
 # ----------------------------------------------------------------------------------------------------- one process
 
 
+@functools.cache
+def _keep_inherited_to_ourselves() -> None:
+    """What whoever started the daemon left open goes to no plugin: ours are CLOEXEC, theirs are made so, once."""
+    close_range(3, flags=CLOSE_RANGE_CLOEXEC)
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a program ended. `code` is the exit code, or minus the signal."""
@@ -74,6 +81,7 @@ def run(
     program: Path, environment: dict[str, str], data: bytes, *, timeout: float, cancel: Cancel | None = None
 ) -> Outcome:
     """Runs `program` with `data` on stdin. Raises PluginError: not startable, over time, over the output limit."""
+    _keep_inherited_to_ourselves()
     ours, theirs = _pipes()
     try:
         # A group of its own, so that what the plugin started can be killed with it; Python ignores SIGPIPE, and an
