@@ -208,7 +208,7 @@ def without_daemon(demo: Demonstration, images: Registry, base: Path) -> None:
             expect(PAGE.strip() in page, f"the page fetched inside is {page!r}")
             expect("serving" in ocid("logs", "web"), "ocid logs does not show what it printed")
             demo.show(ocid("ps"))
-            ocid("stop", "web")
+            ocid("stop", "--time", "1", "web")
         finally:
             ocid("rm", "-f", "web")
         expect("web" not in ocid("ps", "-a"), "ocid ps -a still shows it")

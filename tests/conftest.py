@@ -8,6 +8,7 @@ skipped test fails the session: green means that all of it ran.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import uuid
@@ -31,6 +32,10 @@ _skipped: list[str] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What a CI runner or a shell left open would be inherited by programs that tests start, and be taken for a leak.
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            os.set_inheritable(int(name), int(name) <= 2)
     os.environ[MARK] = uuid.uuid4().hex
     config.stash[_session_start] = Machine.now()
 
