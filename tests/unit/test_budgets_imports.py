@@ -1,0 +1,61 @@
+"""What starting costs: the modules that each entry point imports, and a generous limit on their time.
+
+The module lists are the budget that a busy machine cannot blur; the times only catch what is badly wrong.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# The probe itself imports nothing more than `time`.
+PROBE = """
+import sys, time
+sys.path.insert(0, {root!r})
+before = set(sys.modules)
+began = time.perf_counter()
+import {module}
+print(time.perf_counter() - began, *(set(sys.modules) - before))
+"""
+# Each of these costs more to import than ocirun needs to start a process.
+COSTLY = frozenset(
+    ("argparse", "asyncio", "dataclasses", "inspect", "logging", "pathlib", "re", "subprocess", "typing")
+)
+# These are for single subcommands, for tracing, or for nobody.
+HEAVY = frozenset(
+    ("aiohttp", "cryptography", "grpc", "opentelemetry", "prometheus_client", "pyroute2", "rich", "yaml", "zstandard")
+)
+
+
+def _imports(module: str, *flags: str) -> tuple[float, set[str]]:
+    # The venv's interpreter with -S has no site-packages at all: what runtime imports, it must find without.
+    command = [sys.executable, *flags, "-c", PROBE.format(root=str(ROOT), module=module)]
+    shortest, names = 1e9, set[str]()
+    for _ in range(3):
+        took, *found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        shortest, names = min(shortest, float(took)), {name.split(".")[0] for name in found}
+    return shortest, names
+
+
+@pytest.mark.parametrize(("module", "limit_ms"), [("runtime.cli", 40), ("runtime.shim.zygote", 120)])
+def test_the_runtime_starts_with_little(module: str, limit_ms: int) -> None:
+    took, names = _imports(module, "-I", "-S")
+    assert not names & COSTLY, f"{module} imports {sorted(names & COSTLY)} at its start"
+    assert took * 1000 < limit_ms, f"importing {module} takes {took * 1000:.0f} ms"
+
+
+@pytest.mark.parametrize("module", ["cri.cli.main", "cri.cli.ps", "cri.cli.stop"])
+def test_the_command_line_waits_for_nothing_heavy(module: str) -> None:
+    names = _imports(module, "-I")[1]
+    refused = HEAVY - ({"grpc"} if module != "cri.cli.main" else set())
+    assert not names & refused, f"{module} imports {sorted(names & refused)} at its start"
+
+
+def test_the_daemon_is_not_heavier_than_it_must_be() -> None:
+    names = _imports("cri.daemon", "-I")[1]
+    allowed = {"grpc", "aiohttp", "zstandard"}
+    assert not names & (HEAVY - allowed), f"cri.daemon imports {sorted(names & (HEAVY - allowed))} at its start"
