@@ -19,6 +19,8 @@ import pytest
 from cri.interfaces import NetworkError, PodNetwork
 from cri.network import netlink as nl
 from cri.network.bridge import host_name, mac
+from cri.network.netns import Namespaces
+from runtime.linux.mount import MNT_DETACH, MS_BIND, MS_SHARED, MountPoint, mount, mountinfo, umount2
 from tests.fakes.network import (
     Corner,
     connect,
@@ -182,7 +184,7 @@ def test_o39_fifty_pods_leave_nothing(corner: Corner) -> None:
         no_ports_left(corner)
         assert corner.leased() == {} and _ruleset(corner) == rules
         assert list(corner.records.iterdir()) == [] and list(corner.netns.iterdir()) == []
-        assert _mounts(corner) == mounts and len(mounts) == 1
+        assert _mounts(corner) == mounts == []
 
     asyncio.run(scenario())
 
@@ -521,14 +523,30 @@ def test_the_pool_leaves_no_namespace_of_a_killed_daemon(corner: Corner) -> None
     assert list(corner.netns.iterdir()) == []
 
 
-def test_namespaces_pinned_here_are_private_to_this_mount_namespace(corner: Corner) -> None:
-    async def scenario() -> None:
-        async with running_pod(corner) as (pod, _):
-            lines = _mounts(corner)
-            assert len(lines) == 2 and all("shared:" not in line for line in lines)
-            assert any(line.split()[4] == str(pod.netns) and " nsfs " in line for line in lines)
+def test_namespaces_pinned_on_a_shared_mount_are_private_to_this_mount_namespace(tmp_path: Path) -> None:
+    needs("root")
+    shared, directory = str(tmp_path), tmp_path / "netns"
 
-    asyncio.run(scenario())
+    def inside() -> list[MountPoint]:
+        return [point for point in mountinfo() if point.target.startswith(f"{shared}/")]
+
+    mount(shared, shared, None, MS_BIND)
+    mount(None, shared, None, MS_SHARED)
+    try:
+        namespaces = Namespaces(directory, 0)
+        pin = namespaces.create("pod")
+        assert [(point.target, point.fstype == "nsfs") for point in inside()] == [
+            (str(directory), False),
+            (str(pin), True),
+        ]
+        assert not any("shared:" in point.propagation for point in inside())
+        namespaces.close()
+        assert len(inside()) == 2  # a pod outlives the daemon
+        namespaces.remove(pin)
+        namespaces.close()
+        assert inside() == []  # and with the last pin goes the mount
+    finally:
+        umount2(shared, MNT_DETACH)
 
 
 def test_udp_and_tcp_use_their_own_namespaces_port_space(corner: Corner) -> None:
