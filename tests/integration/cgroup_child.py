@@ -7,8 +7,9 @@ import signal
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
-from runtime.cgroups.hierarchy import places_for
+from runtime.cgroups.hierarchy import detect, places_for
 from runtime.cgroups.manager import Manager, manager_for
 from runtime.fields import Fields
 from runtime.linux.process import clone3
@@ -23,6 +24,8 @@ def wish(**resources: object) -> Resources:
 def own_path() -> Iterator[str]:
     """An absolute cgroup path that nobody else has; whatever is in it at the end is killed and removed."""
     path = f"/ocidtest-{uuid.uuid4().hex[:12]}"
+    controls = [Path(one.mount, "cgroup.subtree_control") for one in detect() if one.version == 2]
+    before = [control.read_text().split() for control in controls]
     try:
         yield path
     finally:
@@ -31,6 +34,10 @@ def own_path() -> Iterator[str]:
             if manager.paths():
                 manager.kill()
         top.destroy()
+        for control, given in zip(controls, before, strict=True):
+            # A v2 manager gives its controllers to everybody's top level; only hugetlb is there to be given.
+            if "hugetlb" in control.read_text() and "hugetlb" not in given:
+                control.write_text("-hugetlb")
 
 
 class Child:
