@@ -33,6 +33,7 @@ from imagestore.registry import Document
 from imagestore.shared import Flights, Slots
 from imagestore.source import Source
 from imagestore.threads import Threads
+from imagestore.unpacking import Unpacking
 
 # Another process writes the same blob: how often to look whether it has finished. There is no lock to wait on that a
 # dead process would not also leave, and flock(2) without NB would hold a thread for as long.
@@ -67,8 +68,7 @@ class Puller:
         self.unpacker = unpacker
         self.threads = threads
         self.config = config
-        self._orphans: dict[str, asyncio.Future[None]] = {}
-        self._cancelled: dict[str, asyncio.Future[None]] = {}
+        self.unpacking = Unpacking(unpacker, leases, threads, config.cancel_wait_s)
         self._flights = Flights()
         self._downloads = Slots(config.concurrent_downloads)
         self.unpacks = Slots(config.concurrent_unpacks)
@@ -114,60 +114,6 @@ class Puller:
     def _keep_document(self, document: Document) -> None:
         if not self.blobs.is_sound(Descriptor("", document.digest, len(document.data))):
             self.blobs.put(document.digest, document.data)
-
-    @property
-    def can_cancel(self) -> bool:
-        """Whether the unpacker can be told to give a layer up. Its Protocol leaves that open."""
-        return hasattr(self.unpacker, "cancel")
-
-    async def _give_up(self, chain_id: str, unpacking: asyncio.Future[None]) -> None:
-        """This pull waits for the layer no more, but for a moment until the worker thread lets go. The unpacker may
-        wait on: for a parent that will not come. A layer that other pulls want too goes on for them."""
-        if unpacking.done() or self.leases.holders(chain_id) > 1:
-            self._orphan(chain_id, unpacking)
-            return
-        if self.can_cancel:
-            self._orphan(chain_id, unpacking)
-            self._cancel(chain_id)
-        await asyncio.wait({unpacking}, timeout=self.config.cancel_wait_s)
-
-    def _orphan(self, chain_id: str, unpacking: asyncio.Future[None]) -> None:
-        if self.can_cancel and not unpacking.done():
-            self._orphans[chain_id] = unpacking
-            unpacking.add_done_callback(lambda _: self._orphans.pop(chain_id, None))
-
-    def reap(self) -> None:
-        """After a pull gave its leases back: what others were to finish and now nobody wants is given up too."""
-        for chain_id in tuple(self._orphans):
-            if chain_id not in self._cancelled and self.leases.holders(chain_id) == 0:
-                self._cancel(chain_id)
-
-    def _cancel(self, chain_id: str) -> None:
-        unpacking = self._orphans[chain_id]
-        self._cancelled[chain_id] = unpacking
-        unpacking.add_done_callback(lambda _: self._cancelled.pop(chain_id, None))
-        self.unpacker.cancel(chain_id)  # type: ignore[attr-defined]
-
-    async def unpack(self, layer: Layer, parent: str | None) -> None:
-        """Raises ContentInvalid, ImageError. Cancelled, it waits a moment for the worker thread to let go."""
-        cancelled = self._cancelled.get(layer.chain_id)
-        if cancelled is not None:
-            await asyncio.wait({cancelled})  # another pull's: joining it would end in its failure
-        path = self.blobs.path(layer.blob.digest)
-        unpacking = self.threads.start_unpack(
-            self.unpacker.unpack_layer, path, layer.blob.media_type, layer.diff_id, layer.chain_id, parent
-        )
-        try:
-            await asyncio.wait({unpacking})
-        except asyncio.CancelledError:
-            await self._give_up(layer.chain_id, unpacking)
-            raise
-        error = unpacking.exception()
-        if isinstance(error, OSError):
-            raise ImageError(f"unpack layer {layer.blob.digest}: {errno_text(error)}") from error
-        if isinstance(error, Exception):
-            raise ContentInvalid(f"unpack layer {layer.blob.digest}: {error}") from error
-        unpacking.result()
 
     # ------------------------------------------------------------------------------------------------------- blobs
 
@@ -250,7 +196,7 @@ class _Layers:
         layer = self._layers[number]
         await self._puller.fetch(self._source, layer.blob, self._held, self._tell)
         await self._leased.wait()
-        if number and not self._puller.can_cancel:
+        if number and not self._puller.unpacking.can_cancel:
             # An unpack waits for its parent's commit. Where that wait cannot be ended, it must not begin before all
             # below have arrived: a download may fail.
             await self._arrived[number - 1].wait()
@@ -263,21 +209,23 @@ class _Layers:
         self._committed[number].set()
 
     async def _unpack(self, number: int, layer: Layer) -> None:
+        puller = self._puller
+        blob = puller.blobs.path(layer.blob.digest)
+        parent = self._layers[number - 1].chain_id if number else None
         slot = await self._slot(number)
         try:
             self._report(layer, "unpack", 0)
-            parent = self._layers[number - 1].chain_id if number else None
             try:
-                await self._puller.unpack(layer, parent)
+                await puller.unpacking.unpack(layer, blob, parent)
             except ContentInvalid:
-                if await self._puller.threads.io(self._puller.blobs.is_sound, layer.blob):
+                if await puller.threads.io(puller.blobs.is_sound, layer.blob):
                     raise
                 # It was damaged on this disk since it was verified: that is no fault of the image.
-                await self._puller.fetch(self._source, layer.blob, self._held, self._tell)
-                await self._puller.unpack(layer, parent)
+                await puller.fetch(self._source, layer.blob, self._held, self._tell)
+                await puller.unpacking.unpack(layer, blob, parent)
         finally:
             if slot:
-                self._puller.unpacks.here().release()
+                puller.unpacks.here().release()
 
     async def _slot(self, number: int) -> bool:
         """Waits for a slot, or for the parent's commit. The layer whose parent is committed needs no slot: were all

@@ -203,7 +203,7 @@ class Store:
                 finally:
                     if entering.done() and not entering.cancelled() and entering.exception() is None:
                         self._leases.leave(held.blobs, held.layers)
-                        self._puller.reap()
+                        self._puller.unpacking.reap()
                     else:
                         entering.add_done_callback(self._leave_late)
             finally:

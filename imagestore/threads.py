@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -44,8 +44,8 @@ class Threads:
         """Runs a short disk call to its end."""
         return await self.start_io(call, *args)
 
-    def start_unpack(self, call: Callable[..., T], *args: object) -> asyncio.Future[T]:
-        """Runs a call of the unpacker, which may take long."""
+    def start_unpack(self, call: Callable[..., T], *args: object) -> Future[T]:
+        """Runs a call of the unpacker, which may take long; not bound to the event loop, which may end before it."""
         if self._unpack is None:
             self._unpack = ThreadPoolExecutor(self._sizes[1], thread_name_prefix="image-unpack")
-        return asyncio.get_running_loop().run_in_executor(self._unpack, call, *args)
+        return self._unpack.submit(call, *args)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from imagestore.model import ContentInvalid, ImageError, ImageNotFound, RegistryUnavailable
+from imagestore.manifest import chain_ids
+from imagestore.model import ContentInvalid, Image, ImageError, ImageNotFound, RegistryUnavailable
 from tests.fakes.imagestore import Bench, run
 from tests.fakes.registry import (
     OCI_INDEX,
@@ -187,10 +188,16 @@ def test_cancelling_one_of_two_pulls_that_share_layers(bench: Bench, registry: F
     first, second = registry.add("app", "1", built), registry.add("app", "2", built)
     base = registry.rule("GET", f"/blobs/{built.layer_digests[0]}", Stall(10, drip=3000))
 
-    async def scenario() -> None:
+    async def both() -> list[asyncio.Task[Image]]:
+        """Two pulls that wait for one layer, which waits for its parent."""
         pulls = [asyncio.create_task(bench.store.pull(reference)) for reference in (first, second)]
-        while unpacker.running < 2 or not base.hits:
+        while not unpacker.running or bench.store._leases.holders(chain_ids(built.diff_ids)[1]) < 2:
             await asyncio.sleep(0.001)
+        assert base.hits and len(unpacker.calls) == 1
+        return pulls
+
+    async def scenario() -> None:
+        pulls = await both()
         pulls[0].cancel()
         with pytest.raises(asyncio.CancelledError):
             await pulls[0]
@@ -198,10 +205,8 @@ def test_cancelling_one_of_two_pulls_that_share_layers(bench: Bench, registry: F
 
         bench.store.remove(second)
         await asyncio.to_thread(bench.store.collect)
-        registry.seen.clear()
-        pulls = [asyncio.create_task(bench.store.pull(reference)) for reference in (first, second)]
-        while unpacker.running < 2:
-            await asyncio.sleep(0.001)
+        unpacker.calls.clear()
+        pulls = await both()
         for pull in pulls:
             pull.cancel()
         await asyncio.gather(*pulls, return_exceptions=True)
