@@ -105,7 +105,9 @@ def ocid(directory: Path, subnet: str = "10.201.0.0/16", bridge: str = "") -> It
     if bridge:
         (networks / "10-pods.conflist").write_text(conflist("pods", bridge, subnet, directory / "leases"))
     configuration = directory / "config.toml"
-    configuration.write_text(f'[network]\nconf_dir = "{networks}"\ndefault_subnets = ["{subnet}"]\n')
+    configuration.write_text(
+        f'[network]\nconf_dir = "{networks}"\nlease_dir = "{directory}/leases"\ndefault_subnets = ["{subnet}"]\n'
+    )
     socket = state / "ocid.sock"
     command = [command_path("ocid"), "--config", str(configuration), "--root", str(root), "--state", str(state)]
     try:
@@ -116,8 +118,8 @@ def ocid(directory: Path, subnet: str = "10.201.0.0/16", bridge: str = "") -> It
 
 
 def retire(state: Path) -> None:
-    """Takes away what ocid keeps of a state directory for its next start: the zygote, and the mount that namespaces
-    are pinned in. A node does this by rebooting."""
+    """Takes away what ocid keeps for its next start: the zygote of a state directory, the mount that namespaces are
+    pinned in, and cgroups that are empty. A node does this by rebooting."""
     with contextlib.suppress(OSError), socketlib.socket(socketlib.AF_UNIX, socketlib.SOCK_STREAM) as client:
         client.connect(str(state / "zygote.sock"))
         # struct ucred of unix(7): pid, uid, gid of whoever listens.
@@ -127,6 +129,8 @@ def retire(state: Path) -> None:
         select.select([handle], [], [], STOP_S)
         os.close(handle)
     subprocess.run(["umount", state / "netns"], capture_output=True, check=False)
+    for name in ("ocid", "ocid.shims"):
+        remove_cgroup(name)
 
 
 CONTAINERD = """\

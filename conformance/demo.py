@@ -228,7 +228,6 @@ def take_away_node(before: Machine) -> None:
         subprocess.run(["ip", "link", "delete", BRIDGE], capture_output=True, check=False)
     if TABLE in now.tables - before.tables:
         subprocess.run(["nft", *f"delete {TABLE}".split()], capture_output=True, check=False)
-    daemons.remove_cgroup("ocid")
 
 
 def leftovers(before: Machine, marks: Sequence[str]) -> list[str]:
