@@ -93,6 +93,8 @@ def create(request: CreateRequest) -> Created:
         undo.append(("remove the state directory", lambda: remove_tree(directory)))
         failpoint("create.reserved")
         _note_cgroups(directory, manager)
+        if filter_program:
+            write_durable(f"{directory}/{state.FILTER}", filter_program, sync=False)
         manager.create(spec.resources)
         undo.append(("remove the cgroup", lambda: _remove_cgroup(manager)))
         failpoint("create.cgroup")
@@ -378,6 +380,7 @@ class _Birth:
             cgroup_paths=tuple(self._manager.paths().items()),
             annotations=self._spec.annotations,
             owner=os.geteuid(),
+            filter_flags=state.NO_FILTER if self._spec.seccomp is None else self._spec.seccomp.flags,
         )
 
     def _hook_state(self, pid: int, status: str) -> bytes:

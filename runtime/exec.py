@@ -14,7 +14,7 @@ from runtime import init, process, seccomp, state, sync
 from runtime.cgroups.manager import Gate
 from runtime.errors import RuntimeFailure
 from runtime.linux.failpoint import failpoint
-from runtime.linux.files import PROC_SUPER_MAGIC, fstatfs_type, write_durable
+from runtime.linux.files import AT_FDCWD, read_bounded, write_durable
 from runtime.linux.libc import KernelError
 from runtime.linux.process import (
     CLONE_NEWCGROUP,
@@ -34,7 +34,7 @@ from runtime.linux.process import (
     setns,
 )
 from runtime.linux.record import Record
-from runtime.spec import Process, parse
+from runtime.spec import Process
 from runtime.state import State
 from runtime.terminal import make_controlling, name_of, open_pair, send_master
 
@@ -43,13 +43,14 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 _SIGKILL = 9
-_MAX_CONFIG = 16 << 20
+_MAX_FILTER = 4096 * 8  # BPF_MAXINSNS of linux/filter.h, eight bytes each
 _SHARED = CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWCGROUP | CLONE_NEWNS
 
 
 class ExecRequest(Record):
     """What exec is asked for; the fields are those of runtime.create.CreateRequest. `ignore_paused` runs into a frozen
-    container, where the process waits until it is thawed."""
+    container, where the process waits until it is thawed. `disposable`: the caller ends after this and stands in for
+    the process between; it is in the container's namespaces afterwards, and the process is its parent's child."""
 
     root: str
     id: str
@@ -59,6 +60,7 @@ class ExecRequest(Record):
     pid_file: str = ""
     preserve_fds: int = 0
     ignore_paused: bool = False
+    disposable: bool = False
 
 
 class Executed:
@@ -81,11 +83,11 @@ def execute(request: ExecRequest) -> Executed:
         raise RuntimeFailure("cannot exec in a stopped container", code="failed_precondition")
     if now == "paused" and not request.ignore_paused:
         raise RuntimeFailure("cannot exec in a paused container", hint="resume it first", code="failed_precondition")
-    program, flags = _filter_of(request.root, facts)
+    program = _filter_of(request.root, facts)
     init_fd = _hold(facts)
     try:
         with facts.manager().gate() as gate:
-            return _Entry(request, init_fd, gate, program, flags).run()
+            return _Entry(request, init_fd, gate, program, facts.filter_flags).run()
     finally:
         os.close(init_fd)
 
@@ -101,23 +103,18 @@ def _hold(facts: State) -> int:
     return fd
 
 
-def _filter_of(root: str, facts: State) -> tuple[bytes, int]:
-    """The container's seccomp program: what confines the init confines every process that joins it."""
-    path = f"{facts.bundle}/config.json"
+def _filter_of(root: str, facts: State) -> bytes:
+    """The program that create kept: what confines the init confines every process that joins it."""
+    if facts.filter_flags == state.NO_FILTER:
+        return b""
+    path = f"{state.directory(root, facts.id)}/{state.FILTER}"
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        program = read_bounded(AT_FDCWD, path, _MAX_FILTER)
     except OSError as error:
-        raise RuntimeFailure.of(error, what="read the container's config.json", code="failed_precondition") from None
-    try:
-        raw = os.read(fd, _MAX_CONFIG)
-    finally:
-        os.close(fd)
-    profile = parse(raw).seccomp
-    if profile is None:
-        return b"", 0
-    from runtime.create import SECCOMP_CACHE
-
-    return seccomp.program(profile, f"{root}/{SECCOMP_CACHE}"), profile.flags
+        raise RuntimeFailure.of(error, what="read the container's seccomp filter", code="failed_precondition") from None
+    if not program or len(program) % 8:
+        raise RuntimeFailure(f"{path} is damaged: it is no seccomp filter", code="failed_precondition")
+    return program
 
 
 class _Entry:
@@ -138,19 +135,15 @@ class _Entry:
     def run(self) -> Executed:
         mine, its = sync.Channel.pair()
         pid = pidfd = console = -1
+        # Held from before the caller joins anything: the container's own /proc is not asked (CVE-2025-52881).
+        proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            between, between_fd = clone3(0)
-            if between == 0:
-                mine.close()
-                self._between(its)
-            os.close(between_fd)
-            its.close()
-            try:
-                message, fds = mine.receive("Child")
-                pid, pidfd = message.pid, fds[0]
-            finally:
-                os.waitpid(between, 0)
-            self._oom_score(pid)
+            if self._request.disposable:
+                pid, pidfd = self._join_and_clone(its, mine)
+                its.close()
+            else:
+                pid, pidfd = self._clone_between(mine, its)
+            self._oom_score(proc, pid)
             failpoint("exec.cloned")
             mine.send("Go")
             message, fds = mine.receive("Console", "Ready")
@@ -173,16 +166,33 @@ class _Entry:
             raise
         finally:
             mine.close()
+            os.close(proc)
 
-    def _oom_score(self, pid: int) -> None:
+    def _clone_between(self, mine: sync.Channel, its: sync.Channel) -> tuple[int, int]:
+        """The process and its pidfd, made by a process between that joins for it."""
+        between, between_fd = clone3(0)
+        if between == 0:
+            mine.close()
+            self._between(its)
+        os.close(between_fd)
+        its.close()
+        try:
+            message, fds = mine.receive("Child")
+            return message.pid, fds[0]
+        finally:
+            os.waitpid(between, 0)
+
+    def _oom_score(self, proc: int, pid: int) -> None:
         wanted = self._process.oom_score_adj
         if wanted is None:
             return
         try:
-            with open(f"/proc/{pid}/oom_score_adj", "r+", encoding="ascii") as file:
-                if int(file.read()) != wanted:
-                    file.seek(0)
-                    file.write(str(wanted))
+            fd = os.open(f"{pid}/oom_score_adj", os.O_RDWR | os.O_CLOEXEC, dir_fd=proc)
+            try:
+                if int(os.read(fd, 16)) != wanted:
+                    os.write(fd, str(wanted).encode())
+            finally:
+                os.close(fd)
         except PermissionError:
             self._warnings.append(f"oom_score_adj {wanted} is lower than this process may set: it stays as it was")
 
@@ -200,22 +210,26 @@ class _Entry:
     def _between(self, channel: sync.Channel) -> NoReturn:
         """Joins, clones the process as the caller's child, and ends."""
         try:
-            set_dumpable(False)  # from here on the container could look (CVE-2016-9962)
-            proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            if fstatfs_type(proc) != PROC_SUPER_MAGIC:
-                raise RuntimeFailure("/proc of the host is no procfs", code="failed_precondition")
-            own_user = self._joins_user()
-            if own_user:
-                setns(self._init_fd, CLONE_NEWUSER)
-            setns(self._init_fd, _SHARED & ~CLONE_NEWCGROUP)
-            pid, pidfd = clone3(CLONE_PARENT, cgroup_fd=self._gate.cgroup_fd)
-            if pid == 0:
-                self._main(channel, own_user)
+            pid, pidfd = self._join_and_clone(channel)
             channel.send("Child", pid=pid, fds=(pidfd,))
         except BaseException as error:
             channel.fail(RuntimeFailure.of(error, step=self._step, what="join the container"))
             os._exit(1)
         os._exit(0)
+
+    def _join_and_clone(self, channel: sync.Channel, *close: sync.Channel) -> tuple[int, int]:
+        """Joins all namespaces and clones the process, a child of this one's parent, which talks on `channel`."""
+        set_dumpable(False)  # from here on the container could look (CVE-2016-9962)
+        own_user = self._joins_user()
+        if own_user:
+            setns(self._init_fd, CLONE_NEWUSER)
+        setns(self._init_fd, _SHARED & ~CLONE_NEWCGROUP)
+        pid, pidfd = clone3(CLONE_PARENT, cgroup_fd=self._gate.cgroup_fd)
+        if pid == 0:
+            for other in close:
+                other.close()
+            self._main(channel, own_user)
+        return pid, pidfd
 
     def _joins_user(self) -> bool:
         """setns(2) refuses the user namespace that one is in already."""

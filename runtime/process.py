@@ -190,8 +190,18 @@ class Identity:
             capset(*self._final)
 
 
+_bounding: list[int] = []
+
+
 def bounding_set() -> int:
-    """The bounding set of this thread as a mask."""
+    """The bounding set of this process as a mask, asked for once: it can only shrink, and only by what is done here,
+    just before execve. A zygote asks before it forks, so that its children need not make 41 system calls."""
+    if not _bounding:
+        _bounding.append(_read_bounding_set())
+    return _bounding[0]
+
+
+def _read_bounding_set() -> int:
     mask = 0
     for number in range(64):
         try:

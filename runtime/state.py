@@ -4,6 +4,7 @@
       <id>/                0700; there from the first moment of create to the last of delete
         state.json         written once the init is ready; atomically, without fsync: <root> does not outlive a boot
         cgroup.json        where the cgroup is going to be, from before it is made
+        seccomp.bpf        the filter that confines the init, and every process that joins it
         start.sock         the init waits here; gone once it was started
 
 Refuses an id that could be a path. Invariant: facts only; what a container *is* (`status`) is asked of the kernel each
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from runtime.cgroups.manager import Manager
 
 START_SOCKET = "start.sock"
+FILTER = "seccomp.bpf"
+NO_FILTER = -1
 _FILE = "state.json"
 _MAX_STATE = 16 << 20
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-.")
@@ -44,7 +47,8 @@ _NAMESPACE_KEYS = {
 
 
 class State(Record):
-    """Facts of one container. `created` is RFC 3339, `started` clock ticks since boot, `annotations` config.json's."""
+    """Facts of one container. `created` is RFC 3339, `started` clock ticks since boot, `annotations` config.json's,
+    `filter_flags` those its seccomp filter was loaded with (NO_FILTER: it has none)."""
 
     id: str
     pid: int
@@ -56,6 +60,7 @@ class State(Record):
     cgroup_paths: tuple[tuple[str, str], ...] = ()
     annotations: tuple[tuple[str, str], ...] = ()
     owner: int = 0
+    filter_flags: int = NO_FILTER
 
     def manager(self) -> Manager:
         """The container's cgroups."""
@@ -116,6 +121,7 @@ def save(root: str, state: State) -> None:
         "annotations": dict(state.annotations),
         "bundle": state.bundle,
         "owner": state.owner,
+        "seccomp_flags": state.filter_flags,
     }
     write_durable(f"{directory(root, state.id)}/{_FILE}", encode(document), sync=False)
 
@@ -156,6 +162,7 @@ def _parse(raw: bytes, what: str) -> State:
             cgroup_paths=tuple(fields.mapping("cgroup_paths").items()),
             annotations=tuple(fields.mapping("annotations").items()),
             owner=fields.int("owner"),
+            filter_flags=fields.int("seccomp_flags", required=True),
         )
     except RuntimeFailure as failure:
         raise RuntimeFailure.of(failure, what=f"read {what}") from None

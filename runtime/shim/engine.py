@@ -110,7 +110,9 @@ class NativeEngine:
     def execute(self, container_id: str, process: dict[str, Any], stdio: tuple[int, ...]) -> Task[Made]:
         def job() -> tuple[object, int]:
             wanted = spec.parse_process(process, "process")
-            executed = _exec.execute(_exec.ExecRequest(root=self._root, id=container_id, process=wanted, stdio=stdio))
+            executed = _exec.execute(
+                _exec.ExecRequest(root=self._root, id=container_id, process=wanted, stdio=stdio, disposable=True)
+            )
             return {"pid": executed.pid}, executed.console
 
         return (yield from self._make("exec", job, stdio))
