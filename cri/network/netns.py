@@ -1,6 +1,6 @@
 """Network namespaces: made ahead by short-lived threads, kept as fds, pinned under a pod's name when one is needed.
 
-Refuses to let a thread that was in a pod's namespace do anything else: it ends there. Invariant: a namespace of the
+Refuses to let a thread go on that did not come back from a pod's namespace. Invariant: a namespace of the
 pool exists only as an fd of this process, so a killed daemon leaves none; a pinned one is a bind mount of nsfs on
 `directory`/NAME. Where the directory lies on a shared mount it becomes a private one of its own
 (mount_namespaces(7)): without that, each pin would be copied into every mount namespace that shares /run.
@@ -51,13 +51,28 @@ def in_own_thread(function: Callable[[], T]) -> T:
 
 
 def inside(netns_fd: int, function: Callable[[], T]) -> T:
-    """Calls `function` in a thread inside the namespace."""
+    """Calls `function` with this thread inside the namespace, and comes back. No thread of its own: with both
+    processors busy that costs up to a millisecond, which is more than the work done in there.
 
-    def enter() -> T:
+    A thread that cannot come back must do no other pod's work. setns(2) of a namespace we hold can only fail for want
+    of kernel memory; then the daemon aborts, as a start is a recovery."""
+    home = _current()
+    try:
         setns(netns_fd, CLONE_NEWNET)
-        return function()
+        try:
+            return function()
+        finally:
+            try:
+                setns(home, CLONE_NEWNET)
+            except OSError as error:
+                log.critical("cannot leave a pod's network namespace: %s", error)
+                os.abort()
+    finally:
+        os.close(home)
 
-    return in_own_thread(enter)
+
+def _current() -> int:
+    return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def make(count: int) -> list[int]:
@@ -69,7 +84,7 @@ def make(count: int) -> list[int]:
             fd = -1
             try:
                 unshare(CLONE_NEWNET)
-                fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+                fd = _current()
                 with Netlink() as netlink:
                     netlink.run([set_link(_LOOPBACK_INDEX, "lo", up=True)])
             except OSError:
