@@ -55,7 +55,7 @@ def decode(raw: bytes, what: str = "the document", limit: int = MAX_DOCUMENT) ->
     text = raw.decode("utf-8", "surrogateescape")
     begin = len(text) - len(text.lstrip(_BLANKS))
     try:
-        value, end = make_scanner(_Scanner())(text, begin)  # type: ignore[arg-type]  # typeshed asks for itself
+        value, end = _scan(text, begin)
     except StopIteration as stop:
         raise FieldError(what, f"not valid JSON at character {stop.value}") from None
     except RecursionError:
@@ -65,6 +65,20 @@ def decode(raw: bytes, what: str = "the document", limit: int = MAX_DOCUMENT) ->
     if text[end:].strip(_BLANKS):
         raise FieldError(what, f"not valid JSON: something follows at character {end}")
     return value
+
+
+def _scan(text: str, begin: int) -> tuple[object, int]:
+    scanner = make_scanner(_Scanner())  # type: ignore[arg-type]  # typeshed asks for itself
+    try:
+        return scanner(text, begin)
+    except SystemError:
+        # The scanner words syntax errors with a class of json.decoder, and fails without a word where that was never
+        # imported. Said again with it, since an error is worth the time; inside a container there is no import.
+        try:
+            import json.decoder  # noqa: F401
+        except ImportError:
+            raise ValueError("the syntax is wrong") from None
+        return scanner(text, begin)
 
 
 def encode(value: object) -> bytes:
