@@ -88,9 +88,10 @@ def previous(write: Write, text: str) -> str:
 _HINTS = {
     "memory.limit_in_bytes": "the processes use more than that now, and it cannot be reclaimed",
     "memory.memsw.limit_in_bytes": "the sum may not be less than the memory limit, nor than what is used now",
-    "cpu.cfs_quota_us": "at least 1000, and no larger a share than the parent cgroup has",
+    "cpu.cfs_quota_us": "at least 1000 and the burst, and no larger a share than the parent cgroup has",
     "cpu.cfs_period_us": "1000 to 1000000, and no larger a share than the parent cgroup has",
     "cpu.cfs_burst_us": "at most the quota",
+    "cpu.max": "quota and period are 1000 at least, the period 1000000 at most, and the burst is within the quota",
     "cpu.max.burst": "at most the quota",
     "cpuset.cpus": "only processors that are online and that the parent cgroup has",
     "cpuset.mems": "only memory nodes that the parent cgroup has",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _BENEATH = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_XDEV
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY
 _LONGEST_FILE = 1 << 20
+_RACES = 20
 
 
 def verify_cgroup(fd: int, hierarchy: Hierarchy) -> None:
@@ -68,8 +69,18 @@ def make_place(place: Place, verify: Verify, each: Callable[[int, int], None] | 
     """Makes the directory of a place with its parents: (O_PATH fd that the caller owns, what was made, top first).
 
     `each` is called with the fds of parent and child at every level, and may prepare either. On failure nothing that
-    was made here is left.
+    was made here is left. Whoever takes back a parent that it made may take it from under us: then we start again.
     """
+    for _ in range(_RACES):
+        try:
+            return _make_place(place, verify, each)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
+    return _make_place(place, verify, each)
+
+
+def _make_place(place: Place, verify: Verify, each: Callable[[int, int], None] | None) -> tuple[int, list[str]]:
     made: list[str] = []
     current = open_top(place.hierarchy, verify)
     walked = place.hierarchy.mount

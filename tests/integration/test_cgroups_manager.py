@@ -216,6 +216,30 @@ def test_broken_in_the_middle_of_create(path: str, point: str, action: str) -> N
     assert value(manager, "pids", "pids.max") == "5"
 
 
+def test_a_parent_that_comes_and_goes_meanwhile(path: str) -> None:
+    """Another create fails all the time, and takes back the parents that it made."""
+    bad = wish(pids={"limit": 1 << 40})
+
+    def fail() -> None:
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            try:
+                manager_for(f"{path}/a/b/other", "x").create(bad)
+            except RuntimeFailure as failure:
+                assert "pids.limit" in str(failure), failure
+
+    child = fork(fail)
+    until = time.monotonic() + 1.5
+    rounds = 0
+    while time.monotonic() < until:
+        manager = manager_for(f"{path}/a/b/mine", "x")
+        manager.create(Resources())
+        manager.destroy()
+        manager_for(f"{path}/a", "x").destroy()
+        rounds += 1
+    assert child.wait() == 0 and rounds > 10
+
+
 # ------------------------------------------------------------------------------------------------------------- update
 
 
