@@ -95,8 +95,14 @@ class Cni:
         self._namespaces.warm()
 
     async def new_netns(self, pod_id: str) -> Path:
+        work = asyncio.ensure_future(self._threads.run(self._namespaces.create, pod_id))
         try:
-            return await self._threads.run(self._namespaces.create, pod_id)
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await _settled(work)  # nobody will know of the pin: it goes again
+            if not work.cancelled() and work.exception() is None:
+                await _settled(asyncio.ensure_future(self._threads.run(self._namespaces.remove, work.result())))
+            raise
         except (OSError, ValueError) as error:
             raise NetworkError(f"network namespace for pod {pod_id[:64]}: {error}") from error
 

@@ -21,25 +21,32 @@ from cri.network.netlink import (
     attribute,
     attributes,
     nested,
+    u32,
 )
 
 _SUBSYS, _GET, _DELETE = 1, 1, 2  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_*
-_CTA_TUPLE_ORIG, _CTA_ID, _CTA_ZONE = 1, 12, 18
+_CTA_TUPLE_ORIG, _CTA_ID, _CTA_ZONE, _CTA_FILTER = 1, 12, 18, 25
 _CTA_TUPLE_PROTO, _CTA_PROTO_NUM, _CTA_PROTO_DST_PORT = 2, 1, 3
+_CTA_FILTER_ORIG_FLAGS, _BY_PROTO_NUM, _BY_DST_PORT = 1, 1 << 3, 1 << 5
 
 
-def _udp_entries(ports: frozenset[int]) -> Iterator[bytes]:
-    """The bodies of messages that delete the UDP entries whose original destination port is one of `ports`."""
+def _udp_entries(port: int) -> Iterator[bytes]:
+    """The bodies of messages that delete the UDP entries with this original destination port. The kernel picks them
+    out (Linux 5.8): a node tracks hundreds of thousands of flows."""
+    udp = bytes([socket.IPPROTO_UDP])
+    proto = [attribute(_CTA_PROTO_NUM, udp), attribute(_CTA_PROTO_DST_PORT, port.to_bytes(2, "big"))]
+    wanted = nested(_CTA_TUPLE_ORIG, nested(_CTA_TUPLE_PROTO, *proto))
+    chosen = nested(_CTA_FILTER, u32(_CTA_FILTER_ORIG_FLAGS, _BY_PROTO_NUM | _BY_DST_PORT))
     with Netlink(NETLINK_NETFILTER) as netlink:
         for family in (socket.AF_INET, socket.AF_INET6):
             head = struct.pack(">BBH", family, 0, 0)
-            answers = netlink.dump(_SUBSYS << 8 | _GET, head, "list connections", flags=NLM_F_DUMP)
+            answers = netlink.dump(_SUBSYS << 8 | _GET, head + wanted + chosen, "list connections", flags=NLM_F_DUMP)
             for _, payload in answers:
                 values = attributes(payload, 4)
                 original = values.get(_CTA_TUPLE_ORIG, b"")
                 protocol = attributes(attributes(original).get(_CTA_TUPLE_PROTO, b""))
-                port = int.from_bytes(protocol.get(_CTA_PROTO_DST_PORT, b""), "big")
-                if protocol.get(_CTA_PROTO_NUM) != bytes([socket.IPPROTO_UDP]) or port not in ports:
+                there = int.from_bytes(protocol.get(_CTA_PROTO_DST_PORT, b""), "big")
+                if protocol.get(_CTA_PROTO_NUM) != udp or there != port:
                     continue
                 same = [attribute(key, values[key]) for key in (_CTA_ID, _CTA_ZONE) if key in values]
                 yield head + nested(_CTA_TUPLE_ORIG, original) + b"".join(same)
@@ -48,7 +55,7 @@ def _udp_entries(ports: frozenset[int]) -> Iterator[bytes]:
 def forget_udp(ports: frozenset[int]) -> None:
     """Deletes tracked UDP flows to `ports`. A kernel without ctnetlink keeps them. Raises NetlinkError."""
     try:
-        bodies = list(_udp_entries(ports))
+        bodies = [body for port in sorted(ports) for body in _udp_entries(port)]
     except NetlinkError as error:
         if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
             return

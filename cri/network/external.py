@@ -330,6 +330,8 @@ def _arguments(call: Call) -> str:
 def _port_mappings(call: Call) -> list[dict[str, Any]]:
     found = []
     for port in call.pod.ports:
+        if port.host_port == 0:  # a kubelet lists a container's other ports, too
+            continue
         entry: dict[str, Any] = {"hostPort": port.host_port, "containerPort": port.container_port}
         entry["protocol"] = port.protocol
         if port.host_ip:

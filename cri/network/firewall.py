@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -72,12 +73,14 @@ def _map_name(version: int, with_address: bool) -> str:
 
 
 class Firewall:
-    """The table `name`. Any number of threads may use it: the kernel's commit is the lock."""
+    """The table `name`. Any number of threads may use it: the kernel's commit is the lock, and `_subnets` keeps a
+    subnet from being added between the look and the commit of `keep_subnets`."""
 
-    __slots__ = ("_table",)
+    __slots__ = ("_subnets", "_table")
 
     def __init__(self, name: str) -> None:
         self._table = name
+        self._subnets = threading.Lock()
 
     # ------------------------------------------------------------------------------------------------- the frame
 
@@ -130,7 +133,9 @@ class Firewall:
         if nft.list_chains(self._table, chain):
             return
         self._ensure_frame()
-        self._commit_once([nft.new_chain(self._table, chain, exclusive=True), *self._subnet_rules(purpose, subnet)])
+        with self._subnets:
+            rules = self._subnet_rules(purpose, subnet)
+            self._commit_once([nft.new_chain(self._table, chain, exclusive=True), *rules])
 
     def _subnet_rules(self, purpose: Purpose, subnet: IPNetwork) -> list[nft.Message]:
         table, chain = self._table, _subnet_chain(purpose, subnet)
@@ -151,6 +156,10 @@ class Firewall:
 
     def keep_subnets(self, wanted: Iterable[tuple[Purpose, IPNetwork]]) -> None:
         """Removes the rules of all subnets but those `wanted`, in one batch. Costs a grace period if there are any."""
+        with self._subnets:
+            self._keep_subnets(wanted)
+
+    def _keep_subnets(self, wanted: Iterable[tuple[Purpose, IPNetwork]]) -> None:
         there = {chain for chain in nft.list_chains(self._table) if chain.startswith(("masq_", "hairpin_"))}
         kept = {_subnet_chain(*item): item for item in wanted if _subnet_chain(*item) in there}
         gone = sorted(there - kept.keys())

@@ -47,7 +47,10 @@ class Lists:
 
     def load(self) -> Loaded:
         """What is in the directory now."""
-        signature = self._look()
+        try:
+            signature = self._look()
+        except OSError as error:
+            return Loaded((), (f"read {self._directory}: {error}",))
         with self._lock:
             if signature != self._signature:
                 self._loaded = self._read([entry[0] for entry in signature])

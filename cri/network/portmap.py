@@ -47,6 +47,8 @@ def forwards(ports: Sequence[PortMapping], addresses: Sequence[IPAddress]) -> li
         first.setdefault(address.version, address)
     found: list[Forward] = []
     for port in ports:
+        if port.host_port == 0:  # a kubelet lists a container's other ports, too
+            continue
         if not (0 < port.host_port < 65536 and 0 < port.container_port < 65536):
             raise PluginError(f"port {port.host_port} to {port.container_port}: not between 1 and 65535")
         protocol = port.protocol.lower()

@@ -564,3 +564,19 @@ def test_udp_and_tcp_use_their_own_namespaces_port_space(corner: Corner) -> None
                 assert here.recv(16) == b"ping"
 
     asyncio.run(scenario())
+
+
+def test_o1_a_cancelled_new_namespace_leaves_no_pin(corner: Corner) -> None:
+    async def scenario() -> None:
+        for step in range(20):
+            task = asyncio.create_task(corner.cni.new_netns(pod_id()))
+            await asyncio.sleep(step * 0.0001)
+            task.cancel()
+            try:
+                path = await task
+            except asyncio.CancelledError:
+                assert not corner.netns.exists() or list(corner.netns.iterdir()) == []
+            else:
+                await corner.cni.remove_netns(path)
+
+    asyncio.run(scenario())

@@ -133,7 +133,12 @@ def test_an_error_names_the_message_the_errno_and_what_the_kernel_said() -> None
 
 def test_forwards_of_each_family() -> None:
     four, six = ipaddress.ip_address("10.0.0.2"), ipaddress.ip_address("fd00::2")
-    ports = [PortMapping(80, 8080), PortMapping(81, 1, host_ip="127.0.0.1"), PortMapping(82, 2, "UDP", "::")]
+    ports = [
+        PortMapping(0, 99),
+        PortMapping(80, 8080),
+        PortMapping(81, 1, host_ip="127.0.0.1"),
+        PortMapping(82, 2, "UDP", "::"),
+    ]
     found = portmap.forwards(ports, [four, six, ipaddress.ip_address("10.0.0.3")])
     assert [(f.protocol, f.host_port, f.host_ip and str(f.host_ip), f.pod_ip) for f in found] == [
         ("tcp", 80, None, four),
@@ -146,7 +151,7 @@ def test_forwards_of_each_family() -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        PortMapping(0, 80),
+        PortMapping(-1, 80),
         PortMapping(65536, 80),
         PortMapping(80, -1),
         PortMapping(80, 80, "icmp"),
@@ -154,7 +159,7 @@ def test_forwards_of_each_family() -> None:
     ],
 )
 def test_s59_wrong_ports_are_named(bad: PortMapping) -> None:
-    with pytest.raises(PluginError, match="port 80|port 0|port 65536|host address"):
+    with pytest.raises(PluginError, match="port 80|port -1|port 65536|host address"):
         portmap.forwards([bad], [ipaddress.ip_address("10.0.0.2")])
 
 
