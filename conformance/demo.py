@@ -7,6 +7,7 @@ the cleaning up.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import shutil
@@ -35,7 +36,7 @@ SETTLE_S = 5.0
 COMMAND_S = 60.0
 # A process that belongs to this run carries this in its environment, whoever its parent is by now.
 MARK = "OCID_DEMO"
-BRIDGE, TABLE = "ocid0", "table inet ocid"
+BRIDGE, TABLE, LEASES = "ocid0", "table inet ocid", Path("/var/lib/cni/networks/ocid")
 FETCHER = 'echo "fetching from $(hostname)"; until wget -q -O- http://127.0.0.1/; do sleep 0.1; done; exec sleep 3600'
 
 
@@ -222,12 +223,18 @@ def _fetch(ocid: CommandLine) -> str:
 
 
 def take_away_node(before: Machine) -> None:
-    """Removes what stays by design as long as a node lives, if this run brought it: the default bridge, the table."""
+    """Removes what stays by design as long as a node lives, if this run brought it: bridge, table, lease directory."""
     now = Machine.now()
-    if BRIDGE in now.links - before.links:
+    if BRIDGE in before.links:
+        return
+    if BRIDGE in now.links:
         subprocess.run(["ip", "link", "delete", BRIDGE], capture_output=True, check=False)
     if TABLE in now.tables - before.tables:
         subprocess.run(["nft", *f"delete {TABLE}".split()], capture_output=True, check=False)
+    for name in ("lock", "last_reserved_ip.0"):
+        (LEASES / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        LEASES.rmdir()
 
 
 def leftovers(before: Machine, marks: Sequence[str]) -> list[str]:
