@@ -24,9 +24,10 @@ from cri.network import netlink as nl
 from cri.network.cni import Cni, NetworkConfig
 from cri.network.conflist import is_name
 from cri.network.firewall import Firewall
-from cri.network.netns import inside, open_netns
+from cri.network.netns import in_own_thread, inside, make, open_netns
 from runtime.linux.libc import KernelError
 from runtime.linux.mount import MNT_DETACH, umount2
+from runtime.linux.process import CLONE_NEWNET, setns
 from tests.support import eventually
 
 T = TypeVar("T")
@@ -213,6 +214,21 @@ def network_corner(tmp_path: Path, **changes: object) -> Iterator[Corner]:
             Firewall(config.nft_table).remove()
             with contextlib.suppress(KernelError):
                 umount2(str(corner.netns), MNT_DETACH)
+
+
+def isolated(function: Callable[[], T]) -> T:
+    """Calls `function` with a network namespace of its own as "the host": for programs that leave tables behind.
+    Threads and processes started in it are in there, too."""
+    fd = make(1)[0]
+
+    def body() -> T:
+        setns(fd, CLONE_NEWNET)
+        return function()
+
+    try:
+        return in_own_thread(body)
+    finally:
+        os.close(fd)
 
 
 def pod_id() -> str:
