@@ -30,6 +30,10 @@ PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, PR_CAP_AMBIENT_CLEAR_ALL = 47, 2, 4
 CLOSE_RANGE_CLOEXEC = 4
 
 
+# Looked up before any fork: doing it in each child would write to some sixty pages that it shares until then.
+_after_fork_child = ctypes.pythonapi.PyOS_AfterFork_Child
+
+
 def clone3(flags: int, *, cgroup_fd: int = -1) -> tuple[int, int]:
     """clone3(2) as a fork: (0, -1) in the child, (pid, pidfd) in the parent. The pidfd is CLOEXEC and the caller's.
 
@@ -45,7 +49,7 @@ def clone3(flags: int, *, cgroup_fd: int = -1) -> tuple[int, int]:
     )
     pid = syscall("clone3", args, len(args))
     if pid == 0:
-        ctypes.pythonapi.PyOS_AfterFork_Child()
+        _after_fork_child()
         return 0, -1
     return pid, pidfd.value
 
