@@ -11,15 +11,18 @@ import itertools
 import json
 import os
 import secrets
+import select
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from runtime.linux.mount import mountinfo
+from runtime.linux.process import set_child_subreaper
 from tests.support import eventually
 
 OCIRUN = str(Path(sys.executable).parent / "ocirun")
@@ -192,7 +195,7 @@ class Bundle:
 
     def becomes(self, status: str) -> None:
         """Waits until the container's status is that."""
-        eventually(lambda: self.status() == status, what=f"{self.id} to be {status}")
+        eventually(lambda: _reap() or self.status() == status, what=f"{self.id} to be {status}")
 
     def gone(self) -> None:
         """Fails if anything of the container is there: state, cgroup, process or mount."""
@@ -238,7 +241,7 @@ class Bundles:
             changes.setdefault("stderr", err)
             child = self.popen(*words, **changes)
             try:
-                code = child.wait(timeout)
+                code = _wait(child, timeout)
             except BaseException:
                 child.kill()
                 child.wait()
@@ -260,6 +263,7 @@ class Bundles:
 
     def processes(self, name: str = "") -> list[int]:
         """Processes that are in a cgroup of the container, or whose root or command line leads to the test."""
+        _reap()
         found = []
         mark = f"{self.cgroup}/{name}".encode()
         for entry in os.listdir("/proc"):
@@ -287,10 +291,37 @@ class Bundles:
                 (top / self.cgroup).rmdir()
 
 
+def _wait(child: subprocess.Popen[bytes], seconds: float) -> int:
+    """Its exit code; meanwhile orphans are waited for, as some other process would: an init ends after its children."""
+    pidfd = os.pidfd_open(child.pid)
+    try:
+        end = time.monotonic() + seconds
+        while not select.select([pidfd], [], [], 0.1)[0]:
+            _reap()
+            if time.monotonic() > end:
+                raise AssertionError(f"not within {seconds} s: {child.args!r}")
+    finally:
+        os.close(pidfd)
+    return child.wait()
+
+
+def _reap() -> None:
+    """Waits for ended containers that became children of this process; never for those that a Popen waits for."""
+    for pid in Path("/proc/thread-self/children").read_text().split():
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            continue
+        if stat.rpartition(")")[2].split()[0] == "Z" and Path(f"/proc/{pid}/comm").read_text() != "ocirun\n":
+            with suppress(ChildProcessError):
+                os.waitpid(int(pid), os.WNOHANG)
+
+
 @contextmanager
 def bundles(directory: Path) -> Iterator[Bundles]:
     """Bundles that are taken away, and checked, whatever the test does."""
     opened = Bundles(directory)
+    set_child_subreaper(True)  # whoever is pid 1 here may take seconds to wait for an orphan
     try:
         yield opened
     except BaseException:
@@ -299,4 +330,7 @@ def bundles(directory: Path) -> Iterator[Bundles]:
         except Exception as error:  # the test's own failure is the one to see
             print(f"clean-up after a failed test: {error!r}")
         raise
-    opened.close()
+    else:
+        opened.close()
+    finally:
+        set_child_subreaper(False)
