@@ -120,7 +120,7 @@ class ImageSection:
     pinned: tuple[str, ...] = _key((), "References of images that are reported as pinned: a kubelet keeps those.")
     concurrent_pulls: int = _key(16, "Images that are pulled at once.", least=1)
     concurrent_downloads: int = _key(4, "Layers that one pull downloads at once.", least=1)
-    concurrent_unpacks: int = _key(3, "Layers that are unpacked at once, over all pulls.", least=1)
+    concurrent_unpacks: int = _key(8, "Layers that are unpacked at once, over all pulls.", least=1)
     unpack_processes: int = _key(
         0, "Processes that unpack layers, over all pulls; 0 means as many as there are CPUs.", least=0
     )

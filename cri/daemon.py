@@ -25,7 +25,6 @@ import grpc
 from cri.config import Config
 from cri.events import Events
 from cri.intercept import Intercept
-from cri.interfaces import Images
 from cri.network.cni import Cni, NetworkConfig
 from cri.node import Node, Parts
 from cri.recovery import lost, recover
@@ -64,6 +63,7 @@ class Built:
     service: Service
     network: Cni
     snapshots: Overlay
+    images: Store
     databases: tuple[sqlite3.Connection, ...]
 
     async def close(self) -> None:
@@ -146,7 +146,7 @@ def build(config: Config, *, direct: bool) -> Built:
     statistics = Statistics(node)
     node.statistics = statistics
     service = Service(node, Intercept(RECOVERING))
-    return Built(node, events, statistics, service, network, snapshots, databases)
+    return Built(node, events, statistics, service, network, snapshots, images, databases)
 
 
 def _lost(node: Node, pod_id: str) -> None:
@@ -274,7 +274,7 @@ class Local:
 
     def __init__(self, built: Built) -> None:
         self._service = built.service
-        self.images: Images = built.node.parts.images
+        self.images = built.images
 
     async def call(self, name: str, request: Any, metadata: Metadata = ()) -> Any:
         """The answer. Raises cri.errors.CallFailed."""

@@ -28,6 +28,7 @@ from runtime.linux.files import remove_tree
 from runtime.shim.client import Shims
 from runtime.shim.model import Sandbox
 
+_LOCAL_SOURCES = ("oci", "oci-archive", "docker-archive")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
 
 
@@ -70,7 +71,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--privileged", action="store_true", help="all capabilities and devices of this node, no seccomp")
     add("--hostname", default="", help="its host name (default: its name)")
     add("--pull", choices=("missing", "always", "never"), default="missing", help="when to fetch (default: missing)")
-    add("image", help="image reference")
+    add("image", help="reference, docker://…, oci:DIR[:TAG], oci-archive:FILE or docker-archive:FILE")
     add("command", nargs=argparse.REMAINDER, help="command and arguments (default: the image's)")
 
 
@@ -166,6 +167,10 @@ async def _drop_pod(api: Api, pod: str) -> None:
 
 
 async def _image(api: Api, args: argparse.Namespace) -> str:
+    source, colon, rest = args.image.partition(":")
+    if colon and source in _LOCAL_SOURCES:
+        return await _import(api, source, rest)
+    args.image = args.image.removeprefix("docker://")
     if args.pull != "always":
         status = await api.call("ImageStatus", pb.ImageStatusRequest(image=pb.ImageSpec(image=args.image)))
         if status.HasField("image"):
@@ -175,6 +180,24 @@ async def _image(api: Api, args: argparse.Namespace) -> str:
     if sys.stderr.isatty():
         print(f"pulling {args.image}", file=sys.stderr)
     return await pull(api, args.image)
+
+
+async def _import(api: Api, source: str, path: str) -> str:
+    """An image from a directory or an archive of this machine: DIR[:TAG] or FILE[:TAG]."""
+    if api.local is None:
+        raise CommandError(f"{source}: images are taken in without a daemon only; end it, or push this one and pull it")
+    from imagestore.model import ImageError
+
+    where, _, tag = path.partition(":")
+    images = api.local.images
+    try:
+        if source == "oci":
+            image = await images.import_layout(Path(where), tag=tag)
+        else:
+            image = await images.import_archive(Path(where), tag=tag, docker=source == "docker-archive")
+    except ImageError as error:
+        raise CommandError(str(error)) from None
+    return str(image.id)
 
 
 def _sandbox_config(api: Api, args: argparse.Namespace, name: str) -> pb.PodSandboxConfig:
