@@ -238,7 +238,7 @@ class Network(Protocol):
         ...
 
     async def delete(self, pod: PodNetwork) -> None:
-        """CNI DEL, with the netns gone too. Idempotent. Raises NetworkError: the caller keeps it recorded and retries."""
+        """CNI DEL, with the netns gone too. Idempotent. Raises NetworkError: the caller keeps it and retries."""
         ...
 
     async def status(self) -> str | None:

@@ -47,8 +47,12 @@ def build(resources: pb.LinuxContainerResources) -> dict[str, Any]:
         built["cpu"] = cpu
     if memory:
         built["memory"] = memory
-    if resources.hugepage_limits:
-        built["hugepageLimits"] = [_hugepages(limit) for limit in resources.hugepage_limits]
+    # A kubelet forbids (limit 0) every page size that it knows; where the node has no such pages that says nothing,
+    # and asking for it would need a controller that may not be there.
+    pages = [_hugepages(limit) for limit in resources.hugepage_limits]
+    pages = [page for page in pages if page["limit"] or _has_pages(page["pageSize"])]
+    if pages:
+        built["hugepageLimits"] = pages
     if resources.unified:
         built["unified"] = {_unified(key, value): value for key, value in sorted(resources.unified.items())}
     return built
@@ -71,6 +75,19 @@ def _hugepages(limit: pb.HugepageLimit) -> dict[str, Any]:
     if not _PAGE_SIZE.fullmatch(limit.page_size):
         raise InvalidRequest(f"resources.hugepage_limits: {limit.page_size[:40]!r} is no page size such as 2MB")
     return {"pageSize": limit.page_size, "limit": limit.limit}
+
+
+_KIB = {"KB": 1, "MB": 1 << 10, "GB": 1 << 20}
+
+
+def _has_pages(size: str) -> bool:
+    """True when the node has reserved huge pages of this size, such as "2MB" (hugetlbpage.rst, "nr_hugepages")."""
+    path = f"/sys/kernel/mm/hugepages/hugepages-{int(size[:-2]) * _KIB[size[-2:]]}kB/nr_hugepages"
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read().strip() != "0"
+    except FileNotFoundError:
+        return False
 
 
 def _unified(key: str, value: str) -> str:

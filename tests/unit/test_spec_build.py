@@ -225,6 +225,13 @@ def test_limits() -> None:
             limits.build(pb.LinuxContainerResources(**bad))
 
 
+def test_a_kubelets_zero_limits_for_pages_that_are_not_there_say_nothing() -> None:
+    zero, some = pb.HugepageLimit(page_size="3MB", limit=0), pb.HugepageLimit(page_size="2MB", limit=2 << 20)
+    assert limits.build(pb.LinuxContainerResources(hugepage_limits=[zero])) == {}
+    built = limits.build(pb.LinuxContainerResources(hugepage_limits=[zero, some]))
+    assert built == {"hugepageLimits": [{"pageSize": "2MB", "limit": 2 << 20}]}
+
+
 def test_exec_keeps_the_containers_identity() -> None:
     config = spec()
     process = build.exec_process(config, ["ls", "-l"])
