@@ -49,6 +49,13 @@ class Tasks:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._background: set[asyncio.Task[Any]] = set()
+
+    def background(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Starts `work` that nobody needs to see the end of: `drain` breaks it off."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._background.add(task)
+        task.add_done_callback(self._ended)
 
     def spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """Starts `work`; a failure that nobody awaits is logged."""
@@ -59,6 +66,7 @@ class Tasks:
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
+        self._background.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.debug("task %s: %s", task.get_name(), error)
 
@@ -68,6 +76,8 @@ class Tasks:
 
     async def drain(self, seconds: float) -> int:
         """Waits for what is running, at most so long; returns how many are left."""
+        for task in list(self._background):
+            task.cancel()
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=seconds)
         return len(self._tasks)

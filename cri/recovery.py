@@ -8,27 +8,25 @@ reported as unseen. Invariant: a pod that cannot be recovered costs that pod, no
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 
-from cri.events import Events, keep_facts, parse_facts
+from cri.ends import end_orphan
+from cri.events import Events, keep_facts
 from cri.interfaces import ContainerError, ContainerFacts, Sandbox, ShimUnresponsive
 from cri.node import Node, now_ns
 from cri.records import Container, Pod
 from cri.threads import to_thread
-from cri.verbs import remove_container, stop_pod
+from cri.verbs import remove_container
 from cri.verbs.run_pod import LOOPBACK_ONLY
 from runtime.linux.failpoint import failpoint
-from runtime.linux.files import AT_FDCWD, read_bounded, remove_tree
-from runtime.linux.process import is_running
+from runtime.linux.files import remove_tree
 
 log = logging.getLogger(__name__)
 
 AT_ONCE = 32
 RETRY_S = 5.0
-MAX_FACTS = 1 << 20
 
 
 async def recover(node: Node, events: Events) -> None:
@@ -91,64 +89,71 @@ async def _undo_container(node: Node, container: Container) -> None:
 
 
 async def _reconnect(node: Node, events: Events, pod: Pod) -> None:
-    """Takes in what the pod's shim knows, and listens to it from now on."""
-    limit = node.config.limits.recovery_s
-    try:
-        stream, facts = await asyncio.wait_for(to_thread(_ask, node, pod), limit)
-    except (ShimUnresponsive, TimeoutError) as error:
-        log.error("pod %s (%s): its shim does not answer, asking again later: %s", pod.label, pod.id[:13], error)
-        node.tasks.spawn(_ask_again(node, events, pod.id), f"reconnect {pod.id[:13]}")
+    """Takes in what the pod's shim knows, and listens to it from now on; a shim that does not answer in time is
+    asked again beside the rest (threats O20)."""
+    asking = node.tasks.spawn(to_thread(_ask, node, pod), f"ask {pod.id[:13]}")
+    done, _ = await asyncio.wait({asking}, timeout=node.config.limits.recovery_s)
+    error = asking.exception() if done else None
+    if done and not isinstance(error, ShimUnresponsive):
+        await _answered(node, events, pod, asking.result())
         return
-    if facts is None:
-        await lost(node, pod.id)
-        return
-    events.watch(pod.id, stream)
-    await _merge(node, pod, facts)
+    log.error("pod %s (%s): its shim does not answer, asking again later", pod.label, pod.id[:13])
+    node.tasks.background(_ask_again(node, events, pod.id, asking), f"reconnect {pod.id[:13]}")
 
 
-def _ask(node: Node, pod: Pod) -> tuple[int, list[ContainerFacts] | None]:
-    # The stream first: an exit between the two is told twice rather than never (threats O14).
-    sandbox = node.sandbox(pod)
-    if not is_running(pod.pid, pod.started_ticks):
-        return -1, None
+_Answer = tuple[int, Sequence[ContainerFacts]] | None
+
+
+def _ask(node: Node, pod: Pod) -> _Answer:
+    """The pod's event stream and what its shim knows; None when the shim is gone. Raises ContainerError."""
+    sandboxes, sandbox = node.parts.sandboxes, node.sandbox(pod)
+    if sandboxes.reconnect(sandbox) is None:
+        return None
+    stream = sandboxes.events(sandbox)
     try:
-        stream = node.parts.sandboxes.events(sandbox)
-    except ShimUnresponsive:
-        raise
-    except ContainerError:
-        if is_running(pod.pid, pod.started_ticks):
-            raise
-        return -1, None
-    try:
-        facts = node.parts.sandboxes.reconnect(sandbox)
+        # Asked again once the stream is open: an exit in between is told twice rather than never (threats O14).
+        facts = sandboxes.reconnect(sandbox)
     except BaseException:
         os.close(stream)
         raise
     if facts is None:
         os.close(stream)
-        return -1, None
-    return stream, list(facts)
+        return None
+    return stream, facts
 
 
-async def _ask_again(node: Node, events: Events, pod_id: str) -> None:
+async def _answered(node: Node, events: Events, pod: Pod, answer: _Answer) -> None:
+    if answer is None:
+        await lost(node, pod.id)
+        return
+    stream, facts = answer
+    events.watch(pod.id, stream)
+    await _merge(node, pod, facts)
+
+
+async def _ask_again(node: Node, events: Events, pod_id: str, asking: asyncio.Task[_Answer]) -> None:
     """Until the shim answers, is gone, or its pod is stopped by somebody."""
-    while (pod := node.store.pods.get(pod_id)) is not None and not pod.stopping_ns and not pod.stopped_ns:
-        await asyncio.sleep(RETRY_S)
+    while True:
         try:
-            stream, facts = await to_thread(_ask, node, pod)
+            answer = await asking
         except ContainerError as error:
             log.debug("pod %s: %s", pod_id[:13], error)
-            continue
-        if facts is None:
-            await lost(node, pod_id)
         else:
-            events.watch(pod_id, stream)
-            await _merge(node, pod, facts)
-            log.info("pod %s (%s): its shim answers again", pod.label, pod_id[:13])
-        return
+            pod = node.store.pods.get(pod_id)
+            if pod is not None and not pod.stopping_ns:
+                log.info("pod %s (%s): its shim has answered", pod.label, pod_id[:13])
+                await _answered(node, events, pod, answer)
+            elif answer is not None:
+                os.close(answer[0])
+            return
+        await asyncio.sleep(RETRY_S)
+        pod = node.store.pods.get(pod_id)
+        if pod is None or pod.stopping_ns:
+            return
+        asking = node.tasks.spawn(to_thread(_ask, node, pod), f"ask {pod_id[:13]}")
 
 
-async def _merge(node: Node, pod: Pod, facts: list[ContainerFacts]) -> None:
+async def _merge(node: Node, pod: Pod, facts: Sequence[ContainerFacts]) -> None:
     known = {item.id for item in facts}
     for item in facts:
         if keep_facts(node, item) is None:
@@ -156,7 +161,7 @@ async def _merge(node: Node, pod: Pod, facts: list[ContainerFacts]) -> None:
             await to_thread(node.parts.containers.delete, node.sandbox(pod), item.id)
     for container in node.store.containers_of(pod.id):
         if container.id not in known and not container.finished_ns:
-            await _end_from_disk(node, container, "its shim knows nothing of it")
+            await end_orphan(node, container, "its shim knows nothing of it")
 
 
 async def lost(node: Node, pod_id: str) -> None:
@@ -170,34 +175,7 @@ async def lost(node: Node, pod_id: str) -> None:
         pod = await node.store.change_pod(pod_id, lost_ns=pod.lost_ns or now_ns())
         for container in node.store.containers_of(pod_id):
             if not container.finished_ns:
-                await _end_from_disk(node, container, f"its shim (pid {pod.pid}) died")
-
-
-async def _end_from_disk(node: Node, container: Container, why: str) -> None:
-    facts = await to_thread(_written_facts, node, container)
-    if facts is not None and facts.finished_ns:
-        keep_facts(node, facts)
-        return
-    pod = node.store.pods[container.pod_id]
-    try:
-        await to_thread(node.parts.containers.delete, node.sandbox(pod), container.id)
-    except ContainerError as error:
-        # It may still run: it is not said to have ended, and StopPodSandbox tries again.
-        log.error("container %s (%s): %s, and it cannot be killed: %s", container.name, container.id[:13], why, error)
-        return
-    stop_pod.end_unseen(node, container, f"{why}; how it ended is not known")
-
-
-def _written_facts(node: Node, container: Container) -> ContainerFacts | None:
-    path = node.paths.bundle(container.id) / "exit.json"
-    try:
-        facts = parse_facts(json.loads(read_bounded(AT_FDCWD, str(path), MAX_FACTS)))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        log.warning("container %s: %s: %s", container.id[:13], path, error)
-        return None
-    return facts if facts.id == container.id else None
+                await end_orphan(node, container, f"its shim (pid {pod.pid}) died")
 
 
 async def _sweep(node: Node) -> None:

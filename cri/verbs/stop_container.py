@@ -15,7 +15,7 @@ import signal
 from cri.api import api_pb2 as pb
 from cri.errors import DeadlineExceeded, InvalidArgument
 from cri.events import keep_facts
-from cri.interfaces import ContainerError
+from cri.interfaces import ContainerError, ShimUnresponsive
 from cri.node import Node
 from cri.records import Container
 from cri.threads import to_thread
@@ -133,6 +133,8 @@ async def _signal(node: Node, container: Container, number: int, *, everyone: bo
         return
     try:
         await to_thread(node.parts.containers.signal, node.sandbox(pod), container.id, int(number), everyone=everyone)
+    except ShimUnresponsive:
+        raise
     except ContainerError as error:
         # The shim may just be gone; whether the container has ended is found out below either way.
         log.warning("signal %d to %s (%s): %s", number, container.name, container.id[:13], error)

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 
 from cri.api import api_pb2 as pb
+from cri.ends import end_dead
 from cri.errors import NotFound
+from cri.events import keep_facts
+from cri.interfaces import ShimUnresponsive
 from cri.node import Node, now_ns
-from cri.records import LOST_EXIT, Container, Pod
+from cri.records import Pod
 from cri.threads import to_thread
 from cri.undo import both
 from cri.verbs.run_pod import LOOPBACK_ONLY
 from cri.verbs.stop_container import kill
 from runtime.linux.failpoint import failpoint
+from runtime.linux.libc import KernelError
+from runtime.linux.process import is_running, pidfd_open, pidfd_send_signal
 
 log = logging.getLogger(__name__)
 
@@ -53,36 +60,49 @@ async def stop(node: Node, pod: Pod) -> None:
 
 
 async def _kill_all(node: Node, pod: Pod) -> None:
+    """Kills the containers while there is a shim to tell how each ended; without one, ending the pod kills them."""
     running = [container for container in node.store.containers_of(pod.id) if container.running]
-    if pod.lost_ns:
-        # The shim is gone and with it the one who knew how they end; deleting kills them and is all there is to do.
-        work = [_kill_orphan(node, pod, container) for container in running]
-    else:
-        work = [kill(node, container) for container in running]
-    failures = [result for result in await asyncio.gather(*work, return_exceptions=True) if result is not None]
-    for failure in failures:
-        if isinstance(failure, BaseException):
-            raise failure
+    if not running or not await _shim_answers(node, pod):
+        return
+    results = await asyncio.gather(*(kill(node, container) for container in running), return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
 
 
-async def _kill_orphan(node: Node, pod: Pod, container: Container) -> None:
-    await to_thread(node.parts.containers.delete, node.sandbox(pod), container.id)
-    end_unseen(node, container, "killed after its shim was lost")
+async def _shim_answers(node: Node, pod: Pod) -> bool:
+    """Takes in what the shim knows. One that does not answer is killed, so that ending the pod need not wait for it;
+    what it had written down stays, and its containers are killed by whoever cleans up after it."""
+    try:
+        facts = await to_thread(node.parts.sandboxes.reconnect, node.sandbox(pod))
+    except ShimUnresponsive as error:
+        log.error("pod %s (%s): %s; killing it", pod.label, pod.id[:13], error)
+        await to_thread(_kill_process, pod.pid, pod.started_ticks)
+        return False
+    for item in facts or ():
+        keep_facts(node, item)
+    return facts is not None
 
 
-def end_unseen(node: Node, container: Container, message: str) -> None:
-    """Records an end that nobody saw, and says so: the code is LOST_EXIT, never 0 (threats O17)."""
-    current = node.store.containers.get(container.id)
-    if current is not None and not current.finished_ns:
-        node.store.note_container(
-            container.id, finished_ns=now_ns(), exit_code=LOST_EXIT, reason="ContainerStatusUnknown", message=message
-        )
-    node.exits.happened(container.id)
+def _kill_process(pid: int, started_ticks: int) -> None:
+    try:
+        pidfd = pidfd_open(pid)
+    except KernelError:
+        return
+    try:
+        # Looked at after it was opened: the pidfd is of this process or of nobody we know.
+        if is_running(pid, started_ticks):
+            pidfd_send_signal(pidfd, signal.SIGKILL)
+    finally:
+        os.close(pidfd)
 
 
 async def _end_shim(node: Node, pod: Pod) -> None:
     node.events.unwatch(pod.id)
     await to_thread(node.parts.sandboxes.stop, node.sandbox(pod))
+    for container in node.store.containers_of(pod.id):
+        if container.made_ns and not container.finished_ns:
+            await end_dead(node, container, "it was killed with its pod")
 
 
 async def _disconnect(node: Node, pod: Pod) -> None:

@@ -7,6 +7,7 @@ tests/contract/test_containers.py as the real one does.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -207,7 +208,8 @@ class MemoryContainers:
         container.facts = replace(container.facts, exit_code=code, signal=number, finished_ns=time.time_ns())
         (container.spec.bundle / "exit.json").write_text(json.dumps(asdict(container.facts)))
         for stream in pod.subscribers:
-            send_frame(stream, json.dumps({"event": "exit", "facts": asdict(container.facts)}).encode())
+            with contextlib.suppress(BrokenPipeError):  # who listened has gone
+                send_frame(stream, json.dumps({"event": "exit", "facts": asdict(container.facts)}).encode())
         for fds, control in container.attached:
             for fd in fds:
                 os.close(fd)
