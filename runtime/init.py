@@ -253,10 +253,15 @@ def pivot(init: Init) -> None:
         os.chroot(".")
     else:
         # The old root is stacked on the new one and then taken away from under it, so that no directory inside the
-        # image is needed. Slave first: the unmount must not travel to the host.
-        pivot_root(".", ".")
-        mount_setattr(_AT_FDCWD, ".", AT_RECURSIVE, propagation=MS_SLAVE)
-        umount2(".", MNT_DETACH)
+        # image is needed. Slave first: the unmount must not travel to the host. By its own fd: "." is the new root
+        # still, whose shared volumes must stay shared.
+        old = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            pivot_root(".", ".")
+            mount_setattr(old, "", AT_EMPTY_PATH | AT_RECURSIVE, propagation=MS_SLAVE)
+            umount2(".", MNT_DETACH)
+        finally:
+            os.close(old)
     os.chdir("/")
     wanted = init.spec.rootfs_propagation
     if wanted is not None:

@@ -227,11 +227,15 @@ class Bundles:
         """A bundle that runs a shell script."""
         return self.make("sh", "-c", script)
 
+    def command(self, *words: str) -> list[str]:
+        """The command line of `ocirun` with this root."""
+        return [OCIRUN, "--root", str(self.root), *words]
+
     def popen(self, *words: str, env: Mapping[str, str] | None = None, **changes: Any) -> subprocess.Popen[bytes]:
         """`ocirun` with this root; what it is given beyond is Popen's."""
         changes.setdefault("stdin", subprocess.DEVNULL)
         environment = {**os.environ, **(env or {})}
-        return subprocess.Popen([OCIRUN, "--root", str(self.root), *words], env=environment, **changes)
+        return subprocess.Popen(self.command(*words), env=environment, **changes)
 
     def ocirun(self, *words: str, timeout: float = 30.0, **changes: Any) -> Result:
         """Runs it to its end."""
