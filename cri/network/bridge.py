@@ -16,6 +16,7 @@ import ipaddress
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Protocol
 
 from cri.network import netlink as nl
@@ -23,6 +24,7 @@ from cri.network.conflist import ConfigError, Json, field
 from cri.network.firewall import Firewall
 from cri.network.netlink import IPInterface, IPNetwork, Netlink, NetlinkError
 from cri.network.netns import inside, open_netns
+from cri.network.records import is_alive
 from cri.network.sysctl import write_net
 from cri.network.values import Address, Allocation, Call, PluginError, PodRoute, Result, make_result
 from runtime.linux.failpoint import failpoint
@@ -263,15 +265,16 @@ class Bridge:
                     continue
                 netlink.run([nl.delete_link(link.index, name)])
                 netlink.run([request])
-            if self.settings.hairpin:
-                netlink.run([nl.set_bridge_port(name, hairpin=True)])
+            more = [nl.set_bridge_port(name, hairpin=True)] if self.settings.hairpin else []
+            netlink.run([nl.set_alias(name, str(call.record)), *more])
             return name
         raise PluginError(f"all of {_NAME_TRIES} names for the host's interface are taken")
 
     # ------------------------------------------------------------------------------------------------- collection
 
     def sweep(self, keep: frozenset[tuple[str, str]]) -> None:
-        """Removes the ports of this bridge that we named, but for those of the `keep` (pod, interface) pairs."""
+        """Removes the ports of this bridge that we named, but for those of the `keep` (pod, interface) pairs and of
+        another ocid's pods. One without an alias was half made: its own daemon finds it by its record."""
         wanted = {host_name(pod, name, attempt) for pod, name in keep for attempt in range(_NAME_TRIES)}
         with Netlink() as netlink:
             bridge = nl.get_link(netlink, self.settings.bridge)
@@ -279,7 +282,7 @@ class Bridge:
                 return
             for link in nl.list_links(netlink):
                 ours = link.master == bridge.index and link.kind == "veth" and is_host_name(link.name)
-                if ours and link.name not in wanted:
+                if ours and link.name not in wanted and link.alias and not is_alive(Path(link.alias)):
                     self.retire(link.index, link.name)
 
 

@@ -68,13 +68,13 @@ class Cni:
 
     def __init__(self, config: NetworkConfig) -> None:
         self._config = config
-        self._firewall = Firewall(config.nft_table)
+        self._records = Records(config.state_dir / "cni")
+        self._firewall = Firewall(config.nft_table, self._records.path)
         self._binaries = Binaries(config.bin_dirs)
         self._tools = Tools(self._binaries, config.lease_dir, self._firewall, self._retire)
         self._lists = Lists(config.conf_dir, self._plan)
         self._built_in = BuiltIn(config.default_name, config.default_bridge, parse_subnets(config.default_subnets))
         self._built_in_list: Conflist | None = None
-        self._records = Records(config.state_dir / "cni")
         self._namespaces = Namespaces(config.netns_dir or config.state_dir / "netns", config.pool_size)
         self._threads = Threads("network", _CALLS_AT_ONCE)
         self._retiring = ThreadPoolExecutor(_RETIRING_AT_ONCE, thread_name_prefix="network-retire")
@@ -149,13 +149,13 @@ class Cni:
                 self._write(record)
             except PluginError as error:
                 raise NetworkError(f"network {conflist.name}: add pod {_shown(pod)}: {error}") from error
-            failpoint("network.recorded")
             return self._run_chain(plan, record, cancel)
 
     def _run_chain(self, plan: Plan, record: Record, cancel: Cancel) -> NetworkResult:
         result: Result | None = None
         doing = "no plugin"
         try:
+            failpoint("network.recorded")
             for step in plan.steps:
                 doing = step.describe
                 cancel.check()
@@ -226,7 +226,8 @@ class Cni:
     def _call(self, record: Record, netns: Path | None, cancel: Cancel | None) -> Call:
         deadline = time.monotonic() + self._config.plugin_timeout_s
         conflist = record.conflist
-        return Call(record.pod, conflist.name, conflist.version, record.interface, netns, deadline, cancel)
+        path = self._records.path(record.pod.id)
+        return Call(record.pod, conflist.name, conflist.version, record.interface, netns, deadline, path, cancel)
 
     # --------------------------------------------------------------------------------------------------------- status
 

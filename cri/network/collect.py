@@ -1,6 +1,7 @@
 """What a killed node left of pods that nobody knows any more: leases, host ports, interfaces, subnet rules.
 
-Refuses leases of another runtime that shares the network: its libcni keeps a result for each of them. Invariant: what
+Refuses what belongs to others on the machine: of another ocid (with a root and state of its own) the pod's record is
+there, whose path leases, interfaces and host ports carry; of another runtime libcni keeps the result. Invariant: what
 belongs to a pod in `kept` is not touched; a failure is reported and the rest goes on.
 """
 
@@ -16,9 +17,9 @@ from cri.network import conntrack
 from cri.network.conflist import Conflist
 from cri.network.firewall import Firewall, Purpose
 from cri.network.host_local import HostLocal
-from cri.network.netlink import IPNetwork
+from cri.network.netlink import IPNetwork, Netlink, list_addresses
 from cri.network.plan import Plan
-from cri.network.records import Record
+from cri.network.records import Record, is_alive
 from cri.network.values import PluginError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def leftovers(
             keep = frozenset((pod, config.interface) for pod in kept)
             _try("remove interfaces", partial(bridge.sweep, keep))
     _try("remove host ports", partial(_ports, firewall, kept))
-    _try("remove subnet rules", partial(firewall.keep_subnets, _subnets([*plans, *in_use], records)))
+    _try("remove subnet rules", lambda: firewall.keep_subnets(_subnets([*plans, *in_use], records)))
     for plan in plans:
         _programs(plan, kept, config.interface)
 
@@ -65,7 +66,9 @@ def release(allocator: HostLocal, kept: frozenset[str]) -> None:
         return
     with store.locked(_LOCK_S):
         for lease in store.leases():
-            if lease.container not in kept and not _is_foreign(allocator, lease.container, lease.interface):
+            if lease.container in kept or is_alive(store.record(lease)):
+                continue
+            if not _is_foreign(allocator, lease.container, lease.interface):
                 store.remove(lease)
 
 
@@ -83,13 +86,16 @@ def _ports(firewall: Firewall, kept: frozenset[str]) -> None:
 
 
 def _subnets(plans: Sequence[Plan], records: Sequence[Record]) -> set[tuple[Purpose, IPNetwork]]:
-    """The subnets that a configured network hands out, and those that pods have addresses of."""
+    """The subnets that a configured network hands out, those that pods have addresses of, and all that the host has
+    an address in: a rule lives as long as its bridge, whoever's that is."""
     networks = {
         item.subnet for plan in plans for ipam in plan.allocators for ranges in ipam.settings.sets for item in ranges
     }
     for record in records:
         if record.result is not None:
             networks |= {address.interface.network for address in record.result.addresses}
+    with Netlink() as netlink:
+        networks |= {address.network for address in list_addresses(netlink)}
     purposes: tuple[Purpose, Purpose] = ("masq", "hairpin")
     return {(purpose, network) for network in networks for purpose in purposes}
 

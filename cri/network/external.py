@@ -266,7 +266,9 @@ class External:
     def collect(self, valid: Sequence[tuple[str, str]], timeout: float) -> None:
         """GC (CNI 1.1): everything but the `valid` (container id, interface) pairs may go. Raises PluginError."""
         attachments = [{"containerID": container, "ifname": interface} for container, interface in valid]
-        data = self._stdin(self.conflist.version, {"cni.dev/valid-attachments": attachments})
+        # The specification's text once had the second name; libcni sends both.
+        extra = {"cni.dev/valid-attachments": attachments, "cni.dev/attachments": attachments}
+        data = self._stdin(self.conflist.version, extra)
         outcome = run(self.find(), self._environment("GC", None), data, timeout=timeout)
         if outcome.code != 0:
             raise PluginError(_failure(outcome)[1])

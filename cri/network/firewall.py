@@ -5,7 +5,7 @@ say the same a thousand times, and taking one out waits for an RCU grace period 
 every other pod's add needs. Invariant: each change is one atomic batch, made so that making it twice is making it once.
 
     table inet ocid {
-        map ports4 {…}  map hostports4 {…}  map ports6 {…}  map hostports6 {…}      # comment: the pod's id
+        map ports4 {…}  map hostports4 {…}  map ports6 {…}  map hostports6 {…}      # comment: id, record
         chain prerouting, output { fib daddr type local jump ports }
         chain ports { dnat to … map @hostports4 ; dnat to … map @ports4 ; … }
         chain postrouting { ct status dnat ip saddr 127.0.0.0/8 masquerade ; ip saddr SUBNET jump masq_SUBNET ; … }
@@ -21,10 +21,12 @@ import ipaddress
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal
 
 from cri.network import nftables as nft
 from cri.network.netlink import IPAddress, IPNetwork, NetlinkError
+from cri.network.records import is_alive
 
 _PREROUTING, _OUTPUT, _POSTROUTING = 0, 3, 4  # NF_INET_*
 _DSTNAT, _SRCNAT = -100, 100
@@ -76,10 +78,12 @@ class Firewall:
     """The table `name`. Any number of threads may use it: the kernel's commit is the lock, and `_subnets` keeps a
     subnet from being added between the look and the commit of `keep_subnets`."""
 
-    __slots__ = ("_subnets", "_table")
+    __slots__ = ("_record", "_subnets", "_table")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, record: Callable[[str], Path]) -> None:
+        """`record` is the path of a pod's record."""
         self._table = name
+        self._record = record
         self._subnets = threading.Lock()
 
     # ------------------------------------------------------------------------------------------------- the frame
@@ -182,10 +186,10 @@ class Firewall:
         self._ensure_frame()
         missing = []
         for forward in forwards:
-            name, element = _element(forward, owner)
+            name, element = _element(forward, f"{owner} {self._record(owner)}")
             there = list(nft.list_elements(self._table, name, element))
-            if there and (there[0].owner, there[0].value) != (owner, element.value):
-                raise PortTakenError(forward, there[0].owner)
+            if there and (_pod(there[0]), there[0].value) != (owner, element.value):
+                raise PortTakenError(forward, _pod(there[0]))
             if not there:
                 missing.append((name, element))
         if not missing:
@@ -199,18 +203,18 @@ class Firewall:
 
     def remove_forwards(self, owner: str) -> list[Forward]:
         """Removes every forward of `owner` and returns them. None: nothing happens."""
-        return self._remove(lambda found: found == owner)
+        return self._remove(lambda found: _pod(found) == owner)
 
     def keep_forwards(self, owners: frozenset[str]) -> list[Forward]:
-        """Removes the forwards of all but these owners, and returns them."""
-        return self._remove(lambda found: found not in owners)
+        """Removes the forwards of all but these owners and another ocid's pods, and returns them."""
+        return self._remove(lambda found: _pod(found) not in owners and not is_alive(_record(found)))
 
-    def _remove(self, condition: Callable[[str], bool]) -> list[Forward]:
+    def _remove(self, condition: Callable[[nft.Element], bool]) -> list[Forward]:
         messages, removed = [], []
         for version in (4, 6):
             for with_address in (True, False):
                 name = _map_name(version, with_address)
-                found = [item for item in nft.list_elements(self._table, name) if condition(item.owner)]
+                found = [item for item in nft.list_elements(self._table, name) if condition(item)]
                 if found:
                     messages.append(nft.delete_elements(self._table, name, found))
                     removed += [_forward(version, with_address, item) for item in found]
@@ -225,6 +229,15 @@ class Firewall:
         except NetlinkError as error:
             if error.errno != errno.ENOENT:
                 raise
+
+
+def _pod(element: nft.Element) -> str:
+    return element.owner.partition(" ")[0]
+
+
+def _record(element: nft.Element) -> Path | None:
+    path = element.owner.partition(" ")[2]
+    return Path(path) if path else None
 
 
 def _element(forward: Forward, owner: str) -> tuple[str, nft.Element]:

@@ -4,7 +4,7 @@ Refuses ranges outside their subnet and ranges that overlap. Invariant: a lease 
 flock on `lock`; it holds "CONTAINERID\\r\\nIFNAME", and who does not find both there does not remove it.
 
     DATADIR/NETWORK/lock                flock(2) around every change
-    DATADIR/NETWORK/10.88.0.7           "3f…\\r\\neth0"
+    DATADIR/NETWORK/10.88.0.7           "3f…\\r\\neth0"; ours have the path of the pod's record as an attribute
     DATADIR/NETWORK/last_reserved_ip.0  the address given last in range set 0: the next search starts behind it
 """
 
@@ -32,6 +32,7 @@ _RESOLV_LIMIT: Final = 64 << 10
 _LOCK_S: Final = 10.0
 _LOCK_STEP_S: Final = 0.001  # holders need microseconds
 _SETS_LIMIT: Final = 16
+_RECORD: Final = "trusted.ocid.record"
 _OWNER = re.compile(r"([^\r\n]+)(?:\r\n([^\r\n]*))?")
 
 
@@ -160,16 +161,16 @@ class Store:
         finally:
             os.close(fd)
 
-    def reserve(self, ranges: tuple[Range, ...], number: int, container: str, interface: str) -> Address | None:
+    def reserve(self, ranges: tuple[Range, ...], number: int, call: Call) -> Address | None:
         """The next free address of a range set, under the lock; None when there is none."""
-        content = f"{container}\r\n{interface}".encode()
+        content = f"{call.pod.id}\r\n{call.interface}".encode()
         taken: set[str] | None = None
         for candidate, owner in _candidates(ranges, self._last_reserved(number)):
             name = str(candidate)
             if taken is not None and name in taken:
                 continue
             try:
-                self._create(name, content)
+                self._create(name, content, call.record)
             except FileExistsError:
                 taken = taken or set(os.listdir(self._directory))
                 continue
@@ -177,11 +178,13 @@ class Store:
             return Address(ipaddress.ip_interface((candidate, owner.subnet.prefixlen)), owner.gateway)
         return None
 
-    def _create(self, name: str, content: bytes) -> None:
+    def _create(self, name: str, content: bytes, record: Path) -> None:
         path = self._directory / name
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             write_all(fd, content)
+            with contextlib.suppress(OSError):  # a filesystem without extended attributes: a lease like the others
+                os.setxattr(fd, _RECORD, os.fsencode(record))
         except BaseException:
             path.unlink()  # a full disk: an empty lease would never be released
             raise
@@ -217,6 +220,13 @@ class Store:
         raw = self._read(str(address))
         match = _OWNER.match(raw.decode("utf-8", "replace").strip()) if raw else None
         return Lease(address, match[1], match[2] or "") if match else None
+
+    def record(self, lease: Lease) -> Path | None:
+        """The record that the lease was made for, where an ocid made it."""
+        try:
+            return Path(os.fsdecode(os.getxattr(self._directory / str(lease.address), _RECORD, follow_symlinks=False)))
+        except OSError:
+            return None
 
     def leases(self) -> list[Lease]:
         """All of them."""
@@ -286,7 +296,7 @@ class HostLocal:
             with store.locked(min(call.left(), _LOCK_S)):
                 try:
                     for number, ranges in enumerate(self.settings.sets):
-                        address = store.reserve(ranges, number, call.pod.id, call.interface)
+                        address = store.reserve(ranges, number, call)
                         if address is None:
                             spans = ", ".join(f"{item.first}-{item.last}" for item in ranges)
                             raise PluginError(f"no free address in {spans}")

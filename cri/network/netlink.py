@@ -230,6 +230,7 @@ class Link:
     mtu: int
     master: int
     flags: int
+    alias: str = ""
 
 
 def _mac_bytes(mac: str) -> bytes:
@@ -253,6 +254,7 @@ def _parse_link(payload: bytes) -> Link:
         number(found.get(IFLA_MTU, bytes(4)))[0],
         number(found.get(IFLA_MASTER, bytes(4)))[0],
         flags,
+        found.get(IFLA_IFALIAS, b"").rstrip(b"\0").decode("utf-8", "replace"),
     )
 
 
@@ -315,6 +317,17 @@ def set_bridge_port(name: str, *, hairpin: bool) -> Request:
     return Request(RTM_NEWLINK, 0, _link_body(0, 0, 0, text(IFLA_IFNAME, name), info), f"set hairpin mode of {name}")
 
 
+def set_alias(name: str, alias: str) -> Request:
+    """At most 255 bytes: a longer one is none."""
+    short = alias if len(alias.encode()) < 256 else ""
+    return Request(
+        RTM_SETLINK,
+        0,
+        _link_body(0, 0, 0, text(IFLA_IFNAME, name), text(IFLA_IFALIAS, short)),
+        f"set the alias of {name}",
+    )
+
+
 def delete_link(index: int, name: str) -> Request:
     body = _link_body(index, 0, 0)
     return Request(RTM_DELLINK, 0, body, f"delete interface {name}", frozenset({errno.ENODEV}))
@@ -360,15 +373,15 @@ def delete_address(index: int, name: str, address: IPInterface) -> Request:
     return Request(RTM_DELADDR, 0, body, f"remove address {address} from {name}", missing)
 
 
-def list_addresses(netlink: Netlink, index: int) -> list[IPInterface]:
-    """The addresses of interface `index`, link-local ones of IPv6 left out."""
+def list_addresses(netlink: Netlink, index: int = 0) -> list[IPInterface]:
+    """The addresses of interface `index`, or of all, link-local ones of IPv6 left out."""
     found: list[IPInterface] = []
     head = _ADDR.pack(socket.AF_UNSPEC, 0, 0, 0, index)
     for _, payload in netlink.dump(RTM_GETADDR, head, "list addresses"):
         _, prefix, _, scope, owner = _ADDR.unpack_from(payload)
         values = attributes(payload, _ADDR.size)
         raw = values.get(IFA_LOCAL) or values.get(IFA_ADDRESS)
-        if owner == index and raw is not None and scope != RT_SCOPE_LINK:
+        if index in (0, owner) and raw is not None and scope != RT_SCOPE_LINK:
             found.append(ipaddress.ip_interface((raw, prefix)))
     return found
 

@@ -291,8 +291,12 @@ class Element:
 
 
 def _comment(owner: str) -> bytes:
-    # libnftnl's user data: type 0 is a comment, one byte of length, NUL at the end. nft(8) prints it.
-    raw = owner.encode()[:120] + b"\0"
+    # libnftnl's user data: type 0 is a comment, one byte of length, NUL at the end. nft(8) prints it up to 128 bytes;
+    # the kernel keeps 256 (NFT_USERDATA_MAXLEN).
+    raw = owner.encode()
+    if len(raw) > 250:
+        raw = raw.partition(b" ")[0][:250]
+    raw += b"\0"
     return bytes([0, len(raw)]) + raw
 
 

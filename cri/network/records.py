@@ -79,6 +79,11 @@ def _decode(data: bytes, source: str) -> Record:
     return Record(pod, conflist, field(document, "interface", str, "eth0"), (int(device), int(inode)), result)
 
 
+def is_alive(record: Path | None) -> bool:
+    """Whether what carries this record's path still belongs to a pod, of this ocid or of another on the machine."""
+    return record is not None and record.is_absolute() and record.exists()
+
+
 class Records:
     """The records in `directory`, one file a pod."""
 
@@ -87,9 +92,13 @@ class Records:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
+    def path(self, pod: str) -> Path:
+        """Where the pod's record is, or would be."""
+        return self._directory / f"{pod}.json"
+
     def write(self, record: Record) -> None:
         """Replaces the pod's record. Raises OSError."""
-        path = self._directory / f"{record.pod.id}.json"
+        path = self.path(record.pod.id)
         try:
             write_durable(path, _encode(record), sync=False)
         except FileNotFoundError:
@@ -98,7 +107,7 @@ class Records:
 
     def read(self, pod: str) -> Record | None:
         """The pod's record; one that is damaged is none, after a warning."""
-        path = self._directory / f"{pod}.json"
+        path = self.path(pod)
         try:
             return _decode(read_bounded(AT_FDCWD, str(path), _SIZE_LIMIT), str(path))
         except OSError as error:
@@ -110,7 +119,7 @@ class Records:
 
     def remove(self, pod: str) -> None:
         """Missing: no-op."""
-        (self._directory / f"{pod}.json").unlink(missing_ok=True)
+        self.path(pod).unlink(missing_ok=True)
 
     def pods(self) -> list[str]:
         """The ids of all pods with a record, damaged ones too."""

@@ -56,7 +56,9 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One ADD or DEL of a pod's network. `netns` is None when the namespace is gone; `cancel` None: to the end."""
+    """One ADD or DEL of a pod's network. `netns` is None when the namespace is gone; `cancel` None: to the end.
+    `record` is the pod's record: what is made carries its path, so that another ocid on the machine can tell it from
+    leftovers."""
 
     pod: PodNetwork
     network: str
@@ -64,6 +66,7 @@ class Call:
     interface: str
     netns: Path | None
     deadline: float
+    record: Path
     cancel: Cancel | None = None
 
     def left(self) -> float:

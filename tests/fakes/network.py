@@ -211,7 +211,7 @@ def network_corner(tmp_path: Path, **changes: object) -> Iterator[Corner]:
                 with contextlib.suppress(KernelError):
                     umount2(str(corner.netns / name), MNT_DETACH)
             _remove_links([*corner.ports(), corner.bridge])
-            Firewall(config.nft_table).remove()
+            Firewall(config.nft_table, config.state_dir.joinpath).remove()
             with contextlib.suppress(KernelError):
                 umount2(str(corner.netns), MNT_DETACH)
 

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from cri.interfaces import NetworkError, PodNetwork
+from cri.interfaces import NetworkError, PodNetwork, PortMapping
 from cri.network import netlink as nl
 from cri.network.bridge import host_name, mac
+from cri.network.cni import Cni
 from cri.network.netns import Namespaces
 from runtime.linux.mount import MNT_DETACH, MS_BIND, MS_SHARED, MountPoint, mount, mountinfo, umount2
 from tests.fakes.network import (
@@ -122,6 +123,9 @@ def test_masquerade_stays_with_the_subnet_and_goes_with_the_network(corner: Corn
             path.unlink()
             await corner.cni.collect(frozenset({pod.id}))
             assert half in _ruleset(corner)
+        await corner.cni.collect(frozenset())
+        assert half in _ruleset(corner)  # the bridge is there, with an address in it
+        subprocess.run(["ip", "link", "del", corner.bridge], check=True)
         await corner.cni.collect(frozenset())
         assert half not in _ruleset(corner)
 
@@ -388,6 +392,23 @@ def test_o3_killed_in_the_middle_of_add(corner: Corner, point: str, way: str) ->
     asyncio.run(scenario())
 
 
+FAILING = KILLED.replace("await cni.add", "try: await cni.add").replace(
+    'print("added", flush=True)', "except Exception as error: print(error)"
+)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_o8_a_failure_at_any_step_of_add_is_undone(corner: Corner, point: str) -> None:
+    identity = pod_id()
+    environment = {**os.environ, "OCID_FAILPOINTS": f"{point}=error", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", FAILING, repr(corner.config), identity]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert f"FailpointError: failpoint {point}" in ended.stdout and "add pod default/web" in ended.stdout
+    assert corner.leased() == {} and list(corner.records.iterdir()) == []
+    no_ports_left(corner)
+    asyncio.run(corner.cni.remove_netns(corner.netns / identity))
+
+
 def test_o3_killed_in_the_middle_of_delete(corner: Corner) -> None:
     identity = pod_id()
     _killed_at(corner, identity, "network.plugin.delete", "delete")
@@ -443,6 +464,29 @@ def test_collect_leaves_leases_of_another_runtime_alone(corner: Corner) -> None:
             assert corner.leased() == {}
 
     asyncio.run(scenario())
+
+
+def test_another_ocid_on_the_machine_collects_nothing_of_ours(corner: Corner, tmp_path: Path) -> None:
+    """`ocid run` with a root of its own next to a node's daemon: one bridge, one lease directory, one table."""
+    portmap: dict[str, object] = {"type": "portmap", "capabilities": {"portMappings": True}}
+    corner.conflist("net", [corner.bridge_plugin(), portmap])
+    other = Cni(replace(corner.config, state_dir=tmp_path / "other"))
+
+    async def scenario() -> None:
+        async with running_pod(corner, ports=(PortMapping(47123, 80),)) as (pod, result):
+            await other.collect(frozenset())
+            assert corner.leased("net") == {result.ips[0]: pod.id} and "47123" in _ruleset(corner)
+            assert reaches(None, pod, result.ips[0])
+            # A wiped state directory, as after a reboot: now they are leftovers, to whoever comes first.
+            (corner.records / f"{pod.id}.json").unlink()
+            await other.collect(frozenset())
+            assert corner.leased("net") == {} and "47123" not in _ruleset(corner)
+            no_ports_left(corner)
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        other.close()
 
 
 def test_o5_a_namespace_by_pid_is_never_used(corner: Corner) -> None:

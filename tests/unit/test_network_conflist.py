@@ -17,7 +17,12 @@ from cri.network.plan import Tools
 
 
 def _tools(tmp_path: Path) -> Tools:
-    return Tools(Binaries((tmp_path / "bin",)), tmp_path / "leases", Firewall("unused"), lambda index, name: None)
+    return Tools(
+        Binaries((tmp_path / "bin",)),
+        tmp_path / "leases",
+        Firewall("unused", tmp_path.joinpath),
+        lambda index, name: None,
+    )
 
 
 def _list(**changes: object) -> dict[str, object]:

@@ -18,7 +18,7 @@ from cri.network.values import Call, PluginError, make_result
 
 def _call(pod: str, seconds: float = 5.0) -> Call:
     network = PodNetwork(pod, "n", "ns", "u", Path("/nosuch"))
-    return Call(network, "net", "1.0.0", "eth0", None, time.monotonic() + seconds)
+    return Call(network, "net", "1.0.0", "eth0", None, time.monotonic() + seconds, Path("/nosuch"))
 
 
 def _plugin(tmp_path: Path, **ipam: object) -> HostLocal:
