@@ -68,6 +68,12 @@ def not_native(config: Json) -> str | None:
             return key
     if config.get("ipMasqBackend") not in (None, "", "nftables"):
         return "ipMasqBackend"
+    ipam = config.get("ipam")
+    routes = ipam.get("routes") if isinstance(ipam, dict) else None
+    for route in routes if isinstance(routes, list) else ():  # CNI 1.1: mtu, advmss, priority, table, scope
+        more = sorted(route.keys() - {"dst", "gw"}) if isinstance(route, dict) else []
+        if more:
+            return f"ipam.routes.{more[0]}"
     return None
 
 

@@ -110,6 +110,7 @@ def test_s19_what_is_no_name(bad: object) -> None:
         ({"type": "bridge", "ipMasqBackend": "iptables"}, False),
         ({"type": "bridge", "vlan": 5}, False),
         ({"type": "bridge", "macspoofchk": True}, False),
+        ({"type": "bridge", "ipam": {"routes": [{"dst": "0.0.0.0/0", "mtu": 1400}]}}, False),
         ({"type": "portmap"}, True),
         ({"type": "portmap", "conditionsV4": ["!", "-d", "10.0.0.0/8"]}, False),
         ({"type": "loopback"}, True),
