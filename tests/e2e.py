@@ -1,0 +1,271 @@
+"""A node for end-to-end tests: the installed `ocid serve` with directories, bridge and cgroup of its own, gRPC to its
+socket, a registry that can misbehave, and everything a call could leave behind, as one comparable set.
+
+Refuses to fake anything but the registry. Invariant: after `retired` nothing of the node is on the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import signal
+import socket as socketlib
+import sqlite3
+import struct
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from conformance.cri_client import Cri, Names, connected, container
+from conformance.daemons import command_path, remove_cgroup, retire
+from conformance.images import layouts
+from conformance.leaks import CGROUPS, Machine
+from tests.fakes.registry import OCI_MANIFEST, BuiltImage, FakeRegistry
+from tests.support import eventually
+
+STOP_S = 20.0
+# Files that are there before anything was asked for, and change without telling of anything.
+_OWN = ("ocid.db", "ocid.db-wal", "ocid.db-shm", "lock", "ocid.sock", "zygote.sock", "zygote.lock", "zygote.log")
+_TABLE = "table inet ocid"
+
+CONFIG = """\
+[runtime]
+cgroup_parent = "/{tag}"
+[network]
+conf_dir = "{directory}/net.d"
+lease_dir = "{directory}/leases"
+default_bridge = "{tag}"
+default_subnets = ["{subnet}"]
+netns_pool = 0
+[image]
+hosts_dirs = ["{directory}/certs.d"]
+{image}
+[limits]
+{limits}
+"""
+
+
+def busybox() -> BuiltImage:
+    """The busybox image of the demonstration, as a registry of ours serves it."""
+    layout = busybox_layout()
+    index = json.loads((layout / "index.json").read_bytes())["manifests"][0]
+
+    def blob(digest: str) -> bytes:
+        return (layout / "blobs/sha256" / digest.removeprefix("sha256:")).read_bytes()
+
+    manifest = json.loads(blob(index["digest"]))
+    digests = [manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])]
+    platform = {"os": "linux", "architecture": "amd64"}
+    return BuiltImage(
+        manifest=blob(index["digest"]),
+        media_type=OCI_MANIFEST,
+        blobs={digest: blob(digest) for digest in digests},
+        config_digest=digests[0],
+        layer_digests=tuple(digests[1:]),
+        diff_ids=tuple(json.loads(blob(digests[0]))["rootfs"]["diff_ids"]),
+        platform=platform,
+    )
+
+
+def busybox_layout() -> Path:
+    """The same as a directory."""
+    return layouts(["busybox"])[0]
+
+
+class Node:
+    """One root and one state directory, and the daemon that serves them while `start`ed."""
+
+    def __init__(self, directory: Path, *, image: str = "", limits: str = "", root: Path | None = None) -> None:
+        # Interface names have 15 characters; the second octet keeps test sessions on one machine apart.
+        self.tag = f"oe{secrets.token_hex(4)}"
+        self.directory = directory
+        self.root, self.state = root or directory / "root", directory / "state"
+        self.socket, self.log = self.state / "ocid.sock", directory / "ocid.log"
+        self.names = Names("e2e", directory / "logs")
+        self.process: subprocess.Popen[bytes] | None = None
+        self._stack = ExitStack()
+        self._client: Cri | None = None
+        self._pods = 0
+        (directory / "net.d").mkdir(parents=True)
+        subnet = f"10.{secrets.choice(range(100, 250))}.{secrets.choice(range(256))}.0/24"
+        text = CONFIG.format(tag=self.tag, directory=directory, subnet=subnet, image=image, limits=limits)
+        (directory / "config.toml").write_text(text)
+
+    # ------------------------------------------------------------------------------------------------------ lifetime
+
+    @property
+    def words(self) -> list[str]:
+        """`ocid` for this node, to be followed by a command."""
+        config = str(self.directory / "config.toml")
+        return [command_path("ocid"), "--config", config, "--root", str(self.root), "--state", str(self.state)]
+
+    @property
+    def client(self) -> Cri:
+        assert self._client is not None, "the daemon is not started"
+        return self._client
+
+    def start(self, *, umask: int = -1) -> None:
+        """Starts the daemon and waits until it is ready."""
+        with open(self.log, "ab") as output:
+            self.process = subprocess.Popen(
+                [*self.words, "serve"],
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                umask=umask,
+            )
+        eventually(lambda: self.process is None or self.process.poll() is not None or self._answers(), 20, "serving")
+        assert self.process.poll() is None, self.log.read_text()[-2000:]
+        self._client = self._stack.enter_context(connected(self.socket))
+
+    def _answers(self) -> bool:
+        with socketlib.socket(socketlib.AF_UNIX, socketlib.SOCK_STREAM) as probe, contextlib.suppress(OSError):
+            probe.connect(str(self.socket))
+            return True
+        return False
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        """Ends the daemon by a signal; pods run on."""
+        self._stack.close()
+        self._client = None
+        if self.process is not None:
+            self.process.send_signal(number)
+            try:
+                self.process.wait(STOP_S)
+            finally:
+                if self.process.poll() is None:
+                    self.process.kill()
+                    self.process.wait()
+                self.process = None
+
+    @property
+    def zygote(self) -> int:
+        """The pid of whoever forks the shims (struct ucred of unix(7): pid, uid, gid)."""
+        with socketlib.socket(socketlib.AF_UNIX, socketlib.SOCK_STREAM) as client:
+            client.connect(str(self.state / "zygote.sock"))
+            raw = client.getsockopt(socketlib.SOL_SOCKET, socketlib.SO_PEERCRED, 12)
+            return int(struct.unpack("3i", raw)[0])
+
+    def shim(self, pod: str) -> int:
+        """The pid of a pod's shim, by its socket."""
+        path = self.state / "pods" / pod / "shim.sock"
+        directory = os.open(path.parent, os.O_PATH)
+        try:
+            with socketlib.socket(socketlib.AF_UNIX, socketlib.SOCK_STREAM) as client:
+                client.connect(f"/proc/self/fd/{directory}/{path.name}")
+                raw = client.getsockopt(socketlib.SOL_SOCKET, socketlib.SO_PEERCRED, 12)
+                return int(struct.unpack("3i", raw)[0])
+        finally:
+            os.close(directory)
+
+    # -------------------------------------------------------------------------------------------------------- pods
+
+    def pod_config(self, *, network: bool = False) -> Any:
+        """A pod of its own name; on the host's network unless told, since most tests do not ask about it."""
+        self._pods += 1
+        config = self.names.pod(self._pods)
+        if not network:
+            config.linux.security_context.namespace_options.network = 2
+            config.hostname = ""
+        return config
+
+    def run(self, image: str, command: Sequence[str], *, network: bool = False) -> tuple[str, str, Path]:
+        """A pod with one started container: pod, container, log file."""
+        config = self.pod_config(network=network)
+        pod = self.client.run_pod(config)
+        one = self.client.create(pod, container("main", image, command), config)
+        self.client.start(one)
+        return pod, one, Path(config.log_directory) / "main.log"
+
+    def drop(self, pod: str) -> None:
+        """Stops and removes a pod with what is in it."""
+        self.client.stop_pod(pod)
+        self.client.remove_pod(pod)
+
+    # ------------------------------------------------------------------------------------------------------ what is
+
+    def held(self) -> frozenset[str]:
+        """Everything this node has on the machine beyond its daemon, in words: files, records, cgroups, mounts,
+        processes. A call that fails must leave this as it was."""
+        found = {f"file {path}" for path in self._files() if not self._is_kept_blob(path)}
+        found |= {f"cgroup {path}" for path in CGROUPS.glob(f"*/{self.tag}/**/")}
+        found |= {f"cgroup {path}" for path in CGROUPS.glob(f"{self.tag}/**/")}
+        machine = Machine.now()
+        mark = str(self.directory)
+        found |= {f"mount {mount}" for mount in machine.mounts if mark in mount}
+        found |= {f"process {one.pid} {one.command[:80]}" for one in machine.processes if mark in one.command}
+        return frozenset(found | set(self._records()))
+
+    def _files(self) -> Iterator[Path]:
+        for top in (self.root, self.state, self.directory / "leases"):
+            for directory, directories, files in os.walk(top):
+                yield from (Path(directory, name) for name in directories)
+                yield from (Path(directory, name) for name in files if name not in _OWN)
+                # What is inside a snapshot comes and goes with it.
+                directories[:] = [name for name in directories if name not in ("fs", "upper", "rootfs")]
+
+    def _is_kept_blob(self, path: Path) -> bool:
+        """A whole, right blob may stay for the next try; a collector takes it when nobody tries."""
+        if path.parent != self.root / "images/blobs/sha256":
+            return path in (self.root / "images/ingest/.collect", self.root / "images/ingest/.reserve")
+        return hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+
+    def _records(self) -> Iterator[str]:
+        database = sqlite3.connect(f"file:{self.root}/ocid.db?mode=ro", uri=True)
+        try:
+            tables = [row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+            for table in tables:
+                for row in database.execute(f"SELECT * FROM {table}"):
+                    yield f"record {table}: {str(row)[:200]}"
+        finally:
+            database.close()
+
+
+@contextmanager
+def node(directory: Path, *, image: str = "", limits: str = "", root: Path | None = None) -> Iterator[Node]:
+    """A started node; everything of it is gone afterwards."""
+    before = Machine.now()
+    made = Node(directory, image=image, limits=limits, root=root)
+    try:
+        made.start()
+        yield made
+    finally:
+        with contextlib.suppress(AssertionError, grpc.RpcError):
+            if made.process is None:
+                made.start()
+            made.client.clear()
+        made.end()
+        retired(made, before)
+
+
+def retired(made: Node, before: Machine) -> None:
+    """Takes away what a node keeps for as long as it lives: zygote, bridge, empty cgroups; and the table when this
+    machine is ours alone."""
+    retire(made.state)
+    remove_cgroup(made.tag)
+    subprocess.run(["ip", "link", "delete", made.tag], capture_output=True, check=False)
+    if _TABLE not in before.tables and os.environ.get("OCID_REQUIRE_ALL"):
+        subprocess.run(["nft", *f"delete {_TABLE}".split()], capture_output=True, check=False)
+
+
+@contextmanager
+def stocked() -> Iterator[FakeRegistry]:
+    """A registry with `busybox:1`."""
+    with FakeRegistry() as registry:
+        registry.add("busybox", "1", busybox())
+        yield registry
+
+
+def messages(log: Path, stream: str = "stdout") -> list[str]:
+    """What a container printed, out of a log in the CRI's format."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    split = [line.split(" ", 3) for line in lines]
+    return [words[3] for words in split if words[1] == stream]
