@@ -185,7 +185,7 @@ def test_programs_are_found_by_plain_name_only(tmp_path: Path) -> None:
 
 def test_p11_a_program_inherits_three_fds_and_no_signal_setting(tmp_path: Path) -> None:
     program = tmp_path / "x"
-    program.write_text("#!/bin/sh\nls -l /proc/self/fd >&2\ngrep -E 'Sig(Ign|Blk)' /proc/$$/status\ncat\n")
+    program.write_text("#!/bin/sh\nls -l /proc/self/fd >&2\ngrep -E 'Sig(Ign|Blk)' /proc/self/status\ncat\n")
     program.chmod(0o755)
     outcome = run(program, {"PATH": "/bin:/usr/bin"}, b"input", timeout=10)
     fds = [line.split(" -> ")[1] for line in outcome.stderr.decode().splitlines() if " -> " in line]
