@@ -93,6 +93,7 @@ def create(request: CreateRequest) -> Created:
         undo.append(("remove the state directory", lambda: remove_tree(directory)))
         failpoint("create.reserved")
         _note_cgroups(directory, manager)
+        failpoint("create.noted")
         if filter_program:
             write_durable(f"{directory}/{state.FILTER}", filter_program, sync=False)
         manager.create(spec.resources)
@@ -130,7 +131,11 @@ def _root_path(bundle: str, path: str, *, make: bool) -> str:
 
 
 def _note_cgroups(directory: str, manager: Manager) -> None:
-    """Before the cgroup is made: so that `delete --force` finds it if this process is killed now (threats O37)."""
+    """Before the cgroup is made: so that `delete --force` finds it if this process is killed now (threats O37).
+
+    Not where somebody lives already: then `manager.create` refuses, and the note would be the death of others."""
+    if manager.pids():
+        return
     write_durable(f"{directory}/cgroup.json", encode(manager.paths()), sync=False)
 
 

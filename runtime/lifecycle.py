@@ -166,7 +166,7 @@ def delete(root: str, container_id: str, *, force: bool = False) -> None:
             return
         if failure.code != "failed_precondition" or not force:
             raise
-        _remove_half_made(directory, container_id)
+        _remove_half_made(directory)
         return
     now = state.status(root, facts)
     if now not in ("stopped", "created") and not force:
@@ -210,7 +210,7 @@ def _end(facts: State) -> None:
         os.close(pidfd)
 
 
-def _remove_half_made(directory: str, container_id: str) -> None:
+def _remove_half_made(directory: str) -> None:
     """What a create that was killed left: its init ended with it (runtime/sync.py); the cgroup is named in a note."""
     from runtime.cgroups.manager import manager_from_paths
 
@@ -223,10 +223,9 @@ def _remove_half_made(directory: str, container_id: str) -> None:
             paths = Fields({"cgroup": decode(os.read(fd, 1 << 16), "cgroup.json")}).mapping("cgroup")
         finally:
             os.close(fd)
-        if os.path.basename(next(iter(paths.values()), "")).endswith(container_id):
-            manager = manager_from_paths(paths)
-            manager.kill(_SIGKILL)
-            manager.destroy()
+        manager = manager_from_paths(paths)
+        manager.kill(_SIGKILL)
+        manager.destroy()
     remove_tree(directory)
 
 

@@ -28,9 +28,8 @@ def failpoint(name: str) -> None:
     if action is None:
         return
     if action == "kill":
-        import signal  # 2 ms that only an armed failpoint need spend
-
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), 9)
+        os._exit(137)  # the first process of a PID namespace takes no SIGKILL from within (pid_namespaces(7))
     if action.startswith("pause:"):
         with open(action[6:], "rb"):
             return
