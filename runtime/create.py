@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import time
 
 from runtime import init, rootfs, seccomp, state, sync
@@ -335,10 +336,17 @@ class _Birth:
         """The init ended without a word: by a signal, as a rule. Names the step it had come to."""
         reached = progress.reached()
         step = init.STEPS[reached].name if reached < len(init.STEPS) else "wait"
-        how = "it was killed"
+        how = "somebody else has waited for it"
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        poll.poll(1000)  # it closes its end before it is a zombie with a status
         try:
-            _, status = os.waitpid(self._pid, os.WNOHANG)
-            if os.WIFSIGNALED(status):
+            ended, status = os.waitpid(self._pid, os.WNOHANG)
+            if not ended:
+                how = "it closed its end and lives"
+            elif os.WIFEXITED(status):
+                how = f"it exited with status {os.WEXITSTATUS(status)}"
+            elif os.WIFSIGNALED(status):
                 how = f"it was killed by signal {os.WTERMSIG(status)}"
         except ChildProcessError:
             pass

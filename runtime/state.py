@@ -96,6 +96,9 @@ def reserve(root: str, container_id: str) -> str:
     path = directory(root, container_id)
     try:
         os.makedirs(root, 0o700, exist_ok=True)
+    except OSError as error:
+        raise RuntimeFailure.of(error, what=f"make {root}") from None
+    try:
         os.mkdir(path, 0o700)
     except FileExistsError:
         raise RuntimeFailure(
@@ -149,7 +152,7 @@ def load(root: str, container_id: str) -> State:
 
 def _parse(raw: bytes, what: str) -> State:
     try:
-        fields = Fields(decode(raw, what))
+        fields = Fields(decode(raw, "the file"))
         config = fields.required_object("config")
         return State(
             id=fields.str("id", required=True),
@@ -165,7 +168,11 @@ def _parse(raw: bytes, what: str) -> State:
             filter_flags=fields.int("seccomp_flags", required=True),
         )
     except RuntimeFailure as failure:
-        raise RuntimeFailure.of(failure, what=f"read {what}") from None
+        raise RuntimeFailure(
+            f"{what} is damaged: {failure}",
+            code="failed_precondition",
+            hint="delete the container with --force: that goes by its cgroup",
+        ) from None
 
 
 def status(root: str, state: State) -> str:
