@@ -3,7 +3,8 @@
 `Machine.now()` reads mounts, network namespaces, links, nftables tables, cgroup directories and processes; `left_over`
 says in sentences what is new. It only looks and never cleans up. With `marks` it reports only what carries one of them
 (a path below a test's directory, a process started with a test's environment), so that a comparison stays true while
-somebody else uses the same machine.
+somebody else uses the same machine. Without, everything new counts but what a machine does on its own: processes of
+others (a timer, a login), and the cgroups that hold nothing but those.
 
     python3 -m conformance.leaks save FILE      writes what is there now
     python3 -m conformance.leaks compare FILE   prints what is new since then; exit code 1 if anything is
@@ -11,6 +12,7 @@ somebody else uses the same machine.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -28,6 +30,8 @@ NETNS_DIRECTORIES = (Path("/run/netns"), Path("/run/ocid/netns"))
 IPTABLES = frozenset(
     f"table {family} {name}" for family in ("ip", "ip6") for name in ("nat", "filter", "mangle", "raw", "security")
 )
+# Names that ocid gives its processes, and the peers that tests start.
+OUR_NAMES = ("ocid", "ocirun", "shim", "containerd", "docker-registry", "runc", "crun", "crictl")
 # What a process that was just killed takes to be reaped, and its cgroup to go after it.
 SETTLE_S = 5.0
 # Threads of the kernel come and go on their own: their parent is kthreadd, always pid 2.
@@ -73,29 +77,49 @@ class Machine:
 def left_over(before: Machine, after: Machine, marks: Sequence[str] = ()) -> list[str]:
     """One sentence for each thing of `after` that `before` did not have and that carries one of `marks` (all, if none).
 
-    A process carries a mark that its environment or command line holds, and always when it descends from this one.
+    A process counts when it descends from this one, carries a mark in its environment or command line, and without
+    marks also when it looks like a part of ocid or like a container: by its name, or by a pid namespace of its own.
     """
-    found = []
-    for mount in _new(before.mounts, after.mounts):
-        if _marked(mount, marks):
-            found.append(f"mount {mount}")
-    for name in sorted(after.namespaces - before.namespaces):
-        if _marked(name, marks):
-            found.append(f"network namespace {name}")
-    for path in sorted(after.cgroups - before.cgroups):
-        if _marked(path, marks):
-            found.append(f"cgroup {path}")
+    known = {(process.pid, process.started_ticks) for process in before.processes}
+    mine = _descendants(after.processes, os.getpid())
+    fresh = [one for one in after.processes if (one.pid, one.started_ticks) not in known and one.pid != os.getpid()]
+    processes = [one for one in fresh if one.pid in mine or _is_ours(one, marks)]
+    counted = frozenset(one.pid for one in processes)
+    found = [f"mount {mount}" for mount in _new(before.mounts, after.mounts) if _marked(mount, marks)]
+    found += [f"network namespace {one}" for one in sorted(after.namespaces - before.namespaces) if _marked(one, marks)]
+    found += [
+        f"cgroup {path}"
+        for path in sorted(after.cgroups - before.cgroups)
+        if _marked(path, marks) and not _holds_only_strangers(path, counted)
+    ]
     if not marks:
         found += [f"network link {name}" for name in sorted(after.links - before.links)]
         found += [f"nftables table {name}" for name in sorted(after.tables - before.tables)]
-    mine = _descendants(after.processes, os.getpid())
-    known = {(process.pid, process.started_ticks) for process in before.processes}
-    for process in sorted(after.processes, key=lambda process: process.pid):
-        if (process.pid, process.started_ticks) in known or process.pid == os.getpid():
-            continue
-        if not marks or process.pid in mine or _marked(process.command + _environment(process.pid), marks):
-            found.append(f"process {process.pid} ({process.name}): {process.command[:120]}")
+    for process in sorted(processes, key=lambda process: process.pid):
+        found.append(f"process {process.pid} ({process.name}): {process.command[:120]}")
     return found
+
+
+def _is_ours(process: Process, marks: Sequence[str]) -> bool:
+    if marks:
+        return _marked(process.command + _environment(process.pid), marks)
+    return process.name.startswith(OUR_NAMES) or _pid_namespace(process.pid) not in ("", _pid_namespace(os.getpid()))
+
+
+def _pid_namespace(pid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid")
+    except OSError:
+        return ""
+
+
+def _holds_only_strangers(cgroup: str, counted: frozenset[int]) -> bool:
+    """True for a cgroup with processes of which none counts: a session or a service of the machine."""
+    pids: set[int] = set()
+    for directory, _, _ in os.walk(cgroup):
+        with contextlib.suppress(OSError):
+            pids.update(map(int, Path(directory, "cgroup.procs").read_text().split()))
+    return bool(pids) and not pids & counted
 
 
 def _new(before: Iterable[str], after: Iterable[str]) -> list[str]:

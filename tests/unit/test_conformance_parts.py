@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -119,3 +120,10 @@ def test_a_child_of_ours_is_seen_whatever_it_is_called() -> None:
     finally:
         child.communicate(b"\n")
     assert f"process {child.pid} " not in str(left_over(before, Machine.now(), ["no such mark"]))
+
+
+def test_what_a_machine_does_on_its_own_is_not_ours() -> None:
+    logrotate = Process(os.getppid(), 0, 1, "logrotate", "logrotate /etc/logrotate.conf")
+    shim = Process(1 << 30, 5, 1, "shim 0123", "python")
+    found = left_over(NOTHING, replace(NOTHING, processes=frozenset({logrotate, shim})))
+    assert found == [f"process {1 << 30} (shim 0123): python"]
