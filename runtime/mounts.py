@@ -64,6 +64,7 @@ PROPAGATION = {
 SUPERBLOCK = frozenset({"sync", "dirsync", "lazytime", "mand", "iversion"})
 IGNORED = frozenset({"defaults", "async", "nolazytime", "nomand", "noiversion", "silent", "loud", "acl", "noacl"})
 REFUSED = frozenset({"idmap", "ridmap", "remount", "tmpcopyup", "copy-symlink"})
+PATH_MAX = 4096  # linux/limits.h
 
 
 class Attributes(Record):
@@ -113,6 +114,8 @@ def parse(fields: Fields) -> Mount:
     destination = "/" + fields.str("destination", required=True).strip("/")
     if destination == "/" or set(destination.split("/")) <= {"", ".", ".."}:
         raise fields.error("destination", "a mount cannot replace the root filesystem")
+    if len(destination.encode("utf-8", "surrogateescape")) >= PATH_MAX:
+        raise fields.error("destination", f"longer than {PATH_MAX - 1} bytes")
     fields.refuse("uidMappings", "gidMappings")
     fstype, source = fields.str("type"), fields.str("source")
     options = fields.strs("options")

@@ -13,7 +13,7 @@ import os
 import stat
 
 from runtime.errors import RuntimeFailure
-from runtime.linux.files import PROC_SUPER_MAGIC, fstatfs_type, mkdir_in_root, open_beneath, open_in_root
+from runtime.linux.files import MAX_LINKS, PROC_SUPER_MAGIC, fstatfs_type, mkdir_in_root, open_beneath, open_in_root
 from runtime.linux.libc import KernelError
 from runtime.linux.mount import (
     AT_EMPTY_PATH,
@@ -283,10 +283,21 @@ def _open_or_create_file(root: Root, destination: str) -> int:
     except KernelError as error:
         if error.errno != _ENOENT:
             raise
-    os.close(mkdir_in_root(root.fd, os.path.dirname(destination)))
-    # Follows a dangling link inside the root; NONBLOCK in case a FIFO has appeared meanwhile.
-    flags = os.O_CREAT | os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
-    os.close(open_in_root(root.fd, destination, flags, 0o644))
+    path = destination
+    for _ in range(MAX_LINKS):
+        directory, name = os.path.split(path)
+        parent = mkdir_in_root(root.fd, directory)
+        try:
+            # A dangling link is followed by hand, since its directory may have to be made, too.
+            target = os.readlink(name, dir_fd=parent)
+        except OSError:
+            # NONBLOCK in case a FIFO has appeared meanwhile; NOFOLLOW in case a link has.
+            flags = os.O_CREAT | os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW | os.O_CLOEXEC
+            os.close(os.open(name, flags, 0o644, dir_fd=parent))
+            break
+        finally:
+            os.close(parent)
+        path = target if target.startswith("/") else f"{directory}/{target}"
     return open_in_root(root.fd, destination, os.O_PATH)
 
 

@@ -74,7 +74,7 @@ class Channel:
         """Sends Failed by write(2), which a seccomp filter forbids last. A peer that is gone hears nothing."""
         body = encode({"kind": "Failed", "failure": failure.to_json()})
         if len(body) > MAX_MESSAGE:
-            failure.message = failure.message[:4096] + " …"
+            failure.message = f"{failure.message[:2048]} … {failure.message[-2048:]}"  # the cause is at the end
             body = encode({"kind": "Failed", "failure": failure.to_json()})
         try:
             os.write(self._socket.fileno(), body)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # linux/openat2.h
 RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_IN_ROOT = 1, 2, 4, 8, 16
+MAX_LINKS = 40  # linux/namei.h, MAXSYMLINKS
 AT_FDCWD, AT_EMPTY_PATH, AT_SYMLINK_NOFOLLOW = -100, 0x1000, 0x100
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 # linux/magic.h
@@ -88,12 +89,24 @@ def mkdir_in_root(root_fd: int, path: str, mode: int = 0o755) -> int:
     """The directory `path` inside `root_fd`, made with its parents where missing; an O_PATH fd the caller owns.
 
     Walks one component at a time: an existing prefix is followed in the root, a new part is made in the fd of its
-    parent, so a swapped link can lead elsewhere in the root but never out of it (CVE-2024-45310).
+    parent, so a swapped link can lead elsewhere in the root but never out of it (CVE-2024-45310). Where a link leads to
+    nothing yet (/etc/resolv.conf of many images, /var/run), that is made, too.
     """
+    for _ in range(MAX_LINKS):
+        made = _walk_and_make(root_fd, path, mode)
+        if isinstance(made, int):
+            return made
+        path = made
+    raise KernelError(errno.ELOOP, "make directory", path)
+
+
+def _walk_and_make(root_fd: int, path: str, mode: int) -> int | str:
+    """An O_PATH fd of `path`, or the path to go on with when a part of it is a dangling link."""
     current = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root_fd)
     walked = ""
-    for part in [part for part in path.split("/") if part not in ("", ".")]:
-        walked = f"{walked}/{part}"
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    for number, part in enumerate(parts):
+        above, walked = walked, f"{walked}/{part}"
         try:
             try:
                 following = open_in_root(root_fd, walked, os.O_PATH | os.O_DIRECTORY)
@@ -102,8 +115,15 @@ def mkdir_in_root(root_fd: int, path: str, mode: int = 0o755) -> int:
                     raise
                 try:
                     os.mkdir(part, mode, dir_fd=current)
-                except FileExistsError:  # a dangling link, or somebody was faster: opening it tells which
-                    following = open_in_root(root_fd, walked, os.O_PATH | os.O_DIRECTORY)
+                except FileExistsError:  # a dangling link, or somebody was faster
+                    try:
+                        target = os.readlink(part, dir_fd=current)
+                    except OSError:
+                        following = open_in_root(root_fd, walked, os.O_PATH | os.O_DIRECTORY)
+                    else:
+                        return "/".join(
+                            [target if target.startswith("/") else f"{above}/{target}", *parts[number + 1 :]]
+                        )
                 else:
                     following = open_beneath(current, part, os.O_PATH | os.O_DIRECTORY)
         finally:

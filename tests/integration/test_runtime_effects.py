@@ -122,7 +122,7 @@ def test_sysctl_and_names(home: Bundles) -> None:
 
 def test_read_only_root_masked_and_read_only_paths(home: Bundles) -> None:
     one = home.sh(
-        "touch /x; touch /tmp/x; touch /data/x && echo data; cat /proc/kcore | wc -c; "
+        "touch /x; touch /tmp/x; touch /data/x && echo data; cat /proc/version | wc -c; "
         "ls /proc/acpi /masked 2>/dev/null | grep -v :; cat /secret; echo x > /secret; touch /masked/x;"
         "echo 1 > /proc/sys/net/ipv4/ip_forward; cat /part/f; touch /part/f"
     )
@@ -133,7 +133,7 @@ def test_read_only_root_masked_and_read_only_paths(home: Bundles) -> None:
     (one.rootfs / "part/f").write_text("part\n")
     (one.rootfs / "secret").write_text("secret\n")
     one.mount("/data", "tmpfs", "tmpfs", "size=4k")
-    one.linux["maskedPaths"] = ["/proc/kcore", "/proc/acpi", "/masked", "/secret", "/not/there"]
+    one.linux["maskedPaths"] = ["/proc/version", "/proc/acpi", "/masked", "/secret", "/not/there"]
     one.linux["readonlyPaths"] = ["/proc/sys", "/part", "/not/there/either"]
     result = one.run()
     assert result.text.split() == ["data", "0", "part"], result
@@ -298,7 +298,7 @@ def test_user_namespace(home: Bundles) -> None:
     source = home.directory / "source"
     source.mkdir()
     one.mount("/data", "bind", source, "rbind", "ro")
-    one.linux["maskedPaths"] = ["/proc/kcore", "/sys/firmware"]
+    one.linux["maskedPaths"] = ["/proc/version", "/sys/firmware"]
     one.linux["readonlyPaths"] = ["/proc/sys"]
     one.up()
     pid = one.pid()
@@ -307,7 +307,8 @@ def test_user_namespace(home: Bundles) -> None:
     assert Path(f"/proc/{pid}/uid_map").read_text().split() == ["0", "100000", "65536"]
     assert one.exec("id", "-u", flags=("--user", "0")).ok() == "0\n"
     assert (
-        one.exec("sh", "-c", "echo x > /dev/null; stat -c %t:%T /dev/null; cat /proc/kcore | wc -c").ok() == "1:3\n0\n"
+        one.exec("sh", "-c", "echo x > /dev/null; stat -c %t:%T /dev/null; cat /proc/version | wc -c").ok()
+        == "1:3\n0\n"
     )
     one.exec("touch", "/data/x", flags=("--user", "0")).failed("Read-only")
 
