@@ -1,4 +1,5 @@
-"""Commands in a running container: run to the end with bounded output (ExecSync), or with somebody's own fds.
+"""Commands in a running container, each in a helper of its own: run to the end with bounded output (ExecSync), or with
+somebody's own fds.
 
 A timeout kills the command and everything below it, as does the caller's going away: nobody would read the answer.
 Output is kept up to a limit and read on beyond it, so that the command neither blocks nor fills memory or disk
@@ -9,65 +10,53 @@ left with a broken pipe (S52). Invariant: the exit code in an answer is the kern
 from __future__ import annotations
 
 import os
+import select
+import time
 
-from runtime.linux.memory import malloc_trim
-from runtime.shim.loop import READ, Loop, Promise, Task
+from runtime.linux.process import pidfd_open, set_child_subreaper
 from runtime.shim.reaper import exit_code
 from runtime.shim.tree import kill_tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from runtime.shim.engine import Engine
-    from runtime.shim.protocol import ExecMessage
+    from runtime.shim.protocol import ExecMessage, StreamMessage
 
 DRAIN = 0.25
 MAX_OUTPUT = 31 << 20  # what fits into a frame, whatever the caller asks for
 _CHUNK = 65536
-_TRIM_AFTER = 1 << 20  # bytes of output after which freed memory is given back
 
 
 class Collector:
     """Reads a stream to its end and keeps the first `limit` bytes."""
 
-    def __init__(self, loop: Loop, take_fd: int, limit: int) -> None:
-        self._loop = loop
-        self._fd = take_fd
+    def __init__(self, take_fd: int, limit: int) -> None:
+        self.fd = take_fd
         self._left = limit
         self._pieces: list[bytes] = []
         self.truncated = False
-        self.received = 0
-        self.ended: Promise[None] = Promise()
         os.set_blocking(take_fd, False)
-        loop.watch(take_fd, READ, self._ready)
 
-    def _ready(self, _events: int) -> None:
+    def read(self) -> bool:
+        """Takes what is there; False at the end of the stream."""
         try:
-            piece = os.read(self._fd, _CHUNK)
+            piece = os.read(self.fd, _CHUNK)
         except BlockingIOError:
-            return
-        if not piece:
-            self.close()
-            return
-        self.received += len(piece)
+            return True
+        except OSError:  # a pty whose last slave is closed reads as EIO
+            return False
         if len(piece) <= self._left:
             self._left -= len(piece)
             self._pieces.append(piece)
         else:
             self._pieces.append(piece[: self._left])
             self._left, self.truncated = 0, True
+        return bool(piece)
 
-    def close(self) -> None:
-        """Ends reading; idempotent."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            self._loop.unwatch(fd)
-            os.close(fd)
-        self.ended.resolve()
-
-    def take(self) -> bytes:
-        """What was kept; it is not kept here any longer."""
-        pieces, self._pieces = self._pieces, []
-        return b"".join(pieces)
+    def kept(self) -> bytes:
+        return b"".join(self._pieces)
 
 
 class Finished:
@@ -83,55 +72,97 @@ class Finished:
         self.truncated = truncated
 
 
-def run_to_end(loop: Loop, engine: Engine, message: ExecMessage, gone: Promise[None]) -> Task[Finished]:
-    """Runs the command of `message`; `gone` resolves when the caller is. Raises RuntimeFailure if it cannot start."""
+class Command:
+    """A started command, a child of this process. `console` is its pty's master, or -1."""
+
+    def __init__(self, pid: int, console: int) -> None:
+        self.pid = pid
+        self.console = console
+
+    def wait(self) -> int:
+        """Its exit code, once it has ended."""
+        return exit_code(os.waitpid(self.pid, 0)[1])[0]
+
+
+def run_on_fds(engine: Engine, message: StreamMessage, fds: Sequence[int]) -> Command:
+    """Starts the command on `fds`, or on a terminal of its own. Closes our copies of the fds."""
+    set_child_subreaper(True)  # what a runtime binary leaves becomes our child, not the shim's
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    stdio = (null, null, null) if message.terminal else tuple(fds)
+    try:
+        made = engine.execute(message.id, message.process, stdio)
+    finally:
+        for fd in {null, *fds}:
+            os.close(fd)
+    return Command(made.pid, made.console)
+
+
+def run_to_end(engine: Engine, message: ExecMessage, caller: int) -> Finished:
+    """Runs the command; `caller` is the connection of who wants the answer. Raises RuntimeFailure if it cannot
+    start."""
+    set_child_subreaper(True)
     limit = max(0, min(int(message.output_limit), MAX_OUTPUT))
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     out_read, out_write = os.pipe2(os.O_CLOEXEC)
     err_read, err_write = os.pipe2(os.O_CLOEXEC)
-    streams = [Collector(loop, out_read, limit), Collector(loop, err_read, limit)]
     try:
-        try:
-            made = yield from engine.execute(message.id, message.process, (null, out_write, err_write))
-        finally:
-            for fd in (null, out_write, err_write):
-                os.close(fd)
-        if made.console >= 0:  # a terminal nobody is at: its output is the command's
-            streams.append(Collector(loop, made.console, limit))
-        ended = made.ended
-        timed_out = yield from _until(loop, ended, gone, message.timeout_s)
-        if not ended.done:
-            kill_tree(made.pid)
-        status = yield ended
-        yield from _drain(loop, streams)
-        code, _ = exit_code(status)
-        stdout, stderr = streams[-1].take() if len(streams) > 2 else streams[0].take(), streams[1].take()
-        return Finished(code, stdout, stderr, timed_out, any(stream.truncated for stream in streams))
+        made = engine.execute(message.id, message.process, (null, out_write, err_write))
     finally:
-        for stream in streams:
-            stream.close()
-        if any(stream.received > _TRIM_AFTER for stream in streams):
-            malloc_trim()
+        for fd in (null, out_write, err_write):
+            os.close(fd)
+    streams = [Collector(out_read, limit), Collector(err_read, limit)]
+    if made.console >= 0:  # a terminal that nobody is at: its output is the command's
+        streams.append(Collector(made.console, limit))
+    watch = _Watch(streams, made.pid, caller)
+    timed_out = watch.until_exit(message.timeout_s)
+    status = os.waitpid(made.pid, 0)[1]
+    watch.drain()
+    stdout = streams[-1].kept() if made.console >= 0 else streams[0].kept()
+    truncated = any(stream.truncated for stream in streams)
+    return Finished(exit_code(status)[0], stdout, streams[1].kept(), timed_out, truncated)
 
 
-def _until(loop: Loop, ended: Promise[int], gone: Promise[None], seconds: float) -> Task[bool]:
-    """Waits for the end, the time limit or the caller's end, whatever is first. True when it was the time."""
-    first: Promise[str] = Promise()
-    timer = loop.after(seconds, lambda: first.resolve("time")) if seconds > 0 else None
-    ended.when_done(lambda: first.resolve("ended"))
-    gone.when_done(lambda: first.resolve("gone"))
-    which = yield first
-    if timer is not None:
-        timer.cancel()
-    return bool(which == "time")
+class _Watch:
+    """Reads the streams while it waits for the command, the clock and the caller."""
 
+    def __init__(self, streams: list[Collector], pid: int, caller: int) -> None:
+        self._pid = pid
+        self._caller = caller
+        self._pidfd = pidfd_open(pid)
+        self._streams = {stream.fd: stream for stream in streams}
+        self._poll = select.poll()
+        for fd in (*self._streams, self._pidfd):
+            self._poll.register(fd, select.POLLIN)
+        self._poll.register(caller, select.POLLRDHUP)
 
-def _drain(loop: Loop, streams: list[Collector]) -> Task[None]:
-    """Waits until the streams have ended, DRAIN seconds at most."""
-    over: Promise[None] = Promise()
-    timer = None if all(stream.ended.done for stream in streams) else loop.after(DRAIN, over.resolve)
-    for stream in streams:
-        over.when_done(stream.ended.resolve)
-        yield stream.ended
-    if timer is not None:
-        timer.cancel()
+    def until_exit(self, timeout_s: float) -> bool:
+        """True when the time was up, and the command was killed for it."""
+        deadline = time.monotonic() + timeout_s if timeout_s > 0 else None
+        timed_out = False
+        while not self._turn(deadline):
+            if deadline is not None and time.monotonic() >= deadline:
+                timed_out, deadline = True, None
+                kill_tree(self._pid)
+        return timed_out
+
+    def _turn(self, deadline: float | None) -> bool:
+        """Handles what is ready. True once the command has ended."""
+        patience = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+        ended = False
+        for fd, _ in self._poll.poll(patience):
+            if fd == self._pidfd:
+                ended = True
+            elif fd == self._caller:
+                self._poll.unregister(fd)
+                kill_tree(self._pid)
+            elif not self._streams[fd].read():
+                self._poll.unregister(fd)
+                del self._streams[fd]
+        return ended
+
+    def drain(self) -> None:
+        """The rest of the output, for DRAIN seconds at most."""
+        self._poll.unregister(self._pidfd)
+        deadline = time.monotonic() + DRAIN
+        while self._streams and time.monotonic() < deadline:
+            self._turn(deadline)

@@ -1,14 +1,14 @@
 """A runc-compatible binary as a runtime handler: runc, crun, youki, runsc under the same shim.
 
-The binary is posix_spawned and waited for like any child, never blocking the loop; its pid file names the process, its
-JSON log the failure. The root filesystem is mounted at BUNDLE/rootfs on the host, as such binaries expect, and
-unmounted at delete. Refuses a shell and PATH. Invariant: the state of its containers is under ROOT, so
-`runc --root ROOT list` shows them.
+The binary is posix_spawned and waited for; its pid file names the process, its JSON log the failure. The root
+filesystem is mounted at BUNDLE/rootfs on the host, as such binaries expect, and unmounted at delete. Refuses a shell
+and PATH. Invariant: the state of its containers is under ROOT, so `runc --root ROOT list` shows them.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import socket
 
 from runtime.errors import RuntimeFailure
@@ -16,15 +16,15 @@ from runtime.fields import decode, encode
 from runtime.linux import signals
 from runtime.linux.files import AT_FDCWD, open_beneath, read_bounded
 from runtime.linux.mount import move_mount
-from runtime.shim.engine import Made, facts_of, root_mount
-from runtime.shim.loop import READ, Loop, Promise, Task
+from runtime.linux.process import pidfd_open
+from runtime.shim.engine import Made, root_mount
 from runtime.shim.protocol import ContainerMessage
 from runtime.shim.reaper import exit_code
 from runtime.shim.sandbox import unmount
-from runtime.shim.worker import Workers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
 _DEADLINE = 60.0  # seconds that one call of the binary may take
@@ -35,85 +35,77 @@ _LOG_LIMIT = 1 << 20
 class ExternalEngine:
     """One binary; `root` is its own directory for state, `scratch` ours for pid files, logs and console sockets."""
 
-    def __init__(self, workers: Workers, binary: str, root: str, scratch: str) -> None:
-        self._workers = workers
-        self._loop = workers.loop
-        self._reaper = workers.reaper
+    def __init__(self, binary: str, root: str, scratch: str) -> None:
         self._binary = binary
         self._root = root
         self._scratch = scratch
         self._calls = 0
 
-    def create(self, message: ContainerMessage, stdio: tuple[int, ...]) -> Task[Made]:
+    def create(self, message: ContainerMessage, stdio: Sequence[int]) -> Made:
         os.makedirs(self._root, mode=0o700, exist_ok=True)
-        yield from self._workers.run("mount", lambda: mount_rootfs(message))
+        mount_rootfs(message)
         try:
             words = ["create", "--bundle", message.bundle]
-            made = yield from self._make(words, [message.id], stdio, terminal=message.terminal)
-            answer = yield from self._workers.run("look", lambda: (facts_of(made.pid, message.bundle), -1))
+            return self._make(words, [message.id], stdio, terminal=message.terminal)
         except BaseException:
-            yield from self.delete(message.id)
+            self.delete(message.id)
             unmount(f"{message.bundle}/rootfs")
             raise
-        made.facts.update(answer.value)  # type: ignore[call-overload]  # an object: facts_of gave a dict
-        return made
 
-    def start(self, container_id: str) -> Task[None]:
-        yield from self._call(["start", container_id])
+    def start(self, container_id: str) -> None:
+        self._call(["start", container_id])
 
-    def kill(self, container_id: str, number: int, everyone: bool) -> Task[None]:
+    def kill(self, container_id: str, number: int, everyone: bool) -> None:
         try:
-            yield from self._call(["kill", *(["--all"] if everyone else []), container_id, str(number)])
+            self._call(["kill", *(["--all"] if everyone else []), container_id, str(number)])
         except RuntimeFailure as error:
             if not _says_gone(error):
                 raise
 
-    def delete(self, container_id: str) -> Task[None]:
+    def delete(self, container_id: str) -> None:
         try:
-            yield from self._call(["delete", "--force", container_id])
+            self._call(["delete", "--force", container_id])
         except RuntimeFailure as error:
             if not _says_gone(error):
                 raise
 
-    def execute(self, container_id: str, process: dict[str, Any], stdio: tuple[int, ...]) -> Task[Made]:
-        path = f"{self._scratch}/process.{self._next()}.json"
+    def execute(self, container_id: str, process: dict[str, Any], stdio: Sequence[int]) -> Made:
+        path = self._file("process.json")
         with open(path, "wb") as file:
             file.write(encode(process))
         try:
             words = ["exec", "--detach", "--process", path]
-            return (yield from self._make(words, [container_id], stdio, terminal=bool(process.get("terminal"))))
+            return self._make(words, [container_id], stdio, terminal=bool(process.get("terminal")))
         finally:
             os.unlink(path)
 
-    def update(self, container_id: str, resources: dict[str, Any]) -> Task[None]:
-        path = f"{self._scratch}/resources.{self._next()}.json"
+    def update(self, container_id: str, resources: dict[str, Any]) -> None:
+        path = self._file("resources.json")
         with open(path, "wb") as file:
             file.write(encode(resources))
         try:
-            yield from self._call(["update", "--resources", path, container_id])
+            self._call(["update", "--resources", path, container_id])
         finally:
             os.unlink(path)
 
-    def _next(self) -> int:
+    def _file(self, kind: str) -> str:
+        """A path for a scratch file; helpers work side by side, each has its pid."""
         self._calls += 1
-        return self._calls
+        return f"{self._scratch}/{os.getpid()}.{self._calls}.{kind}"
 
-    def _make(self, arguments: list[str], words: list[str], stdio: tuple[int, ...], *, terminal: bool) -> Task[Made]:
+    def _make(self, words: list[str], container: list[str], stdio: Sequence[int], *, terminal: bool) -> Made:
         """A call that leaves a process behind: its pid from a pid file, its terminal over a console socket."""
-        stem = f"{self._scratch}/{self._next()}"
-        pid_file, console_path, console = f"{stem}.pid", f"{stem}.tty", None
-        self._reaper.hold()  # the new process may end before its pid file is read
+        pid_file, console_path = self._file("pid"), self._file("tty")
+        console = None
         try:
-            arguments = [*arguments, "--pid-file", pid_file]
+            words = [*words, "--pid-file", pid_file]
             if terminal:
-                console = ConsoleSocket(self._loop, console_path)
-                arguments += ["--console-socket", console_path]
-            yield from self._call([*arguments, *words], stdio)
+                console = _listen(console_path)
+                words += ["--console-socket", console_path]
+            self._call([*words, *container], stdio)
             pid = int(read_bounded(AT_FDCWD, pid_file, 32))
-            master = -1 if console is None else (yield console.master)
-            return Made(pid, master, self._reaper.expect(pid), {})
+            return Made(pid, -1 if console is None else _receive_master(console))
         finally:
-            self._reaper.release()
             if console is not None:
                 console.close()
             for path in (pid_file, console_path):
@@ -122,96 +114,88 @@ class ExternalEngine:
                 except FileNotFoundError:
                     pass
 
-    def _call(self, words: list[str], stdio: tuple[int, ...] = ()) -> Task[None]:
+    def _call(self, words: list[str], stdio: Sequence[int] = ()) -> None:
         """Runs the binary to its end. Raises RuntimeFailure with what it logged."""
-        log = f"{self._scratch}/{self._next()}.log"
+        log = self._file("log")
         argv = [self._binary, "--root", self._root, "--log", log, "--log-format", "json", *words]
-        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         try:
-            fds = stdio or (null, null, null)
-            actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(_apart(fds))]
-            try:
-                pid = os.posix_spawn(
-                    self._binary,
-                    argv,
-                    _environment(),
-                    file_actions=actions,
-                    setpgroup=0,
-                    setsigdef=[signals.SIGPIPE, signals.SIGXFSZ],
-                )
-            except OSError as error:
-                raise RuntimeFailure.of(error, step=words[0], what=f"run {self._binary}") from error
-            finally:
-                _close_apart(actions, fds)
-            ended = self._reaper.expect(pid)
-            timer = self._loop.after(_DEADLINE, lambda: os.kill(pid, signals.SIGKILL))
-            status = yield ended
-            timer.cancel()
-            code, number = exit_code(status)
+            pid = self._spawn(argv, words[0], stdio)
+            pidfd = pidfd_open(pid)
+            if not select.select([pidfd], [], [], _DEADLINE)[0]:
+                os.kill(pid, signals.SIGKILL)
+            os.close(pidfd)
+            code, number = exit_code(os.waitpid(pid, 0)[1])
             if code:
                 raise _failure(words, log, code, number)
         finally:
-            os.close(null)
             try:
                 os.unlink(log)
             except FileNotFoundError:
                 pass
 
-
-class ConsoleSocket:
-    """Receives a pty's master as runc sends it: one message with one fd in SCM_RIGHTS."""
-
-    def __init__(self, loop: Loop, path: str) -> None:
-        self._loop = loop
-        self.master: Promise[int] = Promise()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        # sun_path holds 107 bytes: the directory is reached through its fd.
-        directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    def _spawn(self, argv: list[str], step: str, stdio: Sequence[int]) -> int:
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        # All above 2, so that no dup2 lands on an fd that a later one still needs: ours are, 0 to 2 are taken.
+        actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(stdio or (null, null, null))]
         try:
-            self._socket.bind(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
+            return os.posix_spawn(
+                self._binary,
+                argv,
+                _environment(),
+                file_actions=actions,
+                setpgroup=0,
+                setsigdef=[signals.SIGPIPE, signals.SIGXFSZ],
+            )
+        except OSError as error:
+            raise RuntimeFailure.of(error, step=step, what=f"run {self._binary}") from error
         finally:
-            os.close(directory)
-        self._socket.listen(1)
-        self._socket.setblocking(False)
-        loop.watch(self._socket.fileno(), READ, self._accept)
-        self._timer = loop.after(
-            _CONSOLE_DEADLINE,
-            lambda: self.master.fail(
-                RuntimeFailure("receive the terminal: the runtime binary sent none", step="terminal")
-            ),
-        )
+            os.close(null)
 
-    def _accept(self, _events: int) -> None:
-        connection, _ = self._socket.accept()
+
+def _listen(path: str) -> socket.socket:
+    """A console socket. sun_path holds 107 bytes: the directory is reached through its fd."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        listener.bind(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
+    finally:
+        os.close(directory)
+    listener.listen(1)
+    return listener
+
+
+def _receive_master(listener: socket.socket) -> int:
+    """A pty's master as runc sends it: one message with one fd in SCM_RIGHTS; it waits in the socket by now."""
+    listener.settimeout(_CONSOLE_DEADLINE)
+    try:
+        connection, _ = listener.accept()
         with connection:
-            connection.settimeout(1.0)
+            connection.settimeout(_CONSOLE_DEADLINE)
             _, fds, _, _ = socket.recv_fds(connection, 4096, 4, socket.MSG_CMSG_CLOEXEC)
-            for extra in fds[1:]:
-                os.close(extra)
-            if fds and not self.master.done:
-                self.master.resolve(fds[0])
-            elif fds:
-                os.close(fds[0])
-
-    def close(self) -> None:
-        self._timer.cancel()
-        self._loop.unwatch(self._socket.fileno())
-        self._socket.close()
+    except TimeoutError:
+        fds = []
+    if len(fds) != 1:
+        for fd in fds:
+            os.close(fd)
+        raise RuntimeFailure("receive the terminal: the runtime binary sent none", step="terminal")
+    return fds[0]
 
 
-def mount_rootfs(message: ContainerMessage) -> tuple[object, int]:
-    """Mounts the container's root filesystem at BUNDLE/rootfs, in a worker. Raises RuntimeFailure."""
+def mount_rootfs(message: ContainerMessage) -> None:
+    """Mounts the container's root filesystem at BUNDLE/rootfs. Raises RuntimeFailure."""
     rootfs, target = root_mount(message), f"{message.bundle}/rootfs"
     if rootfs is None:
-        return {}, -1
+        return
     try:
         os.makedirs(target, mode=0o700, exist_ok=True)
         bundle = os.open(message.bundle, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         place = open_beneath(bundle, "rootfs", os.O_PATH | os.O_DIRECTORY)
-        move_mount(rootfs.make(), place)
+        mounted = rootfs.make()
+        move_mount(mounted, place)
+        for fd in (bundle, place, mounted):
+            os.close(fd)
     except OSError as error:
         raise RuntimeFailure.of(error, step="rootfs", what=f"mount the root filesystem on {target}") from error
-    return {}, -1
 
 
 def _environment() -> dict[str, str]:
@@ -219,17 +203,6 @@ def _environment() -> dict[str, str]:
     return {
         name: os.environ[name] for name in ("PATH", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS") if name in os.environ
     }
-
-
-def _apart(fds: tuple[int, ...]) -> list[int]:
-    """The fds as copies above 2, so that dup2 of one never lands on another that is still needed."""
-    return [fd if fd > 2 else os.dup(fd) for fd in fds]
-
-
-def _close_apart(actions: list[tuple[int, int, int]], fds: tuple[int, ...]) -> None:
-    for _, fd, number in actions:
-        if fd != fds[number]:
-            os.close(fd)
 
 
 def _says_gone(error: RuntimeFailure) -> bool:

@@ -46,19 +46,25 @@ class LogFile:
 
     __slots__ = ("dropped", "fd", "path", "reason", "users")
 
-    def __init__(self, path: str) -> None:
-        """Opens `path` for appending, made with mode 0640 where missing. Raises RuntimeFailure."""
+    def __init__(self, path: str, take_fd: int = -1) -> None:
+        """Opens `path` for appending, made with mode 0640 where missing, unless that was done already and `take_fd`
+        is it. Raises RuntimeFailure."""
         self.path = path
         self.users = 0
         self.dropped = 0
         self.reason = ""
+        self.fd = take_fd if take_fd >= 0 else self._open(path)
+
+    @staticmethod
+    def _open(path: str) -> int:
         # O_NOFOLLOW: a link in its place leads into the host. O_NONBLOCK: a FIFO in its place would block the open.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
         try:
-            self.fd = os.open(path, flags, 0o640)
-            if not stat.S_ISREG(os.fstat(self.fd).st_mode):
-                os.close(self.fd)
+            fd = os.open(path, flags, 0o640)
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                os.close(fd)
                 raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
+            return fd
         except OSError as error:
             hint = "the log path must be a regular file in a directory that exists"
             raise RuntimeFailure(

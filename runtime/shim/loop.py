@@ -1,9 +1,7 @@
-"""One epoll, one thread: fds with callbacks, deadlines, and tasks that wait for promises.
+"""One epoll, one thread: fds with callbacks, and deadlines.
 
-Long work is written as a generator that yields `Promise`s and is resumed with their values, so that a slow runtime
-binary or a running exec never holds up the logs of a pod. Refuses threads and periodic timers: an idle loop sleeps
-in epoll_wait without a timeout (threats O33). Invariant: a callback that raises is reported and takes nothing else
-down with it.
+Refuses threads and periodic timers: an idle loop sleeps in epoll_wait without a timeout (threats O33). Invariant: a
+callback that raises is reported and takes nothing else down with it.
 """
 
 from __future__ import annotations
@@ -14,59 +12,10 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-    from typing import Any, Generic, TypeAlias, TypeVar
-
-    T = TypeVar("T")
-    Task: TypeAlias = Generator["Promise[Any]", Any, T]
-else:  # at run time nobody looks at these: `typing` would cost more than the loop
-
-    class Generic:
-        def __class_getitem__(cls, _item):
-            return cls
-
-    T = Task = None
+    from collections.abc import Callable
 
 READ, WRITE = select.EPOLLIN, select.EPOLLOUT
 HANGUP = select.EPOLLHUP | select.EPOLLERR
-
-
-class Promise(Generic[T]):
-    """A value or a failure that is not there yet. The first `resolve` or `fail` counts, later ones do nothing."""
-
-    __slots__ = ("_waiters", "done", "error", "value")
-
-    def __init__(self) -> None:
-        self.done = False
-        self.value: T | None = None
-        self.error: BaseException | None = None
-        self._waiters: list[Callable[[], None]] = []
-
-    def resolve(self, value: T | None = None) -> None:
-        if not self.done:
-            self.done, self.value = True, value
-            self._wake()
-
-    def fail(self, error: BaseException) -> None:
-        if not self.done:
-            self.done, self.error = True, error
-            self._wake()
-
-    def waker(self) -> Callable[[int], None]:
-        """A callback for `Loop.watch` that resolves this."""
-        return lambda _events: self.resolve()
-
-    def when_done(self, callback: Callable[[], None]) -> None:
-        """Calls back once: at once when it is done already."""
-        if self.done:
-            callback()
-        else:
-            self._waiters.append(callback)
-
-    def _wake(self) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            waiter()
 
 
 class Timer:
@@ -111,30 +60,6 @@ class Loop:
         self._count += 1
         heapq.heappush(self._timers, (time.monotonic() + seconds, self._count, timer))
         return timer
-
-    def spawn(self, task: Task[T]) -> Promise[T]:
-        """Runs a generator until its first promise that is not done; the promise returned is its return value."""
-        result: Promise[T] = Promise()
-        self._step(task, result, None, None)
-        return result
-
-    def _step(self, task: Task[T], result: Promise[T], value: Any, error: BaseException | None) -> None:
-        while True:
-            try:
-                promise = task.send(value) if error is None else task.throw(error)
-            except StopIteration as stop:
-                result.resolve(stop.value)
-                return
-            except Exception as failure:
-                result.fail(failure)
-                return
-            if not promise.done:
-                self._resume_after(promise, task, result)
-                return
-            value, error = promise.value, promise.error
-
-    def _resume_after(self, promise: Promise[Any], task: Task[T], result: Promise[T]) -> None:
-        promise.when_done(lambda: self._step(task, result, promise.value, promise.error))
 
     def run(self) -> None:
         """Serves until `stop`."""

@@ -18,39 +18,46 @@ from runtime.shim.loop import READ, Loop
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+
+
+class OomSource:
+    """The fds of a cgroup's counter, opened by a helper for the shim. -1 where there is none."""
+
+    def __init__(self, pid: int) -> None:
+        self.fds: dict[str, int] = {}
+        self.before = 0
+        found = memory_cgroup(pid)
+        if found is None:
+            return
+        directory, version = found
+        try:
+            name = "memory.events" if version == 2 else "memory.oom_control"
+            file = self.fds["oom"] = os.open(f"{directory}/{name}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self.before = max(0, count(file))
+            if version == 1:
+                event = self.fds["oom_event"] = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+                control = os.open(f"{directory}/cgroup.event_control", os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    os.write(control, f"{event} {file}".encode())
+                finally:
+                    os.close(control)
+        except OSError:  # a kernel without it: the counter at the end still tells, if there is one
+            pass
 
 
 class OomWatch:
-    """Calls back when the counter of a cgroup rises; `place` is what `memory_cgroup` found, [] calls back never."""
+    """Calls back when the counter rises. `file` is the counter's, `event` v1's eventfd; both -1: never."""
 
-    def __init__(self, loop: Loop, place: list[Any], rose: Callable[[], None]) -> None:
+    def __init__(self, loop: Loop, take_file: int, take_event: int, before: int, rose: Callable[[], None]) -> None:
         self._loop = loop
         self._rose = rose
-        self._file = self._event = -1
-        self._before = self._seen = 0
-        if not place:
-            return
-        directory, version = place
-        try:
-            name = "memory.events" if version == 2 else "memory.oom_control"
-            self._file = os.open(f"{directory}/{name}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            self._before = self._seen = self._count()
-            if version == 2:
-                loop.watch(self._file, select.EPOLLPRI, self._changed)
-            else:
-                self._watch_v1(directory)
-        except OSError:  # a kernel without it: `rose` at the end still tells
-            pass
-
-    def _watch_v1(self, directory: str) -> None:
-        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        control = os.open(f"{directory}/cgroup.event_control", os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            os.write(control, f"{self._event} {self._file}".encode())
-        finally:
-            os.close(control)
-        self._loop.watch(self._event, READ, self._changed)
+        self._file = take_file
+        self._event = take_event
+        self._before = self._seen = before
+        if take_event >= 0:
+            loop.watch(take_event, READ, self._changed)
+        elif take_file >= 0:
+            loop.watch(take_file, select.EPOLLPRI, self._changed)
 
     def _changed(self, _events: int) -> None:
         if self._event >= 0:
@@ -58,28 +65,16 @@ class OomWatch:
                 os.eventfd_read(self._event)
             except BlockingIOError:
                 return
-        count = self._count()
-        if count < 0:  # the cgroup is gone, and its eventfd fires one last time
+        killed = count(self._file)
+        if killed < 0:  # the cgroup is gone, and its eventfd fires one last time
             self.close()
-        elif count > self._seen:
-            self._seen = count
+        elif killed > self._seen:
+            self._seen = killed
             self._rose()
-
-    def _count(self) -> int:
-        """oom_kill, or -1 when the cgroup has been removed."""
-        try:
-            text = os.pread(self._file, 4096, 0)
-        except OSError:
-            return -1
-        for line in text.splitlines():
-            key, _, value = line.partition(b" ")
-            if key == b"oom_kill":
-                return int(value)
-        return 0
 
     def rose(self) -> bool:
         """True when anything was killed since the watch began."""
-        return self._file >= 0 and self._count() > self._before
+        return self._file >= 0 and count(self._file) > self._before
 
     def close(self) -> None:
         for fd in (self._event, self._file):
@@ -87,6 +82,19 @@ class OomWatch:
                 self._loop.unwatch(fd)
                 os.close(fd)
         self._event = self._file = -1
+
+
+def count(file: int) -> int:
+    """oom_kill, or -1 when the cgroup has been removed."""
+    try:
+        text = os.pread(file, 4096, 0)
+    except OSError:
+        return -1
+    for line in text.splitlines():
+        key, _, value = line.partition(b" ")
+        if key == b"oom_kill":
+            return int(value)
+    return 0
 
 
 def memory_cgroup(pid: int) -> tuple[str, int] | None:

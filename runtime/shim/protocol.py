@@ -14,16 +14,13 @@
       │ ── attach + fds (SCM_RIGHTS) ───────────────────────▶ │ the connection becomes the control fd:
       │ ◀─ {} ··· {"resize": [rows, cols]} ··▶ ··· EOF ────── │ EOF = output ended, or the caller detaches
 
-A connection carries one request. Frames are those of runtime.linux.sockets: a length, then JSON (two replies excepted,
-as drawn). Refuses frames over MAX_REQUEST, unknown operations and unknown fields, each by name. Invariant: only uid 0
-is heard (SO_PEERCRED), and an error crosses as what it is: message, code, hint.
+A connection carries one request. Frames are those of runtime.linux.sockets: a length, then JSON (two replies
+excepted, as drawn). Refuses requests over MAX_REQUEST, unknown operations and unknown fields, each by name. Invariant:
+only uid 0 is heard (SO_PEERCRED), and an error crosses as what it is: message, code, hint.
 """
 
 from __future__ import annotations
 
-import array
-import os
-import socket
 import struct
 
 from runtime.errors import RuntimeFailure
@@ -37,7 +34,6 @@ if TYPE_CHECKING:
     Message = TypeVar("Message", bound=Record)
 
 MAX_REQUEST = 8 << 20  # a process object with 2 MiB of environment, escaped, fits
-MAX_FDS = 16
 _HEADER = struct.Struct("=I")
 
 
@@ -227,67 +223,17 @@ def event(kind: str, facts: Facts) -> bytes:
     return encode({"event": kind, "facts": facts.to_json()})
 
 
-def parse_resize(payload: bytes) -> tuple[int, int]:
-    """Rows and columns of {"resize": [rows, columns]}. Raises RuntimeFailure."""
-    value = decode(payload, "a resize", 256)
-    size = value.get("resize") if isinstance(value, dict) else None
-    if not isinstance(size, list) or len(size) != 2 or not all(type(number) is int for number in size):
+def resize(console: int, payload: bytes) -> None:
+    """TIOCSWINSZ for {"resize": [rows, columns]}. Raises RuntimeFailure for anything else."""
+    import termios  # here: a shared object that only terminals need
+
+    value: Any = decode(payload, "a resize", 256)
+    size: Any = value.get("resize") if isinstance(value, dict) else None
+    if not isinstance(size, list) or len(size) != 2 or not all(type(n) is int and 0 <= n < 65536 for n in size):
         raise RuntimeFailure('read a resize: expected {"resize": [rows, columns]}', code="invalid_argument")
-    return size[0], size[1]
+    termios.tcsetwinsize(console, (size[0], size[1]))
 
 
 def frame(payload: bytes) -> bytes:
     """A payload as it goes over the wire."""
     return _HEADER.pack(len(payload)) + payload
-
-
-class FrameReader:
-    """Puts frames together from a nonblocking socket, with the fds that came along."""
-
-    __slots__ = ("_buffer", "_socket", "fds")
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._socket = connection
-        self._buffer = bytearray()
-        self.fds: list[int] = []
-
-    def read(self) -> bool:
-        """Takes what is there; False at the end of the stream. Raises OSError, and RuntimeFailure for a peer that
-        announces more than MAX_REQUEST."""
-        while True:
-            try:
-                piece, ancillary, _, _ = self._socket.recvmsg(
-                    65536, socket.CMSG_SPACE(MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
-                )
-            except BlockingIOError:
-                return True
-            for level, kind, data in ancillary:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    self.fds.extend(array.array("i", data[: len(data) - len(data) % 4]))
-            if not piece:
-                return False
-            self._buffer += piece
-            if len(self._buffer) >= 4 and _HEADER.unpack_from(self._buffer)[0] > MAX_REQUEST:
-                raise RuntimeFailure(f"a request is at most {MAX_REQUEST} bytes", code="invalid_argument")
-            if len(piece) < 65536:
-                return True
-
-    def take(self) -> bytes | None:
-        """The next whole frame, or None."""
-        if len(self._buffer) < 4:
-            return None
-        end = 4 + int(_HEADER.unpack_from(self._buffer)[0])
-        if len(self._buffer) < end:
-            return None
-        payload = bytes(self._buffer[4:end])
-        del self._buffer[:end]
-        return payload
-
-    def take_fds(self) -> list[int]:
-        """The fds received so far, owned by the caller."""
-        fds, self.fds = self.fds, []
-        return fds
-
-    def close(self) -> None:
-        for fd in self.take_fds():
-            os.close(fd)

@@ -8,6 +8,7 @@ as recorded; any other is UNKNOWN (255) with a message that says so, never a gue
 from __future__ import annotations
 
 import os
+import select
 import time
 
 from runtime.errors import RuntimeFailure
@@ -16,14 +17,9 @@ from runtime.linux import signals
 from runtime.linux.files import AT_FDCWD, read_bounded, write_durable
 from runtime.linux.libc import KernelError
 from runtime.linux.process import is_running, pidfd_open, pidfd_send_signal
-from runtime.shim.engine import NativeEngine
-from runtime.shim.external import ExternalEngine
-from runtime.shim.loop import READ, Loop, Promise, Task
+from runtime.shim.handler import engine_for
 from runtime.shim.protocol import Facts, SweepMessage
-from runtime.shim.reaper import Reaper
 from runtime.shim.sandbox import tear_down, unmount
-from runtime.shim.server import report, runtime_root
-from runtime.shim.worker import Workers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,19 +50,9 @@ class Sweeper:
 
     def __init__(self, message: SweepMessage) -> None:
         self._message = message
-        self._loop = Loop(report)
-        self._workers = Workers(self._loop, Reaper(self._loop))
 
     def run(self) -> object:
         """The reply: facts for "lost", nothing to say otherwise. Raises RuntimeFailure."""
-        done = self._loop.spawn(self._sweep())
-        while not done.done:
-            self._loop.turn()
-        if done.error is not None:
-            raise done.error
-        return done.value
-
-    def _sweep(self) -> Task[object]:
         message = self._message
         shim: Any = _read(f"{message.directory}/shim.json") or {}
         if is_running(int(shim.get("pid", 0)), int(shim.get("started_ticks", -1))):
@@ -74,21 +60,15 @@ class Sweeper:
                 f"clean up {message.directory}: its shim, process {shim['pid']}, is running", code="unavailable"
             )
         left = self._left()
-        if message.action == "signal":
-            for container in left:
-                if container.id == message.id:
-                    yield from self._engine(container).kill(container.id, message.number, message.everyone)
-            return {}
         if message.action == "lost":
-            facts = []
-            for container in left:
-                facts.append((yield from self._bury(container)).to_json())
-            return facts
+            return [self._bury(container).to_json() for container in left]
         for container in left:
-            if message.action == "stop" or container.id == message.id:
-                yield from self._delete(container)
+            if message.action == "signal" and container.id == message.id:
+                self._engine(container).kill(container.id, message.number, message.everyone)
+            elif message.action == "stop" or (message.action == "delete" and container.id == message.id):
+                self._delete(container)
         if message.action == "stop":
-            yield from self._end(int(shim.get("pause_pid", 0)), int(shim.get("pause_ticks", -1)))
+            _end(int(shim.get("pause_pid", 0)), int(shim.get("pause_ticks", -1)))
             tear_down(message.directory)
         return {}
 
@@ -101,13 +81,9 @@ class Sweeper:
         return [_Left(f"{directory}/{name}") for name in names if name.endswith(".json") and name[0] != "."]
 
     def _engine(self, container: _Left) -> Engine:
-        root = runtime_root(self._message.state, container.handler)
-        if not container.handler:
-            return NativeEngine(self._workers, root)
-        scratch = f"{self._message.directory}/scratch"
-        return ExternalEngine(self._workers, container.handler, root, scratch)
+        return engine_for(self._message.state, self._message.directory, container.handler)
 
-    def _bury(self, container: _Left) -> Task[Facts]:
+    def _bury(self, container: _Left) -> Facts:
         """Kills what is left of a container. Its facts, with the recorded exit or the unknown one."""
         recorded = _read(f"{container.bundle}/exit.json")
         if isinstance(recorded, dict):
@@ -116,12 +92,8 @@ class Sweeper:
             facts = container.facts
             facts.exit_code = UNKNOWN
             facts.message = "the shim died before the container: how it ended is not known"
-        try:
-            yield from self._engine(container).kill(container.id, signals.SIGKILL, True)
-        except RuntimeFailure as error:
-            if error.code != "not_found":
-                raise
-        yield from self._end(facts.pid, facts.started_ticks)
+        self._engine(container).kill(container.id, signals.SIGKILL, True)
+        _end(facts.pid, facts.started_ticks)
         if not facts.finished_ns:
             facts.finished_ns = time.time_ns()
             try:
@@ -130,40 +102,30 @@ class Sweeper:
                 pass
         return facts
 
-    def _delete(self, container: _Left) -> Task[None]:
-        yield from self._bury(container)
-        yield from self._engine(container).delete(container.id)
+    def _delete(self, container: _Left) -> None:
+        self._bury(container)
+        self._engine(container).delete(container.id)
         if container.handler:
             unmount(f"{container.bundle}/rootfs")
         os.unlink(container.record)
 
-    def _end(self, pid: int, ticks: int) -> Task[None]:
-        """Kills process `pid` with that start time and waits until it is dead; somebody else's is left alone."""
-        try:
-            pidfd = pidfd_open(pid) if pid > 0 else -1
-        except KernelError:
+
+def _end(pid: int, ticks: int) -> None:
+    """Kills process `pid` with that start time and waits until it is dead; somebody else's is left alone."""
+    try:
+        pidfd = pidfd_open(pid) if pid > 0 else -1
+    except KernelError:
+        return
+    if pidfd < 0:
+        return
+    try:
+        if not is_running(pid, ticks):  # after pidfd_open: the pid cannot change hands in between
             return
-        if pidfd < 0:
-            return
-        try:
-            if not is_running(pid, ticks):  # after pidfd_open: the pid cannot change hands in between
-                return
-            pidfd_send_signal(pidfd, signals.SIGKILL)
-            dead: Promise[None] = Promise()
-            self._loop.watch(pidfd, READ, lambda _events: dead.resolve())
-            timer = self._loop.after(
-                _DEATH,
-                lambda: dead.fail(
-                    RuntimeFailure(f"kill process {pid}: still there {_DEATH:.0f} s after SIGKILL", code="unavailable")
-                ),
-            )
-            try:
-                yield dead
-            finally:
-                timer.cancel()
-                self._loop.unwatch(pidfd)
-        finally:
-            os.close(pidfd)
+        pidfd_send_signal(pidfd, signals.SIGKILL)
+        if not select.select([pidfd], [], [], _DEATH)[0]:
+            raise RuntimeFailure(f"kill process {pid}: still there {_DEATH:.0f} s after SIGKILL", code="unavailable")
+    finally:
+        os.close(pidfd)
 
 
 def _read(path: str) -> object:

@@ -28,8 +28,9 @@ from runtime.linux.process import (
 from runtime.linux.sockets import FrameError, listen_unix, peer_uid, recv_frame, send_frame
 from runtime.shim import protocol
 from runtime.shim.cgroup import leave_daemon
+from runtime.shim.handler import bring_up, kill_rest, serve
 from runtime.shim.rehearsal import rehearse
-from runtime.shim.server import Shim, report
+from runtime.shim.resident import Resident, report
 from runtime.shim.sweep import Sweeper
 
 TYPE_CHECKING = False
@@ -160,44 +161,30 @@ def _direct() -> int:
 
 
 def _answer(connection: socket.socket, name: str, body: object) -> None:
-    """Becomes a shim or sweeps, and answers on `connection`, which this takes."""
-    connection.settimeout(_PATIENCE)
-    shim: Shim | None = None
-    answer: object
+    """Becomes a shim, or sweeps; answers on `connection`, which this takes."""
     try:
         if name == "start":
-            pod = protocol.parse(protocol.PodMessage, body)
-            shim, answer = _become_shim(pod)
-        elif name == "sweep":
-            _detach("ocid-sweep")
-            answer = Sweeper(protocol.parse(protocol.SweepMessage, body)).run()
-        else:
+            _become_shim(protocol.parse(protocol.PodMessage, body), connection)
+            return
+        if name != "sweep":
             raise RuntimeFailure(f"unknown operation {name!r:.40}", code="invalid_argument")
-        reply = protocol.reply(answer)
-    except Exception as error:
-        if not isinstance(error, RuntimeFailure):
-            report(name, error)
+        _detach("ocid-sweep")
+        reply = protocol.reply(Sweeper(protocol.parse(protocol.SweepMessage, body)).run())
+    except (OSError, RuntimeFailure) as error:
         reply = protocol.failure(error)
-    try:
+    with connection:
         send_frame(connection, reply)
-    except OSError:  # the daemon died meanwhile: it will find the shim, or its directory, when it recovers
-        pass
-    connection.close()
-    if shim is not None:
-        shim.run()
 
 
-def _become_shim(pod: protocol.PodMessage) -> tuple[Shim, dict[str, object]]:
-    """This process as the shim of `pod`. Raises RuntimeFailure, with everything undone."""
+def _become_shim(pod: protocol.PodMessage, connection: socket.socket) -> None:
+    """This process as the shim of `pod`, until the pod is stopped. Raises OSError before it is one."""
     _detach(f"shim {pod.id}")
     set_child_subreaper(True)
-    log = os.open(
-        f"{pod.directory}/shim.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-    )
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    log = os.open(f"{pod.directory}/shim.log", flags, 0o600)
     os.dup2(log, 2, inheritable=False)
     os.close(log)
-    shim = Shim(pod)
-    return shim, shim.bring_up()
+    Resident(pod, serve, kill_rest).run(bring_up, connection.detach())
 
 
 def _detach(name: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 from runtime.linux.sockets import recv_frame
 from runtime.shim import protocol
 from runtime.shim.model import ContainerError, ExecSpec
-from tests.shims import Lab, Pod, lab, process
+from tests.shims import Lab, Pod, kill, lab, process
 from tests.support import eventually, needs
 
 HANDLERS = ["native", "runc"]
@@ -197,22 +197,20 @@ def test_an_exec_ends_with_its_container(running: tuple[Pod, str]) -> None:
     assert results[0].exit_code == 137
 
 
-def test_an_exec_fails_when_the_shim_dies(running: tuple[Pod, str]) -> None:
+def test_an_exec_outlives_the_shim_and_ends_with_the_container(running: tuple[Pod, str]) -> None:
     pod, container = running
-    caught: list[ContainerError] = []
-
-    def run() -> None:
-        try:
-            pod.exec(container, ["sleep", "4321"])
-        except ContainerError as error:
-            caught.append(error)
-
-    thread = threading.Thread(target=run)
+    results = []
+    thread = threading.Thread(target=lambda: results.append(pod.exec(container, ["sleep", "4321"])))
     thread.start()
     eventually(lambda: any("4321" in line for line in inside(pod, container)))
-    os.kill(pod.sandbox.pid, signal.SIGKILL)
+    kill(pod.sandbox)
+    assert pod.shims.reconnect(pod.sandbox) is None
+    with pytest.raises(ContainerError, match="is gone") as caught:
+        pod.exec(container, ["true"])
+    assert caught.value.code == "unavailable"
+    assert [facts.exit_code for facts in pod.shims.lost(pod.sandbox)] == [255]
     thread.join(20)
-    assert caught and caught[0].code == "unavailable"
+    assert results[0].exit_code == 137
 
 
 def test_streams_go_straight_to_the_command(running: tuple[Pod, str]) -> None:

@@ -161,7 +161,7 @@ def test_s50_only_root_is_heard(pods: Lab) -> None:
         )
         run = subprocess.run([sys.executable, "-c", program, str(path)], check=False, capture_output=True, text=True)
         assert run.stdout.strip() in ("b''", ""), run
-        assert "ConnectionReset" in run.stderr or run.stdout.strip() == "b''", run
+        assert run.stdout.strip() == "b''" or "ConnectionReset" in run.stderr or "BrokenPipe" in run.stderr, run
     assert pods.shims.reconnect(pod.sandbox) == []
 
 
@@ -330,5 +330,6 @@ def test_garbage_on_the_socket_harms_nobody(pods: Lab) -> None:
             peer.connect(str(pod.directory / "shim.sock"))
             peer.sendall(data)
             peer.shutdown(socket.SHUT_WR)
-            peer.recv(1000)
+            with contextlib.suppress(ConnectionResetError):
+                peer.recv(1000)
     assert pods.shims.reconnect(pod.sandbox) == []

@@ -152,17 +152,18 @@ def test_o26_a_full_disk_neither_stops_the_container_nor_the_log_for_ever(pods: 
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "small", str(small)], check=True)
     try:
         spec = pod.spec(
-            "c", ["sh", "-c", "i=0; while :; do i=$((i+1)); echo line $i; [ $i -lt 20000 ] || sleep 0.01; done"]
+            "c", ["sh", "-c", "i=0; while :; do i=$((i+1)); echo line $i; [ $i -lt 200000 ] || sleep 0.01; done"]
         )
         log = small / "log"
         spec = type(spec)(spec.id, spec.bundle, spec.rootfs, log, handler=spec.handler)
         pods.shims.create(pod.sandbox, spec)
         pods.shims.start_container(pod.sandbox, spec.id)
-        eventually(lambda: log.stat().st_size > 200_000)
+        eventually(lambda: os.statvfs(small).f_bavail == 0, what="the disk to fill")
         pid = pod.facts(spec.id).pid
-        written = Path(f"/proc/{pid}/io").read_text()
-        eventually(lambda: Path(f"/proc/{pid}/io").read_text() != written)  # it writes on
-        assert log.read_bytes().endswith(b"\n")  # and no line is torn
+        for _ in range(3):
+            written = Path(f"/proc/{pid}/io").read_text()
+            eventually(lambda seen=written: Path(f"/proc/{pid}/io").read_text() != seen)  # type: ignore[misc]
+        eventually(lambda: log.read_bytes().endswith(b"\n"))  # and no line stays torn
         os.truncate(log, 0)
         eventually(lambda: log.stat().st_size > 100, what="the log to go on")
         pods.shims.signal(pod.sandbox, spec.id, signal.SIGKILL)
@@ -337,10 +338,10 @@ def test_s53_attach_and_drop_leaves_nothing(pods: Lab) -> None:
 def test_o32_containers_leave_no_fd_in_the_shim(pods: Lab) -> None:
     pod = pods.pod()
     directory = f"/proc/{pod.sandbox.pid}/fd"
-    before = sorted(os.listdir(directory))
+    before = len(os.listdir(directory))
     for number in range(3):
         for terminal in (False, True):
             container = pod.run(f"c{number}{terminal}", ["true"], terminal=terminal, stdin=True)
             pod.ended(container)
             pods.shims.delete(pod.sandbox, container)
-    eventually(lambda: sorted(os.listdir(directory)) == before, what="fds to be closed")
+    eventually(lambda: len(os.listdir(directory)) <= before, what="fds to be closed")

@@ -1,4 +1,4 @@
-"""The loop: tasks wait for promises, deadlines come in order, a callback that raises harms nobody."""
+"""The loop: deadlines come in order, a callback that raises harms nobody. Collectors keep what they are allowed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from runtime.shim.commands import Collector
-from runtime.shim.loop import READ, Loop, Promise, Task
+from runtime.shim.loop import READ, Loop
 
 
 @pytest.fixture
@@ -21,47 +21,6 @@ def loop(reports: list[str]) -> Iterator[Loop]:
     made = Loop(lambda what, error: reports.append(f"{what}: {error}"))
     yield made
     made.close()
-
-
-def test_a_task_gets_values_and_failures_of_promises(loop: Loop) -> None:
-    first: Promise[int] = Promise()
-    second: Promise[int] = Promise()
-
-    def task() -> Task[str]:
-        value = yield first
-        try:
-            yield second
-        except KeyError as error:
-            return f"{value} {error}"
-        return "no failure"
-
-    result = loop.spawn(task())
-    assert not result.done
-    first.resolve(1)
-    first.resolve(2)
-    second.fail(KeyError("k"))
-    assert result.value == "1 'k'"
-
-
-def test_a_task_that_raises_fails_its_promise(loop: Loop) -> None:
-    def task() -> Task[None]:
-        yield from ()
-        raise ValueError("no")
-
-    assert isinstance(loop.spawn(task()).error, ValueError)
-
-
-def test_many_promises_that_are_done_need_no_stack(loop: Loop) -> None:
-    done: Promise[int] = Promise()
-    done.resolve(1)
-
-    def task() -> Task[int]:
-        total = 0
-        for _ in range(100_000):
-            total += yield done
-        return total
-
-    assert loop.spawn(task()).value == 100_000
 
 
 def test_deadlines_come_in_order_and_can_be_cancelled(loop: Loop) -> None:
@@ -103,25 +62,23 @@ def test_a_callback_that_raises_is_reported_and_others_run(loop: Loop, reports: 
         os.close(writer)
 
 
-def test_s51_a_collector_keeps_its_limit_and_reads_on(loop: Loop) -> None:
+def test_s51_a_collector_keeps_its_limit_and_reads_on() -> None:
     reader, writer = os.pipe()
-    collector = Collector(loop, reader, 1000)
-    os.set_blocking(writer, False)
+    collector = Collector(reader, 1000)
     for _ in range(50):
         os.write(writer, b"x" * 60_000)
-        loop.turn()
+        assert collector.read()
     os.close(writer)
-    while not collector.ended.done:
-        loop.turn()
-    assert collector.take() == b"x" * 1000
-    assert collector.truncated
+    assert not collector.read()
+    assert (collector.kept(), collector.truncated) == (b"x" * 1000, True)
+    os.close(reader)
 
 
-def test_a_collector_at_its_limit_exactly_is_not_truncated(loop: Loop) -> None:
+def test_a_collector_at_its_limit_exactly_is_not_truncated() -> None:
     reader, writer = os.pipe()
-    collector = Collector(loop, reader, 5)
+    collector = Collector(reader, 5)
     os.write(writer, b"12345")
     os.close(writer)
-    while not collector.ended.done:
-        loop.turn()
-    assert (collector.take(), collector.truncated) == (b"12345", False)
+    assert collector.read() and not collector.read()
+    assert (collector.kept(), collector.truncated) == (b"12345", False)
+    os.close(reader)

@@ -8,9 +8,9 @@ import socket
 import pytest
 
 from runtime.errors import RuntimeFailure
-from runtime.linux.sockets import recv_frame, send_frame
+from runtime.linux.sockets import recv_frame
 from runtime.shim import protocol
-from runtime.shim.protocol import ExecMessage, Facts, FrameReader, IdMessage
+from runtime.shim.protocol import ExecMessage, Facts, IdMessage
 
 
 def test_a_request_arrives_as_it_was_sent_bytes_included() -> None:
@@ -59,46 +59,26 @@ def test_facts_survive_and_ignore_what_is_of_another_type() -> None:
     assert Facts.from_json("x").exit_code == -1
 
 
-@pytest.mark.parametrize("payload", [b'{"resize":[1]}', b'{"resize":["1",2]}', b'{"resize":[true,2]}', b"[]", b"x"])
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b'{"resize":[1]}',
+        b'{"resize":["1",2]}',
+        b'{"resize":[true,2]}',
+        b'{"resize":[-1,2]}',
+        b'{"resize":[1,65536]}',
+        b"[]",
+        b"x",
+    ],
+)
 def test_a_resize_is_two_numbers(payload: bytes) -> None:
-    assert protocol.parse_resize(b'{"resize":[24,80]}') == (24, 80)
+    master, slave = os.openpty()
+    protocol.resize(master, b'{"resize":[24,81]}')
+    assert os.get_terminal_size(slave) == (81, 24)
     with pytest.raises(RuntimeFailure):
-        protocol.parse_resize(payload)
-
-
-def test_frames_are_put_together_from_single_bytes_and_bring_their_fds() -> None:
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
-    reader = FrameReader(theirs)
-    inode = os.stat("/dev/null").st_ino
-    with ours, theirs, open("/dev/null", "rb") as null:
-        data = protocol.frame(b"hello") + protocol.frame(b"")
-        for byte in data:
-            assert reader.take() is None
-            ours.send(bytes([byte]))
-            assert reader.read()
-            if reader._buffer == b"\x05\0\0\0hello":
-                assert reader.take() == b"hello"
-        assert reader.take() == b""
-        send_frame(ours, b"with fds", (null.fileno(), null.fileno()))
-        assert reader.read()
-        assert reader.take() == b"with fds"
-        fds = reader.take_fds()
-        assert [os.fstat(fd).st_ino for fd in fds] == [inode, inode]
-        assert not any(os.get_inheritable(fd) for fd in fds)
-        for fd in fds:
-            os.close(fd)
-        ours.close()
-        assert not reader.read()
-
-
-def test_a_frame_that_announces_too_much_is_refused_before_it_is_read() -> None:
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
-    with ours, theirs:
-        ours.send((protocol.MAX_REQUEST + 1).to_bytes(4, "little"))
-        with pytest.raises(RuntimeFailure, match="at most"):
-            FrameReader(theirs).read()
+        protocol.resize(master, payload)
+    os.close(master)
+    os.close(slave)
 
 
 def test_frames_are_those_of_runtime_linux_sockets() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from runtime.errors import RuntimeFailure
+from runtime.shim.handler import check_id, runtime_root
 from runtime.shim.sandbox import sysctl_path
-from runtime.shim.server import check_id, runtime_root
 
 
 @pytest.mark.parametrize(

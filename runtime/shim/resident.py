@@ -1,0 +1,364 @@
+"""The shim of one pod: what has to be there all the time, and nothing else.
+
+It reads and logs output, waits for processes, keeps the facts, tells subscribers, and forks a helper (runtime.shim.
+handler) for every connection; that is all. A helper may block, use memory or crash: the pod's logs go on, and what its
+work has dirtied is gone with it. That keeps a shim at a few hundred KiB of its own. Processes that a helper makes are
+orphans when it ends, and the shim, a subreaper, adopts them.
+
+Refuses to end by a signal: SIGTERM and SIGHUP are handled and ignored, only `stop` ends a shim, and SIGKILL, after
+which the containers run on without it. Invariant: after each wake-up this process has no zombies, and it has a status
+for every pid it was told of (threats O16, O31).
+"""
+
+from __future__ import annotations
+
+import os
+from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM
+from _socket import socket as Socket
+
+from runtime.linux import signals
+from runtime.shim import channel, protocol
+from runtime.shim.held import Held
+from runtime.shim.logfile import LogFile
+from runtime.shim.loop import READ, Loop
+from runtime.shim.protocol import Facts, PodMessage
+from runtime.shim.reaper import is_child
+from runtime.shim.sink import Sink
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, NoReturn
+
+    from runtime.shim.attach import Attachment
+
+    Work = Callable[["Resident", int, Socket], NoReturn]  # what a helper does; it never returns
+
+EVENT_LIMIT = 256 << 10  # bytes of events that a subscriber may lag behind
+_LOG_LIMIT = 1 << 20
+_BACKLOG = 128
+_LATER = object()  # an answer that comes when it is due
+
+
+class Helper:
+    """A forked helper, seen from the shim."""
+
+    __slots__ = ("attachment", "end", "locked", "on_gone", "pid")
+
+    def __init__(self, pid: int, end: Socket, on_gone: Callable[[], None] | None) -> None:
+        self.pid = pid
+        self.end = end
+        self.on_gone = on_gone
+        self.locked: str | None = None
+        self.attachment: Attachment | None = None
+
+
+class Resident:
+    """The pod's supervisor. `serve` is what a helper does for a connection; `rest_killer(id, handler)` gives one that
+    kills what a container with a shared PID namespace has left."""
+
+    def __init__(self, pod: PodMessage, serve: Work, rest_killer: Callable[[str, str], Work]) -> None:
+        self.pod = pod
+        self.containers: dict[str, Held] = {}
+        self.pause_pid = 0
+        self.stopping = False
+        self._serve = serve
+        self._rest_killer = rest_killer
+        self._loop = Loop(report)
+        self._listener: Socket | None = None
+        self._helpers: dict[int, Helper] = {}
+        self._locks: dict[str, list[Helper]] = {}  # the first has it, the others wait for it
+        self._early: dict[int, int] = {}
+        self._subscribers: dict[int, Sink] = {}
+        self._wake, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._actions: dict[str, Callable[..., object]] = {
+            "adopt": self._adopt,
+            "attach": self._attach,
+            "end": self._end,
+            "facts": self._facts,
+            "forget": self._forget,
+            "listen": self._listen,
+            "lock": self._lock,
+            "note": self._note,
+            "pause": self._pause,
+            "reopen": self._reopen,
+            "started": self._started,
+            "stop": self._stop,
+            "subscribe": self._subscribe,
+            "told": self._told,
+        }
+
+    def listen(self, path: str) -> None:
+        """Makes the socket, mode 0600. A stale one is replaced (threats O58)."""
+        listener = self._listener = Socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0)
+        name, directory = path, -1
+        if len(os.fsencode(path)) > 107:  # sun_path: through the directory's fd
+            directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            name = f"/proc/self/fd/{directory}/{os.path.basename(path)}"
+        try:
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass
+            before = os.umask(0o177)
+            listener.bind(name)
+            os.umask(before)
+        finally:
+            if directory >= 0:
+                os.close(directory)
+        listener.listen(_BACKLOG)
+        self._loop.watch(listener.fileno(), READ, self._accept)
+
+    def run(self, bring_up: Work, connection: int) -> None:
+        """Serves until a helper says that the pod has been stopped. The first helper brings the pod up for who is at
+        `connection`; if it fails, that is the end."""
+        # Handlers, not SIG_IGN: only these wake the loop, and execve(2) resets them in containers.
+        signals.wake_up(self._wake_writer)
+        for number in (signals.SIGCHLD, signals.SIGTERM, signals.SIGHUP, signals.SIGINT):
+            signals.handle(number, _nothing)
+        self._loop.watch(self._wake, READ, self._woken)
+        self.fork(bring_up, connection, on_gone=self._brought_up)
+        os.close(connection)
+        self._loop.run()
+
+    def _brought_up(self) -> None:
+        if self._listener is None:
+            self._loop.stop()
+
+    def close(self) -> None:
+        """Closes what the process's end would close."""
+        signals.wake_up(-1)
+        for fd in (self._wake, self._wake_writer):
+            os.close(fd)
+        if self._listener is not None:
+            self._listener.close()
+        for sink in list(self._subscribers.values()):
+            sink.close()
+        self._loop.close()
+
+    # ------------------------------------------------------------------------------------------------ processes
+
+    def _woken(self, _events: int) -> None:
+        try:
+            os.read(self._wake, 4096)
+        except BlockingIOError:
+            pass
+        self._reap()
+
+    def _reap(self) -> None:
+        """Waits for all that have ended: one SIGCHLD may stand for many."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            for held in self.containers.values():
+                if held.facts.pid == pid and not held.facts.finished_ns:
+                    held.ended(status)
+                    break
+            else:
+                if self._helpers:  # one of them may be about to tell us of this process
+                    self._early[pid] = status
+
+    # -------------------------------------------------------------------------------------------------- helpers
+
+    def _accept(self, _events: int) -> None:
+        listener = self._listener
+        assert listener is not None
+        try:
+            connection, _ = listener._accept()  # type: ignore[attr-defined]  # accept(2), fd and address
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        try:
+            self.fork(self._serve, connection)
+        finally:
+            os.close(connection)
+
+    def fork(
+        self,
+        work: Work,
+        connection: int = -1,
+        on_gone: Callable[[], None] | None = None,
+    ) -> None:
+        """A helper that does `work`; `on_gone` is called when it has ended."""
+        ours, theirs = channel.pair()
+        pid = os.fork()
+        if pid == 0:
+            work(self, connection, theirs)
+        theirs.close()
+        helper = Helper(pid, ours, on_gone)
+        fd = ours.fileno()
+        self._helpers[fd] = helper
+        self._loop.watch(fd, READ, lambda _events: self._heard(fd, helper))
+
+    def _heard(self, fd: int, helper: Helper) -> None:
+        try:
+            received = channel.receive(helper.end)
+        except OSError:
+            received = None
+        if received is None:
+            self._gone(fd, helper)
+            return
+        (name, *arguments), fds = received
+        try:
+            answer = self._actions[name](helper, fds, *arguments)
+        except Exception as error:  # the helper hears an end, and says that to its client
+            report(name, error)
+            self._gone(fd, helper)
+            return
+        if answer is not _LATER:
+            self._reply(helper, answer)
+
+    def _reply(self, helper: Helper, answer: object) -> None:
+        try:
+            channel.send(helper.end, answer)
+        except OSError:  # it was killed; its end is about to be heard
+            pass
+
+    def _gone(self, fd: int, helper: Helper) -> None:
+        del self._helpers[fd]
+        self._loop.unwatch(fd)
+        helper.end.close()
+        if helper.attachment is not None:
+            helper.attachment.close()
+        for container_id, queue in list(self._locks.items()):
+            if helper in queue:
+                self._unlock(container_id, queue, helper)
+        if not self._helpers:
+            self._early.clear()
+        if helper.on_gone is not None:
+            helper.on_gone()
+
+    def _unlock(self, container_id: str, queue: list[Helper], helper: Helper) -> None:
+        held_it = queue[0] is helper
+        queue.remove(helper)
+        if not queue:
+            del self._locks[container_id]
+        elif held_it:
+            self._reply(queue[0], self._facts(queue[0], [], container_id))
+
+    # ------------------------------------------------------------------------------------- what helpers may ask for
+
+    def _lock(self, helper: Helper, _fds: list[int], container_id: str) -> object:
+        """Facts of the container or None, once nobody else creates, starts or deletes it."""
+        queue = self._locks.setdefault(container_id, [])
+        queue.append(helper)
+        return self._facts(helper, [], container_id) if queue[0] is helper else _LATER
+
+    def _facts(self, _helper: Helper, _fds: list[int], container_id: str) -> object:
+        held = self.containers.get(container_id)
+        return None if held is None else held.facts.to_json()
+
+    def _adopt(self, _helper: Helper, fds: list[int], made: dict[str, Any]) -> bool:
+        held = Held(self._loop, made, dict(zip(made["fds"], fds, strict=True)), self._tell, self._kill_rest)
+        facts = held.facts
+        self.containers[facts.id] = held
+        status = self._early.pop(facts.pid, None)
+        if status is not None and not is_child(facts.pid):
+            held.ended(status)
+        return True
+
+    def _started(self, _helper: Helper, _fds: list[int], container_id: str, when_ns: int) -> object:
+        held = self.containers[container_id]
+        held.facts.started_ns = when_ns
+        return held.visible()
+
+    def _note(self, _helper: Helper, _fds: list[int], container_id: str, message: str) -> bool:
+        held = self.containers[container_id]
+        held.note(message)
+        if held.facts.finished_ns:
+            held.record()
+        return True
+
+    def _reopen(self, _helper: Helper, fds: list[int], container_id: str) -> bool:
+        held = self.containers[container_id]
+        held.stdio.reopen(LogFile(held.log_path, fds[0]))
+        return True
+
+    def _attach(self, helper: Helper, fds: list[int], container_id: str, stdin: bool) -> object:
+        """Streams are copied until the helper ends; it hears an end of its own when the output is over."""
+        stdio = self.containers[container_id].stdio
+        self._reply(helper, True)
+        helper.attachment = stdio.attach(fds, stdin=stdin, on_end=lambda: self._reply(helper, None))
+        return _LATER
+
+    def _told(self, helper: Helper, _fds: list[int], container_id: str) -> object:
+        """Answers when the container's exit is known to everybody."""
+        held = self.containers.get(container_id)
+        if held is None:
+            return True
+        held.when_told(lambda: self._reply(helper, True))
+        return _LATER
+
+    def _forget(self, _helper: Helper, _fds: list[int], container_id: str) -> bool:
+        held = self.containers.pop(container_id, None)
+        if held is not None:
+            held.close()
+        return True
+
+    def _listen(self, _helper: Helper, _fds: list[int]) -> bool:
+        self.listen(f"{self.pod.directory}/shim.sock")
+        return True
+
+    def _pause(self, _helper: Helper, _fds: list[int], pid: int) -> bool:
+        self.pause_pid = pid
+        return True
+
+    def _stop(self, helper: Helper, _fds: list[int], on: bool) -> list[str]:
+        """From now on nothing is created; other helpers, stuck ones too, are killed. Ids of what is there."""
+        self.stopping = on
+        if on:
+            for other in self._helpers.values():
+                if other is not helper:
+                    os.kill(other.pid, signals.SIGKILL)  # ours and not waited for: it is no other's pid
+        return list(self.containers)
+
+    def _end(self, _helper: Helper, _fds: list[int]) -> bool:
+        self._loop.stop()
+        return True
+
+    def _kill_rest(self, held: Held, then: Callable[[], None]) -> None:
+        self.fork(self._rest_killer(held.facts.id, held.handler), on_gone=then)
+
+    # --------------------------------------------------------------------------------------------------- events
+
+    def _subscribe(self, _helper: Helper, fds: list[int], answer: bytes) -> bool:
+        fd, probe = fds[0], os.dup(fds[0])  # epoll takes an fd once: one to write to, one to hear the end of
+        sink = self._subscribers[fd] = Sink(self._loop, fd, EVENT_LIMIT, lambda: self._unsubscribe(fd, probe))
+        self._loop.watch(probe, READ, lambda _events: self._unsubscribe(fd, probe))
+        sink.write(answer)
+        return True
+
+    def _unsubscribe(self, fd: int, probe: int) -> None:
+        """It has closed, said something, which subscribers do not, or fallen too far behind."""
+        sink = self._subscribers.pop(fd, None)
+        if sink is not None:
+            self._loop.unwatch(probe)
+            os.close(probe)
+            sink.close()
+
+    def _tell(self, kind: str, facts: Facts) -> None:
+        payload = protocol.frame(protocol.event(kind, facts))
+        for sink in list(self._subscribers.values()):
+            sink.write(payload)
+
+
+def _nothing(_number: int, _frame: object) -> None:
+    """The handler of signals that are only to wake the loop, or to do nothing."""
+
+
+def report(what: str, error: BaseException) -> None:
+    """One entry in shim.log (our stderr): what went wrong and where, as far as there is room."""
+    places = []
+    trace = error.__traceback__
+    while trace is not None:
+        places.append(f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    text = f"{what}: {type(error).__name__}: {error} ({' '.join(places)})\n"
+    try:
+        if os.fstat(2).st_size < _LOG_LIMIT:
+            os.write(2, text.encode("utf-8", "backslashreplace"))
+    except OSError:
+        pass

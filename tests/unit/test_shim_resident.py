@@ -1,0 +1,282 @@
+"""The shim's core without root: helpers, locks, adopted processes, exits told in order."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.linux.process import set_child_subreaper
+from runtime.linux.sockets import connect_unix
+from runtime.shim import protocol
+from runtime.shim.channel import Channel, pair, receive, send
+from runtime.shim.handler import become_helper
+from runtime.shim.pipes import Pipes
+from runtime.shim.protocol import ContainerMessage, Facts, PodMessage
+from runtime.shim.reaper import exit_code
+from runtime.shim.resident import Resident
+
+Script = Callable[[Channel, Path], None]
+
+
+@pytest.fixture(autouse=True)
+def subreaper() -> Iterator[None]:
+    """The residents of these tests run in this process: orphans of their helpers must come to it."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP)}
+    interrupt = signal.getsignal(signal.SIGINT)
+    set_child_subreaper(True)
+    yield
+    set_child_subreaper(False)
+    signal.set_wakeup_fd(-1)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, interrupt)
+
+
+def work(script: Script, directory: Path) -> Any:
+    """A helper that does `script`; what it fails with is left in a file."""
+
+    def run(_resident: Resident, _connection: int, end: Any) -> None:
+        try:
+            become_helper(end.fileno())
+            script(Channel(end), directory)
+        except BaseException as error:
+            (directory / "failed").write_text(repr(error))
+        finally:
+            os._exit(0)
+
+    return run
+
+
+def run(tmp_path: Path, *scripts: Script) -> Resident:
+    """A resident whose first helper runs the first script; those of connections run the second."""
+    directory = str(tmp_path)
+    pod = PodMessage("pod", directory, directory, "", "", False, False, False, 0, {}, "")
+    nothing = work(lambda _channel, _directory: None, tmp_path)
+    serve = work(scripts[1], tmp_path) if len(scripts) > 1 else nothing
+    resident = Resident(pod, serve, lambda _id, _handler: nothing)
+    resident.run(work(scripts[0], tmp_path), os.open("/dev/null", os.O_RDONLY))
+    resident.close()
+    failed = tmp_path / "failed"
+    assert not failed.exists(), failed.read_text()
+    return resident
+
+
+def orphan(action: Callable[[], int]) -> int:
+    """The pid of a process that does `action`, exits with its result, and whose parent is gone."""
+    reader, writer = os.pipe()
+    middle = os.fork()
+    if middle == 0:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(action())
+        os.write(writer, str(pid).encode())
+        os._exit(0)
+    os.waitpid(middle, 0)
+    return int(os.read(reader, 20))
+
+
+def adopt(channel: Channel, directory: Path, pid: int, pipes: Pipes | None = None) -> None:
+    facts = Facts("c")
+    facts.pid, facts.created_ns = pid, time.time_ns()
+    ours = {} if pipes is None else pipes.ours
+    told = {
+        "facts": facts.to_json(),
+        "bundle": str(directory),
+        "handler": "",
+        "log_path": str(directory / "log"),
+        "shares_pids": False,
+        "stdin_once": False,
+        "oom": 0,
+        "fds": list(ours),
+    }
+    assert channel.ask("adopt", told, fds=ours.values()) is True
+
+
+def message(directory: Path) -> ContainerMessage:
+    return ContainerMessage("c", str(directory), "", "", [], 0, str(directory / "log"), False, False, False, "")
+
+
+def test_messages_keep_their_fds_and_their_borders() -> None:
+    ours, theirs = pair()
+    with open("/dev/null", "rb") as null:
+        send(ours, ("adopt", {"a": [1, None, b"x"]}), [null.fileno(), null.fileno()])
+        send(ours, True)
+    received = receive(theirs)
+    assert received is not None
+    assert received[0] == ("adopt", {"a": [1, None, b"x"]})
+    assert len(received[1]) == 2 and not any(os.get_inheritable(fd) for fd in received[1])
+    for fd in received[1]:
+        os.close(fd)
+    assert receive(theirs) == (True, [])
+    ours.close()
+    assert receive(theirs) is None
+    theirs.close()
+
+
+def test_a_first_helper_that_fails_ends_the_shim(tmp_path: Path) -> None:
+    run(tmp_path, lambda _channel, _directory: None)
+    assert not (tmp_path / "shim.sock").exists()
+
+
+def test_o15_o22_an_exit_is_on_disk_and_its_output_in_the_log_before_it_is_told(tmp_path: Path) -> None:
+    def script(channel: Channel, directory: Path) -> None:
+        channel.ask("listen")
+        with connect_unix(directory / "shim.sock") as probe:
+            channel.ask("subscribe", protocol.frame(b"first"), fds=[os.dup(probe.fileno())])
+        pipes = Pipes(message(directory))
+        pid = orphan(lambda: os.write(pipes.child[1], b"x" * 600_000 + b"\nlast") and 7)
+        adopt(channel, directory, pid, pipes)
+        pipes.close()
+        channel.ask("told", "c")
+        assert (directory / "log").stat().st_size > 600_000
+        assert (directory / "log").read_bytes().endswith(b"last\n")
+        assert json.loads((directory / "exit.json").read_bytes())["exit_code"] == 7
+        assert channel.ask("facts", "c")["exit_code"] == 7
+        channel.ask("forget", "c")
+        assert channel.ask("facts", "c") is None
+        channel.ask("end")
+
+    run(tmp_path, script, lambda _channel, _directory: None)
+
+
+def test_o16_a_process_that_ended_before_it_was_adopted_is_not_lost(tmp_path: Path) -> None:
+    def script(channel: Channel, directory: Path) -> None:
+        pid = orphan(lambda: 9)
+        while Path(f"/proc/{pid}").exists():  # until the shim has waited for it, as for somebody unknown
+            os.sched_yield()
+        adopt(channel, directory, pid)
+        channel.ask("told", "c")
+        assert channel.ask("facts", "c")["exit_code"] == 9
+        channel.ask("listen")
+        channel.ask("end")
+
+    run(tmp_path, script)
+
+
+def test_o16_many_exits_in_one_moment_are_all_told_right(tmp_path: Path) -> None:
+    def script(channel: Channel, directory: Path) -> None:
+        reader, writer = os.pipe()
+        pids = {}
+        for number in range(60):
+
+            def action(code: int = number) -> int:
+                os.close(writer)
+                os.read(reader, 1)
+                return code
+
+            pids[number] = orphan(action)
+        for number, pid in pids.items():
+            facts = Facts(f"c{number}")
+            facts.pid = pid
+            told = {
+                "facts": facts.to_json(),
+                "bundle": str(directory),
+                "handler": "",
+                "log_path": "",
+                "shares_pids": False,
+                "stdin_once": False,
+                "oom": 0,
+                "fds": [],
+            }
+            channel.ask("adopt", told)
+        os.close(writer)  # releases all of them
+        for number in pids:
+            channel.ask("told", f"c{number}")
+            assert channel.ask("facts", f"c{number}")["exit_code"] == number
+        channel.ask("listen")
+        channel.ask("end")
+
+    run(tmp_path, script)
+
+
+def test_a_lock_is_free_again_when_its_helper_dies(tmp_path: Path) -> None:
+    def holder(channel: Channel, directory: Path) -> None:
+        assert channel.ask("lock", "c") is None
+        (directory / "locked").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def script(channel: Channel, directory: Path) -> None:
+        channel.ask("listen")
+        connect_unix(directory / "shim.sock").close()
+        while not (directory / "locked").exists():
+            os.sched_yield()
+        assert channel.ask("lock", "c") is None
+        channel.ask("end")
+
+    run(tmp_path, script, holder)
+
+
+def test_stop_kills_other_helpers_however_stuck(tmp_path: Path) -> None:
+    def stuck(channel: Channel, directory: Path) -> None:
+        channel.ask("lock", "c")
+        (directory / "stuck").touch()
+        signal.pause()
+
+    def script(channel: Channel, directory: Path) -> None:
+        channel.ask("listen")
+        connect_unix(directory / "shim.sock").close()
+        while not (directory / "stuck").exists():
+            os.sched_yield()
+        assert channel.ask("stop", True) == []
+        assert channel.ask("lock", "c") is None
+        channel.ask("end")
+
+    run(tmp_path, script, stuck)
+
+
+def test_p11_a_helper_keeps_only_the_fds_it_is_given(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        keep = os.open("/dev/null", os.O_RDONLY)
+        become_helper(keep)
+        open_ = {int(name) for name in os.listdir("/proc/self/fd")}
+        # The listing itself is one; it is the lowest free number.
+        os._exit(0 if keep in open_ and len(open_ - {0, 1, 2, keep}) == 1 else 1)
+    assert exit_code(os.waitpid(pid, 0)[1]) == (0, 0)
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.parametrize(("status", "expected"), [(0, (0, 0)), (3 << 8, (3, 0)), (9, (137, 9)), (11 | 128, (139, 11))])
+def test_exit_codes_of_signalled_deaths_are_128_and_the_signal(status: int, expected: tuple[int, int]) -> None:
+    assert exit_code(status) == expected
+
+
+def test_o55_a_subscriber_that_does_not_read_is_let_go(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair()
+
+    def helper(_resident: Resident, _connection: int, end: Any) -> None:
+        try:
+            become_helper(end.fileno(), theirs.fileno())
+            channel = Channel(end)
+            channel.ask("listen")
+            for _ in range(3):
+                channel.ask("subscribe", b"x" * 200_000, fds=[theirs.fileno()])
+            channel.ask("end")
+        finally:
+            os._exit(0)
+
+    pod = PodMessage("pod", str(tmp_path), str(tmp_path), "", "", False, False, False, 0, {}, "")
+    resident = Resident(pod, helper, lambda _id, _handler: helper)  # type: ignore[arg-type,return-value]
+    resident.run(helper, os.open("/dev/null", os.O_RDONLY))  # type: ignore[arg-type]
+    assert len(resident._subscribers) == 3  # behind, but not too far
+    resident._tell("exit", _large_facts())
+    assert resident._subscribers == {}
+    resident.close()
+    ours.close()
+    theirs.close()
+
+
+def _large_facts() -> Facts:
+    facts = Facts("c")
+    facts.message = "x" * 300_000
+    return facts
