@@ -99,9 +99,21 @@ def code_of(error: BaseException) -> StatusCode:
     """The gRPC code for `error`: of its class, or of the nearest class above it that the table names."""
     if isinstance(error, ContainerError):
         return _CONTAINER_CODES.get(error.code, StatusCode.INTERNAL)
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if _is_full(error):
         return StatusCode.RESOURCE_EXHAUSTED
     return next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
+
+
+def _is_full(error: BaseException) -> bool:
+    """True when what `error` comes from is a disk or a table that is full, whatever a part has made of it."""
+    cause: BaseException | None = error
+    for _ in range(8):
+        if cause is None:
+            break
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def sentence(error: BaseException) -> str:

@@ -184,7 +184,8 @@ class _Layers:
                 for number in sorted(range(len(self._layers)), key=lambda at: -self._layers[at].blob.size):
                     group.create_task(self._layer(number))
         except BaseExceptionGroup as group_error:
-            raise _first(group_error) from None
+            first = _first(group_error)
+            raise first from first.__cause__
 
     async def _lease(self) -> None:
         puller = self._puller

@@ -196,13 +196,21 @@ class Node:
         """Everything this node has on the machine beyond its daemon, in words: files, records, cgroups, mounts,
         processes. A call that fails must leave this as it was."""
         found = {f"file {path}" for path in self._files() if not self._is_kept_blob(path)}
-        found |= {f"cgroup {path}" for path in CGROUPS.glob(f"*/{self.tag}/**/")}
-        found |= {f"cgroup {path}" for path in CGROUPS.glob(f"{self.tag}/**/")}
+        # Not the node's own parent: it may stay while it is empty.
+        for pattern in (f"*/{self.tag}/*/", f"{self.tag}/*/"):
+            found |= {f"cgroup {path}" for path in CGROUPS.glob(pattern)}
         machine = Machine.now()
         mark = str(self.directory)
         found |= {f"mount {mount}" for mount in machine.mounts if mark in mount}
         found |= {f"process {one.pid} {one.command[:80]}" for one in machine.processes if mark in one.command}
         return frozenset(found | set(self._records()))
+
+    def settles(self, before: frozenset[str]) -> None:
+        """Fails unless all is as `before` within a moment: a background worker empties the trash."""
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: self.held() == before, 5)
+        now = self.held()
+        assert now == before, "\n".join(["left:", *sorted(now - before), "gone:", *sorted(before - now)])
 
     def _files(self) -> Iterator[Path]:
         for top in (self.root, self.state, self.directory / "leases"):
@@ -216,7 +224,10 @@ class Node:
         """A whole, right blob may stay for the next try; a collector takes it when nobody tries."""
         if path.parent != self.root / "images/blobs/sha256":
             return path in (self.root / "images/ingest/.collect", self.root / "images/ingest/.reserve")
-        return hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+        try:
+            return hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+        except FileNotFoundError:
+            return True
 
     def _records(self) -> Iterator[str]:
         database = sqlite3.connect(f"file:{self.root}/ocid.db?mode=ro", uri=True)

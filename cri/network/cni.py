@@ -145,6 +145,8 @@ class Cni:
             conflist = self._find(pod.network)
             try:
                 plan = planning.negotiate(self._plan(conflist), self._tools)
+                for program in plan.programs:
+                    program.find()  # with one missing there would be an ADD that no DEL could undo
                 record = Record(pod, plan.conflist, self._config.interface, namespace, None)
                 self._write(record)
             except PluginError as error:
