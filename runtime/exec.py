@@ -129,6 +129,7 @@ class _Entry:
         self._flags = flags
         self._step = "namespaces"
         self._warnings: list[str] = []
+        self._proc = -1
 
     # ------------------------------------------------------------------------------------------------ the caller
 
@@ -136,7 +137,7 @@ class _Entry:
         mine, its = sync.Channel.pair()
         pid = pidfd = console = -1
         # Held from before the caller joins anything: the container's own /proc is not asked (CVE-2025-52881).
-        proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        proc = self._proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             if self._request.disposable:
                 pid, pidfd = self._join_and_clone(its, mine)
@@ -328,16 +329,12 @@ class _Entry:
             os.close(fd)
 
     def _labels(self) -> None:
-        proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            own = os.readlink("self", dir_fd=proc)
-            if self._process.apparmor_profile:
-                value = f"exec {self._process.apparmor_profile}".encode()
-                init.write_proc(proc, f"{own}/attr/apparmor/exec", value, "apparmor")
-            if self._process.selinux_label:
-                init.write_proc(proc, f"{own}/attr/exec", self._process.selinux_label.encode(), "selinux")
-        finally:
-            os.close(proc)
+        own = os.readlink("self", dir_fd=self._proc)
+        if self._process.apparmor_profile:
+            value = f"exec {self._process.apparmor_profile}".encode()
+            init.write_proc(self._proc, f"{own}/attr/apparmor/exec", value, "apparmor")
+        if self._process.selinux_label:
+            init.write_proc(self._proc, f"{own}/attr/exec", self._process.selinux_label.encode(), "selinux")
 
 
 def _end(pid: int, pidfd: int) -> None:
