@@ -48,11 +48,17 @@ def interpreter_fd() -> int:
 
 
 def _overlay_fd(path: str) -> int:
-    # overlayfs wants two lower layers where there is no upper one; the second only lies below.
-    directory = os.path.dirname(path)
-    options = (("lowerdir+", directory), ("lowerdir+", os.path.dirname(os.path.abspath(__file__))))
     attributes = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
-    mounted = FsMount("overlay", "overlay", options, attributes).make()
+    # overlayfs wants two lower layers where there is no upper one; the second only lies below.
+    layers = (os.path.dirname(path), os.path.dirname(os.path.abspath(__file__)))
+    try:
+        mounted = FsMount("overlay", "overlay", tuple(("lowerdir+", layer) for layer in layers), attributes).make()
+    except KernelError:
+        # Linux before 6.5. A colon or backslash in a path, or a long one, is not worth the words: a memfd takes over.
+        joined = ":".join(layers)
+        if joined.count(":") > 1 or "\\" in joined or len(os.fsencode(joined)) > 255:
+            raise
+        mounted = FsMount("overlay", "overlay", (("lowerdir", joined),), attributes).make()
     try:
         return os.open(os.path.basename(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=mounted)
     finally:

@@ -230,43 +230,53 @@ def remove_tree(path: str | Path, *, dirfd: int = AT_FDCWD) -> None:
 
 
 def _remove_entry(parent: int, name: str) -> None:
-    # Not recursive: depth in a container's tree is the container's choice, and Python's stack is not.
-    stack: list[tuple[int, str, int, list[str]]] = []
-    pending: list[str] = [name]
-    here = os.dup(parent)
-    here_name = ""
+    # Not recursive: depth in a container's tree is the container's choice, and Python's stack is not. And with one fd
+    # at a time, for their number is limited too: the way up is "..", checked to be where the way down came from.
+    stack: list[tuple[str, tuple[int, int], list[str]]] = []
+    here, pending = os.dup(parent), [name]
     try:
         while True:
-            if not pending:
-                if not stack:
-                    return
-                os.close(here)
-                here, above_name, _, pending = stack.pop()
-                os.rmdir(here_name, dir_fd=here)
-                here_name = above_name
-                continue
-            entry = pending.pop()
+            while pending:
+                entry = pending.pop()
+                child = _unlink_or_open(here, entry)
+                if child >= 0:
+                    stack.append((entry, _identity(here), pending))
+                    here, above = child, here
+                    os.close(above)
+                    pending = os.listdir(here)
+            if not stack:
+                return
+            entry, identity, pending = stack.pop()
+            above = openat2(here, "..", os.O_RDONLY | os.O_DIRECTORY, 0, RESOLVE_NO_XDEV)
+            os.close(here)
+            here = above
+            if _identity(here) != identity:
+                raise KernelError(errno.ESTALE, "remove a tree that somebody moves about, at", entry)
             try:
-                os.unlink(entry, dir_fd=here)
-                continue
+                os.rmdir(entry, dir_fd=here)
             except FileNotFoundError:
-                continue
-            except (IsADirectoryError, PermissionError) as error:
-                if not stat.S_ISDIR(os.stat(entry, dir_fd=here, follow_symlinks=False).st_mode):
-                    raise KernelError(error.errno or errno.EPERM, "unlink", entry) from error
-            child = openat2(
-                here,
-                entry,
-                os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW,
-                0,
-                RESOLVE_BENEATH | RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS,
-            )
-            stack.append((here, here_name, 0, pending))
-            here, here_name, pending = child, entry, os.listdir(child)
+                pass
     finally:
         os.close(here)
-        for fd, _, _, _ in stack:
-            os.close(fd)
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def _unlink_or_open(dirfd: int, name: str) -> int:
+    """Unlinks `name`; a directory's fd instead, which the caller owns; -1 when it is gone."""
+    try:
+        os.unlink(name, dir_fd=dirfd)
+        return -1
+    except FileNotFoundError:
+        return -1
+    except (IsADirectoryError, PermissionError) as error:
+        if not stat.S_ISDIR(os.stat(name, dir_fd=dirfd, follow_symlinks=False).st_mode):
+            raise KernelError(error.errno or errno.EPERM, "unlink", name) from error
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+    return openat2(dirfd, name, flags, 0, RESOLVE_BENEATH | RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS)
 
 
 def sealed_memfd(name: str, data: bytes) -> int:

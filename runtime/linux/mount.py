@@ -33,6 +33,7 @@ FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSCONFIG_SET_FD, FSCONFIG_CMD_CREATE, FS
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 1, 2, 4, 8
 MOUNT_ATTR_ATIME, MOUNT_ATTR_RELATIME, MOUNT_ATTR_NOATIME, MOUNT_ATTR_STRICTATIME = 0x70, 0, 0x10, 0x20
 MOUNT_ATTR_NODIRATIME, MOUNT_ATTR_IDMAP, MOUNT_ATTR_NOSYMFOLLOW = 0x80, 0x100000, 0x200000
+_MAX_VALUE = 255  # fs/fsopen.c: strndup_user(value, 256)
 
 
 class FsMount(Record):
@@ -53,7 +54,16 @@ class FsMount(Record):
 
     def make(self) -> int:
         """A detached mount of it: an O_PATH-like CLOEXEC fd that the caller owns. Raises KernelError with the
-        kernel's own message, where it gave one (fsopen(2), "Message retrieval")."""
+        kernel's own message, where it gave one (fsopen(2), "Message retrieval").
+
+        An overlay with one `lowerdir` that is longer than fsconfig(2) takes a value (kernels without lowerdir+) goes
+        through runtime.linux.overlay_joined: see there for what that needs."""
+        if self.fstype == "overlay" and any(
+            key == "lowerdir" and len(os.fsencode(value or "")) > _MAX_VALUE for key, value in self.options
+        ):
+            from runtime.linux.overlay_joined import make_joined
+
+            return make_joined(self)
         fs = fsopen(self.fstype)
         try:
             try:

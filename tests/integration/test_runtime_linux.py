@@ -1,0 +1,151 @@
+"""The kernel leaf and the sealed interpreter, where only a real kernel can say whether they do what they promise."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime import sealed
+from runtime.linux import mount as leaf
+from runtime.linux.files import OVERLAYFS_SUPER_MAGIC, fstatfs_type, mkdir_in_root, remove_tree
+from runtime.linux.libc import KernelError
+from runtime.linux.mount import MNT_DETACH, mount, umount2
+from tests.support import needs
+
+LOW = """
+import os, resource, sys
+sys.path.insert(0, sys.argv[2])
+from runtime.linux.files import remove_tree
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+remove_tree(sys.argv[1])
+"""
+
+
+def deep(top: Path, levels: int) -> None:
+    """`levels` directories in each other, each with a file and a link; made by fds, since the path is too long."""
+    top.mkdir()
+    here = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
+    for _ in range(levels):
+        os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+        os.symlink("/etc", "link", dir_fd=here)
+        os.mkdir("a-directory-of-some-length", dir_fd=here)
+        below = os.open("a-directory-of-some-length", os.O_RDONLY | os.O_DIRECTORY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+
+
+def test_remove_tree_of_any_depth_needs_few_fds(tmp_path: Path) -> None:
+    deep(tmp_path / "deep", 700)
+    repository = str(Path(sealed.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", LOW, str(tmp_path / "deep"), repository], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert os.listdir(tmp_path) == [] and Path("/etc/passwd").exists()
+
+
+def test_remove_tree_follows_no_link_and_crosses_no_mount(tmp_path: Path) -> None:
+    needs("root")
+    outside = tmp_path / "outside"
+    (outside / "below").mkdir(parents=True)
+    (outside / "below/file").write_text("stays")
+    tree = tmp_path / "tree"
+    (tree / "mounted").mkdir(parents=True)
+    (tree / "link").symlink_to(outside)
+    before = len(os.listdir("/proc/self/fd"))
+    mount(str(outside), str(tree / "mounted"), None, leaf.MS_BIND)
+    try:
+        with pytest.raises(OSError) as caught:
+            remove_tree(tree)
+        assert caught.value.errno in (errno.EXDEV, errno.EBUSY)
+    finally:
+        umount2(str(tree / "mounted"), MNT_DETACH)
+    assert (outside / "below/file").read_text() == "stays"
+    remove_tree(tree)
+    remove_tree(tree)
+    assert not tree.exists() and (outside / "below/file").exists()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_directories_behind_dangling_links_are_made_inside(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "var").mkdir(parents=True)
+    (root / "var/run").symlink_to("../run")
+    (root / "abs").symlink_to("/made/here")
+    (root / "out").symlink_to("../../../../../../../../x/y")
+    (root / "loop").symlink_to("loop")
+    top = os.open(root, os.O_PATH | os.O_DIRECTORY)
+    try:
+        for path in ("var/run/a", "abs/b", "out/c"):
+            os.close(mkdir_in_root(top, path))
+        with pytest.raises(KernelError) as caught:
+            mkdir_in_root(top, "loop/d")
+        assert caught.value.errno == errno.ELOOP
+    finally:
+        os.close(top)
+    assert (root / "run/a").is_dir() and (root / "made/here/b").is_dir() and (root / "x/y/c").is_dir()
+    assert sorted(os.listdir(tmp_path)) == ["root"]
+
+
+JOINED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from runtime.linux.mount import FsMount
+from runtime.linux.process import CLONE_NEWNS, unshare
+from runtime.linux.mount import mount
+unshare(CLONE_NEWNS)
+mount(None, "/", None, 1 << 18 | 16384)
+base = sys.argv[2]
+lower = ":".join(f"{base}/l{n}" for n in range(40))
+upper = (("upperdir", f"{base}/active/u"), ("workdir", f"{base}/active/w"))
+fd = FsMount("overlay", "overlay", (("lowerdir", lower), *upper)).make()
+print(len(lower) > 255, sorted(os.listdir(f"/proc/self/fd/{fd}")) == sorted(f"f{n}" for n in range(40)))
+"""
+
+
+def test_o53_one_long_lowerdir_is_mounted_where_lowerdir_plus_is_unknown(tmp_path: Path) -> None:
+    needs("root", "overlay")
+    for number in range(40):
+        (tmp_path / f"l{number}").mkdir()
+        (tmp_path / f"l{number}" / f"f{number}").touch()
+    for name in ("u", "w"):
+        (tmp_path / "active" / name).mkdir(parents=True)
+    words = [sys.executable, "-I", "-c", JOINED, str(Path(sealed.__file__).parent.parent), str(tmp_path)]
+    assert subprocess.run(words, capture_output=True, check=True).stdout == b"True True\n"
+
+
+def refuse(*names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsconfig(2) as a kernel has it that does not know these keys."""
+    real = leaf.fsconfig
+
+    def fsconfig(fd: int, command: int, key: str | None, value: str | None, aux: int = 0) -> None:
+        if key in names:
+            raise KernelError(errno.EINVAL, "fsconfig", key)
+        real(fd, command, key, value, aux)
+
+    monkeypatch.setattr(leaf, "fsconfig", fsconfig)
+
+
+@pytest.mark.parametrize("missing", [(), ("lowerdir+",), ("lowerdir+", "lowerdir")])
+def test_s01_the_sealed_interpreter_has_three_ways(missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("root", "overlay")
+    refuse(*missing, monkeypatch=monkeypatch)
+    fd = sealed.interpreter_fd()
+    try:
+        assert (fstatfs_type(fd) == OVERLAYFS_SUPER_MAGIC) is (len(missing) < 2)
+        with pytest.raises(OSError):  # an overlay without upper layer refuses to open it, a memfd's seals the write
+            os.write(os.open(f"/proc/self/fd/{fd}", os.O_WRONLY), b"x")
+        with pytest.raises(OSError):
+            os.truncate(f"/proc/self/fd/{fd}", 0)
+        words = sealed.command("runtime.sealed", [])
+        words[3] = words[3].partition("from ")[0] + "from runtime import sealed; print(sealed.is_sealed())"
+        done = subprocess.run(words, executable=f"/proc/self/fd/{fd}", pass_fds=(fd,), capture_output=True, check=False)
+        assert done.stdout == b"True\n", done
+    finally:
+        os.close(fd)
