@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Collection
 
 from runtime.cgroups.hierarchy import detect
 
@@ -27,10 +28,11 @@ def first_missing(parent: str) -> str:
     return ""
 
 
-def remove_made(parent: str, made: str) -> None:
-    """Removes `parent` and what is above it up to `made`, as far as that is empty. rmdir(2) of a cgroup refuses while
-    it has processes or children, so this can take away nothing that is in use."""
-    while made and (parent == made or parent.startswith(f"{made}/")):
+def remove_made(parent: str, made: str, others: Collection[str]) -> None:
+    """Removes `parent` and what is above it up to `made`, as far as it is empty and no parent in `others` is at or
+    below it: somebody may be about to make a cgroup there. rmdir(2) of a cgroup refuses while it has processes or
+    children, so this can take away nothing that is in use."""
+    while made and is_within(parent, made) and not any(is_within(other, parent) for other in others):
         for root in hierarchies():
             try:
                 os.rmdir(f"{root}{parent}")
@@ -38,3 +40,8 @@ def remove_made(parent: str, made: str) -> None:
                 if error.errno not in (errno.ENOENT, errno.EBUSY, errno.ENOTEMPTY, errno.EROFS):
                     raise
         parent = parent.rpartition("/")[0]
+
+
+def is_within(path: str, above: str) -> bool:
+    """True when `path` is `above` or below it."""
+    return path == above or path.startswith(f"{above}/")

@@ -49,7 +49,7 @@ GRACE_S = 10.0
 _LOCK_WAIT_S = 60.0
 
 
-class AlreadyServed(RuntimeError):
+class AlreadyServed(OSError):
     """Another process works in this root."""
 
 
@@ -120,8 +120,11 @@ def build(config: Config, *, direct: bool) -> Built:
         directory.mkdir(mode=0o700, exist_ok=True)
         directory.chmod(0o700)
     path = config.root / "ocid.db"
-    records = Records(open_sound(path))
-    databases = (open_database(path, durable=True), open_database(path, durable=True))
+    try:
+        records = Records(open_sound(path))
+        databases = (open_database(path, durable=True), open_database(path, durable=True))
+    except sqlite3.Error as error:
+        raise OSError(f"open database {path}: {error}") from error
     snapshots = Overlay(
         config.root / "snapshots",
         databases[0],

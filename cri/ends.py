@@ -19,6 +19,7 @@ from runtime.linux.files import AT_FDCWD, read_bounded
 log = logging.getLogger(__name__)
 
 MAX_FACTS = 1 << 20
+UNKNOWN = "ContainerStatusUnknown"
 _KILLED = 128 + 9
 
 
@@ -47,6 +48,11 @@ async def _keep_written(node: Node, container: Container) -> bool:
     facts = await to_thread(written_facts, node, container)
     if facts is None or not facts.finished_ns:
         return False
+    # Whoever cleans up after a dead shim writes down, in its place, that it does not know.
+    unknown = facts.exit_code == LOST_EXIT and "is not known" in facts.message
+    current = node.store.containers.get(container.id)
+    if unknown and current is not None and not current.finished_ns:
+        node.store.note_container(container.id, reason=UNKNOWN)
     keep_facts(node, facts)
     return True
 
@@ -60,7 +66,7 @@ def _end(node: Node, container: Container, why: str) -> None:
             container.id,
             finished_ns=now_ns(),
             exit_code=LOST_EXIT,
-            reason="ContainerStatusUnknown",
+            reason=UNKNOWN,
             message=f"{why}; how it ended is not known",
         )
     else:

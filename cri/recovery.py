@@ -19,7 +19,7 @@ from cri.node import Node, now_ns
 from cri.records import Container, Pod
 from cri.threads import to_thread
 from cri.verbs import remove_container
-from cri.verbs.run_pod import LOOPBACK_ONLY
+from cri.verbs.run_pod import LOOPBACK_ONLY, leave_cgroup
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import remove_tree
 
@@ -68,6 +68,7 @@ async def _undo_pod(node: Node, pod: Pod) -> None:
     except Exception:
         await node.store.change_pod(pod.id, made_ns=now_ns(), lost_ns=now_ns())
         raise
+    leave_cgroup(node, pod)
     await node.store.remove(pod)
 
 

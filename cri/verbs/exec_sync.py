@@ -35,10 +35,14 @@ async def exec_sync(node: Node, request: pb.ExecSyncRequest) -> pb.ExecSyncRespo
         node.parts.containers.exec_sync, node.sandbox_of(container), container.id, spec
     )
     what = f"exec {request.cmd[0][:80]!r} in {container.name} ({container.id[:13]})"
-    if result.timed_out:
-        raise DeadlineExceeded(f"{what}: not done within {request.timeout} s; it was killed")
+    too_much = ""
     if result.truncated or len(result.stdout) + len(result.stderr) > limit:
-        raise LimitExceeded(f"{what}: it printed more than {limit} bytes (limits.exec_output_bytes)")
+        too_much = f"it printed more than {limit} bytes (limits.exec_output_bytes)"
+    if result.timed_out:
+        also = f"; {too_much}" if too_much else ""
+        raise DeadlineExceeded(f"{what}: not done within {request.timeout} s, it was killed{also}")
+    if too_much:
+        raise LimitExceeded(f"{what}: {too_much}")
     return pb.ExecSyncResponse(stdout=result.stdout, stderr=result.stderr, exit_code=result.exit_code)
 
 

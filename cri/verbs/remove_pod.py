@@ -9,13 +9,11 @@ from __future__ import annotations
 import logging
 
 from cri.api import api_pb2 as pb
-from cri.cgroups import remove_made
 from cri.errors import NotFound
 from cri.node import Node
-from cri.records import Pod
 from cri.threads import to_thread
 from cri.verbs import remove_container, stop_pod
-from cri.verbs.run_pod import cgroup_parent
+from cri.verbs.run_pod import leave_cgroup
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import remove_tree
 
@@ -44,13 +42,8 @@ async def remove(node: Node, pod_id: str) -> None:
         for container in node.store.containers_of(pod_id):
             await remove_container.remove(node, container.id)
         failpoint("remove_pod.containers")
-        await to_thread(_take_away, node, pod)
+        await to_thread(remove_tree, node.paths.pod(pod_id))
         failpoint("remove_pod.directory")
+        leave_cgroup(node, pod)
         await node.store.remove(pod)
     log.info("pod %s (%s) is removed", pod.label, pod.id[:13])
-
-
-def _take_away(node: Node, pod: Pod) -> None:
-    remove_tree(node.paths.pod(pod.id))
-    if pod.cgroup_made:
-        remove_made(cgroup_parent(node, pod.request), pod.cgroup_made)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cri.api import api_pb2 as pb
-from cri.cgroups import first_missing, remove_made
+from cri.cgroups import first_missing, is_within, remove_made
 from cri.errors import AlreadyExists, InvalidArgument, Unimplemented
 from cri.interfaces import NetworkResult, Sandbox, Sandboxes, SandboxSpec
 from cri.node import Node, new_id, now_ns
@@ -141,10 +141,10 @@ async def _make(node: Node, pod: Pod) -> str:
         undo.did("remove the pod's directory", lambda: to_thread(remove_tree, directory))
         made, netns = await both(to_thread(_prepare, directory, parent), _new_netns(node, pod, undo, own))
         failpoint("run_pod.netns")
+        pod = node.store.pods[pod.id]
         if netns is not None or made:
             # Before ADD: whoever finds this record knows that addresses may be in use (threats O3).
-            pod = await node.store.change_pod(pod.id, netns=str(netns or ""), cgroup_made=made)
-        undo.did("remove the pod's cgroup", lambda: to_thread(remove_made, parent, made))
+            pod = await node.store.change_pod(pod.id, netns=str(netns or ""), cgroup_made=made or pod.cgroup_made)
         spec = SandboxSpec(
             id=pod.id,
             directory=directory,
@@ -174,6 +174,19 @@ async def _make(node: Node, pod: Pod) -> str:
     return pod.id
 
 
+def leave_cgroup(node: Node, pod: Pod) -> None:
+    """Removes what was made above the pod's cgroups, or leaves that to another pod there. Does not await: no pod can
+    come between the look at the others and the removal."""
+    made, parent = pod.cgroup_made, cgroup_parent(node, pod.request)
+    if not made:
+        return
+    others = {other.id: cgroup_parent(node, other.request) for other in node.store.pods.values() if other.id != pod.id}
+    remove_made(parent, made, others.values())
+    heir = next((node.store.pods[id_] for id_, path in others.items() if is_within(path, made)), None)
+    if heir is not None and (not heir.cgroup_made or len(made) < len(heir.cgroup_made)):
+        node.store.note_pod(heir.id, cgroup_made=made)
+
+
 def _prepare(directory: Path, parent: str) -> str:
     os.mkdir(directory, 0o700)
     return first_missing(parent)
@@ -181,6 +194,7 @@ def _prepare(directory: Path, parent: str) -> str:
 
 async def _forget(node: Node, pod: Pod, undo: Undo) -> None:
     if not undo.failed:
+        leave_cgroup(node, node.store.pods.get(pod.id, pod))
         await node.store.remove(pod)
         return
     # Something of it is left that only the record knows of: it stays, as a pod that is not ready, to be stopped and
