@@ -106,7 +106,7 @@ class Bundle:
         self.path = home.directory / name
         self.rootfs = busybox_root(self.path / "rootfs")
         self.config: dict[str, Any] = {
-            "ociVersion": "1.2.0",
+            "ociVersion": "1.0.2",
             "root": {"path": "rootfs"},
             "process": {
                 "args": args,

@@ -140,7 +140,10 @@ def test_s01_the_sealed_interpreter_has_three_ways(missing: tuple[str, ...], mon
     try:
         assert (fstatfs_type(fd) == OVERLAYFS_SUPER_MAGIC) is (len(missing) < 2)
         with pytest.raises(OSError):  # an overlay without upper layer refuses to open it, a memfd's seals the write
-            os.write(os.open(f"/proc/self/fd/{fd}", os.O_WRONLY), b"x")
+            with open(
+                f"/proc/self/fd/{fd}", "wb", buffering=0, opener=lambda path, _: os.open(path, os.O_WRONLY)
+            ) as file:
+                file.write(b"x")
         with pytest.raises(OSError):
             os.truncate(f"/proc/self/fd/{fd}", 0)
         words = sealed.command("runtime.sealed", [])
