@@ -130,7 +130,10 @@ def retire(state: Path) -> None:
         os.close(handle)
     subprocess.run(["umount", state / "netns"], capture_output=True, check=False)
     for name in ("ocid", "ocid.shims"):
-        remove_cgroup(name)
+        # Not what is below: a cgroup there may be one that somebody else's container is about to enter.
+        for top in [CGROUPS, *CGROUPS.iterdir()]:
+            with contextlib.suppress(OSError):
+                os.rmdir(top / name)
 
 
 CONTAINERD = """\
