@@ -21,6 +21,8 @@ import os
 from _socket import AF_UNIX, CMSG_SPACE, MSG_CMSG_CLOEXEC, SCM_RIGHTS, SOCK_CLOEXEC, SOCK_SEQPACKET, SOL_SOCKET
 from _socket import socketpair as _socketpair
 
+from runtime.errors import RuntimeFailure
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket as Socket
@@ -65,11 +67,14 @@ class Channel:
         return self._end.fileno()
 
     def ask(self, name: str, *arguments: object, fds: Iterable[int] = ()) -> Any:
-        """The shim's answer; `fds` stay ours. Raises OSError when the shim is gone."""
-        send(self._end, (name, *arguments), fds)
-        received = receive(self._end)
+        """The shim's answer; `fds` stay ours. Raises RuntimeFailure when the shim is gone."""
+        try:
+            send(self._end, (name, *arguments), fds)
+            received = receive(self._end)
+        except ConnectionError:
+            received = None
         if received is None:
-            raise ConnectionError(f"the shim ended before it answered {name!r}")
+            raise RuntimeFailure(f"the shim ended before it answered {name!r}", code="unavailable")
         for fd in received[1]:
             os.close(fd)
         return received[0]

@@ -13,15 +13,14 @@ import os
 import select
 import time
 
-from runtime.linux.process import pidfd_open, set_child_subreaper
 from runtime.shim.reaper import exit_code
 from runtime.shim.tree import kill_tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from runtime.shim.engine import Engine
+    from runtime.shim.engine import Engine, Made
     from runtime.shim.protocol import ExecMessage, StreamMessage
 
 DRAIN = 0.25
@@ -72,35 +71,21 @@ class Finished:
         self.truncated = truncated
 
 
-class Command:
-    """A started command, a child of this process. `console` is its pty's master, or -1."""
-
-    def __init__(self, pid: int, console: int) -> None:
-        self.pid = pid
-        self.console = console
-
-    def wait(self) -> int:
-        """Its exit code, once it has ended."""
-        return exit_code(os.waitpid(self.pid, 0)[1])[0]
-
-
-def run_on_fds(engine: Engine, message: StreamMessage, fds: Sequence[int]) -> Command:
+def run_on_fds(engine: Engine, message: StreamMessage, fds: Sequence[int]) -> Made:
     """Starts the command on `fds`, or on a terminal of its own. Closes our copies of the fds."""
-    set_child_subreaper(True)  # what a runtime binary leaves becomes our child, not the shim's
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     stdio = (null, null, null) if message.terminal else tuple(fds)
     try:
-        made = engine.execute(message.id, message.process, stdio)
+        return engine.execute(message.id, message.process, stdio)
     finally:
         for fd in {null, *fds}:
             os.close(fd)
-    return Command(made.pid, made.console)
 
 
-def run_to_end(engine: Engine, message: ExecMessage, caller: int) -> Finished:
-    """Runs the command; `caller` is the connection of who wants the answer. Raises RuntimeFailure if it cannot
-    start."""
-    set_child_subreaper(True)
+def run_to_end(engine: Engine, message: ExecMessage, caller: int, status_of: Callable[[int], int]) -> Finished:
+    """Runs the command; `caller` is the connection of who wants the answer, `status_of(pid)` waits for the command's
+    status. Raises RuntimeFailure if it cannot start."""
+    proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # before the engine takes us elsewhere
     limit = max(0, min(int(message.output_limit), MAX_OUTPUT))
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     out_read, out_write = os.pipe2(os.O_CLOEXEC)
@@ -113,9 +98,9 @@ def run_to_end(engine: Engine, message: ExecMessage, caller: int) -> Finished:
     streams = [Collector(out_read, limit), Collector(err_read, limit)]
     if made.console >= 0:  # a terminal that nobody is at: its output is the command's
         streams.append(Collector(made.console, limit))
-    watch = _Watch(streams, made.pid, caller)
+    watch = _Watch(streams, made, caller, proc)
     timed_out = watch.until_exit(message.timeout_s)
-    status = os.waitpid(made.pid, 0)[1]
+    status = status_of(made.pid)
     watch.drain()
     stdout = streams[-1].kept() if made.console >= 0 else streams[0].kept()
     truncated = any(stream.truncated for stream in streams)
@@ -125,10 +110,11 @@ def run_to_end(engine: Engine, message: ExecMessage, caller: int) -> Finished:
 class _Watch:
     """Reads the streams while it waits for the command, the clock and the caller."""
 
-    def __init__(self, streams: list[Collector], pid: int, caller: int) -> None:
-        self._pid = pid
+    def __init__(self, streams: list[Collector], made: Made, caller: int, proc: int) -> None:
+        self._pid = made.pid
+        self._pidfd = made.pidfd
         self._caller = caller
-        self._pidfd = pidfd_open(pid)
+        self._proc = proc
         self._streams = {stream.fd: stream for stream in streams}
         self._poll = select.poll()
         for fd in (*self._streams, self._pidfd):
@@ -142,7 +128,7 @@ class _Watch:
         while not self._turn(deadline):
             if deadline is not None and time.monotonic() >= deadline:
                 timed_out, deadline = True, None
-                kill_tree(self._pid)
+                kill_tree(self._pid, self._proc)
         return timed_out
 
     def _turn(self, deadline: float | None) -> bool:
@@ -154,7 +140,7 @@ class _Watch:
                 ended = True
             elif fd == self._caller:
                 self._poll.unregister(fd)
-                kill_tree(self._pid)
+                kill_tree(self._pid, self._proc)
             elif not self._streams[fd].read():
                 self._poll.unregister(fd)
                 del self._streams[fd]

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
             ...
 
         def execute(self, container_id: str, process: dict[str, Any], stdio: Sequence[int]) -> Made:
-            """A further process in the container, after its execve. `stdio` stays the caller's."""
+            """A further process in the container, after its execve. `stdio` stays the caller's, who may be in the
+            container's namespaces from then on."""
             ...
 
         def update(self, container_id: str, resources: dict[str, Any]) -> None:
@@ -51,12 +52,14 @@ if TYPE_CHECKING:
 
 
 class Made:
-    """A process that an engine made. `console` is its pty's master, or -1; the taker owns it."""
+    """A process that an engine made. `pidfd`, that of a command, and `console`, the master of a pty, are the taker's;
+    -1 for none."""
 
-    __slots__ = ("console", "pid")
+    __slots__ = ("console", "pid", "pidfd")
 
-    def __init__(self, pid: int, console: int) -> None:
+    def __init__(self, pid: int, pidfd: int, console: int) -> None:
         self.pid = pid
+        self.pidfd = pidfd
         self.console = console
 
 
@@ -80,7 +83,7 @@ class NativeEngine:
             )
         )
         os.close(created.pidfd)
-        return Made(created.state.pid, created.console)
+        return Made(created.state.pid, -1, created.console)
 
     def start(self, container_id: str) -> None:
         lifecycle.start(self._root, container_id)
@@ -101,10 +104,9 @@ class NativeEngine:
     def execute(self, container_id: str, process: dict[str, Any], stdio: Sequence[int]) -> Made:
         wanted = spec.parse_process(process, "process")
         executed = _exec.execute(
-            _exec.ExecRequest(root=self._root, id=container_id, process=wanted, stdio=tuple(stdio))
+            _exec.ExecRequest(root=self._root, id=container_id, process=wanted, stdio=tuple(stdio), disposable=True)
         )
-        os.close(executed.pidfd)
-        return Made(executed.pid, executed.console)
+        return Made(executed.pid, executed.pidfd, executed.console)
 
 
 def root_mount(message: ContainerMessage) -> FsMount | None:

@@ -28,6 +28,7 @@ from runtime.shim.logfile import LogFile
 from runtime.shim.oom import OomSource
 from runtime.shim.pipes import Pipes
 from runtime.shim.protocol import Facts
+from runtime.shim.reaper import exit_code
 from runtime.shim.resident import report
 from runtime.shim.sandbox import set_up, tear_down, unmount
 
@@ -330,11 +331,18 @@ class Handler:
     def _do_exec(self, body: object) -> object:
         message = protocol.parse(protocol.ExecMessage, body)
         engine = self._engine(self._running(message.id).handler)
-        finished = run_to_end(engine, message, self._connection.fileno())
+        finished = run_to_end(engine, message, self._connection.fileno(), self._status)
         header = {"exit_code": finished.code, "timed_out": finished.timed_out, "truncated": finished.truncated}
         for payload in (protocol.reply(header), finished.stdout, finished.stderr):
             self._send(payload)
         return _ANSWERED
+
+    def _status(self, pid: int) -> int:
+        """The wait status of a command: our child, or, as the native runtime makes it, the shim's."""
+        try:
+            return os.waitpid(pid, 0)[1]
+        except ChildProcessError:
+            return int(self._channel.ask("status", pid))
 
     def _do_stream(self, body: object) -> object:
         message = protocol.parse(protocol.StreamMessage, body)
@@ -346,7 +354,7 @@ class Handler:
             )
         started = run_on_fds(self._engine(held.handler), message, self._fds)
         self._send(protocol.reply({"pid": started.pid}), (started.console,) if started.console >= 0 else ())
-        self._send(protocol.reply({"exit_code": started.wait()}))
+        self._send(protocol.reply({"exit_code": exit_code(self._status(started.pid))[0]}))
         return _ANSWERED
 
     def _do_attach(self, body: object) -> object:

@@ -69,6 +69,7 @@ class Resident:
         self._helpers: dict[int, Helper] = {}
         self._locks: dict[str, list[Helper]] = {}  # the first has it, the others wait for it
         self._early: dict[int, int] = {}
+        self._awaited: dict[int, Helper] = {}
         self._subscribers: dict[int, Sink] = {}
         self._wake, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._actions: dict[str, Callable[..., object]] = {
@@ -83,6 +84,7 @@ class Resident:
             "pause": self._pause,
             "reopen": self._reopen,
             "started": self._started,
+            "status": self._status,
             "stop": self._stop,
             "subscribe": self._subscribe,
             "told": self._told,
@@ -159,7 +161,10 @@ class Resident:
                     held.ended(status)
                     break
             else:
-                if self._helpers:  # one of them may be about to tell us of this process
+                helper = self._awaited.pop(pid, None)
+                if helper is not None:
+                    self._reply(helper, status)
+                elif self._helpers:  # one of them may be about to ask for it
                     self._early[pid] = status
 
     # -------------------------------------------------------------------------------------------------- helpers
@@ -228,6 +233,7 @@ class Resident:
                 self._unlock(container_id, queue, helper)
         if not self._helpers:
             self._early.clear()
+            self._awaited.clear()
         if helper.on_gone is not None:
             helper.on_gone()
 
@@ -264,6 +270,13 @@ class Resident:
         held = self.containers[container_id]
         held.facts.started_ns = when_ns
         return held.visible()
+
+    def _status(self, helper: Helper, _fds: list[int], pid: int) -> object:
+        """The wait status of a command that a helper runs, which became our child."""
+        if pid in self._early and not is_child(pid):
+            return self._early.pop(pid)
+        self._awaited[pid] = helper
+        return _LATER
 
     def _note(self, _helper: Helper, _fds: list[int], container_id: str, message: str) -> bool:
         held = self.containers[container_id]

@@ -24,25 +24,30 @@ class _Entry:
         self.session = session
 
 
-def _processes() -> list[_Entry]:
+def _processes(proc: int) -> list[_Entry]:
     """Parent and session of every process that is no zombie: fields 3, 4 and 6 of proc_pid_stat(5)."""
     found = []
-    for name in os.listdir("/proc"):
+    for name in os.listdir(proc):
         if not name.isdigit():
             continue
         try:
-            with open(f"/proc/{name}/stat", "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()
+            fd = os.open(f"{name}/stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
         except OSError:
             continue
+        try:
+            fields = os.read(fd, 4096).rpartition(b")")[2].split()
+        except OSError:
+            continue
+        finally:
+            os.close(fd)
         if fields and fields[0] not in b"ZX":
             found.append(_Entry(int(name), int(fields[1]), int(fields[3])))
     return found
 
 
-def members(root: int) -> set[int]:
+def members(root: int, proc: int) -> set[int]:
     """`root`, everybody in the session that it leads, and all descendants of these."""
-    table = _processes()
+    table = _processes(proc)
     inside = {root} | {entry.pid for entry in table if entry.session == root}
     while True:
         more = {entry.pid for entry in table if entry.parent in inside} - inside
@@ -52,15 +57,16 @@ def members(root: int) -> set[int]:
     return inside & {entry.pid for entry in table}
 
 
-def kill_tree(root: int) -> None:
-    """SIGKILL for `root`, an unreaped child of ours that leads a session, and for all of its tree.
+def kill_tree(root: int, proc: int) -> None:
+    """SIGKILL for `root`, which leads a session and is not waited for yet, and for all of its tree. `proc` is a fd of
+    the host's /proc: who asks may be in a container's mount namespace.
 
     All are stopped before any is killed: a stopped parent forks no more and stays the parent that its children are
     found by. What left both the tree and the session earlier is a daemon of the container and dies with that.
     """
     stopped: set[int] = set()
     for _ in range(_ROUNDS):
-        new = members(root) - stopped
+        new = members(root, proc) - stopped
         if not new:
             break
         for pid in new:
