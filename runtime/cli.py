@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from runtime.options import Values
 
 VERSION = "0.1.0"
-SPEC_VERSION = "1.2.1"
+SPEC_VERSION = "1.3.0"
 DEFAULT_ROOT = "/run/ocirun"
 
 GLOBAL = (
@@ -47,6 +47,10 @@ COMMANDS = {
     "state": ("show", "print a container's state as JSON", False),
     "list": ("show", "list containers", False),
     "ps": ("show", "list a container's processes", False),
+    "update": ("update", "change a container's limits", False),
+    "events": ("events", "print a container's figures as JSON lines", False),
+    "spec": ("about", "write a config.json to start from", False),
+    "features": ("about", "print what this runtime can do", False),
 }
 
 

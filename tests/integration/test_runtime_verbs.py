@@ -321,3 +321,59 @@ def test_preserve_fds(home: Bundles) -> None:
     assert code == 0 and said.endswith(b"ab")
     # 5 was not asked for; the last one listed is ls's own.
     assert said.split()[:5] == [b"0", b"1", b"2", b"3", b"4"] and b"103" not in said
+
+
+def test_update_changes_limits_as_a_whole(home: Bundles) -> None:
+    one = home.make().up()
+
+    def limits() -> set[str]:
+        names = ("memory.limit_in_bytes", "memory.max", "pids.max")
+        files = (Path(top) / name for top in home.cgroups(one.id) for name in names)
+        return {file.read_text().strip() for file in files if file.exists()}
+
+    home.ocirun("update", "--memory", "64m", "--pids-limit", "77", one.id).ok()
+    assert {str(64 << 20), "77"} <= limits()
+    wanted = home.directory / "resources.json"
+    wanted.write_text('{"pids": {"limit": 55}}')
+    home.ocirun("update", "-r", str(wanted), one.id).ok()
+    assert {str(64 << 20), "55"} <= limits()
+    wanted.write_text('{"pids": {"limit": 44}, "memory": {"limit": "1G"}}')
+    home.ocirun("update", "-r", str(wanted), one.id).failed('resources.memory.limit: expected integer, got "1G"')
+    home.ocirun("update", one.id).failed("there is nothing to update")
+    home.ocirun("update", "--memory", "much", one.id).failed("--memory: 'much' is no number")
+    assert {str(64 << 20), "55"} <= limits()
+
+
+def test_events(home: Bundles) -> None:
+    one = home.make().up()
+    event = json.loads(home.ocirun("events", "--stats", one.id).ok())
+    assert (event["type"], event["id"]) == ("stats", one.id)
+    assert event["data"]["pids"]["current"] == 1 and event["data"]["memory"]["usage"]["usage"] > 0
+    home.ocirun("events", "--interval", "0s", one.id).failed("is no duration above zero")
+    with home.popen("events", "--interval", "50ms", one.id, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        for _ in range(3):
+            assert json.loads(child.stdout.readline())["type"] == "stats"
+        home.ocirun("kill", one.id, "KILL").ok()
+        child.stdout.read()
+        assert child.wait(10) == 0
+    one.becomes("stopped")
+    home.ocirun("events", "--stats", one.id).failed("is not running")
+
+
+def test_spec_is_one_that_runs(home: Bundles) -> None:
+    one = home.make()
+    home.ocirun("spec", "--bundle", str(one.path)).ok()
+    home.ocirun("spec", "--bundle", str(one.path)).failed("Remove it first")
+    one.config = json.loads((one.path / "config.json").read_text())
+    one.process.update(terminal=False, args=["cat", "/proc/self/status"])
+    one.linux["cgroupsPath"] = f"/{home.cgroup}/{one.id}"
+    one.config["mounts"] = [entry for entry in one.config["mounts"] if entry["destination"] != "/dev/pts"]
+    assert "CapInh:\t0000000000000000" in one.run().ok()
+
+
+def test_features_name_what_is_there(home: Bundles) -> None:
+    found = json.loads(home.ocirun("features").ok())
+    assert {"ro", "rro", "rbind", "rshared"} <= set(found["mountOptions"])
+    assert "SCMP_ACT_ERRNO" in found["linux"]["seccomp"]["actions"]
+    assert "time" not in found["linux"]["namespaces"] and "CAP_BPF" in found["linux"]["capabilities"]

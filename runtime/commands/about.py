@@ -1,0 +1,153 @@
+"""`ocirun spec`: a config.json to start from; `ocirun features`: what this runtime can do (runtime-spec features.md).
+
+Refuses to write over a config.json. Invariant: what `features` names is what the parsers take, from their own tables.
+"""
+
+from __future__ import annotations
+
+import os
+
+from runtime import mounts
+from runtime.capabilities import CAPABILITIES
+from runtime.errors import RuntimeFailure
+from runtime.namespaces import FLAGS as NAMESPACES
+from runtime.options import Flag, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from runtime.cli import Context
+    from runtime.options import Values
+
+FLAGS = {
+    "spec": (Flag(("bundle", "b"), "str", "the bundle's directory (default: the working directory)"),),
+    "features": (),
+}
+WORDS = {"spec": "", "features": ""}
+_CAPABILITIES = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
+_HARDENED = ["nosuid", "noexec", "nodev"]
+
+
+def run(_context: Context, name: str, values: Values) -> int:
+    import json
+
+    if values.words:
+        raise UsageError("takes no container")
+    if name == "features":
+        print_(json.dumps(features(), indent=2) + "\n")
+        return 0
+    path = os.path.join(values.text("bundle", "."), "config.json")
+    data = (json.dumps(template(), indent=2) + "\n").encode()
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    except FileExistsError:
+        raise RuntimeFailure(f"File {path} exists. Remove it first", code="already_exists") from None
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+    return 0
+
+
+def print_(text: str) -> None:
+    """To stdout, whatever its encoding."""
+    data = text.encode()
+    while data:
+        data = data[os.write(1, data) :]
+
+
+def template() -> dict[str, object]:
+    """A container of a shell at a terminal, with what a container should have and no more."""
+    return {
+        "ociVersion": "1.2.1",
+        "process": {
+            "terminal": True,
+            "user": {"uid": 0, "gid": 0},
+            "args": ["sh"],
+            "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "TERM=xterm"],
+            "cwd": "/",
+            "capabilities": {kind: list(_CAPABILITIES) for kind in ("bounding", "effective", "permitted")},
+            "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
+            "noNewPrivileges": True,
+        },
+        "root": {"path": "rootfs", "readonly": True},
+        "hostname": "ocirun",
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc", "options": _HARDENED},
+            {
+                "destination": "/dev",
+                "type": "tmpfs",
+                "source": "tmpfs",
+                "options": ["nosuid", "strictatime", "mode=755", "size=65536k"],
+            },
+            {
+                "destination": "/dev/pts",
+                "type": "devpts",
+                "source": "devpts",
+                "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+            },
+            {
+                "destination": "/dev/shm",
+                "type": "tmpfs",
+                "source": "shm",
+                "options": [*_HARDENED, "mode=1777", "size=65536k"],
+            },
+            {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": _HARDENED},
+            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": [*_HARDENED, "ro"]},
+            {
+                "destination": "/sys/fs/cgroup",
+                "type": "cgroup",
+                "source": "cgroup",
+                "options": [*_HARDENED, "relatime", "ro"],
+            },
+        ],
+        "linux": {
+            "resources": {"devices": [{"allow": False, "access": "rwm"}]},
+            "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount", "cgroup")],
+            "maskedPaths": [
+                *("/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats"),
+                *("/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware"),
+                "/sys/devices/virtual/powercap",
+            ],
+            "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
+        },
+    }
+
+
+def features() -> dict[str, object]:
+    """The features object of runtime-spec."""
+    from runtime import seccomp  # its tables are its own; nothing but this looks at them
+
+    recursive = [f"r{name}" for name in mounts.ATTRIBUTES]
+    options = {
+        "bind",
+        "rbind",
+        *mounts.ATTRIBUTES,
+        *recursive,
+        *mounts.PROPAGATION,
+        *mounts.IGNORED,
+        *mounts.SUPERBLOCK,
+    }
+    return {
+        "ociVersionMin": "1.0.0",
+        "ociVersionMax": "1.3.0",
+        "hooks": ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"],
+        "mountOptions": sorted(options),
+        "linux": {
+            "namespaces": sorted(NAMESPACES),
+            "capabilities": list(CAPABILITIES),
+            "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False, "rdma": False},
+            "seccomp": {
+                "enabled": True,
+                "actions": sorted(seccomp._ACTIONS),
+                "operators": sorted(seccomp._OPERATORS),
+                "archs": sorted(f"SCMP_ARCH_{name}" for name in seccomp._ARCHITECTURES),
+                "knownFlags": sorted(seccomp._FLAGS),
+                "supportedFlags": sorted(seccomp._FLAGS),
+            },
+            "apparmor": {"enabled": True},
+            "selinux": {"enabled": True},
+            "intelRdt": {"enabled": False},
+            "mountExtensions": {"idmap": {"enabled": False}},
+            "netDevices": {"enabled": False},
+        },
+    }
