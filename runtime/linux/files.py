@@ -12,9 +12,8 @@ import fcntl
 import os
 import stat
 import struct
-from array import array
 
-from runtime.linux.libc import KernelError, _libc, check, syscall
+from runtime.linux.libc import KernelError, _libc, check, room, syscall
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -139,9 +138,9 @@ def fd_path(fd: int) -> str:
 
 def fstatfs_type(fd: int) -> int:
     """f_type of fstatfs(2): compare with the *_MAGIC constants before writing to a procfs or sysfs file."""
-    buffer = array("B", bytes(256))
-    check(_libc.fstatfs(ctypes.c_int(fd), ctypes.c_void_p(buffer.buffer_info()[0])), "fstatfs", fd)
-    return int(struct.unpack_from("=l", buffer)[0]) & 0xFFFFFFFF
+    buffer = room()
+    check(_libc.fstatfs(ctypes.c_int(fd), buffer), "fstatfs", fd)
+    return int(struct.unpack_from("=l", buffer.raw)[0]) & 0xFFFFFFFF
 
 
 def fchmodat2(dirfd: int, path: str, mode: int, flags: int = AT_SYMLINK_NOFOLLOW) -> None:

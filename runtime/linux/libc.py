@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from typing import Final
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
+_Room: Final = ctypes.c_char * 256
 
 # asm/unistd_64.h and asm-generic/unistd.h share every number above 424.
 _X86_64: Final = {
@@ -102,6 +103,11 @@ def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 
     """prctl(2)."""
     values = (ctypes.c_ulong(arg2), ctypes.c_ulong(arg3), ctypes.c_ulong(arg4), ctypes.c_ulong(arg5))
     return check(_libc.prctl(ctypes.c_int(option), *values), "prctl", option)
+
+
+def room() -> ctypes.Array[ctypes.c_char]:
+    """256 zero bytes for a call to fill in. Of one type, made at import: see `address`."""
+    return _Room()
 
 
 def address(data: bytes) -> int:

@@ -10,9 +10,8 @@ import ctypes
 import errno
 import os
 import struct
-from array import array
 
-from runtime.linux.libc import KernelError, _libc, address, check, prctl, syscall
+from runtime.linux.libc import KernelError, _libc, address, check, prctl, room, syscall
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -111,9 +110,9 @@ def is_running(pid: int, started: int) -> bool:
 
 def capget() -> tuple[int, int, int]:
     """capget(2) of this thread: (effective, permitted, inheritable) bit sets."""
-    header, data = struct.pack("=Ii", 0x20080522, 0), array("B", bytes(24))
-    syscall("capget", header, data.buffer_info()[0])
-    e0, p0, i0, e1, p1, i1 = struct.unpack("=6I", data)
+    header, data = struct.pack("=Ii", 0x20080522, 0), room()
+    syscall("capget", header, data)
+    e0, p0, i0, e1, p1, i1 = struct.unpack_from("=6I", data.raw)
     return e0 | e1 << 32, p0 | p1 << 32, i0 | i1 << 32
 
 
