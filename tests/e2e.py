@@ -93,6 +93,7 @@ class Node:
         self._stack = ExitStack()
         self._client: Cri | None = None
         self._pods = 0
+        self.image = ""  # for whoever has pulled one
         (directory / "net.d").mkdir(parents=True)
         subnet = f"10.{secrets.choice(range(100, 250))}.{secrets.choice(range(256))}.0/24"
         text = CONFIG.format(tag=self.tag, directory=directory, subnet=subnet, image=image, limits=limits)
