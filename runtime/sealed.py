@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 _AT_EMPTY_PATH = 0x1000
 _MAX_INTERPRETER = 256 << 20
-_ST_RDONLY = 1
+_ST_SEALED = 1 | 2 | 4  # ST_RDONLY, ST_NOSUID, ST_NODEV: the attributes that `interpreter_fd` asks for
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_PATH = f"sys.path.append({_ROOT!r})"
 _MEMFD_NAME = "ocid-interpreter"
 
 
@@ -74,21 +75,25 @@ def is_sealed() -> bool:
     try:
         if os.readlink("/proc/self/exe").startswith(f"/memfd:{_MEMFD_NAME}"):
             return True
-        return fstatfs_type(fd) == OVERLAYFS_SUPER_MAGIC and bool(os.fstatvfs(fd).f_flag & _ST_RDONLY)
+        # Not just any read-only overlay: the root of a container of others is one, and can be remounted.
+        return fstatfs_type(fd) == OVERLAYFS_SUPER_MAGIC and os.fstatvfs(fd).f_flag & _ST_SEALED == _ST_SEALED
     finally:
         os.close(fd)
 
 
 def command(module: str, arguments: Sequence[str]) -> list[str]:
     """The argv that runs `module`.main(argv) in an isolated interpreter; exec it on `interpreter_fd()`."""
-    boot = f"import sys; sys.path.append({_ROOT!r}); from {module} import main; sys.exit(main(sys.argv[1:]))"
+    boot = f"import sys; {_PATH}; from {module} import main; sys.exit(main(sys.argv[1:]))"
     return [interpreter(), "-IS", "-c", boot, *arguments]
 
 
 def enter(module: str, arguments: Sequence[str]) -> NoReturn:
     """Goes on as `module`.main(arguments) in a sealed interpreter, in this very process. Raises OSError."""
     fd = interpreter_fd()
-    argv = [os.fsencode(word) for word in command(module, arguments)]
+    # One command is over in milliseconds: collecting garbage, and taking the interpreter apart at the end, would be a
+    # tenth of them. Whatever a command writes it writes unbuffered.
+    boot = f"import gc, os, sys; gc.disable(); {_PATH}; from {module} import main; os._exit(main(sys.argv[1:]))"
+    argv = [os.fsencode(word) for word in (interpreter(), "-IS", "-c", boot, *arguments)]
     env = [key + b"=" + value for key, value in os.environb.items()]
     execveat(fd, "", argv, env, _AT_EMPTY_PATH)
     raise AssertionError("execveat returned")
