@@ -235,7 +235,9 @@ class Bundles:
         """`ocirun` with this root; what it is given beyond is Popen's."""
         changes.setdefault("stdin", subprocess.DEVNULL)
         environment = {**os.environ, **(env or {})}
-        return subprocess.Popen(self.command(*words), env=environment, **changes)
+        child = subprocess.Popen(self.command(*words), env=environment, **changes)
+        _mine.add(child.pid)
+        return child
 
     def ocirun(self, *words: str, timeout: float = 30.0, **changes: Any) -> Result:
         """Runs it to its end."""
@@ -306,18 +308,20 @@ def _wait(child: subprocess.Popen[bytes], seconds: float) -> int:
                 raise AssertionError(f"not within {seconds} s: {child.args!r}")
     finally:
         os.close(pidfd)
-    return child.wait()
+    code = child.wait()
+    _mine.discard(child.pid)
+    return code
+
+
+_mine: set[int] = set()  # what a Popen waits for: waited for by anybody else, it would seem to have ended with 0
 
 
 def _reap() -> None:
-    """Waits for ended containers that became children of this process; never for those that a Popen waits for."""
+    """Waits for ended containers that became children of this process."""
     for pid in Path("/proc/thread-self/children").read_text().split():
-        try:
+        with suppress(OSError):
             stat = Path(f"/proc/{pid}/stat").read_text()
-        except OSError:
-            continue
-        if stat.rpartition(")")[2].split()[0] == "Z" and Path(f"/proc/{pid}/comm").read_text() != "ocirun\n":
-            with suppress(ChildProcessError):
+            if stat.rpartition(")")[2].split()[0] == "Z" and int(pid) not in _mine:
                 os.waitpid(int(pid), os.WNOHANG)
 
 

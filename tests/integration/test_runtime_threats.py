@@ -432,7 +432,7 @@ def test_s04_s09_s40_a_swapped_target_never_leads_to_the_host(home: Bundles, mar
     volume = home.directory / "volume"
     before = of_the_host(home)
     with Swapper(volume, marker):
-        for _ in range(12):
+        for _ in range(8):
             one = racing(home, volume, "cat /vol/a/file /vol/b/file /vol/file 2>/dev/null; echo end")
             result = one.run()
             assert "of the host" not in result.text
@@ -444,7 +444,7 @@ def test_s13_read_only_and_masked_paths_hold_while_they_are_swapped(home: Bundle
     volume = home.directory / "volume"
     before = of_the_host(home)
     with Swapper(volume, marker):
-        for _ in range(6):
+        for _ in range(4):
             one = home.sh("cat /vol/a/file /vol/b/file 2>/dev/null; echo end; sleep 1000")
             one.mount("/vol", "bind", volume, "rbind")
             one.linux["readonlyPaths"] = ["/proc/sys", "/vol/a", "/vol/b"]
