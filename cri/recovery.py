@@ -34,6 +34,8 @@ async def recover(node: Node, events: Events) -> None:
     await _all(node, [_undo_pod(node, pod) for pod in node.store.pods.values() if not pod.made_ns])
     await _all(node, [_undo_container(node, one) for one in node.store.containers.values() if not one.made_ns])
     failpoint("recovery.undone")
+    snapshots = {item.key for item in await to_thread(node.parts.snapshots.list)}
+    await _all(node, [_end_rootless(node, one) for one in _unended(node) if one.id not in snapshots])
     open_pods = [pod for pod in node.store.pods.values() if not pod.stopped_ns]
     await _all(node, [_reconnect(node, events, pod) for pod in open_pods])
     failpoint("recovery.reconnected")
@@ -87,6 +89,16 @@ async def _undo_container(node: Node, container: Container) -> None:
         )
         raise
     await node.store.remove(container)
+
+
+def _unended(node: Node) -> list[Container]:
+    return [one for one in node.store.containers.values() if not one.finished_ns]
+
+
+async def _end_rootless(node: Node, container: Container) -> None:
+    """The database had lost the snapshot, and with it the files: what still runs on them must not (threats O44)."""
+    log.error("container %s (%s): its root filesystem is not known any more", container.name, container.id[:13])
+    await end_orphan(node, container, "it was killed because its root filesystem was lost")
 
 
 async def _reconnect(node: Node, events: Events, pod: Pod) -> None:

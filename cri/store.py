@@ -17,11 +17,13 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError
 
 from cri.records import Container, Pod
 
@@ -76,8 +78,8 @@ def _create(db: sqlite3.Connection) -> None:
 
 def open_sound(path: Path) -> sqlite3.Connection:
     """The database at `path`, checked. A damaged one is set aside as PATH.damaged-TIME, and a fresh one begun with
-    the pods and containers that could still be read from it (threats O44). Raises sqlite3.Error for any other
-    trouble: a locked or unreadable file is not a damaged one."""
+    the rows of all parts that can still be read from it (threats O44). Raises sqlite3.Error for any other trouble: a
+    locked or unreadable file is not a damaged one."""
     try:
         return _open_checked(path)
     except sqlite3.DatabaseError as error:
@@ -91,16 +93,14 @@ def open_sound(path: Path) -> sqlite3.Connection:
                 pass
         log.error("database %s is damaged (%s): set aside as %s; what can be read of it is kept", path, error, aside)
     db = _open_checked(path)
-    for record in _salvage(aside):
-        _write(db, record)
-        log.warning("database %s: %s %s saved from the damaged one", path, type(record).__name__.lower(), record.id)
+    _salvage(aside, db)
     return db
 
 
 def _open_checked(path: Path) -> sqlite3.Connection:
     db = open_database(path, durable=False)
     try:
-        verdict = [row[0] for row in db.execute("PRAGMA quick_check(4)")]
+        verdict = [row[0] for row in db.execute("PRAGMA integrity_check(4)")]
         if verdict != ["ok"]:
             error = sqlite3.DatabaseError("; ".join(verdict))
             error.sqlite_errorcode = 11
@@ -112,38 +112,60 @@ def _open_checked(path: Path) -> sqlite3.Connection:
     return db
 
 
-def _salvage(aside: Path) -> Iterator[Pod | Container]:
+def _salvage(aside: Path, fresh: sqlite3.Connection) -> None:
+    """Copies what is readable, table by table. Each part looks at its rows before it believes them."""
     try:
-        db = sqlite3.connect(f"file:{aside}?mode=ro", uri=True)
-    except sqlite3.Error:
+        old = sqlite3.connect(aside, isolation_level=None)
+        tables = old.execute(
+            "SELECT name, sql FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+        ).fetchall()
+    except sqlite3.Error as error:
+        log.error("database %s: nothing can be read of it: %s", aside, error)
         return
-    try:
-        for kind in _TABLES:
-            yield from _read(db, kind)
-    finally:
-        db.close()
+    for name, sql in tables:
+        copied, trouble = 0, ""
+        try:
+            if not fresh.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (name,)).fetchone():
+                fresh.execute(sql)
+            rows = old.execute(f'SELECT * FROM "{name}"')
+            while (row := rows.fetchone()) is not None:
+                marks = ", ".join("?" * len(row))
+                copied += fresh.execute(f'INSERT OR IGNORE INTO "{name}" VALUES ({marks})', row).rowcount
+        except (sqlite3.Error, UnicodeError) as error:
+            trouble = f", then: {error}"
+        log.warning("database %s: %d rows of %s kept%s", aside, copied, name, trouble)
+    old.close()
 
 
-def _read(db: sqlite3.Connection, kind: type[Record]) -> Iterator[Record]:
-    """The sound rows of a table; others are passed over with a loud word. Damage ends it early."""
+def _load(db: sqlite3.Connection, kind: type[Record]) -> list[Record]:
+    """The sound rows of a table. Others are logged and deleted: their names are free, and recovery sweeps what they
+    told of (threats O46)."""
     names = [item.name for item in fields(kind)]
+    records, bad = [], []
+    db.text_factory = bytes  # so that bytes that are no UTF-8 spoil their row and not the whole table
     try:
-        cursor = db.execute(f"SELECT {', '.join(names)} FROM {_TABLES[kind]}")
-        while (row := cursor.fetchone()) is not None:
+        for rowid, *row in db.execute(f"SELECT rowid, {', '.join(names)} FROM {_TABLES[kind]}"):
             try:
-                yield _record(kind, names, row)
-            except (ValueError, TypeError) as error:
-                log.error("database: a row of %s is damaged and left out: %s", _TABLES[kind], error)
-    except sqlite3.DatabaseError as error:
-        log.error("database: reading %s ended early: %s", _TABLES[kind], error)
+                records.append(_record(kind, row))
+            except (ValueError, TypeError, DecodeError) as error:
+                log.error("database: row %d of %s is damaged and left out: %s", rowid, _TABLES[kind], error)
+                bad.append(rowid)
+    finally:
+        db.text_factory = str
+    db.executemany(f"DELETE FROM {_TABLES[kind]} WHERE rowid = ?", [(rowid,) for rowid in bad])
+    return records
 
 
-def _record(kind: type[Record], names: list[str], row: tuple[Any, ...]) -> Record:
+def _record(kind: type[Record], row: Sequence[Any]) -> Record:
+    values: dict[str, Any] = {}
     for item, value in zip(fields(kind), row, strict=True):
+        if item.type == "str" and isinstance(value, bytes):
+            value = value.decode()
         if not isinstance(value, _CHECKS[str(item.type)]):
             raise ValueError(f"{item.name}: expected {item.type}, got {type(value).__name__}")
-    record = kind(**dict(zip(names, row, strict=True)))
-    if len(record.id) != 64 or not all(c in "0123456789abcdef" for c in record.id):
+        values[item.name] = value
+    record = kind(**values)
+    if len(record.id) != 64 or not set(record.id) <= set("0123456789abcdef"):
         raise ValueError(f"id {record.id[:80]!r} is no id")
     _ = record.request  # a request that does not parse is damage too
     return record
@@ -175,11 +197,11 @@ class Store:
 
     def reload(self) -> None:
         """Memory anew from the database: at the start, and where another process may have written."""
-        self.pods = {pod.id: pod for pod in _read(self._db, Pod)}
+        self.pods = {pod.id: pod for pod in _load(self._db, Pod)}
         self.containers = {}
         self._names = {pod.key: pod.id for pod in self.pods.values()}
         self._members = {pod_id: {} for pod_id in self.pods}
-        for container in _read(self._db, Container):
+        for container in _load(self._db, Container):
             if container.pod_id not in self.pods:
                 log.error("database: container %s is of no known pod and left out", container.id)
                 continue

@@ -50,11 +50,11 @@ async def _start(node: Node, container_id: str) -> None:
             )
             node.exits.happened(container.id)
             raise
-        failpoint("start_container.started")
         # An exit that was faster than the answer is in the store already, and stays.
         keep_facts(node, facts)
         current = node.store.containers.get(container.id)
         if current is not None and not current.started_ns:
             node.store.note_container(container.id, started_ns=facts.started_ns or now_ns())
+        failpoint("start_container.started")
         await node.store.settle()
     log.info("container %s (%s) is running: pid %d", container.name, container.id[:13], facts.pid)

@@ -132,7 +132,8 @@ class MemoryContainers:
         with self._lock:
             self._called("stop", sandbox.id)
             pod = self.pods.get(sandbox.id)
-            if pod is not None and pod.sandbox == sandbox:
+            # Without a pid, whoever answers in the directory is meant.
+            if pod is not None and (pod.sandbox == sandbox or not sandbox.pid):
                 for container in list(pod.containers.values()):
                     self._end(pod, container, 137, 9)
                 self.crash(sandbox)

@@ -38,7 +38,7 @@ class Rig:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        limits = LimitSection(stop_s=2.0, recovery_s=1.0)
+        limits = LimitSection(stop_s=0.5, recovery_s=1.0)
         self.config = replace(Config(), root=directory / "root", state=directory / "state", limits=limits)
         self.logs = directory / "logs"
         for path in (self.config.root, self.config.state, self.config.state / "pods", self.config.state / "bundles"):
@@ -76,12 +76,17 @@ class Rig:
     async def restart(self) -> None:
         """As after a kill -9: nothing is said goodbye to, and what was under way is gone."""
         await self.kill()
+        await self.restart_only()
+
+    async def restart_only(self) -> None:
+        """The start after `kill`."""
         self.open(ready=False)
         await recover(self.node, self.events)
         self.service.intercept.why_not = ""
 
     async def kill(self) -> None:
         """The daemon is gone; shims, files and the database are as they were."""
+        await self.node.store.settle()
         self.events.close()
         self.node.store._db.close()
 
