@@ -229,7 +229,7 @@ class Namespaces:
     def _unprepare(self) -> None:
         """Takes the mount away again when nothing is pinned in it."""
         with self._lock:
-            if not self._ready or self.names():
+            if self.names():
                 return
             self._ready = False
             if any(point.target == str(self._directory) for point in mountinfo()):
