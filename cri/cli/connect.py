@@ -97,8 +97,12 @@ async def connect(args: argparse.Namespace) -> AsyncIterator[Api]:
         async with grpc.aio.insecure_channel(f"unix://{socket_path(config)}", options=options) as channel:
             yield Api(config, channel=channel)
         return
+    import logging
+
     from cri.daemon import AlreadyServed, local
 
+    # What went wrong is the command's to say, once: without a handler logging would print it, with a traceback, too.
+    logging.getLogger().addHandler(logging.NullHandler())
     try:
         async with local(config) as parts:
             yield Api(config, local=parts)

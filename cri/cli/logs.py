@@ -34,30 +34,34 @@ async def _run(args: argparse.Namespace) -> int:
     async with connect(args) as api:
         container = await names.find(api, args.container)
         status = (await api.call("ContainerStatus", pb.ContainerStatusRequest(container_id=container.id))).status
-        if not status.log_path:
-            raise CommandError(f"{args.container} has no log: it was made without a log path", 1)
-        try:
-            file = open(status.log_path, "rb")  # noqa: SIM115
-        except FileNotFoundError:
-            if container.state != pb.CONTAINER_CREATED:
-                raise CommandError(f"the log of {args.container} is gone: {status.log_path}", 1) from None
-            return 0
-        with file:
-            lines = list(file) if args.tail is not None else None
-            for line in (
-                lines[-args.tail :] if lines is not None and args.tail else (lines or []) if args.tail else file
-            ):
+    if not status.log_path:
+        raise CommandError(f"{args.container} has no log: it was made without a log path", 1)
+    try:
+        file = open(status.log_path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        if container.state != pb.CONTAINER_CREATED:
+            raise CommandError(f"the log of {args.container} is gone: {status.log_path}", 1) from None
+        return 0
+    with file:
+        lines = list(file) if args.tail is not None else None
+        for line in lines[-args.tail :] if lines is not None and args.tail else (lines or []) if args.tail else file:
+            _print(line, args.timestamps)
+        running = args.follow
+        while running:
+            # Asked anew each time: without a daemon the root belongs to others in between.
+            running = await _is_running(args, container.id)
+            for line in _whole_lines(file):
                 _print(line, args.timestamps)
-            while args.follow:
-                request = pb.ContainerStatusRequest(container_id=container.id)
-                state = (await api.call("ContainerStatus", request)).status.state
-                for line in _whole_lines(file):
-                    _print(line, args.timestamps)
-                if state != pb.CONTAINER_RUNNING:
-                    break
-                sys.stdout.flush()
+            sys.stdout.flush()
+            if running:
                 await asyncio.sleep(_POLL_S)
     return 0
+
+
+async def _is_running(args: argparse.Namespace, container_id: str) -> bool:
+    async with connect(args) as api:
+        listed = await api.call("ListContainers", pb.ListContainersRequest(filter=pb.ContainerFilter(id=container_id)))
+    return any(one.state == pb.CONTAINER_RUNNING for one in listed.containers)
 
 
 def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:

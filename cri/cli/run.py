@@ -15,6 +15,7 @@ import re
 import secrets
 import sys
 from pathlib import Path
+from typing import Any
 
 from cri.api import api_pb2 as pb
 from cri.cli import names, options
@@ -127,9 +128,9 @@ async def _launch(api: Api, args: argparse.Namespace, name: str) -> tuple[str, s
         create = pb.CreateContainerRequest(
             pod_sandbox_id=pod, config=_container_config(args, name, image), sandbox_config=sandbox_config
         )
-        container = str((await api.call("CreateContainer", create)).container_id)
+        container = str((await _command(api, "CreateContainer", create)).container_id)
         streams = None if args.detach else _attach(api, args, pod, container)
-        await _start(api, container)
+        await _command(api, "StartContainer", pb.StartContainerRequest(container_id=container))
         undo.pop_all()
     return pod, container, streams
 
@@ -148,17 +149,18 @@ def _attach(api: Api, args: argparse.Namespace, pod: str, container: str) -> Str
     return streams
 
 
-async def _start(api: Api, container: str) -> None:
+async def _command(api: Api, name: str, request: Any) -> Any:
+    """A call that fails when the command cannot be run; that has exit codes of its own."""
     try:
-        await api.call("StartContainer", pb.StartContainerRequest(container_id=container))
+        return await api.call(name, request)
     except ApiError as error:
         raise CommandError(str(error), _exit_code(str(error))) from None
 
 
 def _exit_code(message: str) -> int:
-    if "ENOENT" in message or "not found" in message or "no such file" in message:
-        return 127
-    return 126 if "EACCES" in message or "ENOEXEC" in message or "permission denied" in message else 125
+    if "step command:" not in message:
+        return 125
+    return 127 if "not found" in message or "no such file" in message else 126
 
 
 async def _drop_pod(api: Api, pod: str) -> None:
