@@ -16,6 +16,7 @@ from runtime import init, rootfs, seccomp, state, sync
 from runtime.cgroups.manager import Gate, Manager, manager_for
 from runtime.errors import RuntimeFailure
 from runtime.fields import encode
+from runtime.init_state import Setup
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import remove_tree, write_durable
 from runtime.linux.libc import KernelError
@@ -30,6 +31,7 @@ from runtime.linux.process import (
 from runtime.linux.progress import Progress
 from runtime.linux.record import Record
 from runtime.namespaces import Joins, join, new_flags
+from runtime.newborn import adjust_oom_score, write_mappings
 from runtime.spec import Spec
 from runtime.state import State
 from runtime.terminal import send_master
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from runtime.linux.mount import FsMount
-    from runtime.spec import IdMapping
 
     Undo = list[tuple[str, Callable[[], object]]]
 
@@ -202,7 +203,7 @@ class _Birth:
             self._channel = mine
             process_ = spec.process
             assert process_ is not None  # create looked
-            setup = init.Setup(
+            setup = Setup(
                 id=self._request.id,
                 spec=spec,
                 process=process_,
@@ -251,7 +252,7 @@ class _Birth:
                 self._open.append(found[index])
         return found
 
-    def _clone(self, setup: init.Setup, its: sync.Channel, joins: Joins, gate: Gate) -> None:
+    def _clone(self, setup: Setup, its: sync.Channel, joins: Joins, gate: Gate) -> None:
         # The cgroup namespace is made by the init, once it is in its cgroup: that becomes the namespace's root.
         flags = new_flags(self._spec.namespaces) & ~CLONE_NEWCGROUP
         mine = self._channel
@@ -277,7 +278,7 @@ class _Birth:
             os.waitpid(between, 0)
             del its_end
 
-    def _between(self, setup: init.Setup, its: sync.Channel, joins: Joins, flags: int, gate: Gate) -> None:
+    def _between(self, setup: Setup, its: sync.Channel, joins: Joins, flags: int, gate: Gate) -> None:
         """Joins what its child must find itself in, clones that as the caller's child, and ends."""
         try:
             join(joins.before)
@@ -297,8 +298,8 @@ class _Birth:
         assert channel is not None
         try:
             if self._spec.has_new("user"):
-                _write_mappings(self._pid, self._spec.uid_mappings, self._spec.gid_mappings)
-            warnings = list(_adjust_oom_score(self._pid, self._spec))
+                write_mappings(self._pid, self._spec.uid_mappings, self._spec.gid_mappings)
+            warnings = list(adjust_oom_score(self._pid, self._spec))
             failpoint("create.cloned")
             channel.send("Go")
             while True:
@@ -416,44 +417,3 @@ def _now() -> str:
     moment = time.gmtime(seconds)
     date = f"{moment.tm_year:04}-{moment.tm_mon:02}-{moment.tm_mday:02}"
     return f"{date}T{moment.tm_hour:02}:{moment.tm_min:02}:{moment.tm_sec:02}.{rest:09}Z"
-
-
-def _write_mappings(pid: int, uids: tuple[IdMapping, ...], gids: tuple[IdMapping, ...]) -> None:
-    """uid_map and gid_map of a new user namespace (user_namespaces(7)); one write(2) each, as the kernel wants."""
-    for name, mappings in (("uid_map", uids), ("gid_map", gids)):
-        text = "".join(f"{m.container} {m.host} {m.size}\n" for m in mappings)
-        try:
-            fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                os.write(fd, text.encode())
-            finally:
-                os.close(fd)
-        except OSError as error:
-            what = f"write {name}"
-            raise RuntimeFailure.of(error, step="user namespace", what=what, code="invalid_argument") from None
-
-
-def _adjust_oom_score(pid: int, spec: Spec) -> list[str]:
-    """oom_score_adj of the init, by the caller: a container's own /proc is not trusted with it (CVE-2025-52881).
-    Where lowering it is forbidden, it stays as low as it is, with a warning (restrict_oom_score_adj of the peers)."""
-    wanted = spec.process.oom_score_adj if spec.process is not None else None
-    if wanted is None:
-        return []
-    path = f"/proc/{pid}/oom_score_adj"
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        if int(os.read(fd, 16)) == wanted:
-            return []
-        os.write(fd, str(wanted).encode())
-    except PermissionError:
-        return [f"oom_score_adj {wanted} is lower than this process may set: it stays {_current_oom_score(path)}"]
-    except OSError as error:
-        raise RuntimeFailure.of(error, step="oom_score_adj", what=f"write {wanted} to {path}") from None
-    finally:
-        os.close(fd)
-    return []
-
-
-def _current_oom_score(path: str) -> str:
-    with open(path, encoding="ascii") as file:
-        return file.read().strip()

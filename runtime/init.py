@@ -14,6 +14,7 @@ import sys
 
 from runtime import hooks, process, rootfs, sync
 from runtime.errors import RuntimeFailure
+from runtime.init_state import Init, Setup, Step
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import PROC_SUPER_MAGIC, fstatfs_type, open_beneath, write_all
 from runtime.linux.libc import KernelError
@@ -45,101 +46,17 @@ from runtime.linux.process import (
     sethostname,
     unshare,
 )
-from runtime.linux.record import Record
 from runtime.namespaces import join
+from runtime.rootfs_devices import bind_console
 from runtime.terminal import make_controlling, open_pair
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import _socket
-    from collections.abc import Callable, Mapping
     from typing import NoReturn
 
-    from runtime.cgroups.manager import Gate
-    from runtime.linux.progress import Progress
-    from runtime.spec import Process, Spec
+    from runtime.spec import Spec
 
 _AT_FDCWD = -100
-
-
-class Setup:
-    """All that the caller prepared for the init; inherited over the fork, so nothing of it is ever encoded."""
-
-    def __init__(
-        self,
-        *,
-        id: str,
-        spec: Spec,
-        process: Process,
-        bundle: str,
-        root_path: str,
-        root_tree: int,
-        sources: dict[int, int],
-        make_root: Callable[[], int],
-        joins: list[tuple[int, int]],
-        gate: Gate | None,
-        cgroups: Mapping[str, str],
-        stdio: tuple[int, int, int],
-        preserve_fds: int,
-        no_pivot: bool,
-        listener: _socket.socket,
-        filter: Callable[[], None] | None,
-        state: Callable[[int, str], bytes],
-        progress: Progress,
-    ) -> None:
-        self.id = id
-        self.spec = spec
-        self.process = process
-        self.bundle = bundle
-        self.root_path = root_path
-        self.root_tree = root_tree
-        self.sources = sources
-        self.make_root = make_root
-        self.joins = joins
-        self.gate = gate
-        self.cgroups = cgroups
-        self.stdio = stdio
-        self.preserve_fds = preserve_fds
-        self.no_pivot = no_pivot
-        self.listener = listener
-        self.filter = filter
-        self.state = state
-        self.progress = progress
-
-
-class Init:
-    """The state of one start, inside the new process."""
-
-    def __init__(self, setup: Setup, channel: sync.Channel) -> None:
-        self.setup = setup
-        self.spec = setup.spec
-        self.process = setup.process
-        self.channel = channel
-        self.root: rootfs.Root | None = None
-        self.proc_fd = -1
-        self.slave = -1
-        self.identity: process.Identity | None = None
-        self.env: list[bytes] = []
-        self.command = ""
-        self.warnings: list[str] = []
-
-    @property
-    def in_root(self) -> rootfs.Root:
-        if self.root is None:
-            raise RuntimeFailure("a step needs the root before it was made")
-        return self.root
-
-    def warn(self, text: str) -> None:
-        """Something was not done quite as asked; the caller hears of it with Ready."""
-        self.warnings.append(text)
-
-
-class Step(Record):
-    """A name for errors, the work, and when it is to be done."""
-
-    name: str
-    run: Callable[[Init], None]
-    when: Callable[[Init], object] | None = None
 
 
 def session(init: Init) -> None:
@@ -226,7 +143,7 @@ def console(init: Init) -> None:
     master, init.slave = open_pair(root.fd, init.process.console_size)
     try:
         name = os.readlink(f"/proc/self/fd/{init.slave}")
-        rootfs.bind_console(root, open_tree(init.slave, "", OPEN_TREE_CLONE | AT_EMPTY_PATH))
+        bind_console(root, open_tree(init.slave, "", OPEN_TREE_CLONE | AT_EMPTY_PATH))
         init.channel.send("Console", text=("/dev/pts/" + os.path.basename(name),), fds=(master,))
     finally:
         os.close(master)
