@@ -1,0 +1,153 @@
+"""kill -9 of the daemon at every step of every verb, with real parts: its next start leaves nothing half-made, and the
+same request succeeds (threats O3, O7, O8)."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from conformance.cri_client import container
+from cri.api import api_pb2 as pb
+from tests.e2e import Node, node, stocked
+from tests.fakes.registry import FakeRegistry
+from tests.support import eventually, needs
+
+ROOT = Path(__file__).parents[2]
+
+
+def _points(verb: str) -> list[str]:
+    text = "".join(path.read_text() for path in sorted((ROOT / "cri").rglob("*.py")))
+    return sorted(set(re.findall(rf'failpoint\("({verb}\.[a-z_.]+)"\)', text)))
+
+
+@pytest.fixture(scope="module")
+def registry() -> Iterator[FakeRegistry]:
+    needs("root", "overlay", "busybox")
+    with stocked() as made:
+        yield made
+
+
+@pytest.fixture
+def here(tmp_path: Path, registry: FakeRegistry) -> Iterator[Node]:
+    with node(tmp_path / "n") as made:
+        made.client.pull(f"{registry.name}/busybox:1")
+        made.drop(made.run(f"{registry.name}/busybox:1", ["true"], network=True)[0])
+        yield made
+
+
+@pytest.fixture
+def image(registry: FakeRegistry) -> str:
+    return f"{registry.name}/busybox:1"
+
+
+def _killed_at(here: Node, point: str, call: Callable[[], object]) -> None:
+    """Restarts the daemon so that it dies at `point`, makes the call, and starts it again."""
+    here.end()
+    os.environ["OCID_FAILPOINTS"] = f"{point}=kill"
+    try:
+        here.start()
+    finally:
+        del os.environ["OCID_FAILPOINTS"]
+    with pytest.raises(grpc.RpcError):
+        call()
+    assert here.process is not None
+    assert here.process.wait(10) == -9, point
+    here.end()
+    here.start()
+
+
+def _held(here: Node) -> set[str]:
+    """What is there, processes of the node itself aside: they differ from start to start."""
+    return {line for line in here.held() if not line.startswith("process ")}
+
+
+def _nothing_new(here: Node, before: set[str], point: str) -> None:
+    try:
+        eventually(lambda: _held(here) - before == set(), 3)
+    except AssertionError:
+        pytest.fail(f"{point}: left {_held(here) - before}")
+
+
+def test_o3_o8_run_pod(here: Node, image: str) -> None:
+    before = _held(here)
+    # Of the network's points only plugins that are programs pass the others: test_network_programs has those.
+    points = _points("run_pod") + [point for point in _points("network") if not point.startswith("network.plugin")]
+    for point in points:
+        config = here.pod_config(network=True)
+        _killed_at(here, point, lambda config=config: here.client.run_pod(config))
+        made = here.client.list_pods()
+        if point == "run_pod.made":  # it was whole, and only the answer is missing
+            assert [pod.state for pod in made] == [pb.SANDBOX_READY]
+            here.drop(made[0].id)
+        else:
+            assert made == [], point
+        _nothing_new(here, before, point)
+        here.drop(here.client.run_pod(config))
+        _nothing_new(here, before, point)
+
+
+def test_o3_o8_create_container(here: Node, image: str) -> None:
+    config = here.pod_config()
+    pod = here.client.run_pod(config)
+    before = _held(here)
+    one = container("one", image, ["sleep", "1000"])
+    for point in _points("create_container"):
+        _killed_at(here, point, lambda: here.client.create(pod, one, config))
+        made = here.client.list_containers()
+        if point == "create_container.made":
+            here.client.remove(made[0].id)
+        else:
+            assert made == [], point
+        _nothing_new(here, before, point)
+        again = here.client.create(pod, one, config)
+        here.client.start(again)
+        here.client.remove(again)
+        _nothing_new(here, before, point)
+
+
+def test_o37_start_container(here: Node, image: str) -> None:
+    config = here.pod_config()
+    pod = here.client.run_pod(config)
+    before = _held(here)
+    for point in _points("start_container"):
+        one = here.client.create(pod, container("one", image, ["sleep", "1000"]), config)
+        _killed_at(here, point, lambda one=one: here.client.start(one))
+        if here.client.status(one).state == pb.CONTAINER_CREATED:
+            here.client.start(one)
+        assert here.client.status(one).state == pb.CONTAINER_RUNNING, point
+        assert here.client.exec_sync(one, ["true"])[0] == 0, point
+        here.client.remove(one)
+        _nothing_new(here, before, point)
+
+
+def test_o7_taking_away(here: Node, image: str) -> None:
+    before = _held(here)
+    for point in _points("stop_pod") + _points("remove_pod") + _points("remove_container"):
+        pod, _, _ = here.run(image, ["sleep", "1000"], network=True)
+        _killed_at(here, point, lambda pod=pod: here.client.remove_pod(pod))
+        assert [one.state for one in here.client.list_pods()] == [pb.SANDBOX_NOTREADY], point
+        here.client.remove_pod(pod)
+        _nothing_new(here, before, point)
+
+
+def test_o44_a_database_that_is_garbled_costs_its_pods_and_not_the_node(here: Node, image: str) -> None:
+    here.run(image, ["sleep", "1000"], network=True)
+    here.end(9)
+    database = here.root / "ocid.db"
+    for suffix in ("-wal", "-shm"):
+        Path(f"{database}{suffix}").unlink(missing_ok=True)
+    database.write_bytes(os.urandom(32768))
+    here.start()
+    assert here.client.list_pods() == [] and list(here.root.glob("ocid.db.damaged-*"))
+    assert not list((here.state / "pods").iterdir()) and not list((here.state / "bundles").iterdir())
+    here.client.pull(image)
+    again, two, _ = here.run(image, ["sleep", "1000"], network=True)
+    assert here.client.exec_sync(two, ["true"])[0] == 0
+    here.drop(again)
+    for path in here.root.glob("ocid.db.damaged-*"):
+        path.unlink()
