@@ -150,8 +150,8 @@ def set_dumpable(on: bool) -> None:
 
 
 def set_child_subreaper(on: bool) -> None:
-    """PR_SET_CHILD_SUBREAPER."""
-    prctl(PR_SET_CHILD_SUBREAPER, int(on))
+    """PR_SET_CHILD_SUBREAPER. Plain ints, as these are: a shim pays for each object that it makes."""
+    check(_libc.prctl(PR_SET_CHILD_SUBREAPER, int(on), 0, 0, 0), "prctl", PR_SET_CHILD_SUBREAPER)
 
 
 def set_keepcaps(on: bool) -> None:

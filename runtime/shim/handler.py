@@ -27,7 +27,7 @@ from runtime.shim.external import ExternalEngine
 from runtime.shim.logfile import LogFile
 from runtime.shim.oom import OomSource
 from runtime.shim.pipes import Pipes
-from runtime.shim.protocol import Facts
+from runtime.shim.protocol import Facts, PodMessage, SweepMessage
 from runtime.shim.reaper import exit_code
 from runtime.shim.resident import report
 from runtime.shim.sandbox import set_up, tear_down, unmount
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from runtime.shim.engine import Engine
     from runtime.shim.held import Held
-    from runtime.shim.resident import Resident
+    from runtime.shim.resident import Resident, Work
 
 _PATIENCE = 10.0  # seconds for a connected peer to say what it wants
 _KILL_DEADLINE = 30.0  # seconds for a killed container to die: longer is stuck in the kernel
@@ -61,34 +61,71 @@ def serve(resident: Resident, connection_fd: int, end: Socket) -> NoReturn:
         os._exit(0)
 
 
-def bring_up(resident: Resident, connection_fd: int, end: Socket) -> NoReturn:
-    """Namespaces, pins, /dev/shm, pause; then the shim listens, and who asked for the pod is told. Never returns."""
-    pod = resident.pod
+def first_helper(state: str, zygote: int) -> Work:
+    """The first helper of a new shim: reads the request that the shim was forked for, and brings its pod up. The
+    zygote looks at nothing itself, so questions about it come here, too, and work on pods whose shim is gone."""
+
+    def work(resident: Resident, connection_fd: int, end: Socket) -> NoReturn:
+        try:
+            become_helper(connection_fd, end.fileno())
+            with socket.socket(fileno=connection_fd) as connection:
+                connection.settimeout(_PATIENCE)
+                received = recv_frame(connection) if peer_uid(connection) == 0 else None
+                if received is not None:
+                    send_frame(connection, _first_answer(received[0], Channel(end), state, zygote))
+        except (OSError, FrameError):  # who asked has gone: it finds the shim, or its directory, when it is back
+            pass
+        except BaseException as error:
+            report("start the pod", error)
+        finally:
+            os._exit(0)
+
+    return work
+
+
+def _first_answer(request: bytes, channel: Channel, state: str, zygote: int) -> bytes:
     try:
-        become_helper(connection_fd, end.fileno())
-        with socket.socket(fileno=connection_fd) as connection:
-            try:
-                pause_pid = set_up(pod)
-                try:
-                    record = shim_record(os.getppid(), pause_pid)
-                    write_durable(f"{pod.directory}/shim.json", encode(record), sync=False)
-                    channel = Channel(end)
-                    if pause_pid:
-                        channel.ask("pause", pause_pid)
-                    channel.ask("listen")
-                except BaseException:
-                    if pause_pid:
-                        end_process(pause_pid)
-                    tear_down(pod.directory)
-                    raise
-                payload = protocol.reply(record)
-            except (OSError, RuntimeFailure) as error:
-                payload = protocol.failure(error)
-            send_frame(connection, payload)
-    except BaseException as error:  # the daemon has gone: it finds the shim, or its directory, when it is back
-        report("start the pod", error)
-    finally:
-        os._exit(0)
+        name, body = protocol.parse_request(request)
+        if name == "start":
+            return protocol.reply(_set_up(protocol.parse(PodMessage, body), channel, request))
+        if name == "sweep":
+            from runtime.shim.sweep import Sweeper
+
+            return protocol.reply(Sweeper(protocol.parse(SweepMessage, body)).run())
+        if name == "quit" and zygote:
+            os.unlink(f"{state}/zygote.sock")
+            os.kill(zygote, signals.SIGKILL)  # our shim's maker: it has nothing to lose
+        elif name != "hello":
+            raise RuntimeFailure(f"unknown operation {name!r:.40}", code="invalid_argument")
+        return protocol.reply({"pid": zygote, "version": os.environ.get("OCID_VERSION", "")})
+    except (OSError, RuntimeFailure) as error:
+        return protocol.failure(error)
+
+
+def _set_up(pod: PodMessage, channel: Channel, request: bytes) -> dict[str, object]:
+    """Namespaces, pins, /dev/shm, pause; then the shim listens. Its and pause's pids. Raises OSError, RuntimeFailure;
+    then nothing is left."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    log = os.open(f"{pod.directory}/shim.log", flags, 0o600)
+    os.dup2(log, 2, inheritable=False)
+    pause_pid = set_up(pod)
+    try:
+        record = shim_record(os.getppid(), pause_pid)
+        write_durable(f"{pod.directory}/shim.json", encode(record), sync=False)
+        if pause_pid:
+            channel.ask("pause", pause_pid)
+        channel.ask("listen", f"{pod.directory}/shim.sock", f"shim {pod.id}"[:15].encode(), request, fds=[log])
+    except BaseException:
+        if pause_pid:
+            end_process(pause_pid)
+        tear_down(pod.directory)
+        raise
+    return record
+
+
+def pod_of(resident: Resident) -> PodMessage:
+    """The pod that the shim was started for."""
+    return protocol.parse(protocol.PodMessage, protocol.parse_request(resident.request)[1])
 
 
 def shim_record(pid: int, pause_pid: int) -> dict[str, object]:
@@ -97,13 +134,14 @@ def shim_record(pid: int, pause_pid: int) -> dict[str, object]:
     return {"pid": pid, "started_ticks": start_time(pid), "pause_pid": pause_pid, "pause_ticks": pause_ticks}
 
 
-def kill_rest(container_id: str, handler: str) -> Callable[[Resident, int, Socket], NoReturn]:
+def kill_rest(container_id: str, handler: str) -> Work:
     """Work for a helper: everybody left in a container is killed."""
 
     def work(resident: Resident, _connection: int, end: Socket) -> NoReturn:
         try:
             become_helper(end.fileno())
-            engine_for(resident.pod.state, resident.pod.directory, handler).kill(container_id, signals.SIGKILL, True)
+            pod = pod_of(resident)
+            engine_for(pod.state, pod.directory, handler).kill(container_id, signals.SIGKILL, True)
         except BaseException as error:
             report("kill the rest", error)
         finally:
@@ -130,7 +168,7 @@ class Handler:
 
     def __init__(self, resident: Resident, channel: Channel, connection: socket.socket) -> None:
         self._resident = resident
-        self._pod = resident.pod
+        self._pod = pod_of(resident)
         self._channel = channel
         self._connection = connection
         self._fds: list[int] = []

@@ -52,6 +52,11 @@ class Launcher:
         with connection:
             yield connection
 
+    def prepare(self) -> None:
+        """Starts the zygote where none serves, so that the first pod does not wait for it. Raises RuntimeFailure."""
+        if not self._direct:
+            self._connect_zygote().close()
+
     def end(self) -> None:
         """Asks the zygote to quit and waits until it has; nobody there is fine."""
         with self._lock:

@@ -33,13 +33,18 @@ class Timer:
 class Loop:
     """The epoll loop. `report` is told of exceptions that nobody else takes."""
 
+    _epoll: select.epoll
+
     def __init__(self, report: Callable[[str, BaseException], None]) -> None:
-        self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._count = 0
         self._report = report
         self.running = False
+
+    def open(self) -> None:
+        """Makes the epoll instance: in the process that uses it, since a fork would share it."""
+        self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
 
     def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
         """Calls `callback(events)` while `fd` is ready; watching it again changes events and callback."""

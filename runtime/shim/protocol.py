@@ -186,6 +186,13 @@ def request(operation: str, message: Record | None = None) -> bytes:
     return encode([operation, body])
 
 
+def operation(payload: bytes) -> str:
+    """The name in a request, without a look at the rest; "" where there is none to be seen."""
+    if not payload.startswith(b'["'):
+        return ""
+    return payload[2 : max(2, payload.find(b'"', 2))].decode("ascii", "replace")
+
+
 def parse_request(payload: bytes) -> tuple[str, object]:
     """Operation and body. Raises RuntimeFailure."""
     value = decode(payload, "a message", MAX_REQUEST)

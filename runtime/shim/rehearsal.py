@@ -17,7 +17,7 @@ from runtime.linux.process import set_child_subreaper
 from runtime.shim.channel import Channel
 from runtime.shim.handler import become_helper, kill_rest
 from runtime.shim.pipes import Pipes
-from runtime.shim.protocol import ContainerMessage, Facts, PodMessage
+from runtime.shim.protocol import ContainerMessage, Facts
 from runtime.shim.resident import Resident
 
 TYPE_CHECKING = False
@@ -25,20 +25,22 @@ if TYPE_CHECKING:
     from _socket import socket as Socket
     from typing import NoReturn
 
-_ROUNDS = 4
+    from runtime.shim.resident import Work
+
+_ROUNDS = 16  # the interpreter specialises byte code after eight calls and some more
 
 
 def rehearse(state: str) -> None:
     """Runs it a few times in a directory of its own below `state`. Raises OSError and RuntimeFailure."""
     directory = f"{state}/.rehearsal"
-    pod = PodMessage("rehearsal", directory, directory, "rehearsal", "", True, True, False, 1 << 16, {}, "")
     set_child_subreaper(True)  # as a shim is: the parent of what its helpers leave
     try:
         for _ in range(_ROUNDS):
             os.makedirs(directory, mode=0o700, exist_ok=True)
-            resident = Resident(pod, _never, kill_rest)
+            resident = Resident(_never, kill_rest)
+            null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
             try:
-                resident.run(_one_container, os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+                resident.run(_one_container(directory), null)
             finally:
                 resident.close()
     finally:
@@ -52,38 +54,44 @@ def _never(_resident: Resident, _connection: int, _end: Socket) -> NoReturn:
     os._exit(1)
 
 
-def _one_container(resident: Resident, _connection: int, end: Socket) -> NoReturn:
+def _one_container(directory: str) -> Work:
     """The helper of the rehearsal: its container is a process that writes a line and ends."""
-    try:
-        become_helper(end.fileno())
-        channel = Channel(end)
-        channel.ask("listen")
-        directory = resident.pod.directory
-        channel.ask("lock", "c")
-        message = ContainerMessage("c", directory, "", "", [], 0, f"{directory}/log", False, False, False, "")
-        pipes = Pipes(message)
-        pid = _orphan(pipes.child[1])
-        facts = Facts("c")
-        facts.pid, facts.created_ns = pid, time.time_ns()
-        told = {
-            "facts": facts.to_json(),
-            "bundle": directory,
-            "handler": "",
-            "log_path": message.log_path,
-            "shares_pids": False,
-            "stdin_once": False,
-            "oom": 0,
-            "fds": list(pipes.ours),
-        }
-        channel.ask("adopt", told, fds=pipes.ours.values())
-        pipes.close()
-        channel.ask("started", "c", time.time_ns())
-        channel.ask("told", "c")
-        channel.ask("forget", "c")
-        channel.ask("stop", True)
-        channel.ask("end")
-    finally:
-        os._exit(0)
+
+    def work(_resident: Resident, _connection: int, end: Socket) -> NoReturn:
+        try:
+            become_helper(end.fileno())
+            _rehearse(Channel(end), directory)
+        finally:
+            os._exit(0)
+
+    return work
+
+
+def _rehearse(channel: Channel, directory: str) -> None:
+    channel.ask("listen", f"{directory}/shim.sock", b"ocid-zygote", b"")
+    channel.ask("lock", "c")
+    message = ContainerMessage("c", directory, "", "", [], 0, f"{directory}/log", False, False, False, "")
+    pipes = Pipes(message)
+    pid = _orphan(pipes.child[1])
+    facts = Facts("c")
+    facts.pid, facts.created_ns = pid, time.time_ns()
+    told = {
+        "facts": facts.to_json(),
+        "bundle": directory,
+        "handler": "",
+        "log_path": message.log_path,
+        "shares_pids": False,
+        "stdin_once": False,
+        "oom": 0,
+        "fds": list(pipes.ours),
+    }
+    channel.ask("adopt", told, fds=pipes.ours.values())
+    pipes.close()
+    channel.ask("started", "c", time.time_ns())
+    channel.ask("told", "c")
+    channel.ask("forget", "c")
+    channel.ask("stop", True)
+    channel.ask("end")
 
 
 def _orphan(stdout: int) -> int:

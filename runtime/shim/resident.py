@@ -21,7 +21,7 @@ from runtime.shim import channel, protocol
 from runtime.shim.held import Held
 from runtime.shim.logfile import LogFile
 from runtime.shim.loop import READ, Loop
-from runtime.shim.protocol import Facts, PodMessage
+from runtime.shim.protocol import Facts
 from runtime.shim.reaper import is_child
 from runtime.shim.sink import Sink
 
@@ -57,8 +57,8 @@ class Resident:
     """The pod's supervisor. `serve` is what a helper does for a connection; `rest_killer(id, handler)` gives one that
     kills what a container with a shared PID namespace has left."""
 
-    def __init__(self, pod: PodMessage, serve: Work, rest_killer: Callable[[str, str], Work]) -> None:
-        self.pod = pod
+    def __init__(self, serve: Work, rest_killer: Callable[[str, str], Work]) -> None:
+        self.request = b""
         self.containers: dict[str, Held] = {}
         self.pause_pid = 0
         self.stopping = False
@@ -71,7 +71,7 @@ class Resident:
         self._early: dict[int, int] = {}
         self._awaited: dict[int, Helper] = {}
         self._subscribers: dict[int, Sink] = {}
-        self._wake, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._wake = self._wake_writer = -1
         self._actions: dict[str, Callable[..., object]] = {
             "adopt": self._adopt,
             "attach": self._attach,
@@ -111,16 +111,18 @@ class Resident:
         listener.listen(_BACKLOG)
         self._loop.watch(listener.fileno(), READ, self._accept)
 
-    def run(self, bring_up: Work, connection: int) -> None:
+    def run(self, first: Work, take_connection: int) -> None:
         """Serves until a helper says that the pod has been stopped. The first helper brings the pod up for who is at
-        `connection`; if it fails, that is the end."""
+        the connection; if it does not, that is the end."""
+        self._wake, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._loop.open()
         # Handlers, not SIG_IGN: only these wake the loop, and execve(2) resets them in containers.
         signals.wake_up(self._wake_writer)
         for number in (signals.SIGCHLD, signals.SIGTERM, signals.SIGHUP, signals.SIGINT):
             signals.handle(number, _nothing)
         self._loop.watch(self._wake, READ, self._woken)
-        self.fork(bring_up, connection, on_gone=self._brought_up)
-        os.close(connection)
+        self.fork(first, take_connection, on_gone=self._brought_up)
+        os.close(take_connection)
         self._loop.run()
 
     def _brought_up(self) -> None:
@@ -311,8 +313,17 @@ class Resident:
             held.close()
         return True
 
-    def _listen(self, _helper: Helper, _fds: list[int]) -> bool:
-        self.listen(f"{self.pod.directory}/shim.sock")
+    def _listen(self, _helper: Helper, fds: list[int], path: str, name: bytes, request: bytes) -> bool:
+        """The pod is up: takes its log as stderr and its name as ours (proc_pid_comm(5)), keeps the request for later
+        helpers, and listens at `path`."""
+        self.request = request
+        for fd in fds:
+            os.dup2(fd, 2, inheritable=False)
+            os.close(fd)
+        comm = os.open("/proc/self/comm", os.O_WRONLY | os.O_CLOEXEC)
+        os.write(comm, name)
+        os.close(comm)
+        self.listen(path)
         return True
 
     def _pause(self, _helper: Helper, _fds: list[int], pid: int) -> bool:

@@ -19,6 +19,7 @@ def reports() -> list[str]:
 @pytest.fixture
 def loop(reports: list[str]) -> Iterator[Loop]:
     made = Loop(lambda what, error: reports.append(f"{what}: {error}"))
+    made.open()
     yield made
     made.close()
 

@@ -19,7 +19,7 @@ from runtime.shim import protocol
 from runtime.shim.channel import Channel, pair, receive, send
 from runtime.shim.handler import become_helper
 from runtime.shim.pipes import Pipes
-from runtime.shim.protocol import ContainerMessage, Facts, PodMessage
+from runtime.shim.protocol import ContainerMessage, Facts
 from runtime.shim.reaper import exit_code
 from runtime.shim.resident import Resident
 
@@ -57,11 +57,9 @@ def work(script: Script, directory: Path) -> Any:
 
 def run(tmp_path: Path, *scripts: Script) -> Resident:
     """A resident whose first helper runs the first script; those of connections run the second."""
-    directory = str(tmp_path)
-    pod = PodMessage("pod", directory, directory, "", "", False, False, False, 0, {}, "")
     nothing = work(lambda _channel, _directory: None, tmp_path)
     serve = work(scripts[1], tmp_path) if len(scripts) > 1 else nothing
-    resident = Resident(pod, serve, lambda _id, _handler: nothing)
+    resident = Resident(serve, lambda _id, _handler: nothing)
     resident.run(work(scripts[0], tmp_path), os.open("/dev/null", os.O_RDONLY))
     resident.close()
     failed = tmp_path / "failed"
@@ -81,6 +79,11 @@ def orphan(action: Callable[[], int]) -> int:
         os._exit(0)
     os.waitpid(middle, 0)
     return int(os.read(reader, 20))
+
+
+def listen(channel: Channel, directory: Path) -> None:
+    name = Path("/proc/self/comm").read_bytes().strip()  # the test's own process keeps its name
+    channel.ask("listen", str(directory / "shim.sock"), name, b"")
 
 
 def adopt(channel: Channel, directory: Path, pid: int, pipes: Pipes | None = None) -> None:
@@ -128,7 +131,7 @@ def test_a_first_helper_that_fails_ends_the_shim(tmp_path: Path) -> None:
 
 def test_o15_o22_an_exit_is_on_disk_and_its_output_in_the_log_before_it_is_told(tmp_path: Path) -> None:
     def script(channel: Channel, directory: Path) -> None:
-        channel.ask("listen")
+        listen(channel, directory)
         with connect_unix(directory / "shim.sock") as probe:
             channel.ask("subscribe", protocol.frame(b"first"), fds=[os.dup(probe.fileno())])
         pipes = Pipes(message(directory))
@@ -155,7 +158,7 @@ def test_o16_a_process_that_ended_before_it_was_adopted_is_not_lost(tmp_path: Pa
         adopt(channel, directory, pid)
         channel.ask("told", "c")
         assert channel.ask("facts", "c")["exit_code"] == 9
-        channel.ask("listen")
+        listen(channel, directory)
         channel.ask("end")
 
     run(tmp_path, script)
@@ -191,7 +194,7 @@ def test_o16_many_exits_in_one_moment_are_all_told_right(tmp_path: Path) -> None
         for number in pids:
             channel.ask("told", f"c{number}")
             assert channel.ask("facts", f"c{number}")["exit_code"] == number
-        channel.ask("listen")
+        listen(channel, directory)
         channel.ask("end")
 
     run(tmp_path, script)
@@ -204,7 +207,7 @@ def test_a_lock_is_free_again_when_its_helper_dies(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def script(channel: Channel, directory: Path) -> None:
-        channel.ask("listen")
+        listen(channel, directory)
         connect_unix(directory / "shim.sock").close()
         while not (directory / "locked").exists():
             os.sched_yield()
@@ -221,7 +224,7 @@ def test_stop_kills_other_helpers_however_stuck(tmp_path: Path) -> None:
         signal.pause()
 
     def script(channel: Channel, directory: Path) -> None:
-        channel.ask("listen")
+        listen(channel, directory)
         connect_unix(directory / "shim.sock").close()
         while not (directory / "stuck").exists():
             os.sched_yield()
@@ -258,15 +261,14 @@ def test_o55_a_subscriber_that_does_not_read_is_let_go(tmp_path: Path) -> None:
         try:
             become_helper(end.fileno(), theirs.fileno())
             channel = Channel(end)
-            channel.ask("listen")
+            listen(channel, tmp_path)
             for _ in range(3):
                 channel.ask("subscribe", b"x" * 200_000, fds=[theirs.fileno()])
             channel.ask("end")
         finally:
             os._exit(0)
 
-    pod = PodMessage("pod", str(tmp_path), str(tmp_path), "", "", False, False, False, 0, {}, "")
-    resident = Resident(pod, helper, lambda _id, _handler: helper)  # type: ignore[arg-type,return-value]
+    resident = Resident(helper, lambda _id, _handler: helper)  # type: ignore[arg-type,return-value]
     resident.run(helper, os.open("/dev/null", os.O_RDONLY))  # type: ignore[arg-type]
     assert len(resident._subscribers) == 3  # behind, but not too far
     resident._tell("exit", _large_facts())
