@@ -1,0 +1,381 @@
+"""`ocid run` and what belongs to it, as a person at a terminal uses it: without a daemon, and through one."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import subprocess
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conformance.leaks import CGROUPS, Machine
+from tests.e2e import Node, busybox_layout, node, retired, stocked
+from tests.fakes.registry import FakeRegistry, build_image
+from tests.support import eventually, needs
+
+COMMAND_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def registry() -> Iterator[FakeRegistry]:
+    with stocked() as made:
+        yield made
+
+
+@pytest.fixture(scope="module", params=["alone", "served"])
+def cli(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry
+) -> Iterator[Node]:
+    """A node without a daemon, and one with; both have the image and have run a container."""
+    needs("root", "overlay")
+    directory = tmp_path_factory.mktemp("cli")
+    if request.param == "served":
+        with node(directory) as made:
+            made.image = f"{registry.name}/busybox:1"
+            said(made, "run", "--rm", made.image, "true")
+            yield made
+        return
+    made, before = Node(directory), Machine.now()
+    made.image = f"{registry.name}/busybox:1"
+    try:
+        said(made, "run", "--rm", made.image, "true")
+        yield made
+    finally:
+        for one in json.loads(said(made, "ps", "-a", "--format", "json")):
+            said(made, "rm", "-f", one["id"])
+        retired(made, before)
+
+
+@pytest.fixture(autouse=True)
+def as_before(cli: Node) -> Iterator[None]:
+    """Whatever a test runs, it takes away; then the node holds what it held."""
+    before = cli.held()
+    yield
+    cli.settles(before)
+
+
+def ocid(cli: Node, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*cli.words, *words], input=stdin, capture_output=True, timeout=COMMAND_S, check=False)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def said(cli: Node, *words: str, code: int = 0, stdin: bytes = b"") -> str:
+    """What the command prints; it must end with `code`."""
+    done = ocid(cli, *words, stdin=stdin)
+    assert done.returncode == code, f"{words}: {done.returncode}, not {code}: {done.stderr}{done.stdout}"
+    return done.stdout
+
+
+def once(cli: Node, *words: str, code: int = 0, stdin: bytes = b"") -> str:
+    """`ocid run --rm OPTIONS… IMAGE COMMAND…`, the image being written as "IMAGE"."""
+    return said(cli, "run", "--rm", *(cli.image if word == "IMAGE" else word for word in words), code=code, stdin=stdin)
+
+
+def start(cli: Node, *words: str, **options: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [*cli.words, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options
+    )
+
+
+def line(process: subprocess.Popen[bytes]) -> str:
+    assert process.stdout is not None
+    assert select.select([process.stdout], [], [], COMMAND_S)[0], "nothing is printed"
+    return process.stdout.readline().decode().rstrip("\n")
+
+
+def end(process: subprocess.Popen[bytes]) -> tuple[int, str]:
+    """Exit code and the rest of the output."""
+    try:
+        out, _ = process.communicate(timeout=COMMAND_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise
+    return process.returncode, out.decode()
+
+
+# ---------------------------------------------------------------------------------------------------------- exit codes
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "word"),
+    [
+        (["true"], 0, ""),
+        (["sh", "-c", "exit 7"], 7, ""),
+        (["/etc/passwd"], 126, "permission denied"),
+        (["nosuch"], 127, "not found"),
+        (["/no/such"], 127, "no such file"),
+    ],
+)
+def test_exit_codes(cli: Node, command: list[str], code: int, word: str) -> None:
+    done = ocid(cli, "run", "--rm", cli.image, *command)
+    assert done.returncode == code, done.stderr
+    assert word in done.stderr and len(done.stderr.splitlines()) == bool(word), "one sentence, or none"
+
+
+@pytest.mark.parametrize(
+    ("words", "word"),
+    [
+        (["run", "busybox:1:2"], "malformed"),
+        (["run", "--pull", "never", "nothing:1"], "nothing:1"),
+        (["run", "-m", "lots", "IMAGE"], "-m"),
+        (["run", "-v", "x", "IMAGE"], "-v"),
+        (["run", "-v", "/no/such:/x", "IMAGE"], "/no/such"),
+        (["run", "-u", "nosuch", "IMAGE"], "nosuch"),
+        (["run", "--name", "a b", "IMAGE"], "--name"),
+        (["run", "--rm", "-d", "IMAGE"], "--rm"),
+        (["run", "--net", "nosuch", "IMAGE"], "nosuch"),
+        (["frobnicate"], "frobnicate"),
+    ],
+)
+def test_wrong_words_are_one_sentence_and_125(cli: Node, words: list[str], word: str) -> None:
+    done = ocid(cli, *(cli.image if one == "IMAGE" else one for one in words))
+    assert done.returncode == 125
+    assert word in done.stderr and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- streams
+
+
+def test_output_and_errors_apart_and_whole(cli: Node) -> None:
+    done = ocid(cli, "run", "--rm", cli.image, "sh", "-c", "seq 20000; echo wrong >&2")
+    assert done.stdout.split() == [str(number) for number in range(1, 20001)]
+    assert done.stderr == "wrong\n"
+
+
+def test_interactive_takes_piped_input_to_its_end(cli: Node) -> None:
+    data = os.urandom(300_000).hex().encode()
+    assert once(cli, "-i", "IMAGE", "cat", stdin=data) == data.decode()
+    assert once(cli, "IMAGE", "cat", stdin=b"not passed on") == ""
+
+
+class Terminal:
+    """A pty with a command on it."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.execv(command[0], command)
+        self.seen = b""
+
+    def expect(self, pattern: str) -> str:
+        def found() -> re.Match[bytes] | None:
+            if select.select([self.fd], [], [], 0.02)[0]:
+                try:
+                    self.seen += os.read(self.fd, 4096)
+                except OSError:  # EIO: the other end is closed
+                    pass
+            return re.search(pattern.encode(), self.seen)
+
+        match = eventually(found, COMMAND_S, f"{pattern!r} on the terminal")
+        assert match is not None
+        text = match[0].decode()
+        self.seen = self.seen[match.end() :]
+        return text
+
+    def send(self, data: bytes) -> None:
+        os.write(self.fd, data)
+
+    def end(self) -> int:
+        """The exit code; what is printed meanwhile is thrown away."""
+        handle = os.pidfd_open(self.pid)
+        try:
+            while not select.select([handle], [], [], 0)[0]:
+                if select.select([handle, self.fd], [], [], COMMAND_S)[0] == []:
+                    os.kill(self.pid, signal.SIGKILL)
+                try:
+                    self.seen += os.read(self.fd, 4096) if select.select([self.fd], [], [], 0)[0] else b""
+                except OSError:
+                    select.select([handle], [], [], COMMAND_S)
+        finally:
+            os.close(handle)
+        os.close(self.fd)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_terminal(cli: Node) -> None:
+    """A prompt, a size that follows, ^C for the process and not for us, and the exit code."""
+    terminal = Terminal([*cli.words, "run", "--rm", "-it", cli.image, "sh"])
+    terminal.expect("# ")
+    terminal.send(b"tty\n")
+    terminal.expect("/dev/(pts/0|console)")
+    termios.tcsetwinsize(terminal.fd, (33, 77))
+    terminal.send(b"stty size\n")
+    terminal.expect("33 77")
+    # The empty quotes tell what is printed from what is typed.
+    terminal.send(b'sh -c \'trap "exit 3" INT; echo r""eady; while :; do usleep 10000; done\'\n')
+    terminal.expect("ready\r\n")
+    terminal.send(b"\x03")
+    terminal.expect("# ")
+    terminal.send(b'echo c""ode-$?\n')
+    terminal.expect("code-3\r\n")
+    terminal.send(b"exit 9\n")
+    assert terminal.end() == 9
+
+
+def test_terminal_needs_a_terminal(cli: Node) -> None:
+    done = ocid(cli, "run", "--rm", "-it", cli.image, "sh")
+    assert done.returncode == 125 and "not a terminal" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signals_reach_the_process(cli: Node, number: signal.Signals) -> None:
+    name = number.name.removeprefix("SIG")
+    script = f"trap 'echo got {name}; exit 5' {name}; echo ready; while :; do usleep 10000; done"
+    process = start(cli, "run", "--rm", cli.image, "sh", "-c", script)
+    assert line(process) == "ready"
+    process.send_signal(number)
+    code, rest = end(process)
+    assert (code, rest) == (5, f"got {name}\n")
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def test_environment_user_directory_and_hostname(cli: Node) -> None:
+    script = "echo $A-$B; id -u; id -g; pwd; hostname"
+    words = ["-e", "A=one two", "-e", "B=", "-u", "1000:50", "-w", "/www", "--hostname", "here"]
+    assert once(cli, *words, "IMAGE", "sh", "-c", script).splitlines() == ["one two-", "1000", "50", "/www", "here"]
+    assert once(cli, "-u", "operator", "IMAGE", "id", "-u") == "1000\n"
+
+
+def test_exec_replaces_the_entrypoint(cli: Node) -> None:
+    assert once(cli, "--exec", "/bin/echo", "IMAGE", "just", "words") == "just words\n"
+
+
+def test_volumes(cli: Node, tmp_path: Path) -> None:
+    (tmp_path / "given").write_text("from the host\n")
+    assert once(cli, "-v", f"{tmp_path}:/data", "IMAGE", "sh", "-c", "cat /data/given; echo back > /data/made")
+    assert (tmp_path / "made").read_text() == "back\n"
+    done = ocid(cli, "run", "--rm", "-v", f"{tmp_path}:/data:ro", cli.image, "sh", "-c", "cat /data/given; >/data/no")
+    assert done.returncode == 1 and "Read-only file system" in done.stderr and done.stdout == "from the host\n"
+    assert not (tmp_path / "no").exists()
+
+
+def test_read_only_root(cli: Node) -> None:
+    done = ocid(cli, "run", "--rm", "--read-only", cli.image, "touch", "/new")
+    assert done.returncode == 1 and "Read-only file system" in done.stderr
+
+
+def test_memory_limit_kills(cli: Node) -> None:
+    script = "x=0123456789abcdef; while :; do x=$x$x; done"
+    assert once(cli, "-m", "16m", "IMAGE", "sh", "-c", script, code=137) == ""
+
+
+def test_cpus_are_in_the_cgroup(cli: Node) -> None:
+    one = said(cli, "run", "-d", "--name", "half", "--cpus", "0.5", cli.image, "sleep", "1000").strip()
+    found = [path.read_text().split() for path in CGROUPS.glob(f"{cli.tag}/{one}/cpu.max")]
+    for quota in CGROUPS.glob(f"cpu/{cli.tag}/{one}/cpu.cfs_quota_us"):
+        found.append([quota.read_text().strip(), quota.with_name("cpu.cfs_period_us").read_text().strip()])
+    said(cli, "rm", "-f", "half")
+    assert found == [["50000", "100000"]]
+
+
+def test_network_of_its_own_of_the_host_and_none(cli: Node) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = str(server.getsockname()[1])
+        assert once(cli, "--net=host", "IMAGE", "nc", "-w", "3", "127.0.0.1", port, "-e", "true") == ""
+        once(cli, "IMAGE", "nc", "-w", "1", "127.0.0.1", port, "-e", "true", code=1)
+    assert " eth0" in once(cli, "IMAGE", "ip", "-o", "-4", "addr")
+    alone = once(cli, "--net=none", "IMAGE", "ip", "-o", "addr")
+    assert "127.0.0.1/8" in alone and "eth0" not in alone
+
+
+def test_image_from_a_layout(cli: Node) -> None:
+    if cli.process is not None:
+        done = ocid(cli, "run", "--rm", f"oci:{busybox_layout()}:busybox:1", "true")
+        assert done.returncode == 125 and "without a daemon" in done.stderr
+        return
+    assert (
+        said(cli, "run", "--rm", f"oci:{busybox_layout()}:busybox:1", "echo", "from a directory")
+        == "from a directory\n"
+    )
+    names = [tag for one in json.loads(said(cli, "images", "--format", "json")) for tag in one["tags"]]
+    for name in set(names) - {cli.image}:
+        said(cli, "rmi", name)
+
+
+# ------------------------------------------------------------------------------------------------------ life of another
+
+
+def test_detached_life(cli: Node) -> None:
+    """run -d, ps, logs, exec, exec -it, stop, wait, ps -a, inspect, rm."""
+    script = "trap 'echo bye; exit 3' TERM; echo serving; while :; do usleep 10000; done"
+    one = said(cli, "run", "-d", "--name", "web", cli.image, "sh", "-c", script).strip()
+    assert re.fullmatch("[0-9a-f]{64}", one)
+    taken = ocid(cli, "run", "--rm", "--name", "web", cli.image, "true")
+    assert taken.returncode == 125 and "the name web is taken" in taken.stderr
+    table = said(cli, "ps").splitlines()
+    assert table[0].split()[:3] == ["ID", "NAME", "IMAGE"] and "web" in table[1] and one[:12] in table[1]
+    shown = json.loads(said(cli, "ps", "--format", "json"))
+    assert [(item["id"], item["name"], item["state"]) for item in shown] == [(one, "web", "running")]
+    eventually(lambda: said(cli, "logs", "web") == "serving\n")
+    follower = start(cli, "logs", "-f", "web")
+    assert line(follower) == "serving"
+    assert said(cli, "exec", "web", "hostname") == "web\n"
+    assert said(cli, "exec", "-i", "-e", "A=b", "web", "sh", "-c", "echo $A; cat", stdin=b"in") == "b\nin"
+    assert ocid(cli, "exec", "web", "sh", "-c", "exit 6").returncode == 6
+    missing = ocid(cli, "exec", "web", "nosuch")
+    assert missing.returncode != 0 and "nosuch" in missing.stderr
+    running = ocid(cli, "rm", "web")
+    assert running.returncode == 1 and "is running" in running.stderr
+    terminal = Terminal([*cli.words, "exec", "-it", one[:12], "sh"])
+    terminal.expect("# ")
+    terminal.send(b"tty; exit 4\n")
+    terminal.expect("/dev/")
+    assert terminal.end() == 4
+    said(cli, "stop", "--time", "5", "web")
+    assert end(follower) == (0, "bye\n")
+    assert said(cli, "wait", "web") == "3\n"
+    assert "web" not in said(cli, "ps")
+    assert json.loads(said(cli, "ps", "-a", "--format", "json"))[0]["state"] == "exited"
+    details = json.loads(said(cli, "inspect", "web"))[0]["status"]
+    assert details["exitCode"] == 3 and details["id"] == one
+    assert said(cli, "rm", "web") == "web\n"
+    gone = ocid(cli, "logs", "web")
+    assert gone.returncode == 1 and "no container 'web'" in gone.stderr
+
+
+def test_kill_and_rm_force(cli: Node) -> None:
+    said(cli, "run", "-d", "--name", "k", cli.image, "sleep", "1000")
+    said(cli, "kill", "k")
+    assert said(cli, "wait", "k") == "137\n"
+    said(cli, "run", "-d", "--name", "l", cli.image, "sleep", "1000")
+    said(cli, "rm", "-f", "k", "l")
+    assert json.loads(said(cli, "ps", "-a", "--format", "json")) == []
+
+
+def test_images_pull_and_rmi(cli: Node, registry: FakeRegistry) -> None:
+    made = build_image([{"only": b"here"}])
+    reference = registry.add("small", "1", made)
+    assert said(cli, "pull", reference).strip() == made.config_digest
+    listed = {one["id"]: one for one in json.loads(said(cli, "images", "--format", "json"))}
+    assert listed[made.config_digest]["tags"] == [reference] and listed[made.config_digest]["size"] > 0
+    assert reference in said(cli, "images")
+    said(cli, "run", "-d", "--name", "user", cli.image, "sleep", "1000")
+    used = ocid(cli, "rmi", cli.image)
+    assert used.returncode == 1 and "is used by" in used.stderr
+    said(cli, "rm", "-f", "user")
+    assert said(cli, "rmi", reference).strip() == reference
+    assert ocid(cli, "rmi", reference).returncode == 1
+    unknown = ocid(cli, "pull", f"{registry.name}/nothing:1")
+    assert unknown.returncode == 125 and "404" in unknown.stderr and len(unknown.stderr.splitlines()) == 1
+
+
+def test_stats_info_version_and_config(cli: Node) -> None:
+    said(cli, "run", "-d", "--name", "s", cli.image, "sleep", "1000")
+    for words in (["stats"], ["info"], ["version"]):
+        assert json.loads(said(cli, *words, "--format", "json"))
+    assert "default_bridge" in said(cli, "config")
+    said(cli, "rm", "-f", "s")
