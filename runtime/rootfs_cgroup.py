@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 
-from runtime.linux.files import mkdir_in_root
 from runtime.linux.mount import (
     AT_EMPTY_PATH,
     AT_RECURSIVE,
@@ -64,19 +63,18 @@ def _mount_v1(root: Root, mount: Mount, controllers: dict[str, str]) -> None:
             move_mount(tmpfs, target)
         finally:
             os.close(target)
-        for name, path in _hierarchies(root, controllers).items():
+        mount_points = {path: _mount_point(path) for path in {*controllers.values(), *root.cgroups.values()}}
+        for name, path in _hierarchies(root, controllers, mount_points).items():
             tree = open_tree(_AT_FDCWD, path, OPEN_TREE_CLONE)
             try:
                 mount_setattr(tree, "", AT_EMPTY_PATH, set_=mount.attributes.set | _BASE, propagation=MS_PRIVATE)
-                place = mkdir_in_root(tmpfs, name)
-                try:
-                    move_mount(tree, place)
-                finally:
-                    os.close(place)
+                # A fresh tmpfs in a mount namespace that nobody else is in yet: names in it are what was made here.
+                os.mkdir(name, 0o755, dir_fd=tmpfs)
+                move_mount(tree, tmpfs, name)
             finally:
                 os.close(tree)
         for controller, path in controllers.items():
-            directory = os.path.basename(_mount_point(path))
+            directory = os.path.basename(mount_points[path])
             if controller != directory and "=" not in controller:
                 os.symlink(directory, controller, dir_fd=tmpfs)
         if mount.read_only:
@@ -85,11 +83,11 @@ def _mount_v1(root: Root, mount: Mount, controllers: dict[str, str]) -> None:
         os.close(tmpfs)
 
 
-def _hierarchies(root: Root, controllers: dict[str, str]) -> dict[str, str]:
+def _hierarchies(root: Root, controllers: dict[str, str], mount_points: dict[str, str]) -> dict[str, str]:
     """Directory name on the host: the container's own cgroup in it; the v2 part of a hybrid among them."""
-    found = {os.path.basename(_mount_point(path)): path for path in controllers.values()}
+    found = {os.path.basename(mount_points[path]): path for path in controllers.values()}
     if "" in root.cgroups:
-        found[os.path.basename(_mount_point(root.cgroups[""]))] = root.cgroups[""]
+        found[os.path.basename(mount_points[root.cgroups[""]])] = root.cgroups[""]
     return found
 
 
