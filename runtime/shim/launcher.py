@@ -14,13 +14,13 @@ import os
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import runtime
+from runtime import sealed
 from runtime.errors import RuntimeFailure
 from runtime.linux.libc import KernelError
 from runtime.linux.process import pidfd_open
@@ -30,10 +30,6 @@ from runtime.shim import protocol
 _START_TIMEOUT = 30.0
 _HELLO_TIMEOUT = 5.0
 _DEFAULT_SIGNALS = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCHLD]
-_BOOT = (
-    "import sys; sys.path.insert(0, sys.argv[1]); sys.argv[:2] = ['zygote']; "
-    "from runtime.shim.zygote import main; sys.exit(main(sys.argv))"
-)
 
 
 class Launcher:
@@ -147,9 +143,13 @@ class Launcher:
         return ours
 
     def _run(self, words: list[str], fds: dict[int, int]) -> None:
-        """Spawns an interpreter in a session of its own, and reaps the starter, which forks and ends at once."""
-        root = str(Path(runtime.__file__).parent.parent)
-        argv = [sys.executable, "-I", "-S", "-c", _BOOT, root, *words]
+        """Spawns a sealed interpreter (threats S1) in a session of its own, and reaps the starter, which forks and ends
+        at once."""
+        argv = sealed.command("runtime.shim.zygote", words)
+        try:
+            interpreter = sealed.interpreter_fd()
+        except OSError as error:
+            raise RuntimeFailure.of(error, what=f"seal a copy of {argv[0]}") from error
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         # Copies far above, so that no dup2 lands on an fd that a later one still needs.
         copies = {
@@ -157,7 +157,7 @@ class Launcher:
         }
         try:
             pid = os.posix_spawn(
-                argv[0],
+                f"/proc/self/fd/{interpreter}",
                 argv,
                 _environment(),
                 file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in copies.items()],
@@ -168,7 +168,7 @@ class Launcher:
         except OSError as error:
             raise RuntimeFailure.of(error, what=f"run {argv[0]}") from error
         finally:
-            for fd in (null, *copies.values()):
+            for fd in (interpreter, null, *copies.values()):
                 os.close(fd)
         os.waitpid(pid, 0)
 

@@ -3,9 +3,9 @@
     daemon ── posix_spawn ──▶ starter ── fork ──▶ zygote       the starter ends, so init (or a subreaper) adopts it
     zygote ── fork ──▶ · ── fork ──▶ shim                      and so is each shim
 
-Three roles, by sys.argv[1]: `zygote STATE` serves STATE/zygote.sock; `direct` serves a single request on fd 3 as a
-shim would (`ocid run` without a daemon). Refuses peers other than root, and a second zygote for one state directory
-(flock). Invariant: neither role has threads, and each fork of the zygote closes every fd that is not its own.
+Two roles, by the arguments: `zygote STATE` serves STATE/zygote.sock; `direct` serves a single request on fd 3, as a
+shim forked for it would (`ocid run` without a daemon). Refuses a second zygote for one state directory (flock).
+Invariant: neither role has threads, and each fork of the zygote closes every fd that is not its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
-import sys
 from _socket import socket as Socket
 
 from runtime.errors import RuntimeFailure
@@ -35,11 +34,11 @@ _CONNECTION = 3  # the fd on which a direct process is given its request
 _OOM_SCORE = "-999"  # kubelet's for node-critical daemons: killed after all pods (threats S68)
 
 
-def main(argv: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Runs a role. Exit code 0 for the zygote also when another one serves already."""
-    if len(argv) == 3 and argv[1] == "zygote":
-        _zygote(argv[2])
-    elif len(argv) == 2 and argv[1] == "direct":
+    if len(arguments) == 2 and arguments[0] == "zygote":
+        _zygote(arguments[1])
+    elif arguments == ["direct"]:
         _direct()
     else:
         os.write(2, b"usage: zygote STATE | direct\n")
@@ -158,7 +157,3 @@ def _protect_from_oom() -> None:
             file.write(_OOM_SCORE)
     except OSError:
         pass
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -179,6 +180,17 @@ def test_shims_are_inits_children_with_sessions_of_their_own(pods: Lab) -> None:
     ]
     assert strange == [f"{pod.directory}/shim.log"]
     assert Path(f"/proc/{pod.sandbox.pid}/cwd").readlink() == Path("/")
+
+
+def test_s01_zygote_shim_and_pause_run_from_a_sealed_interpreter(pods: Lab) -> None:
+    pod = pods.pod(shared_pid=True)
+    for pid in (pods.zygote(), pod.sandbox.pid, pod.sandbox.pause_pid):
+        for flags in (os.O_WRONLY, os.O_RDWR):
+            with pytest.raises(OSError) as caught:
+                os.close(os.open(f"/proc/{pid}/exe", flags))
+            assert caught.value.errno in (errno.EROFS, errno.EPERM, errno.ETXTBSY)
+        assert os.stat(f"/proc/{pid}/exe").st_dev != os.stat(sys.executable).st_dev
+        assert Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1] == b"-IS"
 
 
 def test_o21_shims_are_in_a_cgroup_of_their_own_that_goes_with_them(pods: Lab) -> None:
