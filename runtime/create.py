@@ -395,6 +395,7 @@ class _Birth:
             annotations=self._spec.annotations,
             owner=os.geteuid(),
             filter_flags=state.NO_FILTER if self._spec.seccomp is None else self._spec.seccomp.flags,
+            has_hooks=bool(self._spec.hooks.poststart or self._spec.hooks.poststop),
         )
 
     def _hook_state(self, pid: int, status: str) -> bytes:

@@ -78,6 +78,8 @@ def _unlink(path: str) -> None:
 
 def _hooks(facts: State) -> Hooks | None:
     """The hooks of the bundle's config.json; None when that is gone: a caller may remove a bundle early."""
+    if not facts.has_hooks:
+        return None
     from runtime import spec
 
     try:

@@ -48,7 +48,8 @@ _NAMESPACE_KEYS = {
 
 class State(Record):
     """Facts of one container. `created` is RFC 3339, `started` clock ticks since boot, `annotations` config.json's,
-    `filter_flags` those its seccomp filter was loaded with (NO_FILTER: it has none)."""
+    `filter_flags` those its seccomp filter was loaded with (NO_FILTER: it has none); without `has_hooks` nobody need
+    read its config.json again."""
 
     id: str
     pid: int
@@ -61,6 +62,7 @@ class State(Record):
     annotations: tuple[tuple[str, str], ...] = ()
     owner: int = 0
     filter_flags: int = NO_FILTER
+    has_hooks: bool = True
 
     def manager(self) -> Manager:
         """The container's cgroups."""
@@ -125,6 +127,7 @@ def save(root: str, state: State) -> None:
         "bundle": state.bundle,
         "owner": state.owner,
         "seccomp_flags": state.filter_flags,
+        "has_hooks": state.has_hooks,
     }
     write_durable(f"{directory(root, state.id)}/{_FILE}", encode(document), sync=False)
 
@@ -166,6 +169,7 @@ def _parse(raw: bytes, what: str) -> State:
             annotations=tuple(fields.mapping("annotations").items()),
             owner=fields.int("owner"),
             filter_flags=fields.int("seccomp_flags", required=True),
+            has_hooks=fields.bool("has_hooks", True),
         )
     except RuntimeFailure as failure:
         raise RuntimeFailure(
