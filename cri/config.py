@@ -75,7 +75,7 @@ class RuntimeSection:
     default_handler: str = _key(NATIVE, "The handler of a pod that names none. One of the handlers below.")
     handlers: Mapping[str, str] = _key(
         {NATIVE: NATIVE},
-        'Handlers by name: "native" for the one inside, or the path of a runc-compatible binary (runc, crun).',
+        'Handlers by name: the path of a runc-compatible binary (runc, crun), or "native", which is always there.',
         check=_handlers,
     )
     cgroup_driver: str = _key(
@@ -193,6 +193,9 @@ def load(path: Path | None = None, **overrides: Any) -> Config:
     if overrides.get("state") is not None and overrides.get("listen") is None and "listen" not in merged:
         merged["listen"] = f"unix://{merged['state']}/ocid.sock"
     config: Config = _build(Config, merged, "")
+    # Naming another handler does not take the one inside away.
+    handlers = {NATIVE: NATIVE, **config.runtime.handlers}
+    config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, handlers=handlers))
     if config.runtime.default_handler not in config.runtime.handlers:
         raise ConfigError(
             f"runtime.default_handler: {config.runtime.default_handler!r} is not one of runtime.handlers: "

@@ -128,7 +128,8 @@ class Statistics:
             for container in list(self._node.store.containers.values()):
                 if container.running or container.id not in self._layers:
                     await self._measure_one(container.id)
-            for gone in set(self._layers) - set(self._node.store.containers):
+            known = self._node.store.containers
+            for gone in {*self._managers, *self._samples, *self._layers} - known.keys():
                 self.forget(gone)
             if time.monotonic() - self._asked > IDLE_PERIODS * period:
                 self._wake.clear()

@@ -316,3 +316,71 @@ def test_a_second_daemon_is_refused(here: Node) -> None:
     assert result.returncode != 0 and "another ocid works in" in result.stderr
     assert "Traceback" not in result.stderr
     assert here.client.version()[0] == "ocid"
+
+
+@pytest.mark.parametrize("handler", ["runc"])
+def test_a_runc_compatible_binary_runs_pods_as_the_native_one_does(here: Node, image: str, handler: str) -> None:
+    needs(handler)
+    (here.directory / "conf.d").mkdir()
+    (here.directory / "conf.d" / "handlers.toml").write_text(f'[runtime.handlers]\n{handler} = "/usr/sbin/{handler}"\n')
+    here.end()
+    here.start()
+    before = {line for line in here.held() if not line.startswith("process ")}
+    config = here.pod_config(network=True)
+    pod = here.client.runtime.RunPodSandbox(pb.RunPodSandboxRequest(config=config, runtime_handler=handler))
+    pod_id = pod.pod_sandbox_id
+    assert here.client.pod_status(pod_id).runtime_handler == handler
+    one = here.client.create(pod_id, container("one", image, ["sh", "-c", "echo hello; sleep 1000"]), config)
+    here.client.start(one)
+    log = Path(config.log_directory) / "one.log"
+    eventually(lambda: messages(log) == ["hello"])
+    assert here.client.exec_sync(one, ["sh", "-c", "hostname; exit 3"])[:2] == (3, f"{config.hostname}\n".encode())
+    here.end(9)
+    here.start()
+    assert here.client.status(one).state == pb.CONTAINER_RUNNING
+    here.client.stop(one, 0)
+    assert here.client.status(one).exit_code == 137
+    here.client.remove(one)
+    here.drop(pod_id)
+    left = {line for line in here.held() if not line.startswith("process ")} - before
+    # The binary's own root stays, empty, as its cache does.
+    assert {line for line in left if f"{here.state}/handlers" not in line} == set()
+    assert not list((here.state / "handlers" / f"usr-sbin-{handler}").iterdir())
+
+
+def test_o42_stats_while_containers_come_and_go(here: Node, image: str) -> None:
+    config = here.pod_config()
+    pod = here.client.run_pod(config)
+    stays = here.client.create(pod, container("stays", image, ["sleep", "1000"]), config)
+    here.client.start(stays)
+    for number in range(10):
+        one = here.client.create(pod, container(f"c{number}", image, ["sleep", "1000"]), config)
+        starting = here.client.runtime.StartContainer.future(pb.StartContainerRequest(container_id=one))
+        seen = {item.attributes.id for item in here.client.list_stats()}
+        starting.result()
+        removing = here.client.runtime.RemoveContainer.future(pb.RemoveContainerRequest(container_id=one))
+        while not removing.done():
+            seen = {item.attributes.id for item in here.client.list_stats()}
+            assert stays in seen
+        removing.result()
+
+
+def test_eight_callers_at_once(here: Node, image: str) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    before = here.held()
+    configs = [here.pod_config(network=True) for _ in range(24)]
+
+    def whole_life(config: pb.PodSandboxConfig) -> str:
+        pod = here.client.run_pod(config)
+        one = here.client.create(pod, container("main", image, ["sleep", "1000"]), config)
+        here.client.start(one)
+        here.client.exec_sync(one, ["true"])
+        address = str(here.client.pod_status(pod).network.ip)
+        here.drop(pod)
+        return address
+
+    with ThreadPoolExecutor(8) as pool:
+        addresses = list(pool.map(whole_life, configs))
+    assert all(addresses)
+    eventually(lambda: here.held() - before == set(), what=f"left: {here.held() - before}")

@@ -83,3 +83,8 @@ def test_command_line_wins_and_the_socket_follows_the_state(tmp_path: Path) -> N
 def test_missing_file_is_an_error_only_when_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         load(tmp_path / "none.toml")
+
+
+def test_the_native_handler_is_always_there(tmp_path: Path) -> None:
+    config = load(_file(tmp_path, "[runtime]\ndefault_handler = 'runc'\n[runtime.handlers]\nrunc = '/usr/sbin/runc'"))
+    assert dict(config.runtime.handlers) == {"native": "native", "runc": "/usr/sbin/runc"}
