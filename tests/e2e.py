@@ -46,6 +46,7 @@ default_subnets = ["{subnet}"]
 netns_pool = 0
 [image]
 hosts_dirs = ["{directory}/certs.d"]
+unpack_processes = 1
 {image}
 [limits]
 {limits}

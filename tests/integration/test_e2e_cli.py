@@ -103,6 +103,27 @@ def end(process: subprocess.Popen[bytes]) -> tuple[int, str]:
     return process.returncode, out.decode()
 
 
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+def test_images_pull_and_rmi(cli: Node, registry: FakeRegistry) -> None:
+    """First of all, since the daemon's unpacker is still there from the first pull: ten idle seconds end it."""
+    made = build_image([{"only": b"here"}])
+    reference = registry.add("small", "1", made)
+    assert said(cli, "pull", reference).strip() == made.config_digest
+    listed = {one["id"]: one for one in json.loads(said(cli, "images", "--format", "json"))}
+    assert listed[made.config_digest]["tags"] == [reference] and listed[made.config_digest]["size"] > 0
+    assert reference in said(cli, "images")
+    said(cli, "run", "-d", "--name", "user", cli.image, "sleep", "1000")
+    used = ocid(cli, "rmi", cli.image)
+    assert used.returncode == 1 and "is used by" in used.stderr
+    said(cli, "rm", "-f", "user")
+    assert said(cli, "rmi", reference).strip() == reference
+    assert ocid(cli, "rmi", reference).returncode == 1
+    unknown = ocid(cli, "pull", f"{registry.name}/nothing:1")
+    assert unknown.returncode == 125 and "404" in unknown.stderr and len(unknown.stderr.splitlines()) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------- exit codes
 
 
@@ -354,23 +375,6 @@ def test_kill_and_rm_force(cli: Node) -> None:
     said(cli, "run", "-d", "--name", "l", cli.image, "sleep", "1000")
     said(cli, "rm", "-f", "k", "l")
     assert json.loads(said(cli, "ps", "-a", "--format", "json")) == []
-
-
-def test_images_pull_and_rmi(cli: Node, registry: FakeRegistry) -> None:
-    made = build_image([{"only": b"here"}])
-    reference = registry.add("small", "1", made)
-    assert said(cli, "pull", reference).strip() == made.config_digest
-    listed = {one["id"]: one for one in json.loads(said(cli, "images", "--format", "json"))}
-    assert listed[made.config_digest]["tags"] == [reference] and listed[made.config_digest]["size"] > 0
-    assert reference in said(cli, "images")
-    said(cli, "run", "-d", "--name", "user", cli.image, "sleep", "1000")
-    used = ocid(cli, "rmi", cli.image)
-    assert used.returncode == 1 and "is used by" in used.stderr
-    said(cli, "rm", "-f", "user")
-    assert said(cli, "rmi", reference).strip() == reference
-    assert ocid(cli, "rmi", reference).returncode == 1
-    unknown = ocid(cli, "pull", f"{registry.name}/nothing:1")
-    assert unknown.returncode == 125 and "404" in unknown.stderr and len(unknown.stderr.splitlines()) == 1
 
 
 def test_stats_info_version_and_config(cli: Node) -> None:
