@@ -18,12 +18,7 @@ from runtime.linux.files import AT_FDCWD, read_bounded, write_durable
 from runtime.linux.libc import KernelError
 from runtime.linux.process import (
     CLONE_NEWCGROUP,
-    CLONE_NEWIPC,
-    CLONE_NEWNET,
-    CLONE_NEWNS,
-    CLONE_NEWPID,
     CLONE_NEWUSER,
-    CLONE_NEWUTS,
     CLONE_PARENT,
     clone3,
     is_running,
@@ -34,6 +29,7 @@ from runtime.linux.process import (
     setns,
 )
 from runtime.linux.record import Record
+from runtime.namespaces import FLAGS, PROC_NAMES
 from runtime.spec import Process
 from runtime.state import State
 from runtime.terminal import make_controlling, name_of, open_pair, send_master
@@ -44,7 +40,6 @@ if TYPE_CHECKING:
 
 _SIGKILL = 9
 _MAX_FILTER = 4096 * 8  # BPF_MAXINSNS of linux/filter.h, eight bytes each
-_SHARED = CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWCGROUP | CLONE_NEWNS
 
 
 class ExecRequest(Record):
@@ -221,27 +216,33 @@ class _Entry:
     def _join_and_clone(self, channel: sync.Channel, *close: sync.Channel) -> tuple[int, int]:
         """Joins all namespaces and clones the process, a child of this one's parent, which talks on `channel`."""
         set_dumpable(False)  # from here on the container could look (CVE-2016-9962)
-        own_user = self._joins_user()
-        if own_user:
+        others = self._others()
+        if others & CLONE_NEWUSER:
             setns(self._init_fd, CLONE_NEWUSER)
-        setns(self._init_fd, _SHARED & ~CLONE_NEWCGROUP)
+        if together := others & ~(CLONE_NEWUSER | CLONE_NEWCGROUP):
+            setns(self._init_fd, together)
         pid, pidfd = clone3(CLONE_PARENT, cgroup_fd=self._gate.cgroup_fd)
         if pid == 0:
             for other in close:
                 other.close()
-            self._main(channel, own_user)
+            self._main(channel, others)
         return pid, pidfd
 
-    def _joins_user(self) -> bool:
-        """setns(2) refuses the user namespace that one is in already."""
+    def _others(self) -> int:
+        """CLONE_NEW* of the container's namespaces that are not the caller's: setns(2) refuses the user namespace that
+        one is in already, and from within another one every namespace of the host's."""
         with open(f"/proc/self/fdinfo/{self._init_fd}", encoding="ascii") as lines:
             pid = next(int(line.split()[1]) for line in lines if line.startswith("Pid:"))
-        return os.stat(f"/proc/{pid}/ns/user").st_ino != os.stat("/proc/self/ns/user").st_ino
+        flags = 0
+        for kind, name in PROC_NAMES.items():
+            if os.stat(f"/proc/{pid}/ns/{name}").st_ino != os.stat(f"/proc/self/ns/{name}").st_ino:
+                flags |= FLAGS[kind]
+        return flags
 
-    def _main(self, channel: sync.Channel, own_user: bool) -> NoReturn:
+    def _main(self, channel: sync.Channel, others: int) -> NoReturn:
         try:
             channel.receive("Go")
-            identity, command, env, slave = self._set_up(channel, own_user)
+            identity, command, env, slave = self._set_up(channel, others)
             self._step = "wait"
             channel.send("Ready", text=tuple(self._warnings))
             channel.receive("Go")
@@ -259,7 +260,7 @@ class _Entry:
             channel.fail(RuntimeFailure.of(error, step=self._step))
         os._exit(1)
 
-    def _set_up(self, channel: sync.Channel, own_user: bool) -> tuple[process.Identity, str, list[bytes], int]:
+    def _set_up(self, channel: sync.Channel, others: int) -> tuple[process.Identity, str, list[bytes], int]:
         """The steps of runtime.init.STEPS that a process without a root to make goes through, in their order."""
         import sys
 
@@ -271,7 +272,7 @@ class _Entry:
         os.setsid()
         set_dumpable(False)
         process.new_keyring(f"_ses.{self._request.id}", self._warnings.append)
-        if own_user:
+        if others & CLONE_NEWUSER:
             os.setgroups([])
             os.setresgid(0, 0, 0)
             os.setresuid(0, 0, 0)
@@ -295,8 +296,9 @@ class _Entry:
             self._labels()
         self._step = "cgroup"
         self._gate.enter()
-        self._step = "cgroup namespace"
-        setns(self._init_fd, CLONE_NEWCGROUP)
+        if others & CLONE_NEWCGROUP:
+            self._step = "cgroup namespace"
+            setns(self._init_fd, CLONE_NEWCGROUP)
         self._step = "cwd"
         try:
             process.enter_directory(root, wanted.cwd)

@@ -234,6 +234,11 @@ def open_target(root: Root, mount: Mount, *, directory: bool, procfs: bool) -> i
         fd = mkdir_in_root(root.fd, destination)
     else:
         fd = _open_or_create_file(root, destination)
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise RuntimeFailure(
+                f"the source is no directory, and {destination} is a directory", code="invalid_argument"
+            )
     try:
         _refuse_inside_proc(root.path_of(fd), fd, destination, procfs=procfs)
     except BaseException:

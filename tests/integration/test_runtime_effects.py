@@ -380,3 +380,46 @@ def test_attached_terminal_of_a_run(home: Bundles) -> None:
     assert done.stdout.replace(b"\r", b"").split() == [b"/dev/pts/0", b"30", b"100", b"done"]
     eventually(lambda: not home.processes(one.id))
     one.gone()
+
+
+def test_a_user_namespace_is_joined_by_path(home: Bundles) -> None:
+    first = home.make().user_namespace().up()
+    pid = first.pid()
+    second = home.make().user_namespace()
+    for key in ("uidMappings", "gidMappings"):
+        second.linux.pop(key)
+    second.linux["namespaces"] = [
+        {"type": "mount"},
+        {"type": "pid"},
+        *({"type": kind, "path": f"/proc/{pid}/ns/{name}"} for kind, name in
+          (("user", "user"), ("network", "net"), ("ipc", "ipc"), ("uts", "uts"))),
+    ]  # fmt: skip
+    second.up()
+    for name in ("user", "net", "ipc", "uts"):
+        assert os.readlink(f"/proc/{second.pid()}/ns/{name}") == os.readlink(f"/proc/{pid}/ns/{name}")
+    assert status(Path(f"/proc/{second.pid()}/status").read_text())["Uid"].split()[0] == "100000"
+    assert second.exec("id", "-u").ok() == "0\n"
+
+
+def test_no_pivot_and_closed_stdio(home: Bundles) -> None:
+    one = home.sh("ls / | wc -l; ls /../.. | wc -l")
+    lines = one.run("--no-pivot").ok().split()
+    assert lines[0] == lines[1] == str(len(os.listdir(one.rootfs)))
+    words = " ".join(home.command("run", "--bundle", str(one.path), one.id))
+    closed = subprocess.run(["sh", "-c", f"exec {words} <&- >&- 2>&-"], check=False, timeout=30)
+    assert closed.returncode in (0, 1)
+    one.gone()
+
+
+def test_a_file_in_the_way_and_a_file_over_a_directory_are_said(home: Bundles) -> None:
+    one = home.make("true")
+    (one.rootfs / "file").touch()
+    source = home.directory / "source"
+    source.mkdir()
+    one.mount("/file", "bind", source, "bind")
+    assert "on /file" in one.run().failed("ENOTDIR")
+    one.config["mounts"][-1].update(destination="/tmp", source="/etc/passwd")
+    assert "bind /etc/passwd on /tmp" in one.run().failed("is a directory")
+    one.config["mounts"][-1].update(destination="/file/below", source=str(source))
+    assert "on /file/below" in one.run().failed("ENOTDIR")
+    one.gone()
