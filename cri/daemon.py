@@ -192,7 +192,7 @@ async def serve(config: Config) -> None:
     with owned(config, wait_s=0):
         built = build(config, direct=False)
         server = _server(config, built.service)
-        ended = _ending()
+        ended = _ending(built.node)
         await server.start()
         config.socket.chmod(0o600)
         log.info("serving the CRI on %s", config.listen)
@@ -223,7 +223,7 @@ async def _become_ready(built: Built) -> None:
     log.info("ready")
 
 
-def _ending() -> asyncio.Future[None]:
+def _ending(node: Node) -> asyncio.Future[None]:
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
 
@@ -235,7 +235,19 @@ def _ending() -> asyncio.Future[None]:
         loop.add_signal_handler(number, end)
     # A service manager's reload, or a terminal that goes away, ends no node (threats O20).
     loop.add_signal_handler(signal.SIGHUP, lambda: log.info("SIGHUP: the configuration is read at start only"))
+    loop.add_signal_handler(signal.SIGUSR1, lambda: _dump(node))
     return ended
+
+
+def _dump(node: Node) -> None:
+    """For whoever looks for what hangs: what is under way and where, and the shims."""
+    for task in asyncio.all_tasks():
+        stack = "; ".join(f"{frame.f_code.co_name}:{frame.f_lineno}" for frame in task.get_stack())
+        log.warning("task %s: %s", task.get_name(), stack)
+    for pod in node.store.pods.values():
+        states = [f"{one.name}={one.pid}{'' if one.running else '!'}" for one in node.store.containers_of(pod.id)]
+        log.warning("pod %s (%s): shim %d, ready %s: %s", pod.label, pod.id[:13], pod.pid, pod.ready, " ".join(states))
+    log.warning("%d fds, %d threads", len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")))
 
 
 def _server(config: Config, service: Service) -> grpc.aio.Server:

@@ -81,7 +81,8 @@ class Pod:
 
 @dataclass(frozen=True)
 class Container:
-    """A container. `config` is the ContainerConfig as it came, `resources` the LinuxContainerResources in force."""
+    """A container. `config` is the ContainerConfig as it came, `resources` the LinuxContainerResources in force;
+    `image_name` is what people call its image, where the request had only the id."""
 
     id: str
     pod_id: str
@@ -90,6 +91,7 @@ class Container:
     config: bytes
     created_ns: int
     image_id: str = ""
+    image_name: str = ""
     log_path: str = ""
     cgroup: str = ""
     stop_signal: str = ""

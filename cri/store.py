@@ -65,9 +65,11 @@ def _create(db: sqlite3.Connection) -> None:
         columns = ", ".join(f"{item.name} {_SQL_TYPES[str(item.type)]} NOT NULL" for item in fields(kind))
         db.execute(f"CREATE TABLE IF NOT EXISTS {table} ({columns}, PRIMARY KEY (id)) STRICT")
         have = {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
-        missing = [item.name for item in fields(kind) if item.name not in have]
-        if missing:
-            raise sqlite3.DatabaseError(f"table {table} lacks {', '.join(missing)}: made by another version of ocid")
+        for item in fields(kind):
+            if item.name not in have:  # an older version did not know it, and had what is the default now
+                default = "x''" if item.type == "bytes" else repr(item.default)
+                kind_of = _SQL_TYPES[str(item.type)]
+                db.execute(f"ALTER TABLE {table} ADD COLUMN {item.name} {kind_of} NOT NULL DEFAULT {default}")
     db.execute("CREATE TABLE IF NOT EXISTS cri_schema (version INTEGER NOT NULL) STRICT")
     row = db.execute("SELECT version FROM cri_schema").fetchone()
     if row is None:

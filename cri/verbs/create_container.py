@@ -91,6 +91,7 @@ async def _make(node: Node, pod: Pod, container: Container) -> str:
             container.id,
             made_ns=now_ns(),
             image_id=made.image.id,
+            image_name=image_name(container.request, made.image),
             cgroup=made.cgroup,
             stop_signal=made.stop_signal,
             uid=made.user.uid,
@@ -181,6 +182,13 @@ def find_image(node: Node, name: str) -> Image:
     if image is None:
         raise NotFound(f"image {name[:200]!r} is not here; pull it first")
     return image
+
+
+def image_name(config: pb.ContainerConfig, image: Image) -> str:
+    """What people call the image, "" where the request has it already."""
+    if not image.id.removeprefix("sha256:").startswith(config.image.image.removeprefix("sha256:")):
+        return ""
+    return config.image.user_specified_image or next(iter((*image.repo_tags, *image.repo_digests)), "")
 
 
 def stop_signal_of(config: pb.ContainerConfig, image: Image) -> str:

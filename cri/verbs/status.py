@@ -61,7 +61,7 @@ def container_item(container: Container) -> pb.Container:
         id=container.id,
         pod_sandbox_id=container.pod_id,
         metadata=config.metadata,
-        image=config.image,
+        image=_image(container),
         image_ref=container.image_id,
         image_id=container.image_id,
         state=container.state,
@@ -82,7 +82,7 @@ def container_status(container: Container) -> pb.ContainerStatus:
         started_at=container.started_ns,
         finished_at=container.finished_ns,
         exit_code=container.exit_code if container.finished_ns else 0,
-        image=config.image,
+        image=_image(container),
         image_ref=container.image_id,
         image_id=container.image_id,
         reason=container.exit_reason,
@@ -98,6 +98,14 @@ def container_status(container: Container) -> pb.ContainerStatus:
     user.uid, user.gid = container.uid, container.gid
     user.supplemental_groups.extend(int(group) for group in container.groups.split(",") if group)
     return status
+
+
+def _image(container: Container) -> pb.ImageSpec:
+    """The image as asked for, by the name that people know it by: a kubelet asks by id and shows what comes back."""
+    spec = pb.ImageSpec()
+    spec.CopyFrom(container.request.image)
+    spec.image = container.image_name or spec.image
+    return spec
 
 
 def _signal(name: str) -> pb.Signal:

@@ -185,6 +185,14 @@ def test_o20_sighup_ends_nothing(here: Node, image: str) -> None:
     assert here.process.poll() is None
 
 
+def test_sigusr1_tells_what_is_under_way(here: Node, image: str) -> None:
+    assert here.process is not None
+    pod, _, _ = here.run(image, ["sleep", "1000"])
+    here.process.send_signal(10)
+    eventually(lambda: f"({pod[:13]}): shim {here.shim(pod)}, ready True: main=" in here.log.read_text())
+    assert here.process.poll() is None
+
+
 def test_o54_a_second_stop_with_less_patience_wins(here: Node, image: str) -> None:
     pod, one, _ = here.run(image, ["sh", "-c", "trap '' TERM; while :; do sleep 1; done"])
     eventually(lambda: _ignores_term(_pid(here, one)))

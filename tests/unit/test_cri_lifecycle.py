@@ -145,6 +145,27 @@ def test_status_has_every_field(tmp_path: Path) -> None:
     on_rig(tmp_path, body)
 
 
+def test_an_image_asked_for_by_id_is_shown_by_name(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        pod = await rig.run_pod()
+        for number, (spec, shown) in enumerate(
+            [
+                (pb.ImageSpec(image=rig.image.id), IMAGE),
+                (pb.ImageSpec(image=rig.image.id[7:]), IMAGE),
+                (pb.ImageSpec(image=rig.image.id, user_specified_image="busybox"), "busybox"),
+                (pb.ImageSpec(image=IMAGE, user_specified_image="busybox"), IMAGE),
+            ]
+        ):
+            config = rig.container_config(f"c{number}")
+            config.image.CopyFrom(spec)
+            request = pb.CreateContainerRequest(pod_sandbox_id=pod, config=config)
+            container = (await rig.call("CreateContainer", request)).container_id
+            status = await rig.status(container)
+            assert (status.image.image, status.image_id) == (shown, rig.image.id)
+
+    on_rig(tmp_path, body)
+
+
 def test_verbose_status_holds_pid_spec_and_config(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         pod = await rig.run_pod()

@@ -151,6 +151,18 @@ def test_a_database_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*damaged*"))
 
 
+def test_a_database_of_an_older_version_gets_the_columns_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "ocid.db"
+    _stocked(path)
+    db = sqlite3.connect(path)
+    for column in ("image_name", "signal", "resources"):
+        db.execute(f"ALTER TABLE containers DROP COLUMN {column}")
+    db.close()
+    store = Store(open_sound(path))
+    assert {(one.image_name, one.signal, one.resources) for one in store.containers.values()} == {("", 0, b"")}
+    assert len(store.containers) == 30
+
+
 def _stocked(path: Path) -> None:
     async def body(store: Store) -> None:
         for number in range(30):
