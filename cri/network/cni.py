@@ -145,8 +145,7 @@ class Cni:
             conflist = self._find(pod.network)
             try:
                 plan = planning.negotiate(self._plan(conflist), self._tools)
-                for program in plan.programs:
-                    program.find()  # with one missing there would be an ADD that no DEL could undo
+                _look_up(plan)
                 record = Record(pod, plan.conflist, self._config.interface, namespace, None)
                 self._write(record)
             except PluginError as error:
@@ -435,3 +434,15 @@ def _answer(result: Result) -> NetworkResult:
         if ip not in ips:
             ips.append(ip)
     return NetworkResult(tuple(ips), result.raw)
+
+
+def _look_up(plan: Plan) -> None:
+    """Finds every program before the first is called: with one missing there would be an ADD that no DEL could undo.
+    Raises PluginError naming the plugin."""
+    for program in plan.programs:
+        try:
+            program.find()
+        except PluginError as error:
+            kind = program.plugin.type
+            what = f"plugin {kind}" if program.program == kind else f"plugin {kind}: ipam {program.program}"
+            raise PluginError(f"{what}: {error}") from error

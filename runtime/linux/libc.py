@@ -31,6 +31,7 @@ _X86_64: Final = {
     "keyctl": 250,
     "ioprio_set": 251,
     "memfd_create": 319,
+    "rt_sigaction": 13,
     "fallocate": 285,
 }
 _AARCH64: Final = {
@@ -47,6 +48,7 @@ _AARCH64: Final = {
     "keyctl": 219,
     "ioprio_set": 30,
     "memfd_create": 279,
+    "rt_sigaction": 134,
     "fallocate": 47,
 }
 _GENERIC: Final = {

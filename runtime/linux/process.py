@@ -210,6 +210,10 @@ def ioprio_set(kind: int, priority: int) -> None:
     syscall("ioprio_set", 1, 0, kind << 13 | priority, subject=f"class {kind} priority {priority}")
 
 
+# struct sigaction of the kernel (asm-generic/signal.h): handler, flags, restorer, mask; all zero is SIG_DFL.
+_SIZEOF_SIGACTION, _SIZEOF_SIGSET = 32, 8
+
+
 def reset_all_signals() -> None:
     """SIG_DFL for every signal and an empty mask, as execve(2) should find them."""
     import _signal  # type: ignore[import-not-found]  # signal wraps it in enums, at 5 ms
@@ -218,7 +222,9 @@ def reset_all_signals() -> None:
         try:
             _signal.signal(number, _signal.SIG_DFL)
         except (OSError, ValueError):
-            pass  # SIGKILL, SIGSTOP, and the two that the C library keeps
+            pass  # SIGKILL, SIGSTOP, and the two that the C library keeps for itself
+    for number in (32, 33):
+        syscall("rt_sigaction", number, bytes(_SIZEOF_SIGACTION), None, _SIZEOF_SIGSET, subject=number)
     _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
 
 
