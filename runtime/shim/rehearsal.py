@@ -15,7 +15,7 @@ from runtime.linux import signals
 from runtime.linux.files import remove_tree
 from runtime.linux.process import set_child_subreaper
 from runtime.shim.channel import Channel
-from runtime.shim.handler import become_helper, kill_rest
+from runtime.shim.helper import become_helper, kill_rest
 from runtime.shim.pipes import Pipes
 from runtime.shim.protocol import ContainerMessage, Facts
 from runtime.shim.resident import Resident

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 EVENT_LIMIT = 256 << 10  # bytes of events that a subscriber may lag behind
 _LOG_LIMIT = 1 << 20
 _BACKLOG = 128
+_MAX_EARLY = 4096  # statuses of unknown children that are kept for helpers
 _LATER = object()  # an answer that comes when it is due
 
 
@@ -158,16 +159,31 @@ class Resident:
                 return
             if not pid:
                 return
-            for held in self.containers.values():
-                if held.facts.pid == pid and not held.facts.finished_ns:
-                    held.ended(status)
-                    break
-            else:
-                helper = self._awaited.pop(pid, None)
-                if helper is not None:
-                    self._reply(helper, status)
-                elif self._helpers:  # one of them may be about to ask for it
-                    self._early[pid] = status
+            self._ended(pid, status)
+
+    def _ended(self, pid: int, status: int) -> None:
+        if pid == self.pause_pid:
+            self.pause_pid = 0
+        for held in self.containers.values():
+            if held.facts.pid == pid and not held.facts.finished_ns:
+                held.ended(status)
+                break
+        else:
+            self._ended_unknown(pid, status)
+
+    def _ended_unknown(self, pid: int, status: int) -> None:
+        """A helper, a command of one, or somebody's orphan."""
+        for helper in self._helpers.values():
+            if helper.pid == pid:
+                helper.pid = 0  # from here on the number may be another's
+                return
+        awaiting = self._awaited.pop(pid, None)
+        if awaiting is not None:
+            self._reply(awaiting, status)
+        elif self._helpers:  # one of them may be about to ask for it
+            self._early[pid] = status
+            if len(self._early) > _MAX_EARLY:
+                del self._early[next(iter(self._early))]
 
     # -------------------------------------------------------------------------------------------------- helpers
 
@@ -335,7 +351,7 @@ class Resident:
         self.stopping = on
         if on:
             for other in self._helpers.values():
-                if other is not helper:
+                if other is not helper and other.pid:
                     os.kill(other.pid, signals.SIGKILL)  # ours and not waited for: it is no other's pid
         return list(self.containers)
 
@@ -344,7 +360,11 @@ class Resident:
         return True
 
     def _kill_rest(self, held: Held, then: Callable[[], None]) -> None:
-        self.fork(self._rest_killer(held.facts.id, held.handler), on_gone=then)
+        try:
+            self.fork(self._rest_killer(held.facts.id, held.handler), on_gone=then)
+        except OSError as error:  # no memory or no pids: delete kills them later, and the exit is told all the same
+            report("kill the rest", error)
+            then()
 
     # --------------------------------------------------------------------------------------------------- events
 

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 
 from runtime.errors import RuntimeFailure
+from runtime.linux import signals
 from runtime.linux.files import PROC_SUPER_MAGIC, fstatfs_type, open_beneath, remove_tree
 from runtime.linux.libc import KernelError
 from runtime.linux.mount import (
@@ -30,7 +32,16 @@ from runtime.linux.mount import (
     mount,
     umount2,
 )
-from runtime.linux.process import CLONE_NEWIPC, CLONE_NEWNET, CLONE_NEWUTS, sethostname, setns, unshare
+from runtime.linux.process import (
+    CLONE_NEWIPC,
+    CLONE_NEWNET,
+    CLONE_NEWUTS,
+    pidfd_open,
+    pidfd_send_signal,
+    sethostname,
+    setns,
+    unshare,
+)
 from runtime.shim.pause import start_pause
 from runtime.shim.protocol import PodMessage
 
@@ -40,6 +51,7 @@ if TYPE_CHECKING:
 
 _KINDS = ("ipc", "uts", "pid")
 _MAX_SYSCTL = 4096
+_DEATH = 30.0  # seconds for a killed process to end
 _KEY_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.:@")
 _IPC_KEYS = ("kernel/shm", "kernel/msg", "kernel/sem", "fs/mqueue/")
 
@@ -153,8 +165,19 @@ def _mount_shm(target: str, size: int, undo: Undo) -> None:
 
 def end_child(pid: int) -> None:
     """Kills and reaps a child of ours."""
-    os.kill(pid, 9)
+    os.kill(pid, signals.SIGKILL)
     os.waitpid(pid, 0)
+
+
+def end_process(pid: int) -> None:
+    """SIGKILL for a child of the shim's, and its end: the shim waits for it as for every child."""
+    try:
+        pidfd = pidfd_open(pid)
+    except KernelError:  # it has ended, and was waited for
+        return
+    pidfd_send_signal(pidfd, signals.SIGKILL)
+    select.select([pidfd], [], [], _DEATH)
+    os.close(pidfd)
 
 
 def sysctl_path(key: str, *, private_ipc: bool, private_net: bool) -> str:

@@ -17,8 +17,8 @@ from runtime.linux import signals
 from runtime.linux.files import AT_FDCWD, read_bounded, write_durable
 from runtime.linux.libc import KernelError
 from runtime.linux.process import is_running, pidfd_open, pidfd_send_signal
-from runtime.shim.handler import engine_for
 from runtime.shim.protocol import Facts, SweepMessage
+from runtime.shim.records import engine_for
 from runtime.shim.sandbox import tear_down, unmount
 
 TYPE_CHECKING = False

@@ -20,7 +20,7 @@ from runtime.linux.memory import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, malloc_trim
 from runtime.linux.process import close_range, set_child_subreaper, set_comm
 from runtime.linux.sockets import listen_unix
 from runtime.shim.cgroup import leave_daemon
-from runtime.shim.handler import first_helper, kill_rest, serve
+from runtime.shim.helper import first_helper, kill_rest, serve
 from runtime.shim.rehearsal import rehearse
 from runtime.shim.resident import Resident, report
 
@@ -77,8 +77,16 @@ def _fork_for_ever(listener: Socket, resident: Resident, first: Work) -> NoRetur
     """A process for every connection, and nothing else: each page that this loop writes to is one that the shims
     forked before have to themselves from then on. So no look at the request, no ctypes, no objects but ints."""
     while True:
-        connection, _ = listener._accept()  # type: ignore[attr-defined]  # accept(2): fd and address
-        middle = os.fork()
+        try:
+            connection, _ = listener._accept()  # type: ignore[attr-defined]  # accept(2): fd and address
+        except OSError:  # the peer has gone again
+            continue
+        try:
+            middle = os.fork()
+        except OSError as error:  # no memory or no pids: the peer hears an end, the next may do better
+            report("fork", error)
+            os.close(connection)
+            continue
         if middle == 0:
             if os.fork():
                 os._exit(0)  # so the other is init's child at once

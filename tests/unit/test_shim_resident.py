@@ -17,7 +17,7 @@ from runtime.linux.process import set_child_subreaper
 from runtime.linux.sockets import connect_unix
 from runtime.shim import protocol
 from runtime.shim.channel import Channel, pair, receive, send
-from runtime.shim.handler import become_helper
+from runtime.shim.helper import become_helper
 from runtime.shim.pipes import Pipes
 from runtime.shim.protocol import ContainerMessage, Facts
 from runtime.shim.reaper import exit_code

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from runtime.errors import RuntimeFailure
-from runtime.shim.handler import check_id, runtime_root
+from runtime.shim.records import check_id, runtime_root
 from runtime.shim.sandbox import sysctl_path
 
 

@@ -1,0 +1,155 @@
+"""The helpers of a shim: forks of it that do one thing, may block on whatever they like, and end.
+
+Refuses peers other than root (SO_PEERCRED, threats S50), and to inherit: a helper keeps no fd but what it is given.
+Invariant: a helper never returns into the shim's loop.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from runtime.errors import RuntimeFailure
+from runtime.fields import encode
+from runtime.linux import signals
+from runtime.linux.files import write_durable
+from runtime.linux.process import close_range, start_time
+from runtime.linux.sockets import FrameError, peer_uid, recv_frame, send_frame
+from runtime.shim import protocol
+from runtime.shim.channel import Channel
+from runtime.shim.protocol import PodMessage, SweepMessage
+from runtime.shim.records import engine_for
+from runtime.shim.resident import report
+from runtime.shim.sandbox import end_process, set_up, tear_down
+from runtime.shim.streams import StreamHandler
+from runtime.shim.sweep import Sweeper
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from _socket import socket as Socket
+    from typing import NoReturn
+
+    from runtime.shim.resident import Resident, Work
+
+_PATIENCE = 10.0  # seconds for a connected peer to say what it wants
+
+
+def serve(resident: Resident, connection_fd: int, end: Socket) -> NoReturn:
+    """In a fork of the shim: never returns."""
+    try:
+        become_helper(connection_fd, end.fileno(), *(held.stdio.console for held in resident.containers.values()))
+        with socket.socket(fileno=connection_fd) as connection:
+            connection.settimeout(_PATIENCE)
+            received = recv_frame(connection, want_fds=True) if peer_uid(connection) == 0 else None
+            connection.settimeout(None)
+            if received is not None:
+                request, fds = received
+                StreamHandler(pod_of(resident), resident, Channel(end), connection, fds).run(request)
+    except (OSError, FrameError):  # whoever it was, it did not say what it wanted
+        pass
+    except BaseException as error:
+        report("serve a request", error)
+    finally:
+        os._exit(0)
+
+
+def first_helper(state: str, zygote: int) -> Work:
+    """The first helper of a new shim: reads the request that the shim was forked for, and brings its pod up. The
+    zygote looks at nothing itself, so questions about it come here, too, and work on pods whose shim is gone."""
+
+    def work(resident: Resident, connection_fd: int, end: Socket) -> NoReturn:
+        try:
+            become_helper(connection_fd, end.fileno())
+            with socket.socket(fileno=connection_fd) as connection:
+                connection.settimeout(_PATIENCE)
+                received = recv_frame(connection) if peer_uid(connection) == 0 else None
+                if received is not None:
+                    send_frame(connection, _first_answer(received[0], Channel(end), state, zygote))
+        except (OSError, FrameError):  # who asked has gone: it finds the shim, or its directory, when it is back
+            pass
+        except BaseException as error:
+            report("start the pod", error)
+        finally:
+            os._exit(0)
+
+    return work
+
+
+def _first_answer(request: bytes, channel: Channel, state: str, zygote: int) -> bytes:
+    try:
+        name, body = protocol.parse_request(request)
+        if name == "start":
+            return protocol.reply(_set_up(protocol.parse(PodMessage, body), channel, request))
+        if name == "sweep":
+            return protocol.reply(Sweeper(protocol.parse(SweepMessage, body)).run())
+        if name == "quit" and zygote:
+            os.unlink(f"{state}/zygote.sock")
+            os.kill(zygote, signals.SIGKILL)  # our shim's maker: it has nothing to lose
+        elif name != "hello":
+            raise RuntimeFailure(f"unknown operation {name!r:.40}", code="invalid_argument")
+        return protocol.reply({"pid": zygote, "version": os.environ.get("OCID_VERSION", "")})
+    except (OSError, RuntimeFailure) as error:
+        return protocol.failure(error)
+
+
+def _set_up(pod: PodMessage, channel: Channel, request: bytes) -> dict[str, object]:
+    """Namespaces, pins, /dev/shm, pause; then the shim listens. Its and pause's pids. Raises OSError, RuntimeFailure;
+    then nothing is left."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    log = os.open(f"{pod.directory}/shim.log", flags, 0o600)
+    os.dup2(log, 2, inheritable=False)
+    pause_pid = set_up(pod)
+    try:
+        record = shim_record(os.getppid(), pause_pid)
+        write_durable(f"{pod.directory}/shim.json", encode(record), sync=False)
+        if pause_pid:
+            channel.ask("pause", pause_pid)
+        channel.ask("listen", f"{pod.directory}/shim.sock", f"shim {pod.id}"[:15].encode(), request, fds=[log])
+    except BaseException:
+        if pause_pid:
+            end_process(pause_pid)
+        tear_down(pod.directory)
+        raise
+    return record
+
+
+def pod_of(resident: Resident) -> PodMessage:
+    """The pod that the shim was started for."""
+    return protocol.parse(protocol.PodMessage, protocol.parse_request(resident.request)[1])
+
+
+def shim_record(pid: int, pause_pid: int) -> dict[str, object]:
+    """shim.json: who the shim and its pause process are, for a cleaner that must not hit others."""
+    pause_ticks = start_time(pause_pid) if pause_pid else 0
+    return {"pid": pid, "started_ticks": start_time(pid), "pause_pid": pause_pid, "pause_ticks": pause_ticks}
+
+
+def kill_rest(container_id: str, handler: str) -> Work:
+    """Work for a helper: everybody left in a container is killed."""
+
+    def work(resident: Resident, _connection: int, end: Socket) -> NoReturn:
+        try:
+            become_helper(end.fileno())
+            pod = pod_of(resident)
+            engine_for(pod.state, pod.directory, handler).kill(container_id, signals.SIGKILL, True)
+        except BaseException as error:
+            report("kill the rest", error)
+        finally:
+            os._exit(0)
+
+    return work
+
+
+def become_helper(*keep: int) -> None:
+    """A fork of the shim as a process of its own: no handlers, no fds but `keep`, and the umask that a runtime is used
+    to (the shim's own would make directories in a root filesystem private)."""
+    os.umask(0o022)
+    signals.wake_up(-1)
+    for number in (signals.SIGCHLD, signals.SIGTERM, signals.SIGHUP, signals.SIGINT):
+        signals.handle(number, None)
+    first = 3
+    for fd in sorted(fd for fd in keep if fd >= 3):
+        if fd > first:
+            close_range(first, fd - 1)
+        first = fd + 1
+    close_range(first)

@@ -1,0 +1,103 @@
+"""Requests about streams: commands in containers, attaching to containers, events.
+
+Refuses what needs a running container for any other. Invariant: bytes of a command on somebody's fds, and those of an
+attached container, never pass through a helper.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+
+from runtime.errors import RuntimeFailure
+from runtime.linux.sockets import FrameError, recv_frame
+from runtime.shim import protocol
+from runtime.shim.commands import run_on_fds, run_to_end
+from runtime.shim.handler import ANSWERED, Handler
+from runtime.shim.reaper import exit_code
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from runtime.shim.held import Held
+
+
+class StreamHandler(Handler):
+    """All requests: those of Handler, and these."""
+
+    def _running(self, container_id: str) -> Held:
+        held = self._held(container_id)
+        if held.facts.finished_ns or not held.facts.started_ns:
+            what = "has ended" if held.facts.finished_ns else "was not started"
+            raise RuntimeFailure(f"exec in container {container_id}: it {what}", code="failed_precondition")
+        return held
+
+    def _do_exec(self, body: object) -> object:
+        message = protocol.parse(protocol.ExecMessage, body)
+        held = self._running(message.id)
+        take_oom_score(held.facts.pid)
+        finished = run_to_end(self._engine(held.handler), message, self._connection.fileno(), self._status)
+        header = {"exit_code": finished.code, "timed_out": finished.timed_out, "truncated": finished.truncated}
+        for payload in (protocol.reply(header), finished.stdout, finished.stderr):
+            self._send(payload)
+        return ANSWERED
+
+    def _status(self, pid: int) -> int:
+        """The wait status of a command: our child, or, as the native runtime makes it, the shim's."""
+        try:
+            return os.waitpid(pid, 0)[1]
+        except ChildProcessError:
+            return int(self._channel.ask("status", pid))
+
+    def _do_stream(self, body: object) -> object:
+        message = protocol.parse(protocol.StreamMessage, body)
+        held = self._running(message.id)
+        if not message.terminal and len(self._fds) != 3:
+            raise RuntimeFailure(
+                f"exec in container {message.id}: expected stdin, stdout and stderr, got {len(self._fds)} fds",
+                code="invalid_argument",
+            )
+        take_oom_score(held.facts.pid)
+        started = run_on_fds(self._engine(held.handler), message, self._fds)
+        self._send(protocol.reply({"pid": started.pid}), (started.console,) if started.console >= 0 else ())
+        self._send(protocol.reply({"exit_code": exit_code(self._status(started.pid))[0]}))
+        return ANSWERED
+
+    def _do_attach(self, body: object) -> object:
+        """From here on the connection is the control fd: resize frames come in, its end is the end of the output. The
+        shim copies the streams for as long as this process is there."""
+        message = protocol.parse(protocol.AttachMessage, body)
+        console = self._held(message.id).stdio.console
+        self._channel.ask("attach", message.id, message.stdin, fds=self._fds)
+        for fd in self._fds:
+            os.close(fd)
+        self._send(protocol.reply({}))
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN)
+        poll.register(self._channel.fileno(), select.POLLIN)
+        while all(fd == self._connection.fileno() for fd, _ in poll.poll()):
+            try:
+                received = recv_frame(self._connection)
+            except (OSError, FrameError):
+                break
+            if received is None:
+                break
+            if console >= 0:
+                protocol.resize(console, received[0])
+        return ANSWERED
+
+    def _do_events(self, _body: object) -> object:
+        # The shim sends the answer, too: what happens after it is told, and nothing before it.
+        self._channel.ask("subscribe", protocol.frame(protocol.reply({})), fds=[self._connection.fileno()])
+        return ANSWERED
+
+
+def take_oom_score(pid: int) -> None:
+    """The container's oom_score_adj for this process and the command that it starts: they are as expendable as that,
+    not as precious as a shim (threats S68). Raising is always allowed."""
+    try:
+        with open(f"/proc/{pid}/oom_score_adj", "rb") as file:
+            score = file.read()
+        with open("/proc/self/oom_score_adj", "wb") as file:
+            file.write(score)
+    except OSError:  # it has ended: the runtime is about to say so
+        pass
