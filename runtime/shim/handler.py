@@ -20,7 +20,7 @@ from runtime.shim.logfile import LogFile
 from runtime.shim.oom import OomSource
 from runtime.shim.pipes import Pipes
 from runtime.shim.protocol import Facts, PodMessage
-from runtime.shim.records import check_id, engine_for, read_record, save_record, ticks
+from runtime.shim.records import be_as_expendable_as, check_id, engine_for, read_record, save_record, ticks
 from runtime.shim.resident import report
 from runtime.shim.sandbox import end_process, tear_down, unmount
 
@@ -131,6 +131,7 @@ class Handler:
 
     def _make(self, engine: Engine, message: protocol.ContainerMessage, pipes: Pipes, facts: Facts) -> None:
         """The process, and the shim's adoption of it."""
+        be_as_expendable_as("self", least=0)
         made = engine.create(message, pipes.child)
         try:
             if made.console >= 0:

@@ -15,6 +15,7 @@ from runtime.shim import protocol
 from runtime.shim.commands import run_on_fds, run_to_end
 from runtime.shim.handler import ANSWERED, Handler
 from runtime.shim.reaper import exit_code
+from runtime.shim.records import be_as_expendable_as
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class StreamHandler(Handler):
     def _do_exec(self, body: object) -> object:
         message = protocol.parse(protocol.ExecMessage, body)
         held = self._running(message.id)
-        take_oom_score(held.facts.pid)
+        be_as_expendable_as(held.facts.pid)
         finished = run_to_end(self._engine(held.handler), message, self._connection.fileno(), self._status)
         header = {"exit_code": finished.code, "timed_out": finished.timed_out, "truncated": finished.truncated}
         for payload in (protocol.reply(header), finished.stdout, finished.stderr):
@@ -56,7 +57,7 @@ class StreamHandler(Handler):
                 f"exec in container {message.id}: expected stdin, stdout and stderr, got {len(self._fds)} fds",
                 code="invalid_argument",
             )
-        take_oom_score(held.facts.pid)
+        be_as_expendable_as(held.facts.pid)
         started = run_on_fds(self._engine(held.handler), message, self._fds)
         self._send(protocol.reply({"pid": started.pid}), (started.console,) if started.console >= 0 else ())
         self._send(protocol.reply({"exit_code": exit_code(self._status(started.pid))[0]}))
@@ -89,15 +90,3 @@ class StreamHandler(Handler):
         # The shim sends the answer, too: what happens after it is told, and nothing before it.
         self._channel.ask("subscribe", protocol.frame(protocol.reply({})), fds=[self._connection.fileno()])
         return ANSWERED
-
-
-def take_oom_score(pid: int) -> None:
-    """The container's oom_score_adj for this process and the command that it starts: they are as expendable as that,
-    not as precious as a shim (threats S68). Raising is always allowed."""
-    try:
-        with open(f"/proc/{pid}/oom_score_adj", "rb") as file:
-            score = file.read()
-        with open("/proc/self/oom_score_adj", "wb") as file:
-            file.write(score)
-    except OSError:  # it has ended: the runtime is about to say so
-        pass
