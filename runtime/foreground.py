@@ -17,10 +17,21 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from runtime.spec import Process
+
 _CHUNK = 65536
 _SIGURG, _SIGWINCH, _SIGTTIN, _SIGTTOU = 23, 28, 21, 22
 # The front's own: its end, its terminal's job control, and those that cannot be caught.
 _OURS = frozenset({SIGKILL, SIGSTOP, _SIGTTIN, _SIGTTOU, _SIGURG, 32, 33})
+
+
+def sized(process: Process) -> Process:
+    """`process` with the caller's terminal size where it names none: set before the command can ask for it."""
+    if process.console_size != (0, 0) or not os.isatty(0):
+        return process
+    from runtime.terminal import size_of
+
+    return process.changed(console_size=size_of(0))
 
 
 class Foreground:

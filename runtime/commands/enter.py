@@ -11,7 +11,7 @@ from runtime import spec, state
 from runtime.capabilities import CAPABILITIES
 from runtime.errors import RuntimeFailure
 from runtime.fields import Fields, decode
-from runtime.foreground import Foreground
+from runtime.foreground import Foreground, sized
 from runtime.linux.files import AT_FDCWD, read_bounded
 from runtime.options import Flag, UsageError
 
@@ -56,6 +56,8 @@ def run(context: Context, _name: str, values: Values) -> int:
         raise RuntimeFailure(
             "cannot allocate tty if runc will detach without setting console socket", code="invalid_argument"
         )
+    if process.terminal and not console_socket:
+        process = sized(process)
     preserve = values.number("preserve-fds")
     if not 0 <= preserve <= 1024:
         raise UsageError(f"--preserve-fds: {preserve} is not from 0 to 1024")

@@ -10,7 +10,7 @@ import os
 
 from runtime import create, lifecycle, spec
 from runtime.errors import RuntimeFailure
-from runtime.foreground import Foreground
+from runtime.foreground import Foreground, sized
 from runtime.linux.files import AT_FDCWD, read_bounded
 from runtime.options import Flag, UsageError
 
@@ -60,6 +60,8 @@ def run(context: Context, name: str, values: Values) -> int:
         raise RuntimeFailure(
             "cannot use console socket if runc will not detach or allocate tty", code="invalid_argument"
         )
+    if config.process is not None and terminal and not values.text("console-socket"):
+        config = config.changed(process=sized(config.process))
     request = create.CreateRequest(
         root=context.root,
         id=values.words[0],

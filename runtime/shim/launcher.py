@@ -150,8 +150,10 @@ class Launcher:
             interpreter = sealed.interpreter_fd()
         except OSError as error:
             raise RuntimeFailure.of(error, what=f"seal a copy of {argv[0]}") from error
+        # Copies far above, so that no dup2 lands on an fd that is still needed: by a later one, or for the exec itself.
+        low, interpreter = interpreter, fcntl.fcntl(interpreter, fcntl.F_DUPFD_CLOEXEC, 16)
+        os.close(low)
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-        # Copies far above, so that no dup2 lands on an fd that a later one still needs.
         copies = {
             number: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 16) for number, fd in {0: null, 1: null, **fds}.items()
         }

@@ -180,12 +180,20 @@ def _remove_links(names: Iterator[str] | list[str]) -> None:
                 netlink.run([nl.delete_link(link.index, name)])
 
 
+def _free_subnet() -> str:
+    """A /24 of 10.64.0.0/10 that no route leads into: other tests' networks are somewhere else."""
+    routes = Path("/proc/net/fib_trie").read_text()
+    while True:
+        base = f"10.{random.randrange(64, 128)}.{random.randrange(256)}"
+        if f"{base}." not in routes:
+            return f"{base}.0/24"
+
+
 @contextlib.contextmanager
 def network_corner(tmp_path: Path, **changes: object) -> Iterator[Corner]:
     """A real Cni with names of its own; everything of it is gone afterwards, whatever the test did."""
     token = secrets.token_hex(4)
-    # 10.64.0.0/10 at random: other tests, and the machine's own networks, are somewhere else with all likelihood.
-    subnet = f"10.{random.randrange(64, 128)}.{random.randrange(256)}.0/24"
+    subnet = _free_subnet()
     values: dict[str, object] = {
         "conf_dir": tmp_path / "net.d",
         "bin_dirs": (tmp_path / "bin", Path("/usr/lib/cni")),

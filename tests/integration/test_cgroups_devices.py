@@ -116,7 +116,7 @@ def test_o61_a_thousand_updates_leave_one_program(manager: Manager, kmsg: str) -
     fds = len(os.listdir("/proc/self/fd"))
     for _ in range(1000):
         manager.set(again)
-    assert len(os.listdir("/proc/self/fd")) == fds
+    assert len(os.listdir("/proc/self/fd")) <= fds  # fewer, when the collector took what an earlier test left
     if "" in manager.paths():
         assert len(programs(manager)) == 1
     else:
