@@ -40,7 +40,8 @@ def rehearse(state: str) -> None:
             resident = Resident(_never, kill_rest)
             null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
             try:
-                resident.run(_one_container(directory), null)
+                # A helper that fails half-way must not leave the zygote waiting for an "end" that never comes.
+                resident.run(_one_container(directory), null, only_first=True)
             finally:
                 resident.close()
     finally:

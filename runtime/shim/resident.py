@@ -112,9 +112,9 @@ class Resident:
         listener.listen(_BACKLOG)
         self._loop.watch(listener.fileno(), READ, self._accept)
 
-    def run(self, first: Work, take_connection: int) -> None:
+    def run(self, first: Work, take_connection: int, *, only_first: bool = False) -> None:
         """Serves until a helper says that the pod has been stopped. The first helper brings the pod up for who is at
-        the connection; if it does not, that is the end."""
+        the connection; if it does not, that is the end. So is its own end with `only_first`."""
         self._wake, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._loop.open()
         # Handlers, not SIG_IGN: only these wake the loop, and execve(2) resets them in containers.
@@ -122,7 +122,7 @@ class Resident:
         for number in (signals.SIGCHLD, signals.SIGTERM, signals.SIGHUP, signals.SIGINT):
             signals.handle(number, _nothing)
         self._loop.watch(self._wake, READ, self._woken)
-        self.fork(first, take_connection, on_gone=self._brought_up)
+        self.fork(first, take_connection, on_gone=self._loop.stop if only_first else self._brought_up)
         os.close(take_connection)
         self._loop.run()
 
