@@ -311,8 +311,12 @@ def test_o31_orphans_are_reaped_by_the_shim(native: Lab) -> None:
             found = []
             for parent in (pod.sandbox.pid, pod.sandbox.pause_pid):
                 for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-                    if int(child) not in allowed:
+                    if int(child) in allowed:
+                        continue
+                    try:
                         found.append(Path(f"/proc/{child}/stat").read_text())
+                    except (FileNotFoundError, ProcessLookupError):
+                        continue  # reaped between the two looks
             return [stat for stat in found if ") Z " in stat]
 
         eventually(lambda check=zombies: not check(), what="zombies to be reaped")  # type: ignore[misc]
