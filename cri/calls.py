@@ -103,6 +103,10 @@ class Reservations(Generic[T]):
         self._calls: dict[Hashable, _Call[T]] = {}
         self._unclaimed: dict[Hashable, tuple[bytes, T]] = {}
 
+    def busy(self, key: Hashable) -> bool:
+        """True while `key` is being worked on: a record of it may be there, but its maker has not had its answer."""
+        return key in self._calls
+
     def unclaimed(self, key: Hashable, fingerprint: bytes) -> T | None:
         """Takes the result that nobody was told, if it is of this request."""
         found = self._unclaimed.get(key)

@@ -47,7 +47,7 @@ async def create_container(node: Node, request: pb.CreateContainerRequest) -> pb
     key = (pod.id, metadata.name, metadata.attempt)
     fingerprint = config.SerializeToString(deterministic=True)
     existing = node.store.named(key)
-    if existing is not None and node.store.containers[existing].made_ns:
+    if existing is not None and not node.container_names.busy(key) and node.store.containers[existing].made_ns:
         if node.container_names.unclaimed(key, fingerprint) == existing:
             return pb.CreateContainerResponse(container_id=existing)
         raise AlreadyExists(f"{what}: the name is taken by container {existing}; remove that first")

@@ -111,7 +111,7 @@ async def run_pod(node: Node, request: pb.RunPodSandboxRequest, network: str = "
     what = f"run pod {metadata.namespace}/{metadata.name}"
     fingerprint = request.SerializeToString(deterministic=True) + network.encode()
     existing = node.store.named(key)
-    if existing is not None and node.store.pods[existing].made_ns:
+    if existing is not None and not node.pod_names.busy(key) and node.store.pods[existing].made_ns:
         if node.pod_names.unclaimed(key, fingerprint) == existing and node.store.pods[existing].ready:
             return pb.RunPodSandboxResponse(pod_sandbox_id=existing)
         raise AlreadyExists(f"{what}: the name is taken by pod sandbox {existing}; remove that first")
