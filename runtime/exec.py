@@ -30,7 +30,7 @@ from runtime.linux.process import (
 )
 from runtime.linux.record import Record
 from runtime.namespaces import FLAGS, PROC_NAMES
-from runtime.spec import Process
+from runtime.spec_process import Process
 from runtime.state import State
 from runtime.terminal import make_controlling, name_of, open_pair, send_master
 
@@ -284,7 +284,8 @@ class _Entry:
             channel.send("Console", text=(name_of(master),), fds=(master,))
             os.close(master)
         self._step = "limits"
-        process.all_cpus()
+        affinity = wanted.exec_affinity
+        process.set_cpus(affinity.initial if affinity is not None else ())
         process.set_rlimits(wanted.rlimits, self._warnings.append)
         if wanted.io_priority is not None:
             process.set_io_priority(wanted.io_priority)
@@ -296,6 +297,11 @@ class _Entry:
             self._labels()
         self._step = "cgroup"
         self._gate.enter()
+        if affinity is not None and affinity.final:
+            process.set_cpus(affinity.final)
+        if wanted.scheduler is not None:
+            self._step = "scheduler"
+            process.set_scheduler(wanted.scheduler)
         if others & CLONE_NEWCGROUP:
             self._step = "cgroup namespace"
             setns(self._init_fd, CLONE_NEWCGROUP)

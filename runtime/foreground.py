@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from runtime.spec import Process
+    from runtime.spec_process import Process
 
 _CHUNK = 65536
 _SIGURG, _SIGWINCH, _SIGTTIN, _SIGTTOU = 23, 28, 21, 22

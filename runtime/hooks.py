@@ -18,7 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from runtime.spec import Hook
+    from runtime.spec_hooks import Hook
 
 _AT_FDCWD = -100
 _SIGKILL = 9

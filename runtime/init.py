@@ -218,7 +218,7 @@ def protect(init: Init) -> None:
 
 
 def limits(init: Init) -> None:
-    process.all_cpus()
+    process.set_cpus()
     process.set_rlimits(init.process.rlimits, init.warn)
     if init.process.io_priority is not None:
         process.set_io_priority(init.process.io_priority)
@@ -276,6 +276,11 @@ def enter_cgroup(init: Init) -> None:
         init.setup.gate.enter()
     if init.spec.has_new("cgroup"):
         unshare(CLONE_NEWCGROUP)
+
+
+def scheduler(init: Init) -> None:
+    assert init.process.scheduler is not None  # the table says when
+    process.set_scheduler(init.process.scheduler)
 
 
 def privileges(init: Init) -> None:
@@ -348,6 +353,8 @@ STEPS = (
     Step("terminal", terminal),
     Step("labels", labels, when=lambda init: init.process.apparmor_profile or init.process.selinux_label),
     Step("cgroup", enter_cgroup),
+    # The budget of a real-time policy is the cgroup's.
+    Step("scheduler", scheduler, when=lambda init: init.process.scheduler is not None),
     # With the rights of root, as the peers do: the user may not be able to pass through every parent.
     Step("cwd", directory),
     Step("files", close_files),

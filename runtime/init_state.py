@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from runtime.cgroups.manager import Gate
     from runtime.linux.progress import Progress
-    from runtime.spec import Process, Spec
+    from runtime.spec import Spec
+    from runtime.spec_process import Process
 
 
 class Setup:

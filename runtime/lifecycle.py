@@ -23,7 +23,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from runtime.spec import Hooks
+    from runtime.spec_hooks import Hooks
 
 _SIGKILL = 9
 # How long the kernel may take to end a killed process: one in uninterruptible sleep cannot be waited for.

@@ -29,6 +29,7 @@ from runtime.linux.process import (
     execveat,
     ioprio_set,
     reset_all_signals,
+    sched_setattr,
     set_keepcaps,
 )
 
@@ -36,7 +37,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from runtime.spec import Capabilities, Process, Rlimit, User
+    from runtime.spec_process import Capabilities, Process, Rlimit, Scheduler, User
 
     Warn = Callable[[str], None]
 
@@ -64,9 +65,17 @@ def new_keyring(name: str, warn: Warn) -> None:
         warn(f"no session keyring of its own: {error}")
 
 
-def all_cpus() -> None:
-    """Undoes the affinity of the caller; the kernel keeps within the cpuset (threats O61)."""
-    os.sched_setaffinity(0, range(4096))
+def set_cpus(cpus: Iterable[int] = ()) -> None:
+    """The affinity of this process. () undoes the caller's; the kernel keeps within the cpuset (threats O61)."""
+    if not cpus:
+        os.sched_setaffinity(0, range(4096))
+        return
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError as error:
+        raise RuntimeFailure.of(
+            error, what=f"process.execCPUAffinity: run on processors {cpus}", code="invalid_argument"
+        ) from None
 
 
 def set_rlimits(limits: Iterable[Rlimit], warn: Warn) -> None:
@@ -99,6 +108,22 @@ def _lower(one: int, two: int) -> int:
 def set_io_priority(priority: tuple[int, int]) -> None:
     """ioprio_set(2) for this process."""
     ioprio_set(*priority)
+
+
+def set_scheduler(wanted: Scheduler) -> None:
+    """sched_setattr(2) for this process, once it is in its cgroup: real-time policies take from that one's budget."""
+    times = (wanted.runtime, wanted.deadline, wanted.period)
+    try:
+        sched_setattr(wanted.policy, wanted.flags, wanted.nice, wanted.priority, times)
+    except KernelError as error:
+        hints = {
+            errno.EPERM: "it takes CAP_SYS_NICE, and for a real-time policy on cgroup v1 a cpu.realtimeRuntime",
+            errno.EBUSY: "the processors have not that much time left to promise",
+            errno.EINVAL: "this kernel has not this policy, or not with these values",
+        }
+        failure = RuntimeFailure.of(error, what="process.scheduler", code="invalid_argument")
+        failure.hint = hints.get(error.errno or 0, "")
+        raise failure from None
 
 
 def own_stdio(user: User) -> None:

@@ -8,74 +8,18 @@ lengths in it are in range.
 from __future__ import annotations
 
 from runtime import mounts, resources, seccomp
-from runtime.capabilities import CAPABILITIES
 from runtime.fields import FieldError, Fields, decode
 from runtime.linux.record import Record
 from runtime.mounts import Mount
 from runtime.namespaces import FLAGS, Namespace
 from runtime.resources import Resources
 from runtime.seccomp import Seccomp
+from runtime.spec_hooks import Hooks, parse_hooks
+from runtime.spec_process import MAX_ID, Process, parse_process
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-# Larger ids are legal for the kernel up to 2^32-2, but the peers stop here and images abuse the rest (threats S32).
-MAX_ID = (1 << 31) - 1
-MAX_UINT64 = (1 << 64) - 1
-# asm-generic/resource.h, by number
-RLIMITS = (
-    *("CPU", "FSIZE", "DATA", "STACK", "CORE", "RSS", "NPROC", "NOFILE"),
-    *("MEMLOCK", "AS", "LOCKS", "SIGPENDING", "MSGQUEUE", "NICE", "RTPRIO", "RTTIME"),
-)
-IO_CLASSES = {"IOPRIO_CLASS_RT": 1, "IOPRIO_CLASS_BE": 2, "IOPRIO_CLASS_IDLE": 3}
-
-
-class User(Record):
-    """Who the process is. `umask` None: as runc has it, 0022."""
-
-    uid: int = 0
-    gid: int = 0
-    additional_gids: tuple[int, ...] = ()
-    umask: int | None = None
-
-
-class Capabilities(Record):
-    """Five sets as bit masks (capabilities(7)); `unknown` names were in the config and not in any kernel we know."""
-
-    bounding: int = 0
-    effective: int = 0
-    inheritable: int = 0
-    permitted: int = 0
-    ambient: int = 0
-    unknown: tuple[str, ...] = ()
-
-
-class Rlimit(Record):
-    """`resource` is the number of RLIMIT_*, `name` its name."""
-
-    name: str
-    resource: int
-    soft: int
-    hard: int
-
-
-class Process(Record):
-    """config.json's process, and that of an exec. Strings hold the config's bytes (surrogateescape)."""
-
-    args: tuple[str, ...]
-    cwd: str
-    env: tuple[str, ...] = ()
-    user: User = User()
-    terminal: bool = False
-    console_size: tuple[int, int] = (0, 0)
-    capabilities: Capabilities | None = None
-    rlimits: tuple[Rlimit, ...] = ()
-    no_new_privileges: bool = False
-    apparmor_profile: str = ""
-    selinux_label: str = ""
-    oom_score_adj: int | None = None
-    io_priority: tuple[int, int] | None = None
 
 
 class IdMapping(Record):
@@ -96,27 +40,6 @@ class Device(Record):
     mode: int = 0o666
     uid: int = 0
     gid: int = 0
-
-
-class Hook(Record):
-    """A program of the operator that runs at a point of the lifecycle; `timeout` in seconds, 0: none."""
-
-    path: str
-    args: tuple[str, ...]
-    env: tuple[str, ...]
-    timeout: int
-    where: str
-
-
-class Hooks(Record):
-    """config.json's hooks; `prestart` runs just before `create_runtime` (deprecated, but in use)."""
-
-    prestart: tuple[Hook, ...] = ()
-    create_runtime: tuple[Hook, ...] = ()
-    create_container: tuple[Hook, ...] = ()
-    start_container: tuple[Hook, ...] = ()
-    poststart: tuple[Hook, ...] = ()
-    poststop: tuple[Hook, ...] = ()
 
 
 class Spec(Record):
@@ -162,14 +85,14 @@ def parse(raw: bytes) -> Spec:
     root = fields.required_object("root")
     linux = fields.object("linux") or Fields({}, "linux")
     linux.refuse("mountLabel", "intelRdt", "timeOffsets", "netDevices", "memoryPolicy")
-    process = fields.object("process")
+    process = fields.raw("process")
     namespaces = _namespaces(linux)
     kinds = {namespace.kind for namespace in namespaces}
     spec = Spec(
         version=version,
         root_path=root.str("path", required=True),
         root_readonly=root.bool("readonly"),
-        process=None if process is None else _process(process),
+        process=None if process is None else parse_process(process, "process"),
         hostname=_hostname(fields, "hostname", kinds),
         domainname=_hostname(fields, "domainname", kinds),
         mounts=tuple(mounts.parse(entry) for entry in fields.objects("mounts")),
@@ -185,93 +108,11 @@ def parse(raw: bytes) -> Spec:
         readonly_paths=_absolute(linux, "readonlyPaths"),
         rootfs_propagation=_propagation(linux),
         personality=_personality(linux),
-        hooks=_hooks(fields),
+        hooks=parse_hooks(fields),
         annotations=tuple(fields.mapping("annotations").items()),
     )
     _check_user_namespace(linux, spec)
     return spec
-
-
-def parse_process(obj: object, path: str) -> Process:
-    """A `process` object: that of an exec, given as JSON was read. Raises FieldError."""
-    return _process(Fields(obj, path))
-
-
-def _process(fields: Fields) -> Process:
-    fields.refuse("scheduler", "execCPUAffinity")
-    args = fields.strs("args")
-    if not args or not args[0]:
-        raise fields.error("args", "at least one argument is required, and the first must not be empty")
-    cwd = fields.str("cwd", required=True)
-    if not cwd.startswith("/"):
-        raise fields.error("cwd", f'expected an absolute path, got "{cwd:.80}"')
-    env = fields.strs("env")
-    for index, entry in enumerate(env):
-        if "=" not in entry[1:]:
-            raise fields.error(f"env[{index}]", f'expected NAME=VALUE, got "{entry:.80}"')
-    console = fields.object("consoleSize")
-    return Process(
-        args=args,
-        cwd=cwd,
-        env=env,
-        user=_user(fields.object("user") or Fields({}, fields.at("user"))),
-        terminal=fields.bool("terminal"),
-        console_size=(console.int("height", 0, 65535), console.int("width", 0, 65535)) if console else (0, 0),
-        capabilities=_capabilities(fields.object("capabilities")),
-        rlimits=_rlimits(fields),
-        no_new_privileges=fields.bool("noNewPrivileges"),
-        apparmor_profile=fields.str("apparmorProfile"),
-        selinux_label=fields.str("selinuxLabel"),
-        oom_score_adj=fields.optional_int("oomScoreAdj", -1000, 1000),
-        io_priority=_io_priority(fields.object("ioPriority")),
-    )
-
-
-def _user(fields: Fields) -> User:
-    return User(
-        uid=fields.int("uid", 0, MAX_ID),
-        gid=fields.int("gid", 0, MAX_ID),
-        additional_gids=fields.ints("additionalGids", 0, MAX_ID),
-        umask=fields.optional_int("umask", 0, 0o777),
-    )
-
-
-def _capabilities(fields: Fields | None) -> Capabilities | None:
-    if fields is None:
-        return None
-    sets, unknown = {}, []
-    for kind in ("bounding", "effective", "inheritable", "permitted", "ambient"):
-        mask = 0
-        for name in fields.strs(kind):
-            if name in CAPABILITIES:
-                mask |= 1 << CAPABILITIES[name]
-            elif name not in unknown:
-                unknown.append(name)
-        sets[kind] = mask
-    return Capabilities(**sets, unknown=tuple(unknown))
-
-
-def _rlimits(fields: Fields) -> tuple[Rlimit, ...]:
-    found: dict[str, Rlimit] = {}
-    for entry in fields.objects("rlimits"):
-        name = entry.str("type", required=True)
-        short = name.removeprefix("RLIMIT_")
-        if short not in RLIMITS or short == name:
-            raise entry.error("type", f'unknown resource limit "{name:.40}"')
-        if name in found:
-            raise entry.error("type", f"{name} is given twice")
-        soft, hard = (entry.int(key, 0, MAX_UINT64, required=True) for key in ("soft", "hard"))
-        if soft > hard:
-            raise entry.error("soft", f"{soft} is above the hard limit {hard}")
-        found[name] = Rlimit(name, RLIMITS.index(short), soft, hard)
-    return tuple(found.values())
-
-
-def _io_priority(fields: Fields | None) -> tuple[int, int] | None:
-    if fields is None:
-        return None
-    name = fields.str("class", required=True, choices=IO_CLASSES)
-    return IO_CLASSES[name], fields.int("priority", 0, 7)
 
 
 def _namespaces(linux: Fields) -> tuple[Namespace, ...]:
@@ -405,29 +246,4 @@ def _hostname(fields: Fields, key: str, kinds: set[str]) -> str:
     return name
 
 
-def _hooks(fields: Fields) -> Hooks:
-    hooks = fields.object("hooks")
-    if hooks is None:
-        return Hooks()
-    names = {
-        "prestart": "prestart",
-        "create_runtime": "createRuntime",
-        "create_container": "createContainer",
-        "start_container": "startContainer",
-        "poststart": "poststart",
-        "poststop": "poststop",
-    }
-    return Hooks(**{name: tuple(_hook(entry) for entry in hooks.objects(key)) for name, key in names.items()})
-
-
-def _hook(fields: Fields) -> Hook:
-    path = fields.str("path", required=True)
-    if not path.startswith("/"):
-        raise fields.error("path", f'expected an absolute path, got "{path:.80}"')
-    timeout = fields.optional_int("timeout")
-    if timeout is not None and timeout <= 0:
-        raise fields.error("timeout", f"expected more than zero seconds, got {timeout}")
-    return Hook(path, fields.strs("args"), fields.strs("env"), timeout or 0, fields.path)
-
-
-__all__ = ["FieldError", "Process", "Spec", "parse", "parse_process"]
+__all__ = ["FieldError", "Spec", "parse"]

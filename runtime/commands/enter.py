@@ -7,13 +7,14 @@ would be looked up in a file of the image. Invariant: the exit code of an attach
 from __future__ import annotations
 
 from runtime import exec as execution
-from runtime import spec, state
+from runtime import state
 from runtime.capabilities import CAPABILITIES
 from runtime.errors import RuntimeFailure
 from runtime.fields import Fields, decode
 from runtime.foreground import Foreground, sized
 from runtime.linux.files import AT_FDCWD, read_bounded
 from runtime.options import Flag, UsageError
+from runtime.spec_process import parse_process
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def run(context: Context, _name: str, values: Values) -> int:
     if not words and not values.text("process"):
         raise UsageError("process args cannot be empty")
     facts = state.load(context.root, container_id)
-    process = spec.parse_process(_process(facts.bundle, words, values), "process")
+    process = parse_process(_process(facts.bundle, words, values), "process")
     detached, console_socket = values.on("detach"), values.text("console-socket")
     if process.terminal and detached and not console_socket:
         raise RuntimeFailure(

@@ -210,6 +210,12 @@ def ioprio_set(kind: int, priority: int) -> None:
     syscall("ioprio_set", 1, 0, kind << 13 | priority, subject=f"class {kind} priority {priority}")
 
 
+def sched_setattr(policy: int, flags: int, nice: int, priority: int, times: tuple[int, int, int]) -> None:
+    """sched_setattr(2) of this thread; `times` are runtime, deadline and period in nanoseconds."""
+    attributes = struct.pack("=2IQiI3Q2I", 56, policy, flags, nice, priority, *times, 0, 0)  # SCHED_ATTR_SIZE_VER1
+    syscall("sched_setattr", 0, attributes, 0, subject=f"policy {policy}")
+
+
 # struct sigaction of the kernel (asm-generic/signal.h): handler, flags, restorer, mask; all zero is SIG_DFL.
 _SIZEOF_SIGACTION, _SIZEOF_SIGSET = 32, 8
 

@@ -11,7 +11,7 @@ import os
 
 from runtime import create as _create
 from runtime import exec as _exec
-from runtime import lifecycle, spec
+from runtime import lifecycle, spec, spec_process
 from runtime.errors import RuntimeFailure
 from runtime.fields import decode
 from runtime.linux.mount import FsMount
@@ -102,7 +102,7 @@ class NativeEngine:
         lifecycle.update(self._root, container_id, resources)
 
     def execute(self, container_id: str, process: dict[str, Any], stdio: Sequence[int]) -> Made:
-        wanted = spec.parse_process(process, "process")
+        wanted = spec_process.parse_process(process, "process")
         executed = _exec.execute(
             _exec.ExecRequest(root=self._root, id=container_id, process=wanted, stdio=tuple(stdio), disposable=True)
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import create, lifecycle, spec
+from runtime import create, lifecycle, spec, spec_process
 from runtime import exec as execution
 from runtime.errors import RuntimeFailure
 from runtime.linux.mount import FsMount, mountinfo
@@ -137,7 +137,7 @@ def test_exec_gives_a_child_past_its_execve(home: Bundles) -> None:
     made = create.create(request(one))
     lifecycle.start(str(home.root), one.id)
     before = sorted(os.listdir("/proc/self/fd"))
-    process = spec.parse_process(
+    process = spec_process.parse_process(
         {"args": ["sh", "-c", "echo $A; exit 3"], "cwd": "/", "env": ["A=b", "PATH=/bin"]}, "p"
     )
     with Pipes() as pipes:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from runtime import mounts, rootfs, spec, state
+from runtime import mounts, rootfs, spec, spec_hooks, spec_process, state
 from runtime.commands.change import signal_number
 from runtime.errors import RuntimeFailure
 from runtime.fields import FieldError, Fields
@@ -111,9 +111,9 @@ def process(**changes: Any) -> dict[str, Any]:
 
 def test_the_smallest_spec() -> None:
     found = parsed()
-    assert found.process is not None and found.process.user == spec.User() and not found.process.terminal
+    assert found.process is not None and found.process.user == spec_process.User() and not found.process.terminal
     assert found.has_new("network") and not found.has("pid") and found.seccomp is None
-    assert found.resources.devices is None and found.hooks == spec.Hooks()
+    assert found.resources.devices is None and found.hooks == spec_hooks.Hooks()
 
 
 @pytest.mark.parametrize(

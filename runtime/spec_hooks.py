@@ -1,0 +1,59 @@
+"""config.json's hooks as frozen values: what the operator wants run, and at which points of a container's life.
+
+Refuses relative paths and timeouts that are none. Invariant: `Hook.where` is its path in config.json, for errors.
+"""
+
+from __future__ import annotations
+
+from runtime.linux.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from runtime.fields import Fields
+
+
+class Hook(Record):
+    """A program of the operator that runs at a point of the lifecycle; `timeout` in seconds, 0: none."""
+
+    path: str
+    args: tuple[str, ...]
+    env: tuple[str, ...]
+    timeout: int
+    where: str
+
+
+class Hooks(Record):
+    """config.json's hooks; `prestart` runs just before `create_runtime` (deprecated, but in use)."""
+
+    prestart: tuple[Hook, ...] = ()
+    create_runtime: tuple[Hook, ...] = ()
+    create_container: tuple[Hook, ...] = ()
+    start_container: tuple[Hook, ...] = ()
+    poststart: tuple[Hook, ...] = ()
+    poststop: tuple[Hook, ...] = ()
+
+
+def parse_hooks(fields: Fields) -> Hooks:
+    """The hooks of a whole config.json. Raises FieldError."""
+    hooks = fields.object("hooks")
+    if hooks is None:
+        return Hooks()
+    names = {
+        "prestart": "prestart",
+        "create_runtime": "createRuntime",
+        "create_container": "createContainer",
+        "start_container": "startContainer",
+        "poststart": "poststart",
+        "poststop": "poststop",
+    }
+    return Hooks(**{name: tuple(_hook(entry) for entry in hooks.objects(key)) for name, key in names.items()})
+
+
+def _hook(fields: Fields) -> Hook:
+    path = fields.str("path", required=True)
+    if not path.startswith("/"):
+        raise fields.error("path", f'expected an absolute path, got "{path:.80}"')
+    timeout = fields.optional_int("timeout")
+    if timeout is not None and timeout <= 0:
+        raise fields.error("timeout", f"expected more than zero seconds, got {timeout}")
+    return Hook(path, fields.strs("args"), fields.strs("env"), timeout or 0, fields.path)
