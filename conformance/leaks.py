@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -36,6 +36,7 @@ OUR_NAMES = ("ocid", "ocirun", "shim", "containerd", "docker-registry", "runc", 
 SETTLE_S = 5.0
 # Threads of the kernel come and go on their own: their parent is kthreadd, always pid 2.
 KTHREADD = 2
+INIT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class Process:
     parent: int
     name: str
     command: str
+    ended: bool = False  # a zombie: nobody has waited for it yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +81,12 @@ def left_over(before: Machine, after: Machine, marks: Sequence[str] = ()) -> lis
 
     A process counts when it descends from this one, carries a mark in its environment or command line, and without
     marks also when it looks like a part of ocid or like a container: by its name, or by a pid namespace of its own.
+    One that has ended and is pid 1's to wait for does not: nobody else can, and a slow init is not what is tested.
     """
     known = {(process.pid, process.started_ticks) for process in before.processes}
     mine = _descendants(after.processes, os.getpid())
     fresh = [one for one in after.processes if (one.pid, one.started_ticks) not in known and one.pid != os.getpid()]
+    fresh = [one for one in fresh if not (one.ended and one.parent == INIT != os.getpid())]
     processes = [one for one in fresh if one.pid in mine or _is_ours(one, marks)]
     counted = frozenset(one.pid for one in processes)
     found = [f"mount {mount}" for mount in _new(before.mounts, after.mounts) if _marked(mount, marks)]
@@ -176,7 +180,7 @@ def _processes() -> Iterable[Process]:
         if KTHREADD in (parent, int(entry)):
             continue
         words = command.replace(b"\0", b" ").decode("utf-8", "replace").strip()
-        yield Process(int(entry), started_ticks, parent, name, words)
+        yield Process(int(entry), started_ticks, parent, name, words, rest[0] in "ZX")
 
 
 def _descendants(processes: Iterable[Process], root: int) -> frozenset[int]:
@@ -207,7 +211,7 @@ def _save(file: Path) -> None:
         "links": sorted(now.links),
         "tables": sorted(now.tables),
         "cgroups": sorted(now.cgroups),
-        "processes": [[one.pid, one.started_ticks, one.parent, one.name, one.command] for one in now.processes],
+        "processes": [list(astuple(one)) for one in now.processes],
     }
     file.write_text(json.dumps(document))
 

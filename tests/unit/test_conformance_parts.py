@@ -127,3 +127,18 @@ def test_what_a_machine_does_on_its_own_is_not_ours() -> None:
     shim = Process(1 << 30, 5, 1, "shim 0123", "python")
     found = left_over(NOTHING, replace(NOTHING, processes=frozenset({logrotate, shim})))
     assert found == [f"process {1 << 30} (shim 0123): python"]
+
+
+def test_who_has_ended_counts_unless_only_init_can_wait_for_it() -> None:
+    running = Process(1 << 30, 5, 1, "shim", "")
+    after = replace(NOTHING, processes=frozenset({running}))
+    assert left_over(NOTHING, after) != []
+    assert left_over(NOTHING, replace(after, processes=frozenset({replace(running, ended=True)}))) == []
+
+    before = Machine.now()
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    found = {one.pid: one for one in Machine.now().processes}[child.pid]
+    assert found.ended and found.parent == os.getpid()
+    assert f"process {child.pid} " in str(left_over(before, Machine.now()))
+    child.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -28,11 +29,15 @@ Script = Callable[[Channel, Path], None]
 
 @pytest.fixture(autouse=True)
 def subreaper() -> Iterator[None]:
-    """The residents of these tests run in this process: orphans of their helpers must come to it."""
+    """The residents of these tests run in this process: orphans of their helpers must come to it, and a helper that
+    ends after its resident has stopped is waited for here."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP)}
     interrupt = signal.getsignal(signal.SIGINT)
     set_child_subreaper(True)
     yield
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, 0)
     set_child_subreaper(False)
     signal.set_wakeup_fd(-1)
     for number, handler in handlers.items():
