@@ -87,6 +87,10 @@ def create(request: CreateRequest) -> Created:
     state.check_id(request.id)
     filter_program = b""
     if spec.seccomp is not None:
+        if spec.seccomp.listener_path:
+            from runtime import seccomp_notify  # few containers have a listener
+
+            seccomp_notify.expect(spec.seccomp.listener_path)
         filter_program = seccomp.program(spec.seccomp, f"{request.root}/{SECCOMP_CACHE}")
     manager = manager_for(spec.cgroups_path, request.id)
     undo: Undo = []
@@ -235,7 +239,7 @@ class _Birth:
                 os.close(fd)
             self._open = []
 
-    def _filter(self) -> Callable[[], None] | None:
+    def _filter(self) -> Callable[[], int] | None:
         profile, program = self._spec.seccomp, self._program
         if profile is None:
             return None
@@ -395,6 +399,8 @@ class _Birth:
             annotations=self._spec.annotations,
             owner=os.geteuid(),
             filter_flags=state.NO_FILTER if self._spec.seccomp is None else self._spec.seccomp.flags,
+            listener_path="" if self._spec.seccomp is None else self._spec.seccomp.listener_path,
+            listener_metadata="" if self._spec.seccomp is None else self._spec.seccomp.listener_metadata,
             has_hooks=bool(self._spec.hooks.poststart or self._spec.hooks.poststop),
         )
 

@@ -82,7 +82,7 @@ def execute(request: ExecRequest) -> Executed:
     init_fd = _hold(facts)
     try:
         with facts.manager().gate() as gate:
-            return _Entry(request, init_fd, gate, program, facts.filter_flags).run()
+            return _Entry(request, facts, init_fd, gate, program).run()
     finally:
         os.close(init_fd)
 
@@ -115,13 +115,13 @@ def _filter_of(root: str, facts: State) -> bytes:
 class _Entry:
     """One exec, both sides: the caller's, and the new process's."""
 
-    def __init__(self, request: ExecRequest, init_fd: int, gate: Gate, program: bytes, flags: int) -> None:
+    def __init__(self, request: ExecRequest, facts: State, init_fd: int, gate: Gate, program: bytes) -> None:
         self._request = request
+        self._facts = facts
         self._process = request.process
         self._init_fd = init_fd
         self._gate = gate
         self._program = program
-        self._flags = flags
         self._step = "namespaces"
         self._warnings: list[str] = []
         self._proc = -1
@@ -134,7 +134,8 @@ class _Entry:
         # Held from before the caller joins anything: the container's own /proc is not asked (CVE-2025-52881).
         proc = self._proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            if self._request.disposable:
+            # Who has joined the container's user namespace may no longer take an fd out of a process of ours.
+            if self._request.disposable and not self._facts.listener_path:
                 pid, pidfd = self._join_and_clone(its, mine)
                 its.close()
             else:
@@ -151,6 +152,9 @@ class _Entry:
                 write_durable(self._request.pid_file, str(pid).encode(), 0o644, sync=False)
             mine.send("Go")
             try:
+                message, _ = mine.receive("Listener")
+                self._pass_on(message, pid, pidfd)
+                mine.send("Go")
                 mine.receive()
             except sync.Closed:
                 pass  # execve closed the other end
@@ -163,6 +167,12 @@ class _Entry:
         finally:
             mine.close()
             os.close(proc)
+
+    def _pass_on(self, message: sync.Message, pid: int, pidfd: int) -> None:
+        from runtime import seccomp_notify  # few containers have a listener
+
+        agent = seccomp_notify.connect(self._facts.listener_path)
+        seccomp_notify.deliver(agent, message, pidfd, self._facts, pid, "running")
 
     def _clone_between(self, mine: sync.Channel, its: sync.Channel) -> tuple[int, int]:
         """The process and its pidfd, made by a process between that joins for it."""
@@ -250,7 +260,9 @@ class _Entry:
             process.reset_signals()
             if self._program:
                 self._step = "seccomp"
-                seccomp.load(self._program, self._flags)
+                listener = seccomp.load(self._program, self._facts.filter_flags)
+                if listener >= 0:
+                    channel.offer(listener)
             identity.finish()
             self._step = "exec"
             process.execute(command, self._process.args, env)

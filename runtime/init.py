@@ -407,9 +407,11 @@ def start(init: Init) -> None:
     process.reset_signals()
     if init.setup.filter is not None:
         try:
-            init.setup.filter()
+            listener = init.setup.filter()
         except OSError as error:
             raise RuntimeFailure.of(error, step="seccomp", what="load the seccomp filter") from None
+        if listener >= 0:
+            init.channel.offer(listener)
     if init.identity is not None:
         init.identity.finish()
     process.execute(init.command, init.process.args, init.env)

@@ -42,7 +42,7 @@ class Setup:
         preserve_fds: int,
         no_pivot: bool,
         listener: _socket.socket,
-        filter: Callable[[], None] | None,
+        filter: Callable[[], int] | None,
         state: Callable[[int, str], bytes],
         progress: Progress,
     ) -> None:

@@ -1,7 +1,8 @@
 """`linux.seccomp` of runtime-spec: parsed, compiled into classic BPF (runtime.seccomp_filter), cached, and loaded.
 
-Refuses listeners. Invariant: a cached program is the very bytes that were compiled from this profile, with this
-libseccomp, for this machine, or it is not used; and taking it loads neither libseccomp nor the compiler.
+Refuses a profile that would have a listener decide on what hands the listener over. Invariant: a cached program is the
+very bytes that were compiled from this profile, with this libseccomp, for this machine, or it is not used; and taking
+it loads neither libseccomp nor the compiler.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ _FORMAT = 1  # part of the cache key: raise it when runtime.seccomp_filter trans
 _MOST_CACHED = 256
 MAX_INSTRUCTIONS = 4096  # linux/bpf_common.h, BPF_MAXINSNS
 _MAX_RULES = 4096
+_MAX_METADATA = 16 << 10
+_NEW_LISTENER = seccomp.SECCOMP_FILTER_FLAG_NEW_LISTENER
 
 _ACTIONS = {
     "SCMP_ACT_KILL": libseccomp.SCMP_ACT_KILL_THREAD,
@@ -31,6 +34,7 @@ _ACTIONS = {
     "SCMP_ACT_TRAP": libseccomp.SCMP_ACT_TRAP,
     "SCMP_ACT_ERRNO": libseccomp.SCMP_ACT_ERRNO,
     "SCMP_ACT_TRACE": libseccomp.SCMP_ACT_TRACE,
+    "SCMP_ACT_NOTIFY": libseccomp.SCMP_ACT_NOTIFY,
     "SCMP_ACT_LOG": libseccomp.SCMP_ACT_LOG,
     "SCMP_ACT_ALLOW": libseccomp.SCMP_ACT_ALLOW,
 }
@@ -39,11 +43,11 @@ _FLAGS = {
     "SECCOMP_FILTER_FLAG_TSYNC": 0,  # the loader has one thread: there is nobody to synchronise with
     "SECCOMP_FILTER_FLAG_LOG": seccomp.SECCOMP_FILTER_FLAG_LOG,
     "SECCOMP_FILTER_FLAG_SPEC_ALLOW": seccomp.SECCOMP_FILTER_FLAG_SPEC_ALLOW,
-    "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV": 0,  # is about listeners, of which there are none
+    "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV": seccomp.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV,
 }
 _ARCHITECTURES = frozenset(
     {"X86", "X86_64", "X32", "ARM", "AARCH64", "MIPS", "MIPS64", "MIPS64N32", "MIPSEL", "MIPSEL64", "MIPSEL64N32"}
-    | {"PPC", "PPC64", "PPC64LE", "S390", "S390X", "PARISC", "PARISC64", "RISCV64", "LOONGARCH64"}
+    | {"PPC", "PPC64", "PPC64LE", "S390", "S390X", "PARISC", "PARISC64", "RISCV64", "LOONGARCH64", "M68K", "SH", "SHEB"}
 )
 
 
@@ -65,17 +69,19 @@ class Rule(Record):
 
 
 class Seccomp(Record):
-    """A profile. `architectures` are libseccomp's names; the native one is always in. `flags` are for seccomp(2)."""
+    """A profile. `architectures` are libseccomp's names; the native one is always in. `flags` are for seccomp(2), with
+    SECCOMP_FILTER_FLAG_NEW_LISTENER when a rule notifies; who listens is told by `listener_path`, with the metadata."""
 
     default_action: int
     architectures: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     flags: int = seccomp.SECCOMP_FILTER_FLAG_SPEC_ALLOW
+    listener_path: str = ""
+    listener_metadata: str = ""
 
 
 def parse(fields: Fields) -> Seccomp:
     """The object `linux.seccomp`. Raises FieldError naming what is wrong by its path."""
-    fields.refuse("listenerPath", "listenerMetadata", why="is not supported: ocid has no seccomp notification yet")
     syscalls = fields.objects("syscalls")
     if len(syscalls) > _MAX_RULES:
         raise fields.error("syscalls", f"{len(syscalls)} rules, at most {_MAX_RULES} are taken")
@@ -85,18 +91,46 @@ def parse(fields: Fields) -> Seccomp:
         flags = 0
         for name in fields.strs("flags", choices=_FLAGS):
             flags |= _FLAGS[name]
+    default = _action(fields, "defaultAction", "defaultErrnoRet")
+    if default == libseccomp.SCMP_ACT_NOTIFY:
+        raise fields.error("defaultAction", "SCMP_ACT_NOTIFY cannot be used as default action")
+    rules = tuple(_rule(item) for item in syscalls)
+    path, metadata = _listener(fields, rules)
+    # Without a listener the kernel refuses the one flag, and nobody needs the other.
+    flags = flags | _NEW_LISTENER if path else flags & ~seccomp.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
     return Seccomp(
-        default_action=_action(fields, "defaultAction", "defaultErrnoRet"),
+        default_action=default,
         architectures=tuple(name.removeprefix("SCMP_ARCH_").lower() for name in names),
-        rules=tuple(_rule(item) for item in syscalls),
+        rules=rules,
         flags=flags,
+        listener_path=path,
+        listener_metadata=metadata,
     )
+
+
+def _listener(fields: Fields, rules: tuple[Rule, ...]) -> tuple[str, str]:
+    """listenerPath and listenerMetadata; both "" when no rule notifies, for then runtime-spec has them ignored."""
+    path, metadata = fields.str("listenerPath"), fields.str("listenerMetadata")
+    if metadata and not path:
+        raise fields.error("listenerMetadata", "must not be set without listenerPath")
+    notifying = [index for index, rule in enumerate(rules) if rule.action == libseccomp.SCMP_ACT_NOTIFY]
+    for index in notifying:
+        if "write" in rules[index].names:
+            # The listener's number is told by write(2), under the filter: it would wait for itself.
+            problem = "SCMP_ACT_NOTIFY cannot be used for the write syscall"
+            raise fields.error(f"syscalls[{index}]", problem)
+    if not notifying:
+        return "", ""
+    if not path.startswith("/"):
+        problem = f'SCMP_ACT_NOTIFY needs the absolute path of a socket, got "{path:.80}"'
+        raise fields.error("listenerPath", problem if path else "seccomp listenerPath is not set")
+    if len(metadata) > _MAX_METADATA:
+        raise fields.error("listenerMetadata", f"{len(metadata)} characters, at most {_MAX_METADATA} are taken")
+    return path, metadata
 
 
 def _action(fields: Fields, key: str, errno_key: str) -> int:
     name = fields.str(key, required=True)
-    if name == "SCMP_ACT_NOTIFY":
-        raise fields.error(key, "SCMP_ACT_NOTIFY is not supported: ocid has no seccomp notification yet")
     if name not in _ACTIONS:
         raise fields.error(key, f"expected one of {', '.join(sorted(_ACTIONS))}, got {name[:60]!r}")
     action = _ACTIONS[name]
@@ -149,10 +183,12 @@ def program(profile: Seccomp, cache_dir: str) -> bytes:
         raise RuntimeFailure.of(error, step="seccomp", what=f"use the seccomp cache {cache_dir}") from error
 
 
-def load(code: bytes, flags: int = 0) -> None:
-    """Puts the filter on this thread, for good. Raises RuntimeFailure."""
+def load(code: bytes, flags: int = 0) -> int:
+    """Puts the filter on this thread, for good. Returns the listener, which is the caller's, or -1 where `flags` ask
+    for none. Raises RuntimeFailure."""
     try:
-        seccomp.set_mode_filter(code, flags)
+        listener = seccomp.set_mode_filter(code, flags)
+        return listener if flags & _NEW_LISTENER else -1
     except KernelError as error:
         failure = RuntimeFailure.of(error, step="seccomp", what="load the seccomp filter")
         if error.errno == errno.EACCES:
@@ -179,8 +215,10 @@ def _cache_name(profile: Seccomp) -> str:
     identity = libseccomp.identity()
     if not identity:
         return ""
-    # A record of ints, strings and tuples of records: its repr is canonical. The flags are no part of the program.
-    what = (_FORMAT, os.uname().machine, identity, profile.changed(flags=0))
+    # A record of ints, strings and tuples of records: its repr is canonical. The flags are no part of the program, and
+    # neither is who listens.
+    bare = profile.changed(flags=0, listener_path="", listener_metadata="")
+    what = (_FORMAT, os.uname().machine, identity, bare)
     return _digest(repr(what).encode("utf-8", "surrogatepass")).hex()
 
 

@@ -42,7 +42,14 @@ _NEWER = {
     "file_setattr": 469,
 }
 # Which architectures one kernel can run; rules for the others would only make the filter longer.
-_FAMILIES = (("x86_64", "x86", "x32"), ("aarch64", "arm"))
+_FAMILIES = (
+    ("x86_64", "x86", "x32"),
+    ("aarch64", "arm"),
+    ("s390x", "s390"),
+    ("ppc64", "ppc"),
+    ("ppc64le",),
+    ("riscv64",),
+)
 _X32_BIT, _TOKEN_X86_64, _TOKEN_X32 = 0x40000000, 0xC000003E, 0x4000003E
 # A multiplexer, the pseudo numbers that libseccomp gives its calls on such an architecture, and where its selector is.
 _MULTIPLEXERS = (("socketcall", -120, -100, 0xFFFFFFFF), ("ipc", -224, -200, 0xFFFF))

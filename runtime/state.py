@@ -48,8 +48,8 @@ _NAMESPACE_KEYS = {
 
 class State(Record):
     """Facts of one container. `created` is RFC 3339, `started` clock ticks since boot, `annotations` config.json's,
-    `filter_flags` those its seccomp filter was loaded with (NO_FILTER: it has none); without `has_hooks` nobody need
-    read its config.json again."""
+    `filter_flags` those its seccomp filter was loaded with (NO_FILTER: it has none), `listener_path` who decides on the
+    calls that it notifies ("": it notifies none); without `has_hooks` nobody need read its config.json again."""
 
     id: str
     pid: int
@@ -62,6 +62,8 @@ class State(Record):
     annotations: tuple[tuple[str, str], ...] = ()
     owner: int = 0
     filter_flags: int = NO_FILTER
+    listener_path: str = ""
+    listener_metadata: str = ""
     has_hooks: bool = True
 
     def manager(self) -> Manager:
@@ -127,6 +129,7 @@ def save(root: str, state: State) -> None:
         "bundle": state.bundle,
         "owner": state.owner,
         "seccomp_flags": state.filter_flags,
+        "seccomp_listener": {"path": state.listener_path, "metadata": state.listener_metadata},
         "has_hooks": state.has_hooks,
     }
     write_durable(f"{directory(root, state.id)}/{_FILE}", encode(document), sync=False)
@@ -157,6 +160,7 @@ def _parse(raw: bytes, what: str) -> State:
     try:
         fields = Fields(decode(raw, "the file"))
         config = fields.required_object("config")
+        listener = fields.object("seccomp_listener") or Fields({})
         return State(
             id=fields.str("id", required=True),
             pid=fields.int("init_process_pid", required=True),
@@ -169,6 +173,8 @@ def _parse(raw: bytes, what: str) -> State:
             annotations=tuple(fields.mapping("annotations").items()),
             owner=fields.int("owner"),
             filter_flags=fields.int("seccomp_flags", required=True),
+            listener_path=listener.str("path"),
+            listener_metadata=listener.str("metadata"),
             has_hooks=fields.bool("has_hooks", True),
         )
     except RuntimeFailure as failure:

@@ -13,13 +13,17 @@
       |-- Go --------------------------->|   create is over; waits on start.sock
       |                                  |<------------------------------ Start --|
       |                                  |-- Accepted --------------------------->|
-      |                                  |   startContainer hooks, seccomp, execve
+      |                                  |   startContainer hooks, seccomp
+      |                                  |-- Listener(number of its fd) --------->|   only when the profile notifies
+      |                                  |<--------- Go: its agent has the fd ----|
+      |                                  |   execve
       |                                  |-- end of file: execve did it --------->|   or Failed(step, errno, …)
 
-An exec has no start: after the last Go it executes, and end of file tells the caller. Instead of any message the init
-may send Failed, and exits. Until the last Go, end of file from the caller makes the init exit: a killed caller leaves
-no half-made container (threats O37). A peer that only connects to start.sock and closes asked whether anybody listens.
-Refuses an unexpected message by name. Invariant: sockets are SOCK_SEQPACKET, so a message is whole or not there.
+An exec has no start: after the last Go it goes on as after Accepted, and end of file tells the caller. Instead of any
+message the init may send Failed, and exits. Until the last Go, end of file from the caller makes the init exit: a
+killed caller leaves no half-made container (threats O37). A peer that only connects to start.sock and closes asked
+whether anybody listens. Refuses an unexpected message by name. Invariant: sockets are SOCK_SEQPACKET, so a message is
+whole or not there.
 """
 
 from __future__ import annotations
@@ -81,6 +85,13 @@ class Channel:
         except (BrokenPipeError, ConnectionResetError):
             pass
 
+    def offer(self, listener: int) -> None:
+        """Sends Listener: where the peer finds the seccomp listener among this process's fds; waits for its Go.
+        By write(2) and read(2) alone, and by number: SCM_RIGHTS takes sendmsg(2), which may be what is notified."""
+        os.write(self._socket.fileno(), encode({"kind": "Listener", "text": (str(listener),)}))
+        if not os.read(self._socket.fileno(), 1):
+            raise Closed("the other process ended without a word")
+
     def _send(self, body: bytes, fds: tuple[int, ...]) -> None:
         rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))] if fds else []
         self._socket.sendmsg([body], rights, _socket.MSG_NOSIGNAL)
@@ -125,7 +136,7 @@ def listen(directory: str, name: str) -> _socket.socket:
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     before = os.umask(0o177)
     try:
-        with _Reachable(directory, name) as path:
+        with Reachable(directory, name) as path:
             sock.bind(path)
         sock.listen(8)
     except BaseException:
@@ -153,7 +164,7 @@ def connect(directory: str, name: str) -> Channel | None:
     """A channel to who listens at `directory`/`name`; None when nobody does any more."""
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
     try:
-        with _Reachable(directory, name) as path:
+        with Reachable(directory, name) as path:
             sock.connect(path)
     except (ConnectionRefusedError, FileNotFoundError):
         sock.close()
@@ -164,7 +175,7 @@ def connect(directory: str, name: str) -> Channel | None:
     return Channel(sock)
 
 
-class _Reachable:
+class Reachable:
     """A path that fits sun_path: through the directory's fd when the real one is too long (unix(7))."""
 
     def __init__(self, directory: str, name: str) -> None:

@@ -68,6 +68,11 @@ def pidfd_open(pid: int) -> int:
     return syscall("pidfd_open", pid, 0, subject=pid)
 
 
+def pidfd_getfd(pidfd: int, number: int) -> int:
+    """pidfd_getfd(2): a copy of another process's fd, CLOEXEC and the caller's. Takes the right to ptrace it."""
+    return syscall("pidfd_getfd", pidfd, number, 0, subject=f"fd {number}")
+
+
 def pidfd_send_signal(pidfd: int, number: int) -> None:
     """pidfd_send_signal(2)."""
     syscall("pidfd_send_signal", pidfd, number, None, 0, subject=f"signal {number}")

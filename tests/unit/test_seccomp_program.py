@@ -23,6 +23,12 @@ ALLOW, KILL = 0x7FFF0000, 0
 EPERM, ENOSYS = 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
 AF_ALG, AF_VSOCK = 38, 40
 
+NOTIFYING = {
+    "defaultAction": "SCMP_ACT_ALLOW",
+    "syscalls": [{"names": ["mkdir"], "action": "SCMP_ACT_NOTIFY"}],
+    "listenerPath": "/agent",
+}
+
 pytestmark = pytest.mark.skipif(os.uname().machine != "x86_64", reason="the numbers below are x86_64's")
 
 
@@ -297,7 +303,7 @@ def test_too_long_a_program_is_refused(tmp_path: Path) -> None:
     [
         ({}, "s.defaultAction: is required"),
         ({"defaultAction": "ALLOW"}, "s.defaultAction: expected one of"),
-        ({"defaultAction": "SCMP_ACT_NOTIFY"}, "s.defaultAction: SCMP_ACT_NOTIFY is not supported"),
+        ({"defaultAction": "SCMP_ACT_NOTIFY"}, "s.defaultAction: SCMP_ACT_NOTIFY cannot be used as default action"),
         ({"defaultAction": "SCMP_ACT_ALLOW", "defaultErrnoRet": 1}, "s.defaultErrnoRet: means nothing with"),
         (
             {"defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 4096},
@@ -305,7 +311,10 @@ def test_too_long_a_program_is_refused(tmp_path: Path) -> None:
         ),
         ({"defaultAction": "SCMP_ACT_ERRNO", "architectures": ["x86"]}, r"s.architectures\[0\]: expected one of"),
         ({"defaultAction": "SCMP_ACT_ERRNO", "flags": ["X"]}, r"s.flags\[0\]: expected one of"),
-        ({"defaultAction": "SCMP_ACT_ERRNO", "listenerPath": "/x"}, "s.listenerPath: is not supported"),
+        ({**NOTIFYING, "listenerPath": None}, "s.listenerPath: seccomp listenerPath is not set"),
+        ({**NOTIFYING, "listenerPath": "agent"}, "s.listenerPath: SCMP_ACT_NOTIFY needs the absolute path"),
+        ({**NOTIFYING, "listenerMetadata": "x" * 20000}, "s.listenerMetadata: 20000 characters"),
+        ({"defaultAction": "SCMP_ACT_ALLOW", "listenerMetadata": "x"}, "s.listenerMetadata: must not be set without"),
         ({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [{}]}, r"s.syscalls\[0\].names: expected names"),
         ({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": {}}, "s.syscalls: expected array"),
     ],
@@ -337,3 +346,20 @@ def test_flags_default_to_spec_allow() -> None:
     assert flags(None) == 4
     assert flags([]) == 0
     assert flags(["SECCOMP_FILTER_FLAG_LOG", "SECCOMP_FILTER_FLAG_TSYNC"]) == 2
+
+
+def test_a_listener_is_asked_for_when_a_rule_notifies_and_only_then() -> None:
+    waits = {"flags": ["SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"], "listenerMetadata": "m"}
+    told = seccomp.parse(Fields({**NOTIFYING, **waits}))
+    assert (told.flags, told.listener_path, told.listener_metadata) == (8 | 32, "/agent", "m")
+    deaf = seccomp.parse(Fields({**NOTIFYING, **waits, "syscalls": []}))
+    assert (deaf.flags, deaf.listener_path, deaf.listener_metadata) == (0, "", "")
+
+
+def test_notified_calls_by_every_abi(tmp_path: Path) -> None:
+    condition = [{"index": 0, "value": 38, "op": "SCMP_CMP_EQ"}]
+    rules = [{"names": ["socket"], "action": "SCMP_ACT_NOTIFY", "args": condition}]
+    profile = {**NOTIFYING, "architectures": ["SCMP_ARCH_X86"], "syscalls": rules}
+    program = compiled(profile, tmp_path)
+    assert run(program, X86_64, 41, 38) == 0x7FC00000 == run(program, I386, 102, 1)
+    assert run(program, X86_64, 41, 2) == ALLOW
