@@ -135,8 +135,10 @@ def _run(context: Context, words: list[str], name: str, rest: list[str]) -> int:
         if enters:
             from runtime import sealed
 
-            if not sealed.is_sealed():
-                sealed.enter("runtime.cli", words)
+            sealed.secure("runtime.cli", words)
+            from runtime.linux.process import set_comm
+
+            set_comm("ocirun")  # it is the interpreter's or the loader's until now
         commands = __import__(f"runtime.commands.{module}", fromlist=["FLAGS"])
         flags = (*commands.FLAGS[name], Flag(("help", "h"), "bool", "print this"))
         values = parse(rest, flags)

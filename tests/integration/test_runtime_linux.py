@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import sealed
+from runtime import install, sealed
 from runtime.linux import mount as leaf
 from runtime.linux.files import OVERLAYFS_SUPER_MAGIC, fstatfs_type, mkdir_in_root, remove_tree
 from runtime.linux.libc import KernelError
@@ -152,3 +152,48 @@ def test_s01_the_sealed_interpreter_has_three_ways(missing: tuple[str, ...], mon
         assert done.stdout == b"True\n", done
     finally:
         os.close(fd)
+
+
+IN_PLACE = """
+import os, sys
+sys.path.append(sys.argv[1])
+from runtime import sealed
+sealed.secure("nowhere", [])
+fd = os.open("/proc/self/exe", os.O_RDONLY)
+print(os.readlink("/proc/self/exe"), sealed.is_sealed(), os.fstat(fd).st_size, sys.executable)
+# What the loader does from now on it does from the copy: libraries, thread-local storage, a child.
+import ctypes, _sqlite3
+ctypes.CDLL("libseccomp.so.2").seccomp_api_get()
+if os.fork() == 0:
+    ctypes.CDLL("libuuid.so.1")
+    os._exit(3)
+assert os.waitstatus_to_exitcode(os.wait()[1]) == 3
+print("ld-linux" in open("/proc/self/maps").read())
+sys.stdout.flush()
+script = "echo x 2>/dev/null >>/proc/self/fd/%d || echo refused; readlink /proc/$$/exe"
+os.execv("/bin/sh", ["sh", "-c", script % os.dup(fd)])
+"""
+
+
+def test_s01_an_interpreter_behind_a_loader_is_sealed_in_place(tmp_path: Path) -> None:
+    needs("root")
+    program = tmp_path / "program.py"
+    program.write_text(IN_PLACE)
+    root = str(Path(sealed.__file__).parent.parent)
+    words = [*install.loader(sealed.interpreter()), sealed.interpreter(), "-IS", str(program), root]
+    done = subprocess.run(words, capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done
+    exe, mapped, *after = done.stdout.splitlines()
+    assert exe == f"/memfd:ocid-no-interpreter (deleted) True 0 {sealed.interpreter()}"
+    assert mapped == "False"  # the copies have no name
+    assert after[0] == "refused" and after[1].endswith("sh")
+
+
+def test_s01_without_a_loader_it_is_started_again_from_a_sealed_copy() -> None:
+    needs("root", "overlay")
+    root = str(Path(sealed.__file__).parent.parent)
+    boot = f"import sys; sys.path.append({root!r}); from runtime import sealed; sealed.secure('runtime.cli', ['-v'])"
+    assert not sealed.is_sealed()
+    # Nothing but the other interpreter would say its version.
+    done = subprocess.run([sealed.interpreter(), "-IS", "-c", boot], capture_output=True, check=False, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("ocirun version"), done

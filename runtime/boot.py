@@ -1,0 +1,122 @@
+"""The first code of the command `ocirun`: modules from one file instead of a search for each, then `runtime.cli.main`.
+
+The file (runtime/install.py writes it) holds the byte code of every module that ocirun can need, with the size and
+modification time of its source. Refuses nothing: a module whose source has changed since, or that is not in the file,
+is imported in the ordinary way. Invariant: what runs is what the sources say; only how it is found is quicker.
+
+    file: length of the index in decimal digits, the index, the rest; index and rest are marshalled (marshal)
+    index: modules {name: ((offset, length), is package, path, mtime in ns, size)}, each a code object of the rest, and
+           groups {command: (names, offset, length)}, each a tuple of code objects in the order of their execution
+
+Runs before anything else is imported, so it is written with what every interpreter has at its start.
+"""
+
+import gc
+import sys
+
+gc.disable()  # one command is over in milliseconds
+
+import marshal  # noqa: E402
+import posix  # noqa: E402  (os is one of the modules that come out of the file)
+
+# _frozen_importlib is importlib._bootstrap, without the 2 ms of the package importlib.
+from _frozen_importlib import ModuleSpec  # noqa: E402
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any, NoReturn
+else:
+    ModuleType, Any, NoReturn = type(sys), None, None
+
+HEADER = 16  # the length of the index in decimal digits
+
+
+class Bundle:
+    """The file: a finder and loader for sys.meta_path (importlib.abc, without that module), and `preload`."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._start = 0
+        length = int(self._bytes(0, HEADER))
+        self._modules, self._groups = marshal.loads(self._bytes(HEADER, length))
+        self._start = HEADER + length
+
+    def _bytes(self, offset: int, length: int) -> bytes:
+        # Opened anew each time: an fd that is kept could be one of those that --preserve-fds passes on.
+        fd = posix.open(self._path, posix.O_RDONLY | posix.O_CLOEXEC)
+        try:
+            return posix.pread(fd, length, self._start + offset)
+        finally:
+            posix.close(fd)
+
+    def _read(self, offset: int, length: int) -> object:
+        return marshal.loads(self._bytes(offset, length))
+
+    def _is_current(self, source: str, mtime_ns: int, size: int) -> bool:
+        try:
+            status = posix.stat(source)
+        except OSError:
+            return False
+        return status.st_mtime_ns == mtime_ns and status.st_size == size
+
+    def preload(self, words: list[str]) -> None:
+        """Imports what the first of `words` that is the name of a command is known to need, without the machinery's
+        locks, specs and look-ups for each module. A wrong guess costs time, nothing else."""
+        for word in words:
+            if word in self._groups:
+                break
+        else:
+            return
+        modules = sys.modules
+        names, offset, length = self._groups[word]
+        if not all(self._is_current(*self._modules[name][2:]) for name in names):
+            return
+        for name, code in zip(names, self._read(offset, length)):  # type: ignore[call-overload]  # noqa: B905
+            if name in modules:
+                continue
+            module = modules[name] = ModuleType(name)
+            place = module.__dict__
+            place["__file__"] = source = self._modules[name][2]
+            parent, _, own = name.rpartition(".")
+            place["__package__"] = parent
+            if self._modules[name][1]:
+                place["__package__"], place["__path__"] = name, [source.rpartition("/")[0]]
+            exec(code, place)  # noqa: S102
+            if parent:
+                setattr(modules[parent], own, module)
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+        """As importlib.abc.MetaPathFinder has it; None: another finder may know."""
+        entry = self._modules.get(name)
+        if entry is None or not self._is_current(*entry[2:]):
+            return None
+        _, is_package, source, _, _ = entry
+        spec: Any = ModuleSpec(name, self, origin=source, is_package=is_package)  # type: ignore[arg-type]
+        spec.has_location = True  # gives the module its __file__
+        if is_package:
+            spec.submodule_search_locations.append(source.rpartition("/")[0])
+        return spec
+
+    def create_module(self, _spec: object) -> None:
+        """As importlib.abc.Loader has it; None: a module as usual."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """As importlib.abc.Loader has it."""
+        exec(self._read(*self._modules[module.__name__][0]), module.__dict__)  # type: ignore[arg-type]  # noqa: S102
+
+
+def main(tree: str, bundle: str) -> NoReturn:
+    """Never returns: taking the interpreter apart at the end would be a tenth of a command's time, and whatever a
+    command writes it writes unbuffered."""
+    sys.path.append(tree)
+    try:
+        modules = Bundle(bundle)
+    except (OSError, ValueError, EOFError, TypeError):
+        pass  # none there, or of another Python: the ordinary way
+    else:
+        sys.meta_path.insert(0, modules)  # type: ignore[arg-type]
+        modules.preload(sys.argv[1:])
+    from runtime.cli import main as ocirun
+
+    posix._exit(ocirun())

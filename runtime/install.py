@@ -1,0 +1,145 @@
+"""python -m runtime.install PREFIX: writes the command PREFIX/bin/ocirun and what makes its start quick.
+
+    PREFIX/bin/ocirun           a line of shell: this interpreter through its dynamic loader (see runtime/sealed.py)
+    PREFIX/lib/ocirun/boot.pyc  runtime/boot.py, compiled
+    PREFIX/lib/ocirun/modules   the byte code of runtime/ and of what it imports of the standard library, in one file
+
+Refuses to guess: where the interpreter names no loader, the command starts it directly, which is slower and as safe.
+Invariant: each file is whole or the old one; the command works, at an ordinary start's pace, without the other two.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import marshal
+import os
+import shlex
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from types import CodeType
+
+from runtime import boot, sealed
+from runtime.cli import COMMANDS
+
+ROOT = Path(__file__).resolve().parent.parent
+# What ocirun never imports: the shim's side, and this.
+_NOT_OCIRUN = ("runtime.shim", "runtime.install", "runtime.boot")
+# What they import on demand, and nearly every container demands.
+_USUAL = ("runtime.rootfs_cgroup",)
+_PT_INTERP = 3
+# Prints name and source of each module as its execution ends.
+_LISTING = """
+import sys
+from importlib.machinery import SourceFileLoader
+execute = SourceFileLoader.exec_module
+def executed(self, module):
+    execute(self, module)
+    print(module.__name__, module.__file__)
+SourceFileLoader.exec_module = executed
+sys.path.append(sys.argv[1])
+for name in sys.argv[2:]:
+    __import__(name)
+"""
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print("usage: python -m runtime.install PREFIX", file=sys.stderr)
+        return 2
+    prefix = Path(arguments[0]).resolve()
+    library = prefix / "lib/ocirun"
+    library.mkdir(parents=True, exist_ok=True)
+    (prefix / "bin").mkdir(exist_ok=True)
+    _write(library / "modules", bundle(sources(), groups()))
+    _write(library / "boot.pyc", _boot(library / "modules"))
+    words = [*loader(sealed.interpreter()), sealed.interpreter(), "-IS", str(library / "boot.pyc")]
+    _write(prefix / "bin/ocirun", f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'.encode(), 0o755)
+    return 0
+
+
+def sources() -> dict[str, Path]:
+    """Module names and source files of all that ocirun can import and that the interpreter does not have inside."""
+    ours = {_name(path): path for path in sorted((ROOT / "runtime").rglob("*.py"))}
+    ours = {name: path for name, path in ours.items() if not name.startswith(_NOT_OCIRUN)}
+    return ours | {name: path for name, path in _imported(list(ours)).items() if name not in ours}
+
+
+def groups() -> dict[str, list[str]]:
+    """For each command that puts a process into a container: the modules of ours that it imports, each after what it
+    needs. Not the standard library's: there are cycles among those."""
+    found = {}
+    for command, (module, _, enters) in COMMANDS.items():
+        if enters:
+            names = _imported(["runtime.cli", f"runtime.commands.{module}", *_USUAL])
+            found[command] = [name for name in names if name.partition(".")[0] == "runtime"]
+    return found
+
+
+def _imported(names: list[str]) -> dict[str, Path]:
+    """The modules with a source file that importing `names` brings into a fresh interpreter, in the order in which
+    they are complete."""
+    command = [sealed.interpreter(), "-IS", "-c", _LISTING, str(ROOT), *names]
+    listed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    return {name: Path(path) for name, _, path in (line.partition(" ") for line in listed)}
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def bundle(modules: dict[str, Path], preloads: dict[str, list[str]]) -> bytes:
+    """The file that runtime/boot.py describes."""
+    rest = bytearray()
+
+    def add(thing: CodeType | tuple[CodeType, ...]) -> tuple[int, int]:
+        data = marshal.dumps(thing)
+        rest.extend(data)
+        return len(rest) - len(data), len(data)
+
+    index, code = {}, {}
+    for name, path in modules.items():
+        status = path.stat()  # before the source is read: one that changes meanwhile does not match
+        code[name] = compile(path.read_bytes(), path, "exec", dont_inherit=True, optimize=2)
+        index[name] = (add(code[name]), path.name == "__init__.py", str(path), status.st_mtime_ns, status.st_size)
+    groups = {command: (names, *add(tuple(code[name] for name in names))) for command, names in preloads.items()}
+    header = marshal.dumps((index, groups))
+    return f"{len(header):0{boot.HEADER}}".encode() + header + bytes(rest)
+
+
+def _boot(modules: Path) -> bytes:
+    """A .pyc (PEP 552, one that is not checked against a source) of runtime/boot.py that ends in a call of its main."""
+    path = ROOT / "runtime/boot.py"
+    source = f"{path.read_text()}\n\nmain({str(ROOT)!r}, {str(modules)!r})\n"
+    code = compile(source, path, "exec", dont_inherit=True, optimize=2)
+    return importlib.util.MAGIC_NUMBER + struct.pack("<IQ", 1, 0) + marshal.dumps(code)
+
+
+def loader(program: str) -> list[str]:
+    """The dynamic loader that an ELF file names (elf(5), PT_INTERP), as the start of a command line; empty if none."""
+    with open(program, "rb") as file:
+        head = file.read(64)
+        if len(head) < 64 or head[:5] != b"\x7fELF\x02":
+            return []
+        offset, size, count = (*struct.unpack_from("<Q", head, 32), *struct.unpack_from("<HH", head, 54))
+        file.seek(offset)
+        table = file.read(size * count)
+        for number in range(count):
+            kind, _, start, _, _, length = struct.unpack_from("<IIQQQQ", table, number * size)
+            if kind == _PT_INTERP:
+                file.seek(start)
+                return [os.fsdecode(file.read(length).rstrip(b"\0"))]
+    return []
+
+
+def _write(path: Path, data: bytes, mode: int = 0o644) -> None:
+    new = path.with_name(f".{path.name}.new")
+    new.write_bytes(data)
+    new.chmod(mode)
+    new.rename(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,103 @@
+"""The command `ocirun` as runtime/install.py writes it, and the file of modules that it starts from."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime import boot, install, sealed
+
+BUNDLED = "bundled"
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> tuple[Path, Path]:
+    """(tree, bundle) of a package with two modules, one of which imports the other."""
+    tree = tmp_path / "tree"
+    (tree / "things").mkdir(parents=True)
+    (tree / "things/__init__.py").write_text("")
+    (tree / "things/low.py").write_text(f"VALUE = '{BUNDLED}'\n")
+    (tree / "things/high.py").write_text("from things.low import VALUE\nfrom things import low\nLOW = low\n")
+    names = {"things": "things/__init__.py", "things.low": "things/low.py", "things.high": "things/high.py"}
+    bundle = tmp_path / "modules"
+    modules = {name: tree / path for name, path in names.items()}
+    bundle.write_bytes(install.bundle(modules, {"run": list(names)}))
+    return tree, bundle
+
+
+def asked(bundle: Path, tree: Path, *words: str) -> str:
+    """VALUE as an interpreter of its own sees it, and where the module came from."""
+    code = (
+        "import sys; from runtime.boot import Bundle; tree, bundle, *words = sys.argv[1:]; sys.path.append(tree)\n"
+        "found = Bundle(bundle); sys.meta_path.insert(0, found); found.preload(words)\n"
+        "ready = 'things.high' in sys.modules\n"
+        "import things.high as high, things.low as low\n"
+        "assert high.LOW is low and low.__file__.endswith('low.py') and things_is(high)\n"
+        "print(high.VALUE, ready, low.__spec__ is None or type(low.__spec__.loader).__name__)"
+    ).replace("things_is(high)", "sys.modules['things'].high is high")
+    environment = {**os.environ, "PYTHONPATH": str(install.ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", code, str(tree), str(bundle), *words]
+    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
+def test_modules_come_from_the_bundle(package: tuple[Path, Path]) -> None:
+    tree, bundle = package
+    assert asked(bundle, tree) == f"{BUNDLED} False Bundle"
+    assert asked(bundle, tree, "--root", "x", "run", "exec") == f"{BUNDLED} True True"
+    assert asked(bundle, tree, "state") == f"{BUNDLED} False Bundle"
+
+
+def test_a_source_that_changed_counts(package: tuple[Path, Path]) -> None:
+    tree, bundle = package
+    (tree / "things/low.py").write_text("VALUE = 'of the source'\n")
+    assert asked(bundle, tree) == "of the source False SourceFileLoader"
+    assert asked(bundle, tree, "run") == "of the source False SourceFileLoader"
+
+
+def test_a_touched_source_is_read_again(package: tuple[Path, Path]) -> None:
+    tree, bundle = package
+    os.utime(tree / "things/low.py", ns=(1, 1))
+    assert asked(bundle, tree, "run") == f"{BUNDLED} False SourceFileLoader"
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "garbage"])
+def test_the_command_works_without_its_file_of_modules(tmp_path: Path, damage: str) -> None:
+    assert install.main([str(tmp_path)]) == 0
+    modules = tmp_path / "lib/ocirun/modules"
+    whole = modules.read_bytes()
+    if damage == "missing":
+        modules.unlink()
+    else:
+        modules.write_bytes({"empty": b"", "cut": whole[:100], "garbage": b"0" * boot.HEADER + whole}[damage])
+    said = subprocess.run([tmp_path / "bin/ocirun", "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert said.startswith("ocirun version ")
+
+
+def test_groups_hold_what_the_commands_import(tmp_path: Path) -> None:
+    found = install.groups()
+    assert {"run", "create", "exec"} <= set(found)
+    assert "runtime.init" in found["run"] and "runtime.exec" in found["exec"]
+    for names in found.values():
+        assert all(name.partition(".")[0] == "runtime" for name in names)
+        assert not any(name.startswith("runtime.shim") for name in names)
+        # A package comes before what is in it.
+        for name in names:
+            parent = name.rpartition(".")[0]
+            assert not parent or names.index(parent) < names.index(name)
+
+
+def test_the_loader_is_the_one_that_the_program_names(tmp_path: Path) -> None:
+    (found,) = install.loader(sealed.interpreter())
+    assert os.access(found, os.X_OK) and Path(found).name.startswith("ld")
+    script = tmp_path / "script"
+    script.write_text("#!/bin/sh\n")
+    assert install.loader(str(script)) == []
+
+
+def test_one_prefix_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert install.main([]) == 2
+    assert "usage" in capsys.readouterr().err
