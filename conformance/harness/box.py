@@ -69,6 +69,7 @@ class Box:
         self.root = directory / "state"
         self.cgroup = cgroup
         self.flags: tuple[str, ...] = ()  # global flags for every command of the case
+        self.last: Result | None = None  # what the last command said, for the message of a failure
         self._made: list[Bundle] = []
         self._children: list[subprocess.Popen[bytes]] = []
         self._outputs = 0
@@ -147,7 +148,9 @@ class Box:
             err.seek(0)
             # A shell's way to say a signal, as callers see it.
             code = 128 - code if code < 0 else code
-            return Result(words, code, out.read().decode(errors="replace"), err.read().decode(errors="replace"))
+            said = (stream.read().decode(errors="replace") for stream in (out, err))
+            self.last = Result(words, code, *said)
+            return self.last
 
     # ------------------------------------------------------------------------------------------------- the end
 

@@ -40,6 +40,8 @@ def run_case(case: Case, runtime: str, directory: Path, cgroup: str) -> Outcome:
         result, message = SKIP, str(reason)
     except Exception as error:
         result, message = FAIL, _describe(error)
+        if box.last and repr(box.last) not in message:
+            message += f"\nlast command: {box.last!r}"
     try:
         left = box.close()
     except Exception as error:
