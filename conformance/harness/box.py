@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -53,10 +54,11 @@ class Result:
         return json.loads(self.ok())
 
     def failed(self, *phrases: str, code: int | None = None) -> str:
-        """stderr of a failure; it must hold every one of `phrases`, in any case of letters."""
+        """stderr of a failure; it must hold every one of `phrases`, in any case of letters, quoted or not."""
         assert self.code != 0 and (code is None or self.code == code), self
+        said = self.error.replace('\\"', '"').lower()
         for phrase in phrases:
-            assert phrase.lower() in self.error.lower(), f"{phrase!r} is not in what was said: {self!r}"
+            assert phrase.lower() in said, f"{phrase!r} is not in what was said: {self!r}"
         return self.error
 
 
@@ -81,7 +83,8 @@ class Box:
 
     def bundle(self, *args: str) -> Bundle:
         """A bundle that runs `args`, or sleeps."""
-        name = f"c{len(self._made)}"
+        # An id of its own, as for a container: some things of the kernel (keys) outlive it and are named after it.
+        name = f"c{len(self._made)}-{secrets.token_hex(4)}"
         path = self.directory / name
         make_rootfs(path / "rootfs", self.directory.parent)
         made = Bundle(self, name, path, list(args or ("sleep", "1000")))
