@@ -40,6 +40,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from runtime.intel_rdt import Membership
     from runtime.linux.mount import FsMount
 
     Undo = list[tuple[str, Callable[[], object]]]
@@ -93,6 +94,11 @@ def create(request: CreateRequest) -> Created:
             seccomp_notify.expect(spec.seccomp.listener_path)
         filter_program = seccomp.program(spec.seccomp, f"{request.root}/{SECCOMP_CACHE}")
     manager = manager_for(spec.cgroups_path, request.id)
+    rdt = None
+    if spec.intel_rdt is not None:
+        from runtime import intel_rdt  # for machines that have it
+
+        rdt = intel_rdt.Membership(spec.intel_rdt, request.id)
     undo: Undo = []
     try:
         directory = state.reserve(request.root, request.id)
@@ -105,7 +111,10 @@ def create(request: CreateRequest) -> Created:
         manager.create(spec.resources)
         undo.append(("remove the cgroup", lambda: _remove_cgroup(manager)))
         failpoint("create.cgroup")
-        with _Birth(request, bundle, root_path, directory, manager, filter_program) as birth:
+        if rdt is not None:
+            rdt.join()
+            undo.append(("leave the class of service", rdt.leave))
+        with _Birth(request, bundle, root_path, directory, manager, filter_program, rdt) as birth:
             undo.append(("kill the init", birth.kill))
             created = birth.run()
             undo.append(("close the console", lambda: _close(created.console)))
@@ -167,7 +176,14 @@ class _Birth:
     """One init from clone to its last Go: the caller's side of runtime/sync.py's drawing."""
 
     def __init__(
-        self, request: CreateRequest, bundle: str, root_path: str, directory: str, manager: Manager, program: bytes
+        self,
+        request: CreateRequest,
+        bundle: str,
+        root_path: str,
+        directory: str,
+        manager: Manager,
+        program: bytes,
+        rdt: Membership | None,
     ) -> None:
         self._request = request
         self._spec = request.spec
@@ -176,6 +192,7 @@ class _Birth:
         self._directory = directory
         self._manager = manager
         self._program = program
+        self._rdt = rdt
         self._channel: sync.Channel | None = None
         self._pid = self._pidfd = self._console = -1
         self._open: list[int] = []
@@ -224,6 +241,7 @@ class _Birth:
                 no_pivot=self._request.no_pivot,
                 listener=listener,
                 filter=self._filter(),
+                memory_policy=self._memory_policy(),
                 state=self._hook_state,
                 progress=progress,
             )
@@ -244,6 +262,14 @@ class _Birth:
         if profile is None:
             return None
         return lambda: seccomp.load(program, profile.flags)
+
+    def _memory_policy(self) -> Callable[[], None] | None:
+        policy = self._spec.memory_policy
+        if policy is None:
+            return None
+        from runtime import memory_policy  # imported here: the init imports nothing
+
+        return lambda: memory_policy.apply(policy)
 
     def _sources(self) -> dict[int, int]:
         found: dict[int, int] = {}
@@ -304,6 +330,8 @@ class _Birth:
             if self._spec.has_new("user"):
                 write_mappings(self._pid, self._spec.uid_mappings, self._spec.gid_mappings)
             warnings = list(adjust_oom_score(self._pid, self._spec))
+            if self._rdt is not None:
+                self._rdt.enter(self._pid)
             failpoint("create.cloned")
             channel.send("Go")
             while True:
@@ -401,6 +429,8 @@ class _Birth:
             filter_flags=state.NO_FILTER if self._spec.seccomp is None else self._spec.seccomp.flags,
             listener_path="" if self._spec.seccomp is None else self._spec.seccomp.listener_path,
             listener_metadata="" if self._spec.seccomp is None else self._spec.seccomp.listener_metadata,
+            intel_rdt=None if self._rdt is None else self._rdt.group,
+            memory_policy=self._spec.memory_policy,
             has_hooks=bool(self._spec.hooks.poststart or self._spec.hooks.poststop),
         )
 

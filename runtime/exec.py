@@ -36,6 +36,7 @@ from runtime.terminal import make_controlling, name_of, open_pair, send_master
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import NoReturn
 
 _SIGKILL = 9
@@ -112,6 +113,15 @@ def _filter_of(root: str, facts: State) -> bytes:
     return program
 
 
+def _memory_policy(facts: State) -> Callable[[], None] | None:
+    policy = facts.memory_policy
+    if policy is None:
+        return None
+    from runtime import memory_policy  # imported here: a process in the container imports nothing
+
+    return lambda: memory_policy.apply(policy)
+
+
 class _Entry:
     """One exec, both sides: the caller's, and the new process's."""
 
@@ -122,6 +132,7 @@ class _Entry:
         self._init_fd = init_fd
         self._gate = gate
         self._program = program
+        self._policy = _memory_policy(facts)
         self._step = "namespaces"
         self._warnings: list[str] = []
         self._proc = -1
@@ -134,13 +145,18 @@ class _Entry:
         # Held from before the caller joins anything: the container's own /proc is not asked (CVE-2025-52881).
         proc = self._proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            # Who has joined the container's user namespace may no longer take an fd out of a process of ours.
-            if self._request.disposable and not self._facts.listener_path:
+            # Who has joined the container may no longer take an fd out of a process, nor reach resctrl.
+            apart = self._facts.listener_path or self._facts.intel_rdt
+            if self._request.disposable and not apart:
                 pid, pidfd = self._join_and_clone(its, mine)
                 its.close()
             else:
                 pid, pidfd = self._clone_between(mine, its)
             self._oom_score(proc, pid)
+            if self._facts.intel_rdt is not None:
+                from runtime import intel_rdt  # for machines that have it
+
+                intel_rdt.enter(self._facts.intel_rdt, pid)
             failpoint("exec.cloned")
             mine.send("Go")
             message, fds = mine.receive("Console", "Ready")
@@ -301,6 +317,8 @@ class _Entry:
         process.set_rlimits(wanted.rlimits, self._warnings.append)
         if wanted.io_priority is not None:
             process.set_io_priority(wanted.io_priority)
+        if self._policy is not None:
+            self._policy()
         self._step = "terminal"
         self._stdio(slave)
         process.own_stdio(wanted.user)

@@ -224,6 +224,8 @@ def limits(init: Init) -> None:
         process.set_io_priority(init.process.io_priority)
     if init.spec.personality is not None:
         personality(init.spec.personality)
+    if init.setup.memory_policy is not None:
+        init.setup.memory_policy()
 
 
 def terminal(init: Init) -> None:

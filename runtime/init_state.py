@@ -43,6 +43,7 @@ class Setup:
         no_pivot: bool,
         listener: _socket.socket,
         filter: Callable[[], int] | None,
+        memory_policy: Callable[[], None] | None,
         state: Callable[[int, str], bytes],
         progress: Progress,
     ) -> None:
@@ -62,6 +63,7 @@ class Setup:
         self.no_pivot = no_pivot
         self.listener = listener
         self.filter = filter
+        self.memory_policy = memory_policy
         self.state = state
         self.progress = progress
 

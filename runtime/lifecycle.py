@@ -192,6 +192,10 @@ def delete(root: str, container_id: str, *, force: bool = False) -> None:
     manager = facts.manager()
     manager.kill(_SIGKILL)  # with a shared PID namespace the rest lives on after the init
     manager.destroy()
+    if facts.intel_rdt is not None:
+        from runtime import intel_rdt
+
+        intel_rdt.leave(facts.intel_rdt)
     failpoint("delete.cgroup")
     hooks = _hooks(facts)
     remove_tree(directory)
@@ -285,9 +289,25 @@ def resume(root: str, container_id: str) -> None:
     facts.manager().freeze(False)
 
 
-def update(root: str, container_id: str, wanted: Mapping[str, object]) -> None:
-    """Puts new limits (runtime-spec linux.resources) into force, all or nothing."""
+def update(root: str, container_id: str, wanted: Mapping[str, object], schemata: tuple[str, ...] = ()) -> None:
+    """Puts new limits (runtime-spec linux.resources) and resctrl's schemata into force, all or nothing."""
     facts = state.load(root, container_id)
     if state.status(root, facts) == "stopped":
         raise _wrong("container not running")
-    facts.manager().set(resources.parse(Fields(dict(wanted), "resources")))
+    limits = resources.parse(Fields(dict(wanted), "resources"))
+    if not schemata:
+        facts.manager().set(limits)
+        return
+    from runtime import intel_rdt
+
+    if facts.intel_rdt is None:
+        raise _wrong(f"container {container_id} has no linux.intelRdt: its class of service is everybody's")
+    before = intel_rdt.update(facts.intel_rdt, schemata)
+    try:
+        facts.manager().set(limits)
+    except BaseException as error:
+        try:
+            intel_rdt.update(facts.intel_rdt, before)
+        except RuntimeFailure as second:
+            error.add_note(f"and could not go back: {second}")
+        raise

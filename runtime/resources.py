@@ -30,6 +30,7 @@ class Memory(Record):
     swappiness: int | None = None
     disable_oom_killer: bool | None = None
     check_before_update: bool | None = None
+    use_hierarchy: bool | None = None
 
 
 class Cpu(Record):
@@ -83,6 +84,21 @@ class HugePages(Record):
     limit: int
 
 
+class Network(Record):
+    """The class of the container's packets, and what priority they have on an interface."""
+
+    class_id: int | None = None
+    priorities: tuple[tuple[str, int], ...] = ()
+
+
+class RdmaDevice(Record):
+    """How much of one RDMA device; None: no limit was given."""
+
+    name: str
+    handles: int | None = None
+    objects: int | None = None
+
+
 class DeviceRule(Record):
     """`type` is a (all), b or c; a number of -1 is a wildcard; `access` is a subset of "rwm"."""
 
@@ -104,11 +120,12 @@ class Resources(Record):
     hugetlb: tuple[HugePages, ...] = ()
     devices: tuple[DeviceRule, ...] | None = None
     unified: tuple[tuple[str, str], ...] = ()
+    network: Network = Network()
+    rdma: tuple[RdmaDevice, ...] = ()
 
 
 def parse(fields: Fields) -> Resources:
     """The object `linux.resources`. Raises FieldError naming what is wrong by its path."""
-    fields.refuse("network", "rdma", why="is not supported: ocid limits no network class and no RDMA device")
     cpu = fields.object("cpu")
     return Resources(
         memory=_memory(fields.object("memory")),
@@ -119,6 +136,8 @@ def parse(fields: Fields) -> Resources:
         hugetlb=tuple(_hugepages(item) for item in _bounded(fields, "hugepageLimits")),
         devices=tuple(_device(item) for item in _bounded(fields, "devices")) if fields.has("devices") else None,
         unified=_unified(fields),
+        network=_network(fields.object("network")),
+        rdma=_rdma(fields.object("rdma")),
     )
 
 
@@ -134,6 +153,11 @@ def merge(base: Resources, over: Resources) -> Resources:
         hugetlb=_merge_keyed(base.hugetlb, over.hugetlb, "page_size"),
         devices=base.devices if over.devices is None else over.devices,
         unified=tuple(sorted({**dict(base.unified), **dict(over.unified)}.items())),
+        network=Network(
+            base.network.class_id if over.network.class_id is None else over.network.class_id,
+            tuple({**dict(base.network.priorities), **dict(over.network.priorities)}.items()),
+        ),
+        rdma=_merge_keyed(base.rdma, over.rdma, "name"),
     )
 
 
@@ -183,6 +207,7 @@ def _memory(fields: Fields | None) -> Memory:
         swappiness=fields.optional_int("swappiness", 0, 100),
         disable_oom_killer=fields.optional_bool("disableOOMKiller"),
         check_before_update=fields.optional_bool("checkBeforeUpdate"),
+        use_hierarchy=fields.optional_bool("useHierarchy"),
     )
 
 
@@ -289,6 +314,38 @@ def _hugepages(fields: Fields) -> HugePages:
     if not _is_page_size(size):
         raise fields.error("pageSize", f"expected a size such as 2MB or 1GB, got {size[:60]!r}")
     return HugePages(size, fields.int("limit", 0, _UINT64, required=True))
+
+
+def _network(fields: Fields | None) -> Network:
+    if fields is None:
+        return Network()
+    priorities = []
+    for item in _bounded(fields, "priorities"):
+        name = item.str("name", required=True)
+        if not _is_word(name) or len(name) > 15:  # IFNAMSIZ
+            raise item.error("name", f"{name[:60]!r} is no name of a network interface")
+        priorities.append((name, item.int("priority", 0, _UINT32)))
+    return Network(fields.optional_int("classID", 0, _UINT32), tuple(priorities))
+
+
+def _rdma(fields: Fields | None) -> tuple[RdmaDevice, ...]:
+    found: list[RdmaDevice] = []
+    if fields is None:
+        return ()
+    for name in fields.names():
+        # It begins a line of rdma.max: a blank or a line break would begin another.
+        if not _is_word(name) or len(name) > 64:
+            raise fields.error("", f"{name[:60]!r} is no name of an RDMA device")
+        item = fields.required_object(name)
+        handles, objects = (item.optional_int(key, 0, _UINT32) for key in ("hcaHandles", "hcaObjects"))
+        if handles is None and objects is None:
+            raise item.error("", "needs hcaHandles, hcaObjects or both")
+        found.append(RdmaDevice(name, handles, objects))
+    return tuple(found)
+
+
+def _is_word(name: str) -> bool:
+    return bool(name) and name.isascii() and name.isprintable() and not set(name) & set(" /")
 
 
 def _device(fields: Fields) -> DeviceRule:

@@ -21,6 +21,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from runtime.intel_rdt import IntelRdt
+    from runtime.memory_policy import MemoryPolicy
+
 
 class IdMapping(Record):
     """One line of uid_map or gid_map (user_namespaces(7))."""
@@ -64,6 +67,8 @@ class Spec(Record):
     readonly_paths: tuple[str, ...] = ()
     rootfs_propagation: tuple[int, bool] | None = None
     personality: int | None = None
+    intel_rdt: IntelRdt | None = None
+    memory_policy: MemoryPolicy | None = None
     hooks: Hooks = Hooks()
     annotations: tuple[tuple[str, str], ...] = ()
 
@@ -84,7 +89,7 @@ def parse(raw: bytes) -> Spec:
         raise fields.error("ociVersion", f'expected a version 1.x of the runtime specification, got "{version:.40}"')
     root = fields.required_object("root")
     linux = fields.object("linux") or Fields({}, "linux")
-    linux.refuse("mountLabel", "intelRdt", "timeOffsets", "netDevices", "memoryPolicy")
+    linux.refuse("mountLabel", "timeOffsets", "netDevices")
     process = fields.raw("process")
     namespaces = _namespaces(linux)
     kinds = {namespace.kind for namespace in namespaces}
@@ -108,6 +113,8 @@ def parse(raw: bytes) -> Spec:
         readonly_paths=_absolute(linux, "readonlyPaths"),
         rootfs_propagation=_propagation(linux),
         personality=_personality(linux),
+        intel_rdt=_intel_rdt(linux.object("intelRdt")),
+        memory_policy=_memory_policy(linux.object("memoryPolicy")),
         hooks=parse_hooks(fields),
         annotations=tuple(fields.mapping("annotations").items()),
     )
@@ -235,6 +242,22 @@ def _personality(linux: Fields) -> int | None:
         return None
     fields.refuse("flags")
     return {"LINUX": 0x0000, "LINUX32": 0x0008}[fields.str("domain", required=True, choices=("LINUX", "LINUX32"))]
+
+
+def _intel_rdt(fields: Fields | None) -> IntelRdt | None:
+    if fields is None:
+        return None
+    from runtime import intel_rdt  # for machines that have it
+
+    return intel_rdt.parse(fields)
+
+
+def _memory_policy(fields: Fields | None) -> MemoryPolicy | None:
+    if fields is None:
+        return None
+    from runtime import memory_policy  # few ask for one
+
+    return memory_policy.parse(fields)
 
 
 def _hostname(fields: Fields, key: str, kinds: set[str]) -> str:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from runtime.cgroups.manager import Manager
+    from runtime.intel_rdt import Group
+    from runtime.memory_policy import MemoryPolicy
 
 START_SOCKET = "start.sock"
 FILTER = "seccomp.bpf"
@@ -49,7 +51,8 @@ _NAMESPACE_KEYS = {
 class State(Record):
     """Facts of one container. `created` is RFC 3339, `started` clock ticks since boot, `annotations` config.json's,
     `filter_flags` those its seccomp filter was loaded with (NO_FILTER: it has none), `listener_path` who decides on the
-    calls that it notifies ("": it notifies none); without `has_hooks` nobody need read its config.json again."""
+    calls that it notifies ("": it notifies none), `memory_policy` that of every process which joins; without
+    `has_hooks` nobody need read its config.json again."""
 
     id: str
     pid: int
@@ -64,6 +67,8 @@ class State(Record):
     filter_flags: int = NO_FILTER
     listener_path: str = ""
     listener_metadata: str = ""
+    intel_rdt: Group | None = None
+    memory_policy: MemoryPolicy | None = None
     has_hooks: bool = True
 
     def manager(self) -> Manager:
@@ -132,6 +137,11 @@ def save(root: str, state: State) -> None:
         "seccomp_listener": {"path": state.listener_path, "metadata": state.listener_metadata},
         "has_hooks": state.has_hooks,
     }
+    if (group := state.intel_rdt) is not None:
+        document["intel_rdt_path"] = group.directory
+        document["intel_rdt"] = {"path": group.directory, "monitor": group.monitor, "own": group.own}
+    if (policy := state.memory_policy) is not None:
+        document["memory_policy"] = {"mode": policy.mode, "nodes": policy.nodes}
     write_durable(f"{directory(root, state.id)}/{_FILE}", encode(document), sync=False)
 
 
@@ -175,6 +185,8 @@ def _parse(raw: bytes, what: str) -> State:
             filter_flags=fields.int("seccomp_flags", required=True),
             listener_path=listener.str("path"),
             listener_metadata=listener.str("metadata"),
+            intel_rdt=_group(fields.object("intel_rdt")),
+            memory_policy=_policy(fields.object("memory_policy")),
             has_hooks=fields.bool("has_hooks", True),
         )
     except RuntimeFailure as failure:
@@ -183,6 +195,22 @@ def _parse(raw: bytes, what: str) -> State:
             code="failed_precondition",
             hint="delete the container with --force: that goes by its cgroup",
         ) from None
+
+
+def _group(fields: Fields | None) -> Group | None:
+    if fields is None:
+        return None
+    from runtime.intel_rdt import Group
+
+    return Group(fields.str("path", required=True), fields.str("monitor"), fields.bool("own"))
+
+
+def _policy(fields: Fields | None) -> MemoryPolicy | None:
+    if fields is None:
+        return None
+    from runtime.memory_policy import MemoryPolicy
+
+    return MemoryPolicy(fields.int("mode", required=True), fields.str("nodes"))
 
 
 def status(root: str, state: State) -> str:

@@ -74,13 +74,13 @@ def previous(write: Write, text: str) -> str:
     if write.file == "memory.oom_control":
         return next((line.split()[1] for line in lines if line.startswith("oom_kill_disable")), "0")
     key, _, rest = write.value.partition(" ")
-    if ":" in key and rest:
-        # One line a device: "8:0 1048576", "8:0 rbps=1048576 wbps=max riops=max wiops=max", "8:0 200".
+    if rest and (":" in key or write.file in ("rdma.max", "net_prio.ifpriomap")):
+        # One line a device: "8:0 1048576", "8:0 rbps=1048576 wbps=max riops=max wiops=max", "8:0 200", "eth0 5".
         held = next((line for line in lines if line.split(" ")[0] == key), "")
         if held:
             return held
         if "=" in rest:
-            return f"{key} {rest.partition('=')[0]}=max"
+            return " ".join((key, *(f"{word.partition('=')[0]}=max" for word in rest.split())))
         return f"{key} default" if write.file == "io.weight" else f"{key} 0"
     return lines[0].strip() if lines else ""
 
@@ -99,12 +99,23 @@ _HINTS = {
 }
 
 
+def busy_memory(limit: object, usage: object, peak: object) -> str:
+    """Why a limit cannot be set, in the words that callers of runc look for."""
+    return (
+        f"linux.resources.memory.limit: unable to set memory limit to {limit} "
+        f"(current usage: {usage}, peak usage: {peak})"
+    )
+
+
 def failure(step: Step, write: Write, error: OSError) -> RuntimeFailure:
     """`error` as a sentence that names the field of config.json, the value and the file."""
     number = error.errno or 0
     name = errno.errorcode.get(number, str(number))
     hint = _HINTS.get(write.file, "")
-    if number == errno.ENOENT:
+    if number == errno.EBUSY and write.file == "memory.limit_in_bytes":
+        usage, peak = (read_at(step.dir_fd, f"memory.{name}_in_bytes").strip() for name in ("usage", "max_usage"))
+        message = busy_memory(write.value, usage, peak)
+    elif number == errno.ENOENT:
         message = f"linux.resources.{write.field}: this kernel's cgroups have no {write.file} in {step.directory}"
         hint = "the controller is not on in this cgroup, or the kernel was built without it"
     else:

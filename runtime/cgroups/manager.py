@@ -21,7 +21,7 @@ import errno
 import os
 
 from runtime.cgroups import devices, stats, tree, v1, v2
-from runtime.cgroups.apply import Journal, Step, apply, failure
+from runtime.cgroups.apply import Journal, Step, apply, busy_memory, failure
 from runtime.cgroups.freezer import Freezer
 from runtime.cgroups.hierarchy import V2_NAME, places_for, places_from
 from runtime.cgroups.killer import SIGKILL, kill_all, wait_until_removable
@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from runtime.cgroups.stats import Stats
     from runtime.resources import Resources
 
-_V2_CONTROLLERS = {"cpuset": "cpuset", "cpu": "cpu", "memory": "memory", "pids": "pids", "blkio": "io"}
-_V2_CONTROLLERS["hugetlb"] = "hugetlb"
+_V2_CONTROLLERS = {name: name for name in ("cpuset", "cpu", "memory", "pids", "hugetlb")} | {"blkio": "io"}
 
 
 def manager_for(cgroups_path: str, container_id: str) -> Manager:
@@ -175,6 +174,8 @@ class Manager:
                 for ours, name in _V2_CONTROLLERS.items()
                 if self.pure_v2() or (ours == "hugetlb" and resources.hugetlb and ours not in self._by_controller)
             ]
+            if resources.rdma and self.pure_v2():
+                wanted.append("rdma")
             return (lambda parent, child: _enable(parent, wanted)) if wanted else None
         return _inherit_cpuset if "cpuset" in place.hierarchy.controllers else None
 
@@ -276,23 +277,25 @@ class Manager:
             return None if not raw else -1 if raw.startswith(b"-") else stats.number(raw)
 
         quota, period = value("cpu", "cpu.cfs_quota_us"), value("cpu", "cpu.cfs_period_us")
+        limit, both = value("memory", "memory.limit_in_bytes"), value("memory", "memory.memsw.limit_in_bytes")
+        if self._v2 is not None and "memory" not in self._by_controller:
+            raw = stats.read(f"{self._v2.directory}/memory.max")
+            limit = stats.number(raw) if raw else None
         if self._v2 is not None and "cpu" not in self._by_controller:
             words = stats.read(f"{self._v2.directory}/cpu.max").split()
             if len(words) == 2:
                 quota, period = stats.number(words[0]), stats.number(words[1])
-        return Now(
-            value("memory", "memory.limit_in_bytes"), value("memory", "memory.memsw.limit_in_bytes"), quota, period
-        )
+        return Now(limit, both, quota, period)
 
     def _check_usage(self, resources: Resources) -> None:
         """checkBeforeUpdate: v2 takes any limit and kills what is above it, so it is looked at first."""
         limit = resources.memory.limit
         if not resources.memory.check_before_update or limit is None or limit < 0:
             return
-        usage = self.stats().memory_usage
-        if limit < usage:
+        now = self.stats()
+        if limit < now.memory_usage:
             raise RuntimeFailure(
-                f"linux.resources.memory.limit: {limit} is less than the {usage} bytes in use now",
+                busy_memory(limit, now.memory_usage, now.memory_peak),
                 step="cgroup",
                 errno=errno.EBUSY,
                 hint="checkBeforeUpdate asked for this refusal",

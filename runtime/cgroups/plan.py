@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from runtime.linux.record import Record
 
-CONTROLLERS = ("cpuset", "cpu", "memory", "pids", "blkio", "hugetlb")
+CONTROLLERS = ("cpuset", "cpu", "memory", "pids", "blkio", "hugetlb", "rdma", "net_cls", "net_prio")
 
 
 class Write(Record):

@@ -10,7 +10,7 @@ from runtime.errors import RuntimeFailure
 
 TYPE_CHECKING = False  # as in runtime.fields
 if TYPE_CHECKING:
-    from runtime.resources import Blkio, Cpu, Cpuset, DeviceValue, HugePages, Memory, Pids, Resources
+    from runtime.resources import Blkio, Cpu, Cpuset, DeviceValue, HugePages, Memory, Pids, RdmaDevice, Resources
 
 
 def plan(resources: Resources, controller: str, now: Now) -> list[Write]:
@@ -25,6 +25,14 @@ def plan(resources: Resources, controller: str, now: Now) -> list[Write]:
         return pids(resources.pids)
     if controller == "blkio":
         return blkio(resources.blkio)
+    if controller == "rdma":
+        return rdma(resources.rdma)
+    if controller == "net_cls":
+        wanted = resources.network.class_id
+        return [] if wanted is None else [Write("net_cls.classid", str(wanted), "network.classID")]
+    if controller == "net_prio":
+        pairs = resources.network.priorities
+        return [Write("net_prio.ifpriomap", f"{name} {value}", "network.priorities") for name, value in pairs]
     return hugetlb(resources.hugetlb)
 
 
@@ -42,13 +50,11 @@ def memory(want: Memory, now: Now) -> list[Write]:
             code="invalid_argument",
         )
     limits = []
-    if want.limit is not None:
-        limits.append(Write("memory.limit_in_bytes", str(want.limit), "memory.limit"))
-    if swap is not None:
-        limits.append(Write("memory.memsw.limit_in_bytes", str(swap), "memory.swap", optional))
-    old_sum = -1 if now.memory_swap is None else now.memory_swap
-    if len(limits) == 2 and want.limit is not None and above(want.limit) > above(old_sum):
-        limits.reverse()
+    if want.use_hierarchy is not None:
+        # Since 5.11 there is nothing else, and a kernel without the file has nothing else either.
+        value = str(int(want.use_hierarchy))
+        limits.append(Write("memory.use_hierarchy", value, "memory.useHierarchy", want.use_hierarchy))
+    limits += _memory_limits(want, swap, optional, now)
     if want.reservation is not None:
         limits.append(Write("memory.soft_limit_in_bytes", str(want.reservation), "memory.reservation"))
     if want.kernel_tcp is not None:
@@ -61,6 +67,18 @@ def memory(want: Memory, now: Now) -> list[Write]:
     return limits
 
 
+def _memory_limits(want: Memory, swap: int | None, optional: bool, now: Now) -> list[Write]:
+    limits = []
+    if want.limit is not None:
+        limits.append(Write("memory.limit_in_bytes", str(want.limit), "memory.limit"))
+    if swap is not None:
+        limits.append(Write("memory.memsw.limit_in_bytes", str(swap), "memory.swap", optional))
+    old_sum = -1 if now.memory_swap is None else now.memory_swap
+    if len(limits) == 2 and want.limit is not None and above(want.limit) > above(old_sum):
+        limits.reverse()
+    return limits
+
+
 def cpu(want: Cpu, now: Now) -> list[Write]:
     """The kernel refuses a share above the parent's at every step: so the ratio of quota to period must not rise in
     between, which puts a growing period first and a shrinking one last."""
@@ -68,6 +86,10 @@ def cpu(want: Cpu, now: Now) -> list[Write]:
     if want.idle == 0:
         writes.append(Write("cpu.idle", "0", "cpu.idle", optional=True))
     if want.shares is not None:
+        # The kernel would take the nearest that it can, and say nothing (MIN_SHARES, MAX_SHARES).
+        if not 2 <= want.shares <= 262144:
+            bound = "minimum allowed cpu-shares is 2" if want.shares < 2 else "maximum allowed cpu-shares is 262144"
+            raise RuntimeFailure(f"linux.resources.cpu.shares: the {bound}", step="cgroup", code="invalid_argument")
         # Idle groups take no shares (EINVAL), so idle goes off before and on after this.
         writes.append(Write("cpu.shares", str(want.shares), "cpu.shares"))
     if want.idle == 1:
@@ -138,6 +160,16 @@ def hugetlb(want: tuple[HugePages, ...]) -> list[Write]:
         writes.append(Write(f"hugetlb.{item.page_size}.limit_in_bytes", text, "hugepageLimits"))
         # Reservations fail with ENOMEM instead of SIGBUS later (5.7).
         writes.append(Write(f"hugetlb.{item.page_size}.rsvd.limit_in_bytes", text, "hugepageLimits", optional=True))
+    return writes
+
+
+def rdma(want: tuple[RdmaDevice, ...]) -> list[Write]:
+    """The file is the same in both versions."""
+    writes = []
+    for item in want:
+        limits = (("hca_handle", item.handles), ("hca_object", item.objects))
+        text = " ".join(f"{key}={value}" for key, value in limits if value is not None)
+        writes.append(Write("rdma.max", f"{item.name} {text}", f"rdma.{item.name}"))
     return writes
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from runtime.cgroups.plan import Now, Write, above
-from runtime.cgroups.v1 import cpuset, pids
+from runtime.cgroups.v1 import cpuset, pids, rdma
 from runtime.errors import RuntimeFailure
 
 TYPE_CHECKING = False  # as in runtime.fields
@@ -21,7 +21,7 @@ _DEFAULT_PERIOD = 100_000
 def plan(resources: Resources, controller: str, now: Now) -> list[Write]:
     """The writes that `controller` needs. Raises RuntimeFailure for what v2 cannot do."""
     if controller == "memory":
-        return memory(resources.memory)
+        return memory(resources.memory, now)
     if controller == "cpu":
         return cpu(resources.cpu, now)
     if controller == "cpuset":
@@ -30,6 +30,14 @@ def plan(resources: Resources, controller: str, now: Now) -> list[Write]:
         return pids(resources.pids)
     if controller == "blkio":
         return io(resources.blkio)
+    if controller == "rdma":
+        return rdma(resources.rdma)
+    if controller == "net_cls" and resources.network.class_id is not None:
+        raise _impossible("network.classID")
+    if controller == "net_prio" and resources.network.priorities:
+        raise _impossible("network.priorities")
+    if controller in ("net_cls", "net_prio"):
+        return []
     return hugetlb(resources.hugetlb)
 
 
@@ -38,13 +46,15 @@ def unified(items: tuple[tuple[str, str], ...]) -> list[Write]:
     return [Write(key, line, f"unified.{key}") for key, value in items for line in value.split("\n") if line.strip()]
 
 
-def memory(want: Memory) -> list[Write]:
+def memory(want: Memory, now: Now) -> list[Write]:
     if want.disable_oom_killer:
         raise _impossible("memory.disableOOMKiller")
+    if want.use_hierarchy is False:
+        raise _impossible("memory.useHierarchy")
     if want.kernel_tcp is not None:
         raise _impossible("memory.kernelTCP")
     writes = []
-    swap = swap_only(want)
+    swap = swap_only(want, now)
     if swap is not None:
         # No such file: no swap here, so "none" and "any amount" are the same.
         writes.append(Write("memory.swap.max", _limit(swap), "memory.swap", optional=swap <= 0))
@@ -56,19 +66,20 @@ def memory(want: Memory) -> list[Write]:
     return writes
 
 
-def swap_only(want: Memory) -> int | None:
-    """The spec's swap is memory and swap together, v2's is swap alone. Raises RuntimeFailure when the difference
-    cannot be taken."""
+def swap_only(want: Memory, now: Now) -> int | None:
+    """The spec's swap is memory and swap together, v2's is swap alone; an update of it alone counts from the limit
+    that is in force. Raises RuntimeFailure when the difference cannot be taken."""
     if want.limit == -1 and want.swap is None:
         return -1  # as v1 does it: unlimited memory is unlimited swap
     if want.swap is None or want.swap == -1 or want.limit == -1:
         return want.swap
-    if want.limit is None:
+    limit = now.memory_limit if want.limit is None else want.limit
+    if limit is None or limit < 0:
         problem = "cannot be set without memory.limit on cgroup v2, where swap is counted alone"
-    elif want.swap < want.limit:
-        problem = f"{want.swap} is memory and swap together, so not less than the limit {want.limit}"
+    elif want.swap < limit:
+        problem = f"{want.swap} is memory and swap together, so not less than the limit {limit}"
     else:
-        return want.swap - want.limit
+        return want.swap - limit
     raise RuntimeFailure(f"linux.resources.memory.swap: {problem}", code="invalid_argument")
 
 

@@ -1,6 +1,7 @@
 """`ocirun update`: new limits for a container, from flags or from a linux.resources object.
 
-Refuses an update that says nothing. Invariant: all of it is in force afterwards, or nothing of it.
+Refuses what is no number before it looks at the container. Invariant: all of it is in force afterwards, or nothing of
+it; an update that says nothing changes nothing.
 """
 
 from __future__ import annotations
@@ -28,17 +29,25 @@ _FIELDS = {
     "cpu-quota": ("cpu", "quota", "int"),
     "cpu-burst": ("cpu", "burst", "int"),
     "cpu-share": ("cpu", "shares", "int"),
+    "cpu-rt-period": ("cpu", "realtimePeriod", "int"),
+    "cpu-rt-runtime": ("cpu", "realtimeRuntime", "int"),
     "cpu-idle": ("cpu", "idle", "int"),
     "cpuset-cpus": ("cpu", "cpus", "str"),
     "cpuset-mems": ("cpu", "mems", "str"),
     "pids-limit": ("pids", "limit", "int"),
     "blkio-weight": ("blockIO", "weight", "int"),
 }
-_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_RESCTRL = ("l3-cache-schema", "mem-bw-schema")
+# As runc does: no kernel of today has such a limit apart from that of memory.
+_IGNORED = ("kernel-memory", "kernel-memory-tcp")
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
 FLAGS = {
     "update": (
         Flag(("resources", "r"), "str", "file with a linux.resources object, - for stdin; then no other flag counts"),
         *(Flag((name,), "str", f"linux.resources.{group}.{field}") for name, (group, field, _) in _FIELDS.items()),
+        Flag(("l3-cache-schema",), "str", "linux.intelRdt.l3CacheSchema"),
+        Flag(("mem-bw-schema",), "str", "linux.intelRdt.memBwSchema"),
+        *(Flag((name,), "str", "ignored, with a warning") for name in _IGNORED),
     )
 }
 WORDS = {"update": "CONTAINER"}
@@ -47,10 +56,14 @@ WORDS = {"update": "CONTAINER"}
 def run(context: Context, _name: str, values: Values) -> int:
     if len(values.words) != 1:
         raise UsageError('"CONTAINER" is required, and nothing after it')
-    wanted = _from_file(values.text("resources")) if values.text("resources") else from_flags(values)
-    if not wanted:
-        raise UsageError("there is nothing to update: give a limit or --resources")
-    lifecycle.update(context.root, values.words[0], wanted)
+    if values.text("resources"):
+        lifecycle.update(context.root, values.words[0], _from_file(values.text("resources")))
+        return 0
+    wanted = from_flags(values)
+    for name in _IGNORED:
+        if values.text(name):
+            context.warn(f"Setting --{name} is ignored and will be removed")
+    lifecycle.update(context.root, values.words[0], wanted, _schemata(values))
     return 0
 
 
@@ -78,17 +91,47 @@ def from_flags(values: Values) -> dict[str, object]:
     for name, (group, field, kind) in _FIELDS.items():
         if values.text(name):
             value = values.text(name) if kind == "str" else number(name, values.text(name), units=kind == "bytes")
+            if name == "pids-limit" and value == 0:
+                continue  # runc's default for the flag, so no wish; in a document 0 is one
             wanted.setdefault(group, {})[field] = value
     return dict(wanted)
 
 
+def _schemata(values: Values) -> tuple[str, ...]:
+    """The lines for resctrl. Raises RuntimeFailure where there is none."""
+    lines = tuple(line for name in _RESCTRL if (line := values.text(name)))
+    if lines:
+        from runtime import intel_rdt  # for machines that have it
+
+        if "\n" in "".join(lines):
+            raise UsageError("--l3-cache-schema, --mem-bw-schema: one line is one schema")
+        try:
+            intel_rdt.mount_point()
+        except RuntimeFailure as failure:
+            cache = values.text(_RESCTRL[0])
+            what = "Intel RDT/CAT: l3 cache schema" if cache else "Intel RDT/MBA: memory bandwidth schema"
+            failure.message = f"{what} is not enabled"
+            raise
+    return lines
+
+
 def number(name: str, text: str, *, units: bool) -> int:
-    """An integer; with `units` k, m, g or t may follow, and a b. Raises UsageError."""
+    """An integer; with `units` k, m, g, t or p may follow, "b" or "ib" after that, and a fraction be before. Raises
+    UsageError."""
     plain, factor = text.lower(), 1
     if units:
-        plain = plain.removesuffix("b")
-        factor = _UNITS.get(plain[-1:], 1)
-        plain = plain[:-1] if factor > 1 else plain
-    if not (plain.isascii() and plain.removeprefix("-").isdecimal() and len(plain) < 20):
+        plain = (
+            plain.removesuffix("b").removesuffix("i") if plain[-2:-1] in tuple("kmgtpi") else plain.removesuffix("b")
+        )
+        unit = plain[-1:] if plain[-1:] in _UNITS else ""
+        plain, factor = plain.removesuffix(unit).rstrip(" "), _UNITS[unit]
+    digits = plain.removeprefix("-")
+    whole, dot, fraction = digits.partition(".")
+    if not (
+        digits.isascii() and len(digits) < 20 and whole.isdecimal() and fraction.isdecimal() == bool(dot and units)
+    ):
         raise UsageError(f"--{name}: {text[:40]!r} is no number")
-    return int(plain) * factor
+    if not dot:
+        return int(plain) * factor
+    tenths: int = 10 ** len(fraction)
+    return int(whole) * factor + int(fraction) * factor // tenths

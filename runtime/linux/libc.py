@@ -33,6 +33,7 @@ _X86_64: Final = {
     "memfd_create": 319,
     "rt_sigaction": 13,
     "fallocate": 285,
+    "set_mempolicy": 238,
 }
 _AARCH64: Final = {
     "pivot_root": 41,
@@ -50,6 +51,7 @@ _AARCH64: Final = {
     "memfd_create": 279,
     "rt_sigaction": 134,
     "fallocate": 47,
+    "set_mempolicy": 237,
 }
 _GENERIC: Final = {
     "pidfd_send_signal": 424,

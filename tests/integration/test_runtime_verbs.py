@@ -339,7 +339,7 @@ def test_update_changes_limits_as_a_whole(home: Bundles) -> None:
     assert {str(64 << 20), "55"} <= limits()
     wanted.write_text('{"pids": {"limit": 44}, "memory": {"limit": "1G"}}')
     home.ocirun("update", "-r", str(wanted), one.id).failed('resources.memory.limit: expected integer, got "1G"')
-    home.ocirun("update", one.id).failed("there is nothing to update")
+    home.ocirun("update", one.id).ok()  # as with runc: nothing is asked, and nothing changes
     home.ocirun("update", "--memory", "much", one.id).failed("--memory: 'much' is no number")
     assert {str(64 << 20), "55"} <= limits()
 
@@ -349,7 +349,7 @@ def test_events(home: Bundles) -> None:
     event = json.loads(home.ocirun("events", "--stats", one.id).ok())
     assert (event["type"], event["id"]) == ("stats", one.id)
     assert event["data"]["pids"]["current"] == 1 and event["data"]["memory"]["usage"]["usage"] > 0
-    home.ocirun("events", "--interval", "0s", one.id).failed("is no duration above zero")
+    home.ocirun("events", "--interval", "0s", one.id).failed("duration interval must be greater than 0")
     with home.popen("events", "--interval", "50ms", one.id, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         for _ in range(3):

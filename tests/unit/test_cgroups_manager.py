@@ -111,10 +111,33 @@ def test_plan_is_what_set_would_write(v2: Manager) -> None:
 
 
 def test_check_before_update(v2: Manager) -> None:
-    with pytest.raises(RuntimeFailure, match="memory.limit: 999 is less than the 1000 bytes in use"):
+    with pytest.raises(
+        RuntimeFailure,
+        match=r"memory.limit: unable to set memory limit to 999 \(current usage: 1000, peak usage: 1100\)",
+    ):
         v2.set(wish(memory={"limit": 999, "checkBeforeUpdate": True}))
     v2.set(wish(memory={"limit": 1000, "checkBeforeUpdate": True}))
     v2.set(wish(memory={"limit": 999}))
+
+
+def test_v2_swap_alone_counts_from_the_limit_in_force(v2: Manager) -> None:
+    v2.set(wish(memory={"limit": 1 << 20}))
+    v2.set(wish(memory={"swap": 3 << 20}))
+    assert content(v2, "memory.swap.max") == str(2 << 20) and content(v2, "memory.max") == str(1 << 20)
+    with pytest.raises(RuntimeFailure, match="memory.swap: 5 is memory and swap together, so not less than the limit"):
+        v2.set(wish(memory={"swap": 5}))
+
+
+def test_v2_rdma_is_restored_by_device(v2: Manager) -> None:
+    for name, line in (("rdma.max", "mlx5_1 hca_handle=7 hca_object=max"), ("memory.high", "max")):
+        Path(v2.paths()[""], name).write_text(line)
+    v2.set(wish(rdma={"mlx5_1": {"hcaHandles": 2, "hcaObjects": 5}}))
+    assert content(v2, "rdma.max") == "mlx5_1 hca_handle=2 hca_object=5"
+    Path(v2.paths()[""], "memory.high").unlink()
+    for device, before in (("mlx5_1", "hca_handle=2 hca_object=5"), ("mlx4_0", "hca_handle=max")):
+        with pytest.raises(RuntimeFailure, match="unified.memory.high"):
+            v2.set(wish(rdma={device: {"hcaHandles": 9}}, unified={"memory.high": "1"}))
+        assert content(v2, "rdma.max") == f"{device} {before}"
 
 
 def test_v2_stats(v2: Manager) -> None:

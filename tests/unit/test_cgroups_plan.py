@@ -81,6 +81,9 @@ def test_v2_refuses_by_name_what_it_has_not() -> None:
         ("cpu", "cpu", "realtimeRuntime", 5),
         ("cpu", "cpu", "realtimePeriod", 5),
         ("blkio", "blockIO", "leafWeight", 50),
+        ("net_cls", "network", "classID", 5),
+        ("net_prio", "network", "priorities", [{"name": "eth0", "priority": 1}]),
+        ("memory", "memory", "useHierarchy", False),
     ):
         with pytest.raises(RuntimeFailure, match=f"linux.resources.{section}.{field}: cgroup v2 has no such limit"):
             plan(2, controller, **{section: {field: value}})
@@ -118,6 +121,34 @@ def test_v1_realtime() -> None:
         "cpu.rt_period_us=9",
         "cpu.rt_runtime_us=5",
     ]
+
+
+def test_v1_shares_that_the_kernel_would_bend_are_refused() -> None:
+    assert plan(1, "cpu", cpu={"shares": 2}) == ["cpu.shares=2"]
+    for shares, words in ((1, "the minimum allowed cpu-shares is 2"), (262145, "the maximum allowed cpu-shares is")):
+        with pytest.raises(RuntimeFailure, match=f"linux.resources.cpu.shares: {words}"):
+            plan(1, "cpu", cpu={"shares": shares})
+
+
+def test_v1_hierarchy() -> None:
+    assert plan(1, "memory", memory={"useHierarchy": True}) == ["memory.use_hierarchy=1?"]
+    assert plan(1, "memory", memory={"useHierarchy": False}) == ["memory.use_hierarchy=0"]
+    assert plan(2, "memory", memory={"useHierarchy": True}) == []
+
+
+def test_network_and_rdma() -> None:
+    priorities = [{"name": "lo", "priority": 0}, {"name": "eth0.7", "priority": 5}]
+    assert plan(1, "net_cls", network={"classID": 0x100001}) == ["net_cls.classid=1048577"]
+    assert plan(1, "net_prio", network={"priorities": priorities}) == [
+        "net_prio.ifpriomap=lo 0",
+        "net_prio.ifpriomap=eth0.7 5",
+    ]
+    devices = {"mlx5_1": {"hcaHandles": 2, "hcaObjects": 0}, "mlx4_0": {"hcaObjects": 10}}
+    for version in (1, 2):
+        assert plan(version, "rdma", rdma=devices) == [
+            "rdma.max=mlx5_1 hca_handle=2 hca_object=0",
+            "rdma.max=mlx4_0 hca_object=10",
+        ]
 
 
 def test_v2_cpu_max_keeps_the_half_that_is_not_given() -> None:

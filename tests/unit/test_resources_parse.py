@@ -14,7 +14,9 @@ from runtime.resources import (
     DeviceValue,
     HugePages,
     Memory,
+    Network,
     Pids,
+    RdmaDevice,
     Resources,
     merge,
     parse,
@@ -63,9 +65,11 @@ def test_everything_is_read() -> None:
         hugepageLimits=[{"pageSize": "2MB", "limit": 0}],
         devices=[{"allow": False, "access": "rwm"}, {"allow": True, "type": "c", "major": 1, "access": "wr"}],
         unified={"memory.high": "max", "io.max": "8:0 rbps=1\n8:16 rbps=2"},
+        network={"classID": 0x100001, "priorities": [{"name": "eth0", "priority": 500}]},
+        rdma={"mlx5_1": {"hcaHandles": 3, "hcaObjects": 10000}},
     )
     assert found == Resources(
-        memory=Memory(1 << 30, 1 << 29, -1, 7, 0, True, True),
+        memory=Memory(1 << 30, 1 << 29, -1, 7, 0, True, True, True),
         cpu=Cpu(512, -1, 100000, 0, 1, 2, 1),
         cpuset=Cpuset("0-3,7,8-15:2/4", "0"),
         pids=Pids(-1),
@@ -82,6 +86,8 @@ def test_everything_is_read() -> None:
         hugetlb=(HugePages("2MB", 0),),
         devices=(DeviceRule(False, "a", -1, -1, "rwm"), DeviceRule(True, "c", 1, -1, "rw")),
         unified=(("io.max", "8:0 rbps=1\n8:16 rbps=2"), ("memory.high", "max")),
+        network=Network(0x100001, (("eth0", 500),)),
+        rdma=(RdmaDevice("mlx5_1", 3, 10000),),
     )
 
 
@@ -112,8 +118,10 @@ def test_absent_null_and_zero_are_not_given() -> None:
         ({"pids": {"limit": 1.5}}, "pids.limit: expected integer"),
         ({"blockIO": {"weight": 9}}, "blockIO.weight: expected integer from 10 to 1000"),
         ({"blockIO": {"weightDevice": [{"major": 8}]}}, r"blockIO.weightDevice\[0\].minor: is required"),
-        ({"network": {"classID": 5}}, "network: is not supported"),
-        ({"rdma": {"mlx": {}}}, "rdma: is not supported"),
+        ({"network": {"classID": -1}}, "network.classID: expected integer from 0"),
+        ({"network": {"priorities": [{"priority": 1}]}}, r"network.priorities\[0\].name: is required"),
+        ({"rdma": {"mlx": {}}}, "rdma.mlx: needs hcaHandles, hcaObjects or both"),
+        ({"rdma": {"mlx": {"hcaHandles": -1}}}, "rdma.mlx.hcaHandles: expected integer from 0"),
         ({"devices": [{"type": "x"}]}, r"devices\[0\].type: expected one of"),
         ({"devices": [{"type": "c", "access": "rx"}]}, r"devices\[0\].access: expected letters"),
         ({"devices": [{"type": "c"}]}, r"devices\[0\].access: is required"),
@@ -165,6 +173,14 @@ def test_s19_unified_keys_are_files_of_controllers(key: str) -> None:
         read(unified={key: "1"})
 
 
+@pytest.mark.parametrize("name", ["", "a b", "a/b", "eth0\n1 2", "ä", "e" * 65, "\x1b"])
+def test_s19_names_of_interfaces_and_rdma_devices_are_words(name: str) -> None:
+    with pytest.raises(RuntimeFailure, match=r"network.priorities\[0\].name: (.* is no name of|is required)"):
+        read(network={"priorities": [{"name": name, "priority": 1}]})
+    with pytest.raises(RuntimeFailure, match="rdma: .* is no name of an RDMA device"):
+        read(rdma={name: {"hcaHandles": 1}})
+
+
 def test_unified_values_are_text() -> None:
     with pytest.raises(RuntimeFailure, match="unified: the value of memory.max is too long or holds control"):
         read(unified={"memory.max": "1\x1b"})
@@ -183,6 +199,8 @@ def test_merge_takes_what_is_given_and_keeps_the_rest() -> None:
         hugepageLimits=[{"pageSize": "2MB", "limit": 1}],
         devices=[{"allow": False}],
         unified={"memory.high": "1"},
+        network={"classID": 4, "priorities": [{"name": "a", "priority": 1}]},
+        rdma={"x": {"hcaHandles": 1}},
     )
     over = read(
         memory={"limit": 1500, "disableOOMKiller": False},
@@ -192,6 +210,8 @@ def test_merge_takes_what_is_given_and_keeps_the_rest() -> None:
         },
         hugepageLimits=[{"pageSize": "2MB", "limit": 4}, {"pageSize": "1GB", "limit": 0}],
         unified={"memory.high": "2", "cpu.weight": "3"},
+        network={"priorities": [{"name": "b", "priority": 2}]},
+        rdma={"x": {"hcaHandles": 2}},
     )
     merged = merge(base, over)
     assert merged.memory == Memory(limit=1500, swap=2000, disable_oom_killer=False)
@@ -199,5 +219,6 @@ def test_merge_takes_what_is_given_and_keeps_the_rest() -> None:
     assert merged.blkio == Blkio(weight=10, read_bps=(DeviceValue(8, 0, 9), DeviceValue(8, 1, 3)))
     assert merged.hugetlb == (HugePages("2MB", 4), HugePages("1GB", 0))
     assert merged.devices == base.devices and merged.unified == (("cpu.weight", "3"), ("memory.high", "2"))
+    assert merged.network == Network(4, (("a", 1), ("b", 2))) and merged.rdma == (RdmaDevice("x", 2),)
     assert merge(base, Resources()) == base == merge(Resources(), base)
     assert merge(base, Resources(devices=())).devices == ()
