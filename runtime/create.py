@@ -83,6 +83,7 @@ def create(request: CreateRequest) -> Created:
     spec = request.spec
     if spec.process is None:
         raise RuntimeFailure("config.json: process: is required to create", code="invalid_argument")
+    rootfs.check(spec, no_pivot=request.no_pivot)
     bundle = os.path.abspath(request.bundle)
     root_path = _root_path(bundle, spec.root_path, make=request.rootfs is not None)
     state.check_id(request.id)
@@ -219,7 +220,8 @@ class _Birth:
             root_tree = rootfs.open_root(self._request.rootfs, self._root_path) if user else -1
             if root_tree >= 0:
                 self._open.append(root_tree)
-            sources = self._sources() if user else {}
+            rootfs.load_for(spec, no_pivot=self._request.no_pivot)
+            sources = self._sources() if user or any(mount.idmap for mount in spec.mounts) else {}
             mine, its = sync.Channel.pair()
             self._channel = mine
             process_ = spec.process
@@ -272,14 +274,10 @@ class _Birth:
         return lambda: memory_policy.apply(policy)
 
     def _sources(self) -> dict[int, int]:
-        found: dict[int, int] = {}
-        for index, mount in enumerate(self._spec.mounts):
-            if mount.kind == "bind":
-                try:
-                    found[index] = rootfs.open_source(mount, self._bundle)
-                except OSError as error:
-                    raise RuntimeFailure.of(error, step="mounts", what=mount.describe()) from None
-                self._open.append(found[index])
+        from runtime.rootfs_sources import open_sources
+
+        found = open_sources(self._spec, self._bundle)
+        self._open += found.values()
         return found
 
     def _clone(self, setup: Setup, its: sync.Channel, joins: Joins, gate: Gate) -> None:

@@ -22,13 +22,11 @@ from runtime.linux.mount import (
     AT_EMPTY_PATH,
     AT_RECURSIVE,
     MNT_DETACH,
-    MS_MOVE,
     MS_PRIVATE,
     MS_SHARED,
     MS_SLAVE,
     OPEN_TREE_CLONE,
     FsMount,
-    mount,
     mount_setattr,
     mountinfo,
     move_mount,
@@ -46,6 +44,7 @@ from runtime.linux.process import (
     sethostname,
     unshare,
 )
+from runtime.mounts import init_propagation
 from runtime.namespaces import join
 from runtime.rootfs_devices import bind_console
 from runtime.terminal import make_controlling, open_pair
@@ -82,9 +81,8 @@ def bring_up_loopback(init: Init) -> None:
 
 
 def isolate_mounts(init: Init) -> None:
-    wanted = init.spec.rootfs_propagation or (MS_SLAVE, True)
-    flags = AT_RECURSIVE if wanted[1] else 0
-    mount_setattr(_AT_FDCWD, "/", flags, propagation=wanted[0])
+    kind, recursive = init_propagation(init.spec.rootfs_propagation)
+    mount_setattr(_AT_FDCWD, "/", AT_RECURSIVE if recursive else 0, propagation=kind)
 
 
 def make_root(init: Init) -> None:
@@ -92,7 +90,8 @@ def make_root(init: Init) -> None:
     tree = setup.root_tree
     if tree < 0:
         tree = setup.make_root()
-    if init.spec.rootfs_propagation is not None and init.spec.rootfs_propagation[0] == MS_SHARED:
+    kind, recursive = init_propagation(init.spec.rootfs_propagation)
+    if kind == MS_SHARED or not recursive:
         _make_parent_private(path)
     target = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -105,6 +104,8 @@ def make_root(init: Init) -> None:
         setup.cgroups,
         user_namespace=init.spec.has("user"),
         cgroupns=init.spec.has("cgroup"),
+        label=init.spec.mount_label,
+        warn=init.warn,
     )
     init.root.sources = setup.sources
 
@@ -160,14 +161,15 @@ def container_hooks(init: Init) -> None:
 
 
 def pivot(init: Init) -> None:
+    if init.setup.no_pivot:
+        from runtime.rootfs_nopivot import move_root
     # From here on the image's files are within reach of the import system: it must not look.
     sys.path[:] = []
     sys.meta_path[:] = []
     root = init.in_root
     os.fchdir(root.fd)
     if init.setup.no_pivot:
-        mount(".", "/", None, MS_MOVE)
-        os.chroot(".")
+        move_root(init.setup.root_path)
     else:
         # The old root is stacked on the new one and then taken away from under it, so that no directory inside the
         # image is needed. Slave first: the unmount must not travel to the host. By its own fd: "." is the new root

@@ -1,12 +1,14 @@
 """Mount entries of config.json: their options read into what the new mount API takes, pure and without a kernel.
 
-Refuses an option that it does not know for a bind mount, and those whose meaning it would lose (idmap, remount,
-tmpcopyup). Invariant: a bind mount starts with the restrictions of its source and `rw`, `suid`, `dev` or `exec` only
-take back what the same list of options asked for before, so no option lifts what the host's mount forbids.
+Options are runc's. One that nobody knows goes to the filesystem as data; a bind mount has no filesystem to take it, and
+refuses. Invariant: a bind mount without any option for its own attributes keeps those of its source; with one it gets
+exactly what is asked for, as in the peers, unless those of the source are locked (`own_attributes`): then nothing is
+lifted, and asking for that by name is an error.
 """
 
 from __future__ import annotations
 
+from runtime.fields import FieldError
 from runtime.linux.mount import (
     MOUNT_ATTR_ATIME,
     MOUNT_ATTR_NOATIME,
@@ -18,9 +20,15 @@ from runtime.linux.mount import (
     MOUNT_ATTR_RDONLY,
     MOUNT_ATTR_RELATIME,
     MOUNT_ATTR_STRICTATIME,
+    MS_DIRSYNC,
+    MS_I_VERSION,
+    MS_LAZYTIME,
+    MS_MANDLOCK,
     MS_PRIVATE,
     MS_SHARED,
+    MS_SILENT,
     MS_SLAVE,
+    MS_SYNCHRONOUS,
     MS_UNBINDABLE,
 )
 from runtime.linux.record import Record
@@ -28,6 +36,7 @@ from runtime.linux.record import Record
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from runtime.fields import Fields
+    from runtime.spec import IdMapping
 
 # option: (bits to set, bits to clear), as mount_setattr(2) takes them. Access times are one field, not bits.
 ATTRIBUTES = {
@@ -46,7 +55,7 @@ ATTRIBUTES = {
     "noatime": (MOUNT_ATTR_NOATIME, MOUNT_ATTR_ATIME),
     "atime": (MOUNT_ATTR_RELATIME, MOUNT_ATTR_ATIME),
     "relatime": (MOUNT_ATTR_RELATIME, MOUNT_ATTR_ATIME),
-    "norelatime": (MOUNT_ATTR_STRICTATIME, MOUNT_ATTR_ATIME),
+    "norelatime": (0, 0),  # mount(2) takes relatime when nothing else is asked for
     "strictatime": (MOUNT_ATTR_STRICTATIME, MOUNT_ATTR_ATIME),
     "nostrictatime": (MOUNT_ATTR_RELATIME, MOUNT_ATTR_ATIME),
 }
@@ -60,29 +69,57 @@ PROPAGATION = {
     "unbindable": (MS_UNBINDABLE, False),
     "runbindable": (MS_UNBINDABLE, True),
 }
-# Options of the filesystem itself that mount(2) knows as flags; fsconfig(2) takes them by name.
-SUPERBLOCK = frozenset({"sync", "dirsync", "lazytime", "mand", "iversion"})
-IGNORED = frozenset({"defaults", "async", "nolazytime", "nomand", "noiversion", "silent", "loud", "acl", "noacl"})
-REFUSED = frozenset({"idmap", "ridmap", "remount", "tmpcopyup", "copy-symlink"})
+# Flags of the filesystem itself, as mount(2) has them: (set, clear). A bind mount has none of its own: the kernel
+# ignores them there, and so do we.
+SUPERBLOCK = {
+    "sync": (MS_SYNCHRONOUS, 0),
+    "async": (0, MS_SYNCHRONOUS),
+    "dirsync": (MS_DIRSYNC, 0),
+    "lazytime": (MS_LAZYTIME, 0),
+    "nolazytime": (0, MS_LAZYTIME),
+    "mand": (MS_MANDLOCK, 0),
+    "nomand": (0, MS_MANDLOCK),
+    "iversion": (MS_I_VERSION, 0),
+    "noiversion": (0, MS_I_VERSION),
+    "silent": (MS_SILENT, 0),
+    "loud": (0, MS_SILENT),
+}
+# What only runtimes know.
+EXTENSIONS = frozenset({"bind", "rbind", "remount", "defaults", "tmpcopyup", "idmap", "ridmap"})
 PATH_MAX = 4096  # linux/limits.h
+# What mount_namespaces(7) calls locked: a mount that comes from a more privileged namespace keeps these.
+_LOCKABLE = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
+_SETTABLE = _LOCKABLE | MOUNT_ATTR_NOSYMFOLLOW
 
 
 class Attributes(Record):
-    """Bits for mount_setattr(2): what to set, and what to clear before."""
+    """Bits for mount_setattr(2): what to clear by name, and what to set then."""
 
     set: int = 0
     clear: int = 0
 
     def plus(self, set_: int, clear: int) -> Attributes:
         """With one more option applied, the later winning."""
-        return Attributes(self.set & ~clear | set_, self.clear | (clear & MOUNT_ATTR_ATIME))
+        cleared = self.clear & ~set_ | clear
+        if cleared & MOUNT_ATTR_ATIME:
+            cleared |= MOUNT_ATTR_ATIME  # mount_setattr(2): all of the field or nothing
+        return Attributes(self.set & ~clear | set_, cleared)
+
+
+class IdMap(Record):
+    """Ids of a mount of its own. Without mappings: those of the container's user namespace."""
+
+    recursive: bool
+    uids: tuple[IdMapping, ...] = ()
+    gids: tuple[IdMapping, ...] = ()
 
 
 class Mount(Record):
-    """One entry of config.json's mounts, or a tmpfs that the runtime adds.
+    """One entry of config.json's mounts.
 
-    `kind` is "bind", "cgroup" or "filesystem"; `attributes` are for this mount, `recursive_attributes` for all below
-    it too; `data` goes to fsconfig(2). `path` is the entry's place in config.json, for errors.
+    `kind` is "bind", "cgroup", "filesystem" or "remount" (of what is there already). `attributes` are for this mount,
+    `named` says that any option about them was given; `recursive_attributes` are for all below it too; `superblock` are
+    MS_* bits, `data` goes to the filesystem. `path` is the entry's place in config.json, for errors.
     """
 
     destination: str
@@ -91,9 +128,13 @@ class Mount(Record):
     source: str = ""
     recursive: bool = False
     attributes: Attributes = Attributes()
+    named: bool = False
     recursive_attributes: Attributes = Attributes()
     propagation: tuple[tuple[int, bool], ...] = ()
+    superblock: int = 0
     data: tuple[tuple[str, str | None], ...] = ()
+    idmap: IdMap | None = None
+    copy_up: bool = False
     path: str = ""
 
     @property
@@ -102,57 +143,165 @@ class Mount(Record):
 
     def describe(self) -> str:
         """As an error prints it: source, target and flags by name."""
-        flags = [name for name, (set_, _) in ATTRIBUTES.items() if set_ and self.attributes.set & set_]
+        flags = _names(self.attributes) + [f"r{name}" for name in _names(self.recursive_attributes)]
+        flags += [name for name, (set_, _) in SUPERBLOCK.items() if self.superblock & set_]
+        flags += [name for name, value in PROPAGATION.items() if value in self.propagation]
+        if self.idmap is not None:
+            flags.append("ridmap" if self.idmap.recursive else "idmap")
+        if self.copy_up:
+            flags.append("tmpcopyup")
         flags += [key if value is None else f"{key}={value}" for key, value in self.data]
-        verb = "bind" if self.kind == "bind" else f"mount {self.fstype}"
-        source = f" {self.source}" if self.kind == "bind" else ""
-        return f"{verb}{source} on {self.destination}" + (f" ({','.join(flags)})" if flags else "")
+        if self.kind == "remount":
+            what = "remount"
+        elif self.kind == "bind":
+            what = f"bind {self.source} on"
+        elif self.source in ("", self.fstype):
+            what = f"mount {self.fstype} on"
+        else:
+            what = f"mount {self.fstype} {self.source:.80} on"
+        return f"{what} {self.destination}" + (f" ({','.join(flags)})" if flags else "")
+
+
+def _names(attributes: Attributes) -> list[str]:
+    """Of the bits that are set, and of those that are taken away by name."""
+    found = [name for name, (set_, _) in ATTRIBUTES.items() if set_ and attributes.set & set_]
+    return found + [
+        name for name, (set_, clear) in ATTRIBUTES.items() if not set_ and clear & attributes.clear & _SETTABLE
+    ]
+
+
+def own_attributes(mount: Mount, current: int, *, locked: bool) -> Attributes | None:
+    """What mount_setattr(2) is to be asked for on the mount of a bind or a remount that has `current` now; None: that
+    would lift a locked attribute which the options name. See the module for the rule."""
+    wanted = mount.attributes
+    if not mount.named:
+        return Attributes()
+    kept = current & _LOCKABLE if locked else 0
+    if kept & wanted.clear:
+        return None
+    clear = wanted.clear | _SETTABLE & ~wanted.set & ~kept
+    if clear & MOUNT_ATTR_ATIME:
+        clear |= MOUNT_ATTR_NODIRATIME & ~wanted.set
+    return Attributes(wanted.set, clear)
+
+
+class _Options:
+    """The options of one entry, sorted into what they are about."""
+
+    def __init__(self, fields: Fields, options: tuple[str, ...], *, bind: bool) -> None:
+        self.own, self.below, self.named = Attributes(), Attributes(), False
+        self.propagation: list[tuple[int, bool]] = []
+        self.superblock = 0
+        self.data: list[tuple[str, str | None]] = []
+        for index, option in enumerate(options):
+            if option in EXTENSIONS:
+                continue
+            if option in ATTRIBUTES:
+                self.own, self.named = self.own.plus(*ATTRIBUTES[option]), True
+            elif option in PROPAGATION:
+                self.propagation.append(PROPAGATION[option])
+            elif option in SUPERBLOCK:
+                set_, clear = SUPERBLOCK[option]
+                self.superblock, self.named = self.superblock & ~clear | set_, True
+            elif option[:1] == "r" and option[1:] in ATTRIBUTES:
+                self.below = self.below.plus(*ATTRIBUTES[option[1:]])
+            elif bind:
+                problem = f'unknown option "{option:.80}" for a bind mount: it has no filesystem of its own to take it'
+                raise fields.error(f"options[{index}]", problem)
+            else:
+                self._add_data(option)
+
+    def _add_data(self, option: str) -> None:
+        # mount(2) takes all of it as one string: an option may hold several, and a comma may be escaped (overlay) or
+        # quoted (labels).
+        word, quoted, escaped = "", False, False
+        for char in f"{option},":
+            if char == "," and not quoted and not escaped:
+                key, equals, value = word.partition("=")
+                if word:
+                    self.data.append((key, value if equals else None))
+                word = ""
+            else:
+                word += char
+            quoted ^= char == '"'
+            escaped = char == "\\" and not escaped
 
 
 def parse(fields: Fields) -> Mount:
     """One entry of `mounts`. Raises FieldError."""
+    destination = _destination(fields)
+    fstype, source = fields.str("type"), fields.str("source")
+    options = fields.strs("options")
+    bind = fstype == "bind" or "bind" in options or "rbind" in options
+    remount = "remount" in options
+    found = _Options(fields, options, bind=bind)
+    if bind and not source and not remount:
+        raise fields.error("source", "is required for a bind mount")
+    if not bind and not fstype and not remount:
+        raise fields.error("type", "is required unless the options hold bind or rbind")
+    kind = "bind" if bind else "cgroup" if fstype in ("cgroup", "cgroup2") else "filesystem"
+    own, below = found.own, found.below
+    if not bind:  # nothing is below a new filesystem
+        own, below = own.plus(below.set, below.clear), Attributes()
+    return Mount(
+        destination=destination,
+        kind="remount" if remount else kind,
+        fstype="bind" if bind else fstype,
+        source=source,
+        recursive="rbind" in options,
+        attributes=own,
+        named=found.named,
+        recursive_attributes=below,
+        propagation=tuple(found.propagation),
+        superblock=found.superblock,
+        data=tuple(found.data),
+        idmap=_idmap(fields, options, bind=bind),
+        copy_up="tmpcopyup" in options and fstype == "tmpfs",
+        path=fields.path,
+    )
+
+
+def _destination(fields: Fields) -> str:
+    """From the root of the container, also where it is given relative (deprecated by the specification, in use)."""
     destination = "/" + fields.str("destination", required=True).strip("/")
     if destination == "/" or set(destination.split("/")) <= {"", ".", ".."}:
         raise fields.error("destination", "a mount cannot replace the root filesystem")
     if len(destination.encode("utf-8", "surrogateescape")) >= PATH_MAX:
         raise fields.error("destination", f"longer than {PATH_MAX - 1} bytes")
-    fields.refuse("uidMappings", "gidMappings")
-    fstype, source = fields.str("type"), fields.str("source")
-    options = fields.strs("options")
-    bind = fstype == "bind" or "bind" in options or "rbind" in options
-    own, below = Attributes(), Attributes()
-    propagation: list[tuple[int, bool]] = []
-    data: list[tuple[str, str | None]] = []
-    for index, option in enumerate(options):
-        if option in ("bind", "rbind") or option in IGNORED:
-            continue
-        if option in ATTRIBUTES:
-            own = own.plus(*ATTRIBUTES[option])
-        elif option in PROPAGATION:
-            propagation.append(PROPAGATION[option])
-        elif option[:1] == "r" and option[1:] in ATTRIBUTES:
-            below = below.plus(*ATTRIBUTES[option[1:]])
-        elif option in REFUSED:
-            raise fields.error(f"options[{index}]", f'"{option}" is not supported by this runtime yet')
-        elif bind:
-            raise fields.error(f"options[{index}]", f'unknown option "{option}" for a bind mount')
-        else:
-            key, equals, value = option.partition("=")
-            data.append((key, value if equals else None))
-    if bind and not source:
-        raise fields.error("source", "is required for a bind mount")
-    if not bind and not fstype:
-        raise fields.error("type", "is required unless the options hold bind or rbind")
-    kind = "bind" if bind else "cgroup" if fstype in ("cgroup", "cgroup2") else "filesystem"
-    return Mount(
-        destination=destination,
-        kind=kind,
-        fstype=fstype,
-        source=source,
-        recursive="rbind" in options,
-        attributes=own,
-        recursive_attributes=below,
-        propagation=tuple(propagation),
-        data=tuple(data),
-        path=fields.path,
-    )
+    return destination
+
+
+def _idmap(fields: Fields, options: tuple[str, ...], *, bind: bool) -> IdMap | None:
+    asked = [option for option in options if option in ("idmap", "ridmap")]
+    if not asked and not fields.has("uidMappings") and not fields.has("gidMappings"):
+        return None
+    from runtime.spec import mappings
+
+    uids, gids = mappings(fields, "uidMappings"), mappings(fields, "gidMappings")
+    if not bind:
+        where = "options" if asked else "uidMappings"
+        raise fields.error(where, "id-mapped mounts are only supported for bind-mounts")
+    if bool(uids) != bool(gids):
+        missing = "gidMappings" if uids else "uidMappings"
+        raise fields.error(missing, "id-mapped mounts must have both uid and gid mappings specified")
+    return IdMap("ridmap" in asked[-1:], uids, gids) if asked or uids else None
+
+
+def init_propagation(wanted: tuple[int, bool] | None) -> tuple[int, bool]:
+    """linux.rootfsPropagation as the init begins with it: what becomes unbindable in the end has to be bound first."""
+    kind, recursive = wanted or (MS_SLAVE, True)
+    return MS_PRIVATE if kind == MS_UNBINDABLE else kind, recursive
+
+
+def check_idmaps(mounts: tuple[Mount, ...], *, user_namespace: bool) -> None:
+    """Raises FieldError for an entry without mappings in a container without any."""
+    for mount in mounts:
+        if mount.idmap is not None and not mount.idmap.uids and not user_namespace:
+            problem = "id-mapped mounts must have both uid and gid mappings specified"
+            raise FieldError(f"{mount.path}.options", f"{problem}: there is no user namespace to take them from")
+
+
+def known_options() -> list[str]:
+    """Every option that is not passed on as data, sorted (`ocirun features`)."""
+    recursive = [f"r{name}" for name in ATTRIBUTES]
+    return sorted({*EXTENSIONS, *ATTRIBUTES, *recursive, *PROPAGATION, *SUPERBLOCK})

@@ -24,7 +24,11 @@ from runtime.linux.mount import (
     open_tree,
 )
 from runtime.mounts import Mount
-from runtime.rootfs import Root, open_target
+from runtime.rootfs_mounts import open_target
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from runtime.rootfs import Root
 
 _AT_FDCWD = -100
 _BASE = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC

@@ -51,10 +51,14 @@ class DeviceOp(Record):
         directory, name = os.path.split(self.device.path)
         parent = mkdir_in_root(root.fd, directory)
         try:
-            if root.user_namespace:
+            # mkfifo needs no right that a user namespace lacks; anything else there is the host's own node.
+            if root.user_namespace and self.device.kind != "p":
                 self._bind(parent, name)
             else:
-                self._make(parent, name)
+                try:
+                    self._make(parent, name)
+                except PermissionError:  # no CAP_MKNOD, or a device cgroup above that forbids it
+                    self._bind(parent, name)
         finally:
             os.close(parent)
 
@@ -81,8 +85,8 @@ class DeviceOp(Record):
             kind = {"c": stat.S_ISCHR, "b": stat.S_ISBLK, "p": stat.S_ISFIFO}[device.kind](status.st_mode)
             if not kind or (device.kind != "p" and status.st_rdev != os.makedev(device.major, device.minor)):
                 raise RuntimeFailure(
-                    f"{device.path} of the host is not {device.kind} {device.major}:{device.minor}: in a user "
-                    "namespace a device must be there on the host under the same name",
+                    f"{device.path} of the host is not {device.kind} {device.major}:{device.minor}: where devices "
+                    "may not be made, as in a user namespace, one must be there on the host under the same name",
                     code="invalid_argument",
                 )
             target = _empty_file(parent, name)

@@ -66,6 +66,7 @@ class Spec(Record):
     masked_paths: tuple[str, ...] = ()
     readonly_paths: tuple[str, ...] = ()
     rootfs_propagation: tuple[int, bool] | None = None
+    mount_label: str = ""
     personality: int | None = None
     intel_rdt: IntelRdt | None = None
     memory_policy: MemoryPolicy | None = None
@@ -89,7 +90,7 @@ def parse(raw: bytes) -> Spec:
         raise fields.error("ociVersion", f'expected a version 1.x of the runtime specification, got "{version:.40}"')
     root = fields.required_object("root")
     linux = fields.object("linux") or Fields({}, "linux")
-    linux.refuse("mountLabel", "timeOffsets", "netDevices")
+    linux.refuse("timeOffsets", "netDevices")
     process = fields.raw("process")
     namespaces = _namespaces(linux)
     kinds = {namespace.kind for namespace in namespaces}
@@ -102,8 +103,8 @@ def parse(raw: bytes) -> Spec:
         domainname=_hostname(fields, "domainname", kinds),
         mounts=tuple(mounts.parse(entry) for entry in fields.objects("mounts")),
         namespaces=namespaces,
-        uid_mappings=_mappings(linux, "uidMappings"),
-        gid_mappings=_mappings(linux, "gidMappings"),
+        uid_mappings=mappings(linux, "uidMappings"),
+        gid_mappings=mappings(linux, "gidMappings"),
         devices=tuple(_device(entry) for entry in linux.objects("devices")),
         cgroups_path=linux.str("cgroupsPath"),
         resources=resources.parse(linux.object("resources") or Fields({}, "linux.resources")),
@@ -112,6 +113,7 @@ def parse(raw: bytes) -> Spec:
         masked_paths=_absolute(linux, "maskedPaths"),
         readonly_paths=_absolute(linux, "readonlyPaths"),
         rootfs_propagation=_propagation(linux),
+        mount_label=linux.str("mountLabel"),
         personality=_personality(linux),
         intel_rdt=_intel_rdt(linux.object("intelRdt")),
         memory_policy=_memory_policy(linux.object("memoryPolicy")),
@@ -119,6 +121,7 @@ def parse(raw: bytes) -> Spec:
         annotations=tuple(fields.mapping("annotations").items()),
     )
     _check_user_namespace(linux, spec)
+    mounts.check_idmaps(spec.mounts, user_namespace=spec.has("user"))
     return spec
 
 
@@ -143,7 +146,7 @@ def _namespaces(linux: Fields) -> tuple[Namespace, ...]:
     return tuple(found.values())
 
 
-def _mappings(linux: Fields, key: str) -> tuple[IdMapping, ...]:
+def mappings(linux: Fields, key: str) -> tuple[IdMapping, ...]:
     top = (1 << 32) - 1
     found = tuple(
         IdMapping(
@@ -232,7 +235,7 @@ def _propagation(linux: Fields) -> tuple[int, bool] | None:
     if not name:
         return None
     if name not in mounts.PROPAGATION:
-        raise linux.error("rootfsPropagation", f'unknown propagation "{name:.40}"')
+        raise linux.error("rootfsPropagation", f"rootfsPropagation={name:.40} is not supported")
     return mounts.PROPAGATION[name]
 
 

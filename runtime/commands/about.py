@@ -117,21 +117,11 @@ def features() -> dict[str, object]:
     """The features object of runtime-spec."""
     from runtime import seccomp  # its tables are its own; nothing but this looks at them
 
-    recursive = [f"r{name}" for name in mounts.ATTRIBUTES]
-    options = {
-        "bind",
-        "rbind",
-        *mounts.ATTRIBUTES,
-        *recursive,
-        *mounts.PROPAGATION,
-        *mounts.IGNORED,
-        *mounts.SUPERBLOCK,
-    }
     return {
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.3.0",
         "hooks": ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"],
-        "mountOptions": sorted(options),
+        "mountOptions": mounts.known_options(),
         "linux": {
             "namespaces": sorted(NAMESPACES),
             "capabilities": list(CAPABILITIES),
@@ -147,7 +137,7 @@ def features() -> dict[str, object]:
             "apparmor": {"enabled": True},
             "selinux": {"enabled": True},
             "intelRdt": {"enabled": False},
-            "mountExtensions": {"idmap": {"enabled": False}},
+            "mountExtensions": {"idmap": {"enabled": True}},
             "netDevices": {"enabled": False},
         },
     }

@@ -21,11 +21,12 @@ _DIRECTORIES = ("lowerdir", "upperdir", "workdir")
 
 
 def make_joined(what: FsMount) -> int:
-    """Mounts `what`, an overlay with one joined `lowerdir`, for a moment on the directory that holds its upperdir, and
-    takes it off again; an fd the caller owns. Call it where that moment hurts nobody: in a private mount namespace.
-    Raises KernelError (E2BIG: too many layers for this kernel)."""
+    """Mounts `what`, an overlay with one joined `lowerdir`, for a moment on the directory that holds its upperdir (or,
+    without one, on its first lower one), and takes it off again; an fd the caller owns. Call it where that moment hurts
+    nobody: in a private mount namespace. Raises KernelError (E2BIG: too many layers for this kernel)."""
     values = dict(what.options)
-    place = os.path.dirname(values.get("upperdir") or "")
+    first = re.split(r"(?<!\\):", values.get("lowerdir") or "")[0]
+    place = os.path.dirname(values.get("upperdir") or "") or re.sub(r"\\(.)", r"\1", first)
     fds: list[int] = []
     words: list[str] = []
     try:

@@ -186,7 +186,7 @@ def test_mount_errors_name_source_target_and_flags(home: Bundles) -> None:
     one.run().failed("bind /no/such/source on /a (ro)")
     one.config["mounts"].pop()
     one.mount("/a", "nosuchfs", "x")
-    one.run().failed("mount nosuchfs on /a")
+    one.run().failed("mount nosuchfs x on /a")
     one.config["mounts"].pop()
     one.mount("/a", "tmpfs", "x", "nonsense=1")
     one.run().failed("nonsense")

@@ -456,7 +456,7 @@ def test_s18_large_inputs_are_refused_or_work(home: Bundles) -> None:
     one.run().failed("hostname: longer than 64 bytes")
     one.config.pop("hostname")
     one.mount("/big", "tmpfs", "x" * 70_000, "size=4k")
-    one.run().failed("mount tmpfs on /big")
+    assert len(one.run().failed("mount tmpfs xxx")) < 80_000
     one.config["mounts"].pop()
     one.process["env"] = ["PATH=/bin", "BIG=" + "x" * 100_000]
     one.config["annotations"] = {"note": "x" * 300_000}
