@@ -174,7 +174,8 @@ def test_block_io(home: Bundles) -> None:
 
 def test_devices(home: Bundles) -> None:
     one = home.sh(
-        "for d in null mine; do head -c 0 /dev/$d && echo $d; done; mknod /tmp/x c 1 9 && head -c 0 /tmp/x && echo random"
+        "for d in null mine; do head -c 0 /dev/$d && echo $d; done\n"
+        "mknod /tmp/x c 1 9 && head -c 0 /tmp/x && echo random"
     )
     one.process["capabilities"] = {
         kind: ["CAP_MKNOD", "CAP_DAC_OVERRIDE"] for kind in ("bounding", "effective", "permitted")
