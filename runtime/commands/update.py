@@ -127,9 +127,10 @@ def number(name: str, text: str, *, units: bool) -> int:
         plain, factor = plain.removesuffix(unit).rstrip(" "), _UNITS[unit]
     digits = plain.removeprefix("-")
     whole, dot, fraction = digits.partition(".")
-    if not (
-        digits.isascii() and len(digits) < 20 and whole.isdecimal() and fraction.isdecimal() == bool(dot and units)
-    ):
+    fits = digits.isascii() and len(digits) < 20 and whole.isdecimal()
+    if dot:
+        fits = fits and units and plain == digits and fraction.isdecimal()
+    if not fits:
         raise UsageError(f"--{name}: {text[:40]!r} is no number")
     if not dot:
         return int(plain) * factor
