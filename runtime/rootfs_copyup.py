@@ -40,12 +40,7 @@ def copy_up(source: int, target: int, *, keep_owner: bool) -> None:
 
 
 def _copy_directory(source: int, target: int, path: str, pending: list[str], *, keep_owner: bool) -> None:
-    try:
-        here = openat2(source, path or ".", _DIRECTORY, 0, _RESOLVE)
-    except KernelError as error:
-        if error.errno == errno.EXDEV and path:
-            return  # something else is mounted there: not the image's
-        raise
+    here = openat2(source, path or ".", _DIRECTORY, 0, _RESOLVE)
     try:
         there = openat2(target, path or ".", _DIRECTORY, 0, _RESOLVE)
         try:
@@ -69,8 +64,10 @@ def _copy_entry(here: int, there: int, name: str) -> bool:
     try:
         fd = openat2(here, name, os.O_PATH | os.O_NOFOLLOW, 0, _RESOLVE)
     except KernelError as error:
-        if error.errno in (errno.EXDEV, errno.ENOENT):
-            return False  # a mount on a file, or gone meanwhile
+        if error.errno == errno.EXDEV:
+            return _mounted_over(here, there, name)
+        if error.errno == errno.ENOENT:
+            return False  # gone meanwhile
         raise
     try:
         status = os.fstat(fd)
@@ -91,6 +88,13 @@ def _copy_entry(here: int, there: int, name: str) -> bool:
         os.chmod(name, stat.S_IMODE(status.st_mode), dir_fd=there)
     times = (status.st_atime_ns, status.st_mtime_ns)
     os.utime(name, ns=times, dir_fd=there, follow_symlinks=False)
+    return False
+
+
+def _mounted_over(here: int, there: int, name: str) -> bool:
+    """Something that an earlier entry mounted there is not the image's: of a directory its place remains."""
+    if stat.S_ISDIR(os.stat(name, dir_fd=here, follow_symlinks=False).st_mode):
+        os.mkdir(name, 0o755, dir_fd=there)
     return False
 
 
