@@ -120,9 +120,8 @@ def number(name: str, text: str, *, units: bool) -> int:
     UsageError."""
     plain, factor = text.lower(), 1
     if units:
-        plain = (
-            plain.removesuffix("b").removesuffix("i") if plain[-2:-1] in tuple("kmgtpi") else plain.removesuffix("b")
-        )
+        plain = plain.removesuffix("b")
+        plain = plain.removesuffix("i") if plain[-2:-1] in _UNITS else plain
         unit = plain[-1:] if plain[-1:] in _UNITS else ""
         plain, factor = plain.removesuffix(unit).rstrip(" "), _UNITS[unit]
     digits = plain.removeprefix("-")
