@@ -50,7 +50,7 @@ COMMANDS = {
     "update": ("update", "change a container's limits", False),
     "events": ("events", "print a container's figures as JSON lines", False),
     "spec": ("about", "write a config.json to start from", False),
-    "features": ("about", "print what this runtime can do", False),
+    "features": ("features", "print what this runtime can do", False),
 }
 
 

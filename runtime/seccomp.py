@@ -27,7 +27,7 @@ _MAX_RULES = 4096
 _MAX_METADATA = 16 << 10
 _NEW_LISTENER = seccomp.SECCOMP_FILTER_FLAG_NEW_LISTENER
 
-_ACTIONS = {
+ACTIONS = {
     "SCMP_ACT_KILL": libseccomp.SCMP_ACT_KILL_THREAD,
     "SCMP_ACT_KILL_THREAD": libseccomp.SCMP_ACT_KILL_THREAD,
     "SCMP_ACT_KILL_PROCESS": libseccomp.SCMP_ACT_KILL_PROCESS,
@@ -38,14 +38,14 @@ _ACTIONS = {
     "SCMP_ACT_LOG": libseccomp.SCMP_ACT_LOG,
     "SCMP_ACT_ALLOW": libseccomp.SCMP_ACT_ALLOW,
 }
-_OPERATORS = {f"SCMP_CMP_{name}": number for name, number in libseccomp.SCMP_CMP.items()}
-_FLAGS = {
+OPERATORS = {f"SCMP_CMP_{name}": number for name, number in libseccomp.SCMP_CMP.items()}
+FLAGS = {
     "SECCOMP_FILTER_FLAG_TSYNC": 0,  # the loader has one thread: there is nobody to synchronise with
     "SECCOMP_FILTER_FLAG_LOG": seccomp.SECCOMP_FILTER_FLAG_LOG,
     "SECCOMP_FILTER_FLAG_SPEC_ALLOW": seccomp.SECCOMP_FILTER_FLAG_SPEC_ALLOW,
     "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV": seccomp.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV,
 }
-_ARCHITECTURES = frozenset(
+ARCHITECTURES = frozenset(
     {"X86", "X86_64", "X32", "ARM", "AARCH64", "MIPS", "MIPS64", "MIPS64N32", "MIPSEL", "MIPSEL64", "MIPSEL64N32"}
     | {"PPC", "PPC64", "PPC64LE", "S390", "S390X", "PARISC", "PARISC64", "RISCV64", "LOONGARCH64", "M68K", "SH", "SHEB"}
 )
@@ -85,12 +85,12 @@ def parse(fields: Fields) -> Seccomp:
     syscalls = fields.objects("syscalls")
     if len(syscalls) > _MAX_RULES:
         raise fields.error("syscalls", f"{len(syscalls)} rules, at most {_MAX_RULES} are taken")
-    names = fields.strs("architectures", choices=[f"SCMP_ARCH_{name}" for name in _ARCHITECTURES])
+    names = fields.strs("architectures", choices=[f"SCMP_ARCH_{name}" for name in ARCHITECTURES])
     flags = seccomp.SECCOMP_FILTER_FLAG_SPEC_ALLOW  # runtime-spec's default
     if fields.has("flags"):
         flags = 0
-        for name in fields.strs("flags", choices=_FLAGS):
-            flags |= _FLAGS[name]
+        for name in fields.strs("flags", choices=FLAGS):
+            flags |= FLAGS[name]
     default = _action(fields, "defaultAction", "defaultErrnoRet")
     if default == libseccomp.SCMP_ACT_NOTIFY:
         raise fields.error("defaultAction", "SCMP_ACT_NOTIFY cannot be used as default action")
@@ -131,9 +131,9 @@ def _listener(fields: Fields, rules: tuple[Rule, ...]) -> tuple[str, str]:
 
 def _action(fields: Fields, key: str, errno_key: str) -> int:
     name = fields.str(key, required=True)
-    if name not in _ACTIONS:
-        raise fields.error(key, f"expected one of {', '.join(sorted(_ACTIONS))}, got {name[:60]!r}")
-    action = _ACTIONS[name]
+    if name not in ACTIONS:
+        raise fields.error(key, f"expected one of {', '.join(sorted(ACTIONS))}, got {name[:60]!r}")
+    action = ACTIONS[name]
     if action not in (libseccomp.SCMP_ACT_ERRNO, libseccomp.SCMP_ACT_TRACE):
         # runtime-spec: errnoRet is for ERRNO and TRACE alone, and an error anywhere else.
         if fields.int(errno_key):
@@ -151,7 +151,7 @@ def _rule(fields: Fields) -> Rule:
     arguments = tuple(
         Argument(
             item.int("index", 0, 5, required=True),
-            _OPERATORS[item.str("op", required=True, choices=_OPERATORS)],
+            OPERATORS[item.str("op", required=True, choices=OPERATORS)],
             item.int("value", 0, (1 << 64) - 1),
             item.int("valueTwo", 0, (1 << 64) - 1),
         )

@@ -12,6 +12,17 @@ if TYPE_CHECKING:
     from runtime.fields import Fields
 
 
+# Field of `Hooks`: its key in config.json.
+HOOKS = {
+    "prestart": "prestart",
+    "create_runtime": "createRuntime",
+    "create_container": "createContainer",
+    "start_container": "startContainer",
+    "poststart": "poststart",
+    "poststop": "poststop",
+}
+
+
 class Hook(Record):
     """A program of the operator that runs at a point of the lifecycle; `timeout` in seconds, 0: none."""
 
@@ -38,15 +49,7 @@ def parse_hooks(fields: Fields) -> Hooks:
     hooks = fields.object("hooks")
     if hooks is None:
         return Hooks()
-    names = {
-        "prestart": "prestart",
-        "create_runtime": "createRuntime",
-        "create_container": "createContainer",
-        "start_container": "startContainer",
-        "poststart": "poststart",
-        "poststop": "poststop",
-    }
-    return Hooks(**{name: tuple(_hook(entry) for entry in hooks.objects(key)) for name, key in names.items()})
+    return Hooks(**{name: tuple(_hook(entry) for entry in hooks.objects(key)) for name, key in HOOKS.items()})
 
 
 def _hook(fields: Fields) -> Hook:

@@ -1,16 +1,13 @@
-"""`ocirun spec`: a config.json to start from; `ocirun features`: what this runtime can do (runtime-spec features.md).
+"""`ocirun spec`: a config.json to start from.
 
-Refuses to write over a config.json. Invariant: what `features` names is what the parsers take, from their own tables.
+Refuses to write over a config.json. Invariant: what it writes runs here as it is, given a root filesystem.
 """
 
 from __future__ import annotations
 
 import os
 
-from runtime import mounts
-from runtime.capabilities import CAPABILITIES
 from runtime.errors import RuntimeFailure
-from runtime.namespaces import FLAGS as NAMESPACES
 from runtime.options import Flag, UsageError
 
 TYPE_CHECKING = False
@@ -20,21 +17,17 @@ if TYPE_CHECKING:
 
 FLAGS = {
     "spec": (Flag(("bundle", "b"), "str", "the bundle's directory (default: the working directory)"),),
-    "features": (),
 }
-WORDS = {"spec": "", "features": ""}
+WORDS = {"spec": ""}
 _CAPABILITIES = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
 _HARDENED = ["nosuid", "noexec", "nodev"]
 
 
-def run(_context: Context, name: str, values: Values) -> int:
+def run(_context: Context, _name: str, values: Values) -> int:
     import json
 
     if values.words:
         raise UsageError("takes no container")
-    if name == "features":
-        print_(json.dumps(features(), indent=2) + "\n")
-        return 0
     path = os.path.join(values.text("bundle", "."), "config.json")
     data = (json.dumps(template(), indent=2) + "\n").encode()
     try:
@@ -46,13 +39,6 @@ def run(_context: Context, name: str, values: Values) -> int:
     finally:
         os.close(fd)
     return 0
-
-
-def print_(text: str) -> None:
-    """To stdout, whatever its encoding."""
-    data = text.encode()
-    while data:
-        data = data[os.write(1, data) :]
 
 
 def template() -> dict[str, object]:
@@ -109,35 +95,5 @@ def template() -> dict[str, object]:
                 "/sys/devices/virtual/powercap",
             ],
             "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
-        },
-    }
-
-
-def features() -> dict[str, object]:
-    """The features object of runtime-spec."""
-    from runtime import seccomp  # its tables are its own; nothing but this looks at them
-
-    return {
-        "ociVersionMin": "1.0.0",
-        "ociVersionMax": "1.3.0",
-        "hooks": ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"],
-        "mountOptions": mounts.known_options(),
-        "linux": {
-            "namespaces": sorted(NAMESPACES),
-            "capabilities": list(CAPABILITIES),
-            "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False, "rdma": False},
-            "seccomp": {
-                "enabled": True,
-                "actions": sorted(seccomp._ACTIONS),
-                "operators": sorted(seccomp._OPERATORS),
-                "archs": sorted(f"SCMP_ARCH_{name}" for name in seccomp._ARCHITECTURES),
-                "knownFlags": sorted(seccomp._FLAGS),
-                "supportedFlags": sorted(seccomp._FLAGS),
-            },
-            "apparmor": {"enabled": True},
-            "selinux": {"enabled": True},
-            "intelRdt": {"enabled": False},
-            "mountExtensions": {"idmap": {"enabled": True}},
-            "netDevices": {"enabled": False},
         },
     }

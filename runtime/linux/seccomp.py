@@ -28,6 +28,8 @@ def set_mode_filter(program: bytes, flags: int) -> int:
 
 def has_flag(flag: int) -> bool:
     """True when this kernel knows a SECCOMP_FILTER_FLAG_*. Without a program a known flag gives EFAULT (seccomp(2))."""
+    if flag == SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV:
+        flag |= SECCOMP_FILTER_FLAG_NEW_LISTENER  # the one is refused without the other
     try:
         syscall("seccomp", SECCOMP_SET_MODE_FILTER, flag, None, subject=hex(flag))
     except KernelError as error:
