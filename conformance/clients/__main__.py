@@ -1,0 +1,95 @@
+"""python -m conformance.clients [podman|containerd|crictl …] [--runtime runc|ocirun] [--only WORD]
+
+Plays every step of the clients named (all, if none) with runc first, which proves the steps, then with ocirun; in
+namespaces of its own. Exit code 1 when any step failed or anything is left over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from conformance.clients import podman
+from conformance.clients.podman.namespaces import SUBIDS
+from conformance.clients.steps import Score, play
+from conformance.images import BUSYBOX, layouts, push
+from conformance.isolated import reenter
+from conformance.leaks import SETTLE_S, Machine, left_over
+from conformance.registry import Registry, registry
+
+RUNTIMES = ("runc", "ocirun")
+
+
+def with_podman(runtime: str, base: Path, images: Registry, only: str) -> Score:
+    with podman.podman(runtime, base, images.reference(BUSYBOX)) as client:
+        return play(client, podman.STEPS, only)
+
+
+CLIENTS: dict[str, Callable[[str, Path, Registry, str], Score]] = {"podman": with_podman}
+
+
+@contextmanager
+def subordinate_ids(base: Path) -> Iterator[None]:
+    """Gives the user "containers" ids for `--userns=auto`, in this mount namespace only."""
+    file = base / "subids"
+    file.write_text(f"containers:{SUBIDS[0]}:{SUBIDS[1]}\n")
+    with ExitStack() as stack:
+        for target in ("/etc/subuid", "/etc/subgid"):
+            subprocess.run(["mount", "--bind", file, target], check=True)
+            stack.callback(subprocess.run, ["umount", target], check=True)
+        yield
+
+
+def left(before: Machine, mark: str) -> int:
+    """Prints what is left over below `mark` or in this network and pid namespace. Those of cgroups are the machine's:
+    of these only what carries the mark counts."""
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        found = [line for line in left_over(before, Machine.now()) if not line.startswith(("cgroup", "nftables table"))]
+        found += [line for line in left_over(before, Machine.now(), ["libpod-", mark]) if line.startswith("cgroup")]
+        if not found or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    for line in found:
+        print(f"  left over: {line}")
+    return len(found)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m conformance.clients", description=__doc__)
+    parser.add_argument("clients", nargs="*", metavar="CLIENT", help=", ".join(CLIENTS))
+    parser.add_argument("--runtime", choices=RUNTIMES, action="append")
+    parser.add_argument("--only", default="", metavar="WORD", help="only steps with this in their name")
+    args = parser.parse_args()
+    for name in args.clients:
+        if name not in CLIENTS:
+            parser.error(f"no client {name!r}: there are {', '.join(CLIENTS)}")
+    reenter("conformance.clients", sys.argv[1:])
+    total = Score()
+    with tempfile.TemporaryDirectory(prefix="clients-") as directory, registry(Path(directory) / "registry") as images:
+        for layout in layouts(["busybox"]):
+            push(layout, images.address)
+        with subordinate_ids(Path(directory)):
+            before = Machine.now()
+            for client in args.clients or CLIENTS:
+                for runtime in args.runtime or RUNTIMES:
+                    print(f"{client} with {runtime}")
+                    base = Path(directory) / f"{client}-{runtime}"
+                    base.mkdir()
+                    total.add(CLIENTS[client](runtime, base, images, args.only))
+            total.failed += left(before, Path(directory).name)
+    print(f"{total.passed} passed, {total.failed} failed")
+    return 1 if total.failed else 0
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main())
+    sys.exit(130)
