@@ -476,3 +476,52 @@ def test_a_label_needs_a_kernel_that_has_them(home: Bundles) -> None:
     one.linux["mountLabel"] = "system_u:object_r:container_file_t:s0:c1,c2"
     one.run().failed("selinux label is specified in config, but selinux is disabled or not supported")
     one.gone()
+
+
+# ------------------------------------------------------------------------------------------------------------ cgroups
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("mode", ["ro", "rw"])
+@pytest.mark.parametrize("user", [False, True])
+def test_cgroups_as_this_host_has_them(home: Bundles, own: bool, mode: str, user: bool) -> None:
+    one = home.make()
+    if not own:
+        one.linux["namespaces"] = [item for item in one.linux["namespaces"] if item["type"] != "cgroup"]
+    if user:
+        one.user_namespace()
+    one.mount("/sys", "sysfs", "sysfs", "nosuid", "noexec", "nodev", "ro")
+    one.mount("/sys/fs/cgroup", "cgroup", "cgroup", "noatime", mode)
+    one.up()
+    found = points(one)
+    top = Path("/sys/fs/cgroup")
+    if (top / "cgroup.controllers").exists():
+        assert found[str(top)].fstype == "cgroup2" and {mode, "nosuid", "noatime"} <= flags(found[str(top)])
+        return
+    hierarchies = {point.target: point.fstype for point in mountinfo() if Path(point.target).parent == top}
+    assert {path: found[path].fstype for path in hierarchies} == hierarchies
+    for path in hierarchies:
+        assert {mode, "nosuid", "nodev", "noexec"} <= flags(found[path])
+        assert user or "noatime" in flags(found[path])
+        listed = one.exec("ls", path, flags=("--user", "0")).ok().split()
+        assert "cgroup.procs" in listed and home.cgroup not in listed  # its own part only
+        procs = one.exec("cat", f"{path}/cgroup.procs").ok().split()
+        assert "1" in procs
+    made = one.exec("mkdir", "/sys/fs/cgroup/pids/below")
+    assert (made.code == 0) is (mode == "rw" and not user), made
+    assert mode == "rw" or "Read-only" in made.error
+    if made.code == 0:
+        (Path(dict(cgroup_paths(one))["pids"]) / "below").rmdir()
+
+
+def cgroup_paths(one: Bundle) -> list[tuple[str, str]]:
+    lines = (line.split(":", 2) for line in Path(f"/proc/{one.pid()}/cgroup").read_text().splitlines())
+    return [(name, f"/sys/fs/cgroup/{name}{path}") for _, name, path in lines]
+
+
+def test_cgroup2_of_a_hybrid(home: Bundles) -> None:
+    one = home.make().mount("/sys", "sysfs", "sysfs", "ro").mount("/sys/fs/cgroup", "cgroup2", "cgroup2", "ro")
+    one.up()
+    found = {target: point.fstype for target, point in points(one).items() if target.startswith("/sys/fs/cgroup")}
+    assert found == {"/sys/fs/cgroup": "cgroup2"}
+    assert "1" in one.exec("cat", "/sys/fs/cgroup/cgroup.procs").ok().split()

@@ -26,6 +26,7 @@ from runtime.linux.mount import (
     MS_UNBINDABLE,
 )
 from runtime.mounts import Attributes, own_attributes
+from runtime.rootfs_cgroup import CgroupPlan, plan_cgroups
 from runtime.rootfs_mounts import filesystem_options
 from runtime.rootfs_remount import mount_flags
 
@@ -143,3 +144,62 @@ def test_the_list_of_options_is_complete() -> None:
     known = mounts.known_options()
     assert {"rro", "ridmap", "tmpcopyup", "remount", "rnosymfollow", "silent", "loud", "runbindable"} <= set(known)
     assert known == sorted(known)
+
+
+# ------------------------------------------------------------------------------------------------------------- cgroups
+
+
+def v1(**hierarchies: str) -> tuple[dict[str, str], dict[str, str]]:
+    """(cgroups, mount points) of /c in hierarchies by the name of their directory: `cpu_cpuacct="cpu cpuacct"`."""
+    cgroups, mount_points = {}, {}
+    for name, controllers in hierarchies.items():
+        top = "/sys/fs/cgroup/" + name.replace("_and_", ",")
+        mount_points[f"{top}/c"] = top
+        for controller in controllers.split():
+            cgroups["" if controller == "v2" else controller] = f"{top}/c"
+    return cgroups, mount_points
+
+
+def test_merged_controllers_have_links() -> None:
+    cgroups, mount_points = v1(
+        cpu_and_cpuacct="cpu cpuacct", net_cls_and_net_prio="net_cls net_prio", memory="memory", systemd="name=systemd"
+    )
+    for own in (False, True):
+        plan = plan_cgroups("cgroup", cgroups, mount_points, own=own)
+        assert plan.own == "" and [name for name, _ in plan.directories] == [
+            "cpu,cpuacct",
+            "memory",
+            "net_cls,net_prio",
+            "systemd",
+        ]
+        assert dict(plan.directories)["cpu,cpuacct"] == "/sys/fs/cgroup/cpu,cpuacct/c"
+        assert dict(plan.links) == {
+            "cpu": "cpu,cpuacct",
+            "cpuacct": "cpu,cpuacct",
+            "net_cls": "net_cls,net_prio",
+            "net_prio": "net_cls,net_prio",
+        }
+
+
+def test_a_controller_whose_directory_has_another_name_has_a_link() -> None:
+    cgroups, mount_points = v1(frozen="freezer", cpu="cpu")
+    assert plan_cgroups("cgroup", cgroups, mount_points, own=True).links == (("freezer", "frozen"),)
+
+
+def test_one_of_two_merged_controllers_is_enough_for_both_links() -> None:
+    cgroups, mount_points = v1(cpu_and_cpuacct="cpu")
+    assert dict(plan_cgroups("cgroup", cgroups, mount_points, own=True).links).keys() == {"cpu", "cpuacct"}
+
+
+def test_a_hybrid_shows_both_or_the_newer() -> None:
+    cgroups, mount_points = v1(memory="memory", unified="v2")
+    both = plan_cgroups("cgroup", cgroups, mount_points, own=True)
+    assert [name for name, _ in both.directories] == ["memory", "unified"] and both.links == ()
+    assert plan_cgroups("cgroup2", cgroups, mount_points, own=True) == CgroupPlan(own="/sys/fs/cgroup/unified/c")
+
+
+def test_cgroup2_is_the_containers_own_or_all_of_it() -> None:
+    cgroups, mount_points = {"": "/sys/fs/cgroup/a/c"}, {"/sys/fs/cgroup/a/c": "/sys/fs/cgroup"}
+    for fstype in ("cgroup", "cgroup2"):
+        assert plan_cgroups(fstype, cgroups, mount_points, own=True).own == "/sys/fs/cgroup/a/c"
+        assert plan_cgroups(fstype, cgroups, mount_points, own=False).own == "/sys/fs/cgroup"
