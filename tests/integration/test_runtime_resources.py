@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -368,3 +370,50 @@ def test_o35_the_cgroup_goes_although_processes_die_slowly(home: Bundles) -> Non
     eventually(lambda: len(home.processes(one.id)) > 80, what="all to be there")
     one.delete().ok()
     one.gone()
+
+
+@v1_only
+def test_o62_an_exec_waits_for_no_disk(home: Bundles) -> None:
+    """Whoever execs, and a writer that has used up all that it may write, share a cgroup of 1 MB/s: a probe waits for
+    a disk like that as soon as anything on its way is synced."""
+    one = home.make().up()
+    number = home.root.stat().st_dev
+    major, minor = _whole_disk(os.major(number), os.minor(number))
+    slow = next(Path(top).parent / "slow" for top in home.cgroups(one.id) if Path(top, "blkio.reset_stats").exists())
+    slow.mkdir()
+    writer = None
+    try:
+        for name in ("read", "write"):
+            (slow / f"blkio.throttle.{name}_bps_device").write_text(f"{major}:{minor} {1 << 20}")
+        enter = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(slow)]
+        target = home.directory / "written"
+        command = ["dd", "if=/dev/zero", f"of={target}", "bs=1M", "count=200", "oflag=direct", "status=none"]
+        writer = subprocess.Popen([*enter, *command])
+        eventually(lambda: target.exists() and target.stat().st_size >= 2 << 20, what="the writer to be at its limit")
+        took = []
+        for index in range(10):
+            pid_file = str(home.directory / f"pid{index}")
+            began = time.monotonic()
+            subprocess.run(
+                [*enter, *home.command("exec", "--pid-file", pid_file, one.id, "true")], check=True, timeout=60
+            )
+            took.append(time.monotonic() - began)
+        assert writer.poll() is None, "the disk was not slow"
+        assert max(took) < 1.0, took
+    finally:
+        if writer is not None:
+            writer.kill()
+            writer.wait()
+        eventually(lambda: not (slow / "cgroup.procs").read_text(), what="the slow cgroup to be empty")
+        slow.rmdir()
+
+
+def _whole_disk(major: int, minor: int) -> tuple[int, int]:
+    """The disk of a partition: throttles are for whole disks."""
+    path = Path(f"/sys/dev/block/{major}:{minor}").resolve()
+    if (path / "partition").exists():
+        path = path.parent
+    if not (path / "dev").exists():
+        pytest.skip("the state is on no block device")
+    whole, part = (path / "dev").read_text().split(":")
+    return int(whole), int(part)
