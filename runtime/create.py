@@ -217,7 +217,7 @@ class _Birth:
         gate = self._manager.gate()
         try:
             # In a user namespace the init may not copy mounts of the host's namespace: it gets them made.
-            root_tree = rootfs.open_root(self._request.rootfs, self._root_path) if user else -1
+            root_tree = self._make_root() if user else -1
             if root_tree >= 0:
                 self._open.append(root_tree)
             rootfs.load_for(spec, no_pivot=self._request.no_pivot)
@@ -234,7 +234,7 @@ class _Birth:
                 root_path=self._root_path,
                 root_tree=root_tree,
                 sources=sources,
-                make_root=lambda: rootfs.open_root(self._request.rootfs, self._root_path),
+                make_root=self._make_root,
                 joins=joins.inside,
                 gate=gate,
                 cgroups=self._manager.paths(),
@@ -273,10 +273,13 @@ class _Birth:
 
         return lambda: memory_policy.apply(policy)
 
+    def _make_root(self) -> int:
+        return rootfs.open_root(self._request.rootfs, self._root_path, self._spec.rootfs_propagation)
+
     def _sources(self) -> dict[int, int]:
         from runtime.rootfs_sources import open_sources
 
-        found = open_sources(self._spec, self._bundle)
+        found = open_sources(self._spec, self._bundle, self._root_path)
         self._open += found.values()
         return found
 

@@ -25,6 +25,7 @@ from runtime.linux.mount import (
     MOUNT_ATTR_RDONLY,
     MS_I_VERSION,
     MS_PRIVATE,
+    MS_SLAVE,
     OPEN_TREE_CLONE,
     FsMount,
     mount_setattr,
@@ -136,13 +137,16 @@ def _host_null() -> int:
 # ------------------------------------------------------------------------------------------------------- the root
 
 
-def open_root(rootfs: FsMount | None, path: str) -> int:
-    """The root as a detached, private mount: the snapshot's filesystem, or a copy of what is mounted at `path`."""
+def open_root(rootfs: FsMount | None, path: str, propagation: tuple[int, bool] | None = None) -> int:
+    """The root as a detached mount: the snapshot's filesystem, or a copy of what is mounted at `path`. What is mounted
+    on it does not reach the host; where linux.rootfsPropagation asks for a slave, what the host mounts there arrives.
+    """
     if rootfs is not None:
         fd = rootfs.make()
     else:
         fd = open_tree(AT_FDCWD, path, OPEN_TREE_CLONE | AT_RECURSIVE)
-    mount_setattr(fd, "", AT_EMPTY_PATH | AT_RECURSIVE, propagation=MS_PRIVATE)
+    kind = MS_SLAVE if propagation is not None and propagation[0] == MS_SLAVE else MS_PRIVATE
+    mount_setattr(fd, "", AT_EMPTY_PATH | AT_RECURSIVE, propagation=kind)
     return fd
 
 

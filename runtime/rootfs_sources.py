@@ -11,6 +11,7 @@ import errno
 import os
 
 from runtime.errors import RuntimeFailure
+from runtime.linux.files import fd_path
 from runtime.linux.libc import KernelError
 from runtime.linux.mount import (
     AT_EMPTY_PATH,
@@ -30,15 +31,18 @@ if TYPE_CHECKING:
     from runtime.spec import IdMapping, Spec
 
 
-def open_sources(spec: Spec, bundle: str) -> dict[int, int]:
+def open_sources(spec: Spec, bundle: str, root: str) -> dict[int, int]:
     """Detached mounts by index in `spec.mounts`; the caller's to close. Raises RuntimeFailure."""
     found: dict[int, int] = {}
     namespaces = _IdSpaces(spec)
     in_user_namespace = spec.has("user")
     try:
         for index, mount in enumerate(spec.mounts):
-            if mount.kind == "bind" and (in_user_namespace or mount.idmap is not None):
-                found[index] = _open(mount, bundle, spec, namespaces)
+            if mount.kind != "bind" or not (in_user_namespace or mount.idmap is not None):
+                continue
+            if mount.idmap is None and _is_made_later(mount, spec.mounts[:index], bundle, root):
+                continue
+            found[index] = _open(mount, bundle, spec, namespaces)
     except BaseException:
         for fd in found.values():
             os.close(fd)
@@ -46,6 +50,19 @@ def open_sources(spec: Spec, bundle: str) -> dict[int, int]:
     finally:
         namespaces.close()
     return found
+
+
+def _is_made_later(mount: Mount, earlier: tuple[Mount, ...], bundle: str, root: str) -> bool:
+    """True for a source inside the root that an earlier entry mounts first: only the init will see that."""
+    try:
+        fd = os.open(os.path.join(bundle, mount.source), os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return False  # opening it as the source will say what is wrong
+    try:
+        source = os.readlink(fd_path(fd)) + "/"
+    finally:
+        os.close(fd)
+    return any(source.startswith(f"{root}{os.path.normpath(entry.destination)}/") for entry in earlier)
 
 
 def _open(mount: Mount, bundle: str, spec: Spec, namespaces: _IdSpaces) -> int:

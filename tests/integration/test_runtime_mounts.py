@@ -401,8 +401,8 @@ def test_devpts_with_a_gid_that_a_user_namespace_may_lack(home: Bundles, gid: in
     [
         ("private", ""),
         ("rprivate", ""),
-        ("slave", ""),
-        ("rslave", ""),
+        ("slave", "master:"),
+        ("rslave", "master:"),
         ("shared", "shared:"),
         ("rshared", "shared:"),
         ("unbindable", "unbindable"),
@@ -441,6 +441,20 @@ def _copy(source: Path, target: Path) -> None:
         else:
             (target / "bin" / path.name).write_bytes(path.read_bytes())
             (target / "bin" / path.name).chmod(0o755)
+
+
+@pytest.mark.parametrize("user", [False, True])
+def test_a_source_may_be_what_an_earlier_entry_mounted(home: Bundles, user: bool) -> None:
+    one = home.make("cat", "/second/file")
+    source = home.directory / "source"
+    source.mkdir()
+    (source / "file").write_text("mounted\n")
+    (one.rootfs / "first").mkdir()
+    (one.rootfs / "first/file").write_text("covered\n")
+    if user:
+        one.user_namespace()
+    one.mount("/first", "bind", source, "bind").mount("/second", "bind", one.rootfs / "first", "rbind")
+    assert one.run().ok() == "mounted\n"
 
 
 @pytest.mark.parametrize("option", [(), ("rshared",)])
