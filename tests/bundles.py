@@ -25,7 +25,8 @@ from runtime.linux.mount import mountinfo
 from runtime.linux.process import set_child_subreaper
 from tests.support import eventually
 
-OCIRUN = str(Path(sys.executable).parent / "ocirun")
+# Another runtime takes its place where a test is to be seen to hold for that one too (hack/vm --runtime).
+OCIRUN = os.environ.get("OCID_RUNTIME") or str(Path(sys.executable).parent / "ocirun")
 APPLETS = (
     *("sh", "cat", "echo", "sleep", "true", "false", "seq", "ls", "kill", "id", "mount", "stty", "wc", "printf"),
     *("test", "rm", "grep", "pwd", "hostname", "stat", "readlink", "env", "tr", "mkdir", "dd", "head", "sort", "touch"),

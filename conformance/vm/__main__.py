@@ -1,0 +1,51 @@
+"""`hack/vm`: boots the machine and runs a part of the test suite in it; see conformance/vm/__init__.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from conformance.vm.disk import write_disk
+from conformance.vm.image import image
+from conformance.vm.machine import boot
+
+# The runtime on one cgroup hierarchy, with systemd and AppArmor.
+TESTS = ("tests/vm",)
+
+
+def _say(text: str) -> None:
+    print(f"[vm] {text}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="hack/vm", description="Runs tests in a virtual machine with cgroup v2.")
+    parser.add_argument("--rebuild", action="store_true", help="make the image anew")
+    parser.add_argument("--shell", action="store_true", help="a shell in the machine instead; it ends with it")
+    parser.add_argument(
+        "--timeout", type=float, default=900, metavar="S", help="seconds a boot may take (default: 900)"
+    )
+    parser.add_argument("--runtime", default="", help="what the tests run in ocirun's place, such as runc")
+    parser.add_argument("tests", nargs="*", help=f"arguments of pytest (default: {' '.join(TESTS)})")
+    chosen, flags = parser.parse_known_args()
+    made = image(_say, rebuild=chosen.rebuild)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="ocid-vm-") as directory:
+        write_disk(
+            Path(directory, "clone.ext4"),
+            [*flags, *(chosen.tests or TESTS)],
+            shell=chosen.shell,
+            runtime=chosen.runtime,
+            require_all=bool(os.environ.get("OCID_REQUIRE_ALL")),
+        )
+        _say(f"booting {made}")
+        code = boot(made, Path(directory), chosen.timeout, shell=chosen.shell)
+    _say(f"the machine ran for {time.monotonic() - began:.0f} s; exit code {code}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

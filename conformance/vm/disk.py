@@ -1,0 +1,49 @@
+"""The clone as a read-only disk: what git knows of and what is new in the work tree, with byte code.
+
+Refuses to share a directory: the cloud kernel may lack 9p and virtiofs, and a disk works under every kernel. Invariant:
+the clone is only read; modification times stay, since byte code is checked against them.
+"""
+
+from __future__ import annotations
+
+import compileall
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from conformance.vm.image import ROOT, write_ext4
+
+_TREES = ("runtime", "conformance", "tests")  # of the others the tests here import nothing
+
+
+def write_disk(target: Path, arguments: Sequence[str], *, shell: bool, runtime: str, require_all: bool) -> None:
+    """Makes `target`: the clone, and below .vm/ what the machine is to run."""
+    staging = target.with_name("clone")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    ).stdout
+    for name in sorted(os.fsdecode(path) for path in listed.split(b"\0") if path):
+        source = ROOT / name
+        if source.is_file() and not source.is_symlink():
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, staging / name)
+    for tree in _TREES:
+        # The machine has this Python's minor version: image.key() says so.
+        compileall.compile_dir(staging / tree, quiet=2, stripdir=str(staging), prependdir="/ocid")
+    (staging / ".venv").symlink_to("/opt/venv")
+    own = staging / ".vm"
+    own.mkdir()
+    (own / "arguments").write_text("".join(f"{word}\n" for word in arguments))
+    if shell:
+        (own / "shell").touch()
+    (own / "runtime").write_text(runtime)
+    if require_all:
+        (own / "require-all").touch()
+    size = sum(path.stat().st_size + 4096 for path in staging.rglob("*") if path.is_file()) >> 20
+    write_ext4(target, staging, size * 2 + 16)
+    shutil.rmtree(staging)

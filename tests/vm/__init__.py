@@ -1,0 +1,1 @@
+"""What only shows on another kind of machine than this one may be: `hack/vm` runs these tests in it."""
