@@ -29,7 +29,7 @@ GLOBAL = (
     Flag(("log",), "str", "append failures to this file"),
     Flag(("log-format",), "str", "text or json (default: text)"),
     Flag(("debug",), "bool", "print the traceback of a failure"),
-    Flag(("systemd-cgroup",), "bool", "not supported: cgroups are made directly"),
+    Flag(("systemd-cgroup",), "bool", "cgroups are units of systemd's: cgroupsPath is slice:prefix:name"),
     Flag(("rootless",), "str", "accepted for runc's callers; ocirun finds out"),
     Flag(("version", "v"), "bool", "print the version"),
     Flag(("help", "h"), "bool", "print this"),
@@ -57,13 +57,14 @@ COMMANDS = {
 class Context:
     """What the global flags say."""
 
-    __slots__ = ("command", "debug", "log", "log_json", "root")
+    __slots__ = ("command", "debug", "log", "log_json", "root", "systemd_cgroup")
 
     def __init__(self, values: Values) -> None:
         self.root = values.text("root", _default_root())
         self.log = values.text("log")
         self.log_json = values.text("log-format", "text") == "json"
         self.debug = values.on("debug")
+        self.systemd_cgroup = values.on("systemd-cgroup")
         self.command = ""
 
     def warn(self, text: str) -> None:
@@ -121,8 +122,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.write(1, usage().encode())
         return 0
     context = Context(values)
-    if values.on("systemd-cgroup"):
-        return _failed(context, RuntimeFailure("--systemd-cgroup: the systemd cgroup driver is not supported yet"))
     name = context.command = values.words[0]
     if name not in COMMANDS:
         return _misused(f"No help topic for '{name}'")

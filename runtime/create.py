@@ -13,7 +13,7 @@ import select
 import time
 
 from runtime import init, rootfs, seccomp, state, sync
-from runtime.cgroups.manager import Gate, Manager, manager_for
+from runtime.cgroups.manager import UNIT, Gate, Manager, manager_for
 from runtime.errors import RuntimeFailure
 from runtime.fields import encode
 from runtime.init_state import Setup
@@ -52,7 +52,7 @@ SECCOMP_CACHE = ".seccomp"
 class CreateRequest(Record):
     """What create is asked for. `rootfs` is mounted by the container on its root path, in its own mount namespace;
     None: the bundle has it there. `stdio` stays the caller's. `console_socket` gets the terminal's master; "" leaves it
-    to the caller (Created.console)."""
+    to the caller (Created.console). `systemd_cgroup`: the cgroup is a unit, and spec.cgroups_path its name."""
 
     root: str
     id: str
@@ -64,6 +64,7 @@ class CreateRequest(Record):
     pid_file: str = ""
     preserve_fds: int = 0
     no_pivot: bool = False
+    systemd_cgroup: bool = False
 
 
 class Created:
@@ -94,7 +95,7 @@ def create(request: CreateRequest) -> Created:
 
             seccomp_notify.expect(spec.seccomp.listener_path)
         filter_program = seccomp.program(spec.seccomp, f"{request.root}/{SECCOMP_CACHE}")
-    manager = manager_for(spec.cgroups_path, request.id)
+    manager = _manager(request)
     rdt = None
     if spec.intel_rdt is not None:
         from runtime import intel_rdt  # for machines that have it
@@ -146,13 +147,21 @@ def _root_path(bundle: str, path: str, *, make: bool) -> str:
         os.close(fd)
 
 
+def _manager(request: CreateRequest) -> Manager:
+    if not request.systemd_cgroup:
+        return manager_for(request.spec.cgroups_path, request.id)
+    from runtime.cgroups.systemd import systemd_manager
+
+    return systemd_manager(request.spec.cgroups_path, request.id, request.spec.annotations)
+
+
 def _note_cgroups(directory: str, manager: Manager) -> None:
     """Before the cgroup is made: so that `delete --force` finds it if this process is killed now (threats O37).
 
     Not where somebody lives already: then `manager.create` refuses, and the note would be the death of others."""
     if manager.pids():
         return
-    write_durable(f"{directory}/cgroup.json", encode(manager.paths()), sync=False)
+    write_durable(f"{directory}/cgroup.json", encode(manager.note()), sync=False)
 
 
 def _remove_cgroup(manager: Manager) -> None:
@@ -328,6 +337,7 @@ class _Birth:
         channel = self._channel
         assert channel is not None
         try:
+            self._manager.adopt(self._pid)
             if self._spec.has_new("user"):
                 write_mappings(self._pid, self._spec.uid_mappings, self._spec.gid_mappings)
             warnings = list(adjust_oom_score(self._pid, self._spec))
@@ -425,6 +435,7 @@ class _Birth:
             rootfs=self._root_path,
             version=self._spec.version,
             cgroup_paths=tuple(self._manager.paths().items()),
+            systemd_unit=self._manager.note().get(UNIT, ""),
             annotations=self._spec.annotations,
             owner=os.geteuid(),
             filter_flags=state.NO_FILTER if self._spec.seccomp is None else self._spec.seccomp.flags,

@@ -52,7 +52,7 @@ class State(Record):
     """Facts of one container. `created` is RFC 3339, `started` clock ticks since boot, `annotations` config.json's,
     `filter_flags` those its seccomp filter was loaded with (NO_FILTER: it has none), `listener_path` who decides on the
     calls that it notifies ("": it notifies none), `memory_policy` that of every process which joins; without
-    `has_hooks` nobody need read its config.json again."""
+    `has_hooks` nobody need read its config.json again; `systemd_unit` is "" for a cgroup that was made directly."""
 
     id: str
     pid: int
@@ -70,12 +70,14 @@ class State(Record):
     intel_rdt: Group | None = None
     memory_policy: MemoryPolicy | None = None
     has_hooks: bool = True
+    systemd_unit: str = ""
 
     def manager(self) -> Manager:
         """The container's cgroups."""
-        from runtime.cgroups.manager import manager_from_paths
+        from runtime.cgroups.manager import UNIT, manager_from_paths
 
-        return manager_from_paths(dict(self.cgroup_paths))
+        unit = {UNIT: self.systemd_unit} if self.systemd_unit else {}
+        return manager_from_paths({**dict(self.cgroup_paths), **unit})
 
 
 def check_id(container_id: str) -> str:
@@ -136,6 +138,7 @@ def save(root: str, state: State) -> None:
         "seccomp_flags": state.filter_flags,
         "seccomp_listener": {"path": state.listener_path, "metadata": state.listener_metadata},
         "has_hooks": state.has_hooks,
+        "systemd_unit": state.systemd_unit,
     }
     if (group := state.intel_rdt) is not None:
         document["intel_rdt_path"] = group.directory
@@ -188,6 +191,7 @@ def _parse(raw: bytes, what: str) -> State:
             intel_rdt=_group(fields.object("intel_rdt")),
             memory_policy=_policy(fields.object("memory_policy")),
             has_hooks=fields.bool("has_hooks", True),
+            systemd_unit=fields.str("systemd_unit"),
         )
     except RuntimeFailure as failure:
         raise RuntimeFailure(

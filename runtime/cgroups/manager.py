@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from runtime.cgroups.stats import Stats
     from runtime.resources import Resources
 
+UNIT = "systemd"  # the key of the unit's name in note()
 _V2_CONTROLLERS = {name: name for name in ("cpuset", "cpu", "memory", "pids", "hugetlb")} | {"blkio": "io"}
 
 
@@ -48,8 +49,13 @@ def manager_for(cgroups_path: str, container_id: str) -> Manager:
 
 
 def manager_from_paths(paths: Mapping[str, str]) -> Manager:
-    """The manager of a container that was made before, from what `paths()` said then."""
-    return Manager(places_from(paths))
+    """The manager of a container that was made before, from what `paths()` or `note()` said then."""
+    unit = paths.get(UNIT)
+    if unit is None:
+        return Manager(places_from(paths))
+    from runtime.cgroups.systemd import SystemdManager
+
+    return SystemdManager(places_from({name: path for name, path in paths.items() if name != UNIT}), unit)
 
 
 class Gate:
@@ -103,6 +109,10 @@ class Manager:
         if self._v2 is not None:
             found[V2_NAME] = self._v2.directory
         return found
+
+    def note(self) -> dict[str, str]:
+        """All that manager_from_paths needs: `paths()`, and the unit's name where systemd made it."""
+        return self.paths()
 
     def pure_v2(self) -> bool:
         """True where v2 has every controller; False on v1 and on the hybrid."""
@@ -178,6 +188,9 @@ class Manager:
                 wanted.append("rdma")
             return (lambda parent, child: _enable(parent, wanted)) if wanted else None
         return _inherit_cpuset if "cpuset" in place.hierarchy.controllers else None
+
+    def adopt(self, pid: int) -> None:
+        """For a cgroup that begins with its first process: makes it around `pid`, which waits. Here it is made."""
 
     def destroy(self, deadline_s: float = 2.0) -> None:
         """Removes the directories, children first; missing ones are fine. Waits at most `deadline_s` for processes

@@ -71,6 +71,7 @@ def run(context: Context, name: str, values: Values) -> int:
         pid_file=values.text("pid-file"),
         preserve_fds=preserve,
         no_pivot=values.on("no-pivot"),
+        systemd_cgroup=context.systemd_cgroup,
     )
     if detached:
         made = create.create(request)

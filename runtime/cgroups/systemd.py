@@ -1,0 +1,280 @@
+"""The cgroup of a container as a unit of systemd's: made, limited and taken away over D-Bus.
+
+    ocirun                                    systemd
+      │ clone3: the init waits for its first Go
+      │── StartTransientUnit(scope, PIDs=init, limits) ──►│ makes the cgroup, moves the init there
+      │◄──────────────────────────── JobRemoved(done) ────│
+      │ what systemd has no words for, into the cgroup itself (Delegate=)
+      │ Go
+      ⋮
+      │── StopUnit, ResetFailedUnit ─────────────────────►│
+
+A scope needs a process to begin with, so it cannot be made before the init as other cgroups are: `create` checks and
+remembers, `adopt` makes. Refuses machines without systemd and those with v1 controllers, where systemd would have one
+half of the limits and nobody the other. Invariant: no call waits longer than _REPLY_S, no job longer than _JOB_S
+(threats O36); what systemd knows of the limits and what is in force agree, so its daemon-reload changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+
+from runtime.cgroups import devices, tree
+from runtime.cgroups.dbus import BusError, Variant, connect, connect_system
+from runtime.cgroups.hierarchy import Place, clean, detect
+from runtime.cgroups.killer import SIGKILL
+from runtime.cgroups.manager import UNIT, Gate, Manager
+from runtime.cgroups.plan import Now
+from runtime.cgroups.scope import annotated, properties, scope_for, start_properties
+from runtime.errors import RuntimeFailure
+from runtime.linux.failpoint import failpoint
+
+TYPE_CHECKING = False  # as in runtime.fields
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from runtime.cgroups.dbus import Bus
+    from runtime.cgroups.hierarchy import Hierarchy
+    from runtime.cgroups.scope import Properties, Scope
+    from runtime.resources import Resources
+
+_NAME = "org.freedesktop.systemd1"
+_PATH = "/org/freedesktop/systemd1"
+_MANAGER = f"{_NAME}.Manager"
+_BUS = "org.freedesktop.DBus"
+_REPLY_S = 10.0
+_JOB_S = 30.0
+# After a bus that did not answer: cleaning up asks once more, but does not wait as long again.
+_IMPATIENT_S = 1.0
+
+
+def systemd_manager(cgroups_path: str, container_id: str, annotations: Iterable[tuple[str, str]]) -> SystemdManager:
+    """The manager of a new container: linux.cgroupsPath is "slice:prefix:name", or "". Raises RuntimeFailure."""
+    if not os.path.isdir("/run/systemd/system"):
+        raise RuntimeFailure(
+            "systemd not running on this host, cannot use systemd cgroups manager",
+            step="cgroup",
+            hint="without --systemd-cgroup cgroups are made directly",
+            code="failed_precondition",
+        )
+    scope = scope_for(cgroups_path, container_id, "system.slice" if os.geteuid() == 0 else "user.slice")
+    hierarchy = _hierarchy()
+    above = "" if os.geteuid() == 0 else _user_cgroup()
+    place = Place(hierarchy, clean(f"{above}/{scope.relative}", "linux.cgroupsPath"))
+    manager = SystemdManager((place,), scope.unit)
+    manager.scope = scope
+    manager.container_id = container_id
+    manager.extra = annotated(annotations)
+    return manager
+
+
+def _hierarchy() -> Hierarchy:
+    found = detect()
+    if any(hierarchy.version == 1 and not _is_systemds_own(hierarchy) for hierarchy in found):
+        raise RuntimeFailure(
+            "--systemd-cgroup: this machine has cgroup v1 controllers, and the systemd driver is for v2 alone",
+            step="cgroup",
+            hint="boot with systemd.unified_cgroup_hierarchy=1, or leave the flag out",
+            code="failed_precondition",
+        )
+    return found[-1]
+
+
+def _is_systemds_own(hierarchy: Hierarchy) -> bool:
+    return all(name.startswith("name=") for name in hierarchy.controllers)
+
+
+def _connect(timeout_s: float) -> Bus:
+    if os.geteuid() == 0:
+        return connect_system(timeout_s)
+    runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
+    address = os.environ.get("DBUS_SESSION_BUS_ADDRESS", "")
+    path = address.removeprefix("unix:path=") if address.startswith("unix:path=/") else f"{runtime}/bus"
+    return connect(path.partition(",")[0], "the session bus", os.geteuid(), timeout_s)
+
+
+def _user_cgroup() -> str:
+    """The cgroup of the user's own systemd: all units of it are below."""
+    with _connect(_REPLY_S) as bus:
+        (found,) = bus.call(_NAME, _PATH, f"{_BUS}.Properties", "Get", "ss", _MANAGER, "ControlGroup")
+    return str(found.value) if isinstance(found, Variant) else ""
+
+
+class SystemdManager(Manager):
+    """See the module. One that was found again by its paths knows its unit, and has no scope."""
+
+    __slots__ = ("_foreign", "_impatient", "_pending", "_unit", "container_id", "extra", "scope")
+
+    def __init__(self, places: tuple[Place, ...], unit: str, verify: tree.Verify = tree.verify_cgroup) -> None:
+        super().__init__(places, verify)
+        self._unit = unit
+        self._pending: Resources | None = None
+        self._foreign = False  # somebody else has a unit of that name
+        self._impatient = False
+        self.scope: Scope | None = None
+        self.container_id = ""
+        self.extra: Properties = []
+
+    def note(self) -> dict[str, str]:
+        return {**self.paths(), UNIT: self._unit}
+
+    # -------------------------------------------------------------------------------------------- create and destroy
+
+    def create(self, resources: Resources) -> None:
+        """Refuses what cannot be; makes nothing yet. Raises RuntimeFailure."""
+        self._plans(resources, Now())
+        properties(resources, Now())
+        devices.policy(resources.devices or ())
+        if held := self.pids():
+            raise RuntimeFailure(
+                f"make unit {self._unit}: its cgroup holds process {', '.join(map(str, held[:10]))} already",
+                step="cgroup",
+                hint="linux.cgroupsPath must be this container's alone",
+                code="failed_precondition",
+            )
+        self._pending = resources
+
+    def gate(self) -> Gate:
+        """Before `adopt` there is nothing to enter: the init is born where its parent is, and systemd moves it."""
+        return Gate(-1, []) if self._pending is not None else super().gate()
+
+    def adopt(self, pid: int) -> None:
+        """Makes the unit around `pid`, with all limits. Raises RuntimeFailure."""
+        resources, scope = self._pending, self.scope
+        assert resources is not None and scope is not None  # create looked
+        wanted = start_properties(scope, pid, self.container_id, self.extra) + properties(resources, Now())
+        try:
+            with self._bus() as bus:
+                self._listen(bus)
+                self._start(bus, wanted)
+        except RuntimeFailure as failure:
+            self._impatient = failure.code == "unavailable"
+            raise
+        self._pending = None
+        failpoint("cgroup.made")
+        super().set(resources.changed(devices=resources.devices or ()))
+        failpoint("cgroup.limited")
+
+    def _start(self, bus: Bus, wanted: Properties) -> None:
+        signature, *values = "ssa(sv)a(sa(sv))", self._unit, "replace", wanted, ()
+        try:
+            answer = self._ask(bus, "StartTransientUnit", signature, *values)
+        except BusError as error:
+            if error.name != f"{_NAME}.UnitExists":
+                raise self._failed("start", error) from None
+            # Of a container that ended badly and was never deleted: its name is given up, and asked for again.
+            self._reset(bus)
+            try:
+                answer = self._ask(bus, "StartTransientUnit", signature, *values)
+            except BusError as again:
+                self._foreign = again.name == f"{_NAME}.UnitExists"
+                raise self._failed("start", again) from None
+        self._finish(bus, "start", answer)
+
+    def _finish(self, bus: Bus, verb: str, answer: tuple[object, ...]) -> None:
+        """Waits for the end of a job."""
+        job = answer[0]
+        what = f"the end of the job to {verb} {self._unit}"
+        body = bus.signal("JobRemoved", lambda body: body[1:2] == (job,), _JOB_S, what)
+        result = body[3] if len(body) == 4 else "unknown"
+        if result != "done":
+            self._reset(bus)
+            raise RuntimeFailure(
+                f"{verb} unit {self._unit}: systemd's job ended as {result!r}",
+                step="cgroup",
+                hint=f"journalctl -u {self._unit}",
+            )
+
+    def destroy(self, deadline_s: float = 2.0) -> None:
+        """Stops the unit, and removes what of its cgroup is there still. No such unit is a stopped one, and one of
+        that name elsewhere is somebody else's."""
+        if self._foreign:
+            return
+        try:
+            with self._bus() as bus:
+                self._listen(bus)
+                try:
+                    if self._get(bus, "ControlGroup") == f"/{self._places[0].relative}":
+                        self._finish(bus, "stop", self._ask(bus, "StopUnit", "ss", self._unit, "replace"))
+                    self._reset(bus)
+                except BusError as error:
+                    if error.name != f"{_NAME}.NoSuchUnit":
+                        raise self._failed("stop", error) from None
+        finally:
+            super().destroy(deadline_s)
+
+    def kill(self, number: int = SIGKILL, deadline_s: float = 2.0) -> bool:
+        return self._foreign or super().kill(number, deadline_s)
+
+    def _reset(self, bus: Bus) -> None:
+        """Forgets a unit that has failed; any other needs no forgetting."""
+        try:
+            self._ask(bus, "ResetFailedUnit", "s", self._unit)
+        except BusError:
+            pass
+
+    # -------------------------------------------------------------------------------------------------------- limits
+
+    def set(self, resources: Resources) -> None:
+        """First systemd, which would put its own view into force at its next reload; then the cgroup, exactly. When
+        that fails systemd is given back what it had."""
+        now = self._now()
+        wanted = properties(resources, now)
+        self._plans(resources, now)
+        self._check_usage(resources)
+        if not wanted:
+            super().set(resources)
+            return
+        with self._bus() as bus:
+            before = self._known(bus)
+            self._properties(bus, wanted)
+            try:
+                super().set(resources)
+            except BaseException as error:
+                try:
+                    self._properties(bus, [(name, before[name]) for name, _ in wanted if name in before])
+                except RuntimeFailure as second:
+                    error.add_note(f"giving systemd back what it had failed too: {second}")
+                raise
+
+    def _get(self, bus: Bus, name: str) -> object:
+        """A property of the scope. Raises BusError."""
+        (path,) = self._ask(bus, "GetUnit", "s", self._unit)
+        (found,) = bus.call(_NAME, str(path), f"{_BUS}.Properties", "Get", "ss", f"{_NAME}.Scope", name)
+        return found.value if isinstance(found, Variant) else None
+
+    def _known(self, bus: Bus) -> dict[str, Variant]:
+        """All properties of the scope."""
+        try:
+            (path,) = self._ask(bus, "GetUnit", "s", self._unit)
+            (found,) = bus.call(_NAME, str(path), f"{_BUS}.Properties", "GetAll", "s", f"{_NAME}.Scope")
+        except BusError as error:
+            raise self._failed("update", error) from None
+        return found if isinstance(found, dict) else {}
+
+    def _properties(self, bus: Bus, wanted: Properties) -> None:
+        try:
+            # Runtime: these are a container's, and a container does not outlive the machine.
+            self._ask(bus, "SetUnitProperties", "sba(sv)", self._unit, True, wanted)
+            # It answers first and writes to the cgroup afterwards, before it looks at the next message: once that is
+            # answered too, nothing of it comes after our own writes.
+            bus.call(_NAME, _PATH, f"{_BUS}.Peer", "Ping")
+        except BusError as error:
+            raise self._failed("update", error) from None
+
+    # ----------------------------------------------------------------------------------------------------------- bus
+
+    def _bus(self) -> Bus:
+        return _connect(_IMPATIENT_S if self._impatient else _REPLY_S)
+
+    def _listen(self, bus: Bus) -> None:
+        """From before a job is asked for: it may have ended before the answer is read."""
+        bus.subscribe(_NAME, _MANAGER, "JobRemoved")
+        self._ask(bus, "Subscribe")
+
+    def _ask(self, bus: Bus, member: str, signature: str = "", *values: object) -> tuple[object, ...]:
+        return bus.call(_NAME, _PATH, _MANAGER, member, signature, *values)
+
+    def _failed(self, verb: str, error: BusError) -> RuntimeFailure:
+        name = error.name.removeprefix(f"{_NAME}.")
+        return RuntimeFailure(f"{verb} unit {self._unit}: systemd refuses: {error.message} ({name})", step="cgroup")
