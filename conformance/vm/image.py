@@ -45,7 +45,7 @@ HOST_TOOLS = {
     "cpio": "cpio",
 }
 PYTHON_PACKAGES = ("pytest", "hypothesis")
-_IN_IMAGE = ("initrd-init", "ocid-tests.service", "ocirun")  # of guest/
+_IN_IMAGE = ("initrd-init", "ocid-tests.service")  # of guest/
 KEPT = 2  # images: this one, and the one before
 _DISK_MIB = 2048  # sparse
 
@@ -239,8 +239,6 @@ def _python(root: Path) -> None:
     programs.mkdir()
     (programs / "python").symlink_to("/usr/bin/python3")
     (root / "opt/venv/pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
-    shutil.copy(GUEST / "ocirun", programs / "ocirun")
-    (programs / "ocirun").chmod(0o755)
 
 
 def _closure(names: tuple[str, ...]) -> set[str]:

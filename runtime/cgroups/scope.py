@@ -128,7 +128,7 @@ def properties(resources: Resources, now: Now) -> Properties:
     Not devices: our program on the cgroup holds them, and systemd, which has been told of none, neither adds a second
     one nor takes ours away (threats O61)."""
     found: Properties = []
-    _memory(resources, found)
+    _memory(resources, now, found)
     _cpu(resources, now, found)
     if resources.cpuset.cpus is not None:
         found.append(("AllowedCPUs", Variant("ay", bits(resources.cpuset.cpus))))
@@ -162,9 +162,9 @@ _UNIFIED_LIMITS = {
 }
 
 
-def _memory(resources: Resources, found: Properties) -> None:
+def _memory(resources: Resources, now: Now, found: Properties) -> None:
     memory = resources.memory
-    swap = swap_only(memory)
+    swap = swap_only(memory, now)
     for name, value in (("MemoryMax", memory.limit), ("MemoryLow", memory.reservation), ("MemorySwapMax", swap)):
         if value is not None:
             found.append((name, Variant("t", _INFINITY if value < 0 else value)))

@@ -56,8 +56,9 @@ def features() -> dict[str, object]:
             "netDevices": {"enabled": False},
         },
         "annotations": _annotations(),
-        # No annotation of a config.json changes what this runtime does (threats R7).
-        "potentiallyUnsafeConfigAnnotations": [],
+        # No other annotation of a config.json changes what this runtime does (threats R7), and these only with
+        # --systemd-cgroup, and only those in the list of runtime/cgroups/scope.py.
+        "potentiallyUnsafeConfigAnnotations": ["org.systemd.property."],
     }
 
 
