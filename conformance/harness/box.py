@@ -91,6 +91,10 @@ class Box:
         self._made.append(made)
         return made
 
+    def last_bundle(self) -> Bundle:
+        """The bundle that was made last."""
+        return self._made[-1]
+
     def sh(self, script: str) -> Bundle:
         """A bundle that runs a shell script."""
         return self.bundle("sh", "-c", script)
