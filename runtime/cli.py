@@ -1,8 +1,9 @@
 """`ocirun`: runc's command line. Finds the command, and prints a failure the way runc's callers read one.
 
-Refuses a command it does not have by name. Invariant: exit code 0 means done, 1 that ocirun failed, and anything else
-is the container's; with --log the last line of that file says why, as text or JSON. Commands that put a process into a
-container go on in a sealed interpreter before anything else is imported (runtime/sealed.py).
+Refuses a command it does not have by name. Invariant: exit code 0 means done, 1 that ocirun failed (255: an exec did,
+3: there is no such command), and anything else is the container's; with --log the last line of that file says why, as
+text or JSON. Commands that put a process into a container go on in a sealed interpreter before anything else is
+imported (runtime/sealed.py).
 """
 
 from __future__ import annotations
@@ -80,14 +81,16 @@ class Context:
             line = encode({"level": level, "msg": text, "time": moment}) + b"\n"
         else:
             line = b'time="' + moment.encode() + b'" level=' + level.encode() + b" msg=" + encode(text) + b"\n"
-        fd = 2
-        if self.log:
-            fd = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = self.open_log() if self.log else 2
         try:
             os.write(fd, line)
         finally:
             if fd != 2:
                 os.close(fd)
+
+    def open_log(self) -> int:
+        """The file of --log, made if it is not there. Raises OSError."""
+        return os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
 
 def _default_root() -> str:
@@ -122,9 +125,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.write(1, usage().encode())
         return 0
     context = Context(values)
+    if context.log:
+        try:
+            os.close(context.open_log())
+        except OSError as error:
+            return _misused(f"open {context.log}: {os.strerror(error.errno or 0).lower()}")
     name = context.command = values.words[0]
     if name not in COMMANDS:
-        return _misused(f"No help topic for '{name}'")
+        return _misused(f"No help topic for '{name}'", 3)
     return _run(context, words, name, values.words[1:])
 
 
@@ -140,7 +148,8 @@ def _run(context: Context, words: list[str], name: str, rest: list[str]) -> int:
             set_comm("ocirun")  # it is the interpreter's or the loader's until now
         commands = __import__(f"runtime.commands.{module}", fromlist=["FLAGS"])
         flags = (*commands.FLAGS[name], Flag(("help", "h"), "bool", "print this"))
-        values = parse(rest, flags)
+        # In exec and ps what follows the container is the command's, and the options of ps.
+        values = parse(rest, flags, mixed=name not in ("exec", "ps"))
         if values.on("help"):
             os.write(1, f"usage: ocirun {name} [FLAGS] {commands.WORDS[name]}\n\n{text}\n\n{describe(flags)}".encode())
             return 0
@@ -157,24 +166,26 @@ def _run(context: Context, words: list[str], name: str, rest: list[str]) -> int:
         return 130
 
 
-def _misused(text: str) -> int:
+def _misused(text: str, code: int = 1) -> int:
     os.write(2, f"ocirun: {text}\nsee ocirun --help\n".encode("utf-8", "surrogateescape"))
-    return 1
+    return code
 
 
 def _failed(context: Context, failure: RuntimeFailure) -> int:
     message = failure.message
-    if failure.step == "command":
+    if failure.step in ("command", "exec", "cwd"):
         message = f"unable to start container process: {message}"
     elif failure.step:
         message = f"{message} (step: {failure.step})"
     notes = "; ".join(getattr(failure, "__notes__", ()))
     message += f"; {notes}" if notes else ""
+    said = {"exec": "exec failed: ", "create": "ocirun create failed: ", "run": "ocirun run failed: "}
     if context.log:
-        context.write("error", message)
+        context.write("error", said.get(context.command, "") + message)
     hint = f"\n  hint: {failure.hint}" if failure.hint else ""
-    os.write(2, f"ocirun {context.command}: {message}{hint}\n".encode("utf-8", "surrogateescape"))
-    return 1
+    began = f"ocirun {context.command}{' failed' if context.command in said else ''}"
+    os.write(2, f"{began}: {message}{hint}\n".encode("utf-8", "surrogateescape"))
+    return 255 if context.command == "exec" else 1  # what an exec itself exits with is the command's
 
 
 if __name__ == "__main__":

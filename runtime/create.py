@@ -12,7 +12,7 @@ import os
 import select
 import time
 
-from runtime import init, rootfs, seccomp, state, sync
+from runtime import init, labels, rootfs, seccomp, state, sync
 from runtime.cgroups.manager import UNIT, Gate, Manager, manager_for
 from runtime.errors import RuntimeFailure
 from runtime.fields import encode
@@ -52,7 +52,8 @@ SECCOMP_CACHE = ".seccomp"
 class CreateRequest(Record):
     """What create is asked for. `rootfs` is mounted by the container on its root path, in its own mount namespace;
     None: the bundle has it there. `stdio` stays the caller's. `console_socket` gets the terminal's master; "" leaves it
-    to the caller (Created.console). `systemd_cgroup`: the cgroup is a unit, and spec.cgroups_path its name."""
+    to the caller (Created.console). `systemd_cgroup`: the cgroup is a unit, and spec.cgroups_path its name.
+    `pidfd_socket` gets a pidfd of the init; `notify` makes the directory that runtime.notify has mounted."""
 
     root: str
     id: str
@@ -62,9 +63,12 @@ class CreateRequest(Record):
     rootfs: FsMount | None = None
     console_socket: str = ""
     pid_file: str = ""
+    pidfd_socket: str = ""
     preserve_fds: int = 0
     no_pivot: bool = False
     systemd_cgroup: bool = False
+    no_new_keyring: bool = False
+    notify: bool = False
 
 
 class Created:
@@ -85,6 +89,7 @@ def create(request: CreateRequest) -> Created:
     if spec.process is None:
         raise RuntimeFailure("config.json: process: is required to create", code="invalid_argument")
     rootfs.check(spec, no_pivot=request.no_pivot)
+    labels.check(spec.process)
     bundle = os.path.abspath(request.bundle)
     root_path = _root_path(bundle, spec.root_path, make=request.rootfs is not None)
     state.check_id(request.id)
@@ -105,6 +110,8 @@ def create(request: CreateRequest) -> Created:
     try:
         directory = state.reserve(request.root, request.id)
         undo.append(("remove the state directory", lambda: remove_tree(directory)))
+        if request.notify:
+            os.mkdir(f"{directory}/{state.NOTIFY}", 0o755)
         failpoint("create.reserved")
         _note_cgroups(directory, manager)
         failpoint("create.noted")
@@ -250,6 +257,7 @@ class _Birth:
                 stdio=self._request.stdio,
                 preserve_fds=self._request.preserve_fds,
                 no_pivot=self._request.no_pivot,
+                no_new_keyring=self._request.no_new_keyring,
                 listener=listener,
                 filter=self._filter(),
                 memory_policy=self._memory_policy(),
@@ -357,6 +365,10 @@ class _Birth:
         except (sync.Closed, BrokenPipeError):
             raise self._died(progress) from None
         warnings += message.text
+        if self._request.pidfd_socket:
+            from runtime.inherited import send_fd
+
+            send_fd(self._request.pidfd_socket, self._pidfd, "standard", "send the pidfd to pidfd socket")
         console, self._console = self._console, -1
         return Created(self._state(), self._pidfd, console, tuple(warnings))
 
@@ -444,6 +456,12 @@ class _Birth:
             intel_rdt=None if self._rdt is None else self._rdt.group,
             memory_policy=self._spec.memory_policy,
             has_hooks=bool(self._spec.hooks.poststart or self._spec.hooks.poststop),
+            personality=self._spec.personality,
+            no_new_keyring=self._request.no_new_keyring,
+            readonly=self._spec.root_readonly,
+            hostname=self._spec.hostname,
+            namespaces=state.namespaces_of(self._spec.namespaces),
+            cgroups_path=self._spec.cgroups_path or f"/{self._request.id}",
         )
 
     def _hook_state(self, pid: int, status: str) -> bytes:

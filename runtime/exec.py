@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 
-from runtime import init, process, seccomp, state, sync
+from runtime import exec_cgroup, init, labels, process, seccomp, state, sync
 from runtime.cgroups.manager import Gate
 from runtime.errors import RuntimeFailure
 from runtime.linux.failpoint import failpoint
@@ -22,6 +22,7 @@ from runtime.linux.process import (
     CLONE_PARENT,
     clone3,
     is_running,
+    personality,
     pidfd_open,
     pidfd_send_signal,
     set_dumpable,
@@ -44,8 +45,9 @@ _MAX_FILTER = 4096 * 8  # BPF_MAXINSNS of linux/filter.h, eight bytes each
 
 
 class ExecRequest(Record):
-    """What exec is asked for; the fields are those of runtime.create.CreateRequest. `ignore_paused` runs into a frozen
-    container, where the process waits until it is thawed. `disposable`: the caller ends after this and stands in for
+    """What exec is asked for; the fields are those of runtime.create.CreateRequest. `cgroups` names cgroups below the
+    container's, by controller or by "" for all. `ignore_paused` runs into a frozen container, where the process waits
+    until it is thawed. `disposable`: the caller ends after this and stands in for
     the process between; it is in the container's namespaces afterwards, and the process is its parent's child."""
 
     root: str
@@ -54,7 +56,9 @@ class ExecRequest(Record):
     stdio: tuple[int, ...] = (0, 1, 2)
     console_socket: str = ""
     pid_file: str = ""
+    pidfd_socket: str = ""
     preserve_fds: int = 0
+    cgroups: tuple[tuple[str, str], ...] = ()
     ignore_paused: bool = False
     disposable: bool = False
 
@@ -78,11 +82,13 @@ def execute(request: ExecRequest) -> Executed:
     if now == "stopped":
         raise RuntimeFailure("cannot exec in a stopped container", code="failed_precondition")
     if now == "paused" and not request.ignore_paused:
-        raise RuntimeFailure("cannot exec in a paused container", hint="resume it first", code="failed_precondition")
+        words = "cannot exec in a paused container (use --ignore-paused to override)"
+        raise RuntimeFailure(words, hint="resume it first", code="failed_precondition")
+    labels.check(request.process)
     program = _filter_of(request.root, facts)
     init_fd = _hold(facts)
     try:
-        with facts.manager().gate() as gate:
+        with exec_cgroup.manager(facts, request.cgroups).gate() as gate:
             return _Entry(request, facts, init_fd, gate, program).run()
     finally:
         os.close(init_fd)
@@ -164,6 +170,10 @@ class _Entry:
                 console = self._console(fds[0], message.text[0])
                 message, _ = mine.receive("Ready")
             self._warnings += message.text
+            if self._request.pidfd_socket:
+                from runtime.inherited import send_fd
+
+                send_fd(self._request.pidfd_socket, pidfd, "setns", "send the pidfd to pidfd socket")
             if self._request.pid_file:
                 write_durable(self._request.pid_file, str(pid).encode(), 0o644, sync=False)
             mine.send("Go")
@@ -299,7 +309,8 @@ class _Entry:
         self._step = "session"
         os.setsid()
         set_dumpable(False)
-        process.new_keyring(f"_ses.{self._request.id}", self._warnings.append)
+        if not self._facts.no_new_keyring:
+            process.new_keyring(f"_ses.{self._request.id}", self._warnings.append)
         if others & CLONE_NEWUSER:
             os.setgroups([])
             os.setresgid(0, 0, 0)
@@ -319,6 +330,8 @@ class _Entry:
             process.set_io_priority(wanted.io_priority)
         if self._policy is not None:
             self._policy()
+        if self._facts.personality is not None:
+            personality(self._facts.personality)
         self._step = "terminal"
         self._stdio(slave)
         process.own_stdio(wanted.user)
@@ -339,7 +352,7 @@ class _Entry:
         try:
             process.enter_directory(root, wanted.cwd)
         except OSError as error:
-            what = f'chdir to cwd ("{wanted.cwd}") failed'
+            what = f'chdir to cwd ("{wanted.cwd}") set in config.json failed'
             raise RuntimeFailure.of(error, what=what, code="invalid_argument") from None
         self._step = "files"
         env = process.environment(wanted, root)

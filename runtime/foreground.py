@@ -10,6 +10,7 @@ import errno
 import os
 import select
 
+from runtime.errors import RuntimeFailure
 from runtime.linux.process import set_child_subreaper
 from runtime.linux.signals import NSIG, SIGCHLD, SIGKILL, SIGSTOP, handle, wake_up
 
@@ -17,12 +18,25 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from runtime.notify import Notify
     from runtime.spec_process import Process
 
 _CHUNK = 65536
 _SIGURG, _SIGWINCH, _SIGTTIN, _SIGTTOU = 23, 28, 21, 22
 # The front's own: its end, its terminal's job control, and those that cannot be caught.
 _OURS = frozenset({SIGKILL, SIGSTOP, _SIGTTIN, _SIGTTOU, _SIGURG, 32, 33})
+
+
+def check_terminal(terminal: bool, detached: bool, console_socket: str) -> None:
+    """Raises RuntimeFailure unless somebody will hold the terminal's other end, and holds no more than that."""
+    if terminal and detached and not console_socket:
+        raise RuntimeFailure(
+            "cannot allocate tty if runc will detach without setting console socket", code="invalid_argument"
+        )
+    if console_socket and not (terminal and detached):
+        raise RuntimeFailure(
+            "cannot use console socket if runc will not detach or allocate tty", code="invalid_argument"
+        )
 
 
 def sized(process: Process) -> Process:
@@ -61,8 +75,9 @@ class Foreground:
         os.close(self._read)
         os.close(self._write)
 
-    def follow(self, pid: int, take_console: int) -> int:
-        """Waits for `pid`, a child, and passes on signals; with a console copies between it and stdin and stdout."""
+    def follow(self, pid: int, take_console: int, notify: Notify | None = None) -> int:
+        """Waits for `pid`, a child, and passes on signals; with a console copies between it and stdin and stdout. What
+        says on `notify` that it is ready is told with this process's id: this is the one that ends when it does."""
         console = take_console
         poll = select.poll()
         poll.register(self._read, select.POLLIN)
@@ -71,12 +86,18 @@ class Foreground:
             self._resize(console)
             poll.register(console, select.POLLIN)
             poll.register(0, select.POLLIN)
+        told = -1 if notify is None else notify.fileno()
+        if notify is not None:
+            poll.register(told, select.POLLIN)
         code: int | None = self._reap(pid)
         try:
             while code is None:
                 for fd, _ in poll.poll():
                     if fd == self._read:
                         code = self._signals(pid, console)
+                    elif fd == told:
+                        if notify is not None and notify.receive(os.getpid()):
+                            poll.unregister(told)
                     elif fd == 0:
                         if not _copy(0, console):
                             poll.unregister(0)

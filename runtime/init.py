@@ -62,7 +62,8 @@ def session(init: Init) -> None:
     os.setsid()
     set_dumpable(False)
     # The session keyring is looked up through the user's, so it is made anew before anybody can ask for it.
-    process.new_keyring(f"_ses.{init.setup.id}", init.warn)
+    if not init.setup.no_new_keyring:
+        process.new_keyring(f"_ses.{init.setup.id}", init.warn)
 
 
 def be_root(init: Init) -> None:

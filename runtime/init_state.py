@@ -41,6 +41,7 @@ class Setup:
         stdio: tuple[int, int, int],
         preserve_fds: int,
         no_pivot: bool,
+        no_new_keyring: bool,
         listener: _socket.socket,
         filter: Callable[[], int] | None,
         memory_policy: Callable[[], None] | None,
@@ -61,6 +62,7 @@ class Setup:
         self.stdio = stdio
         self.preserve_fds = preserve_fds
         self.no_pivot = no_pivot
+        self.no_new_keyring = no_new_keyring
         self.listener = listener
         self.filter = filter
         self.memory_policy = memory_policy

@@ -37,6 +37,8 @@ def start(root: str, container_id: str) -> None:
     now = state.status(root, facts)
     if now == "stopped":
         raise _wrong("cannot start a container that has stopped")
+    if now == "paused":
+        raise _wrong("cannot start a container in the paused state")
     if now != "created":
         raise _wrong("cannot start an already running container")
     directory = state.directory(root, container_id)
@@ -112,7 +114,8 @@ def _hooks(facts: State) -> Hooks | None:
 
 
 def kill(root: str, container_id: str, number: int, *, everyone: bool = False) -> None:
-    """Signals the init, or with `everyone` all of the container. Raises RuntimeFailure when it is not running."""
+    """Signals the init, or with `everyone` all of the container. SIGKILL ends all of it in any case: in a PID namespace
+    of others nobody does that for us. Raises RuntimeFailure when it is not running."""
     facts = state.load(root, container_id)
     if everyone:
         manager = facts.manager()
@@ -121,10 +124,23 @@ def kill(root: str, container_id: str, number: int, *, everyone: bool = False) -
         else:
             _signal_each(manager.pids(), number)
         return
-    if not _signal(facts, number):
+    alone = number == _SIGKILL and not _is_first(facts.pid)
+    signalled = _signal(facts, number)
+    if alone and facts.cgroup_paths and facts.manager().pids():
+        facts.manager().kill(number)
+    elif not signalled:
         raise _wrong("container not running")
-    if number == _SIGKILL:
+    elif number == _SIGKILL:
         _thaw(facts)  # a frozen process takes no signal, not even this one, on cgroup v1 (threats O61)
+
+
+def _is_first(pid: int) -> bool:
+    """True for pid 1 of a PID namespace: with it the kernel ends everybody else there."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as lines:
+            return any(line.startswith("NSpid:") and line.split()[-1] == "1" for line in lines)
+    except OSError:
+        return False
 
 
 def _signal(facts: State, number: int) -> bool:
@@ -261,10 +277,20 @@ def list_states(root: str) -> list[dict[str, object]]:
     found = []
     for container_id in state.ids(root):
         try:
-            found.append(describe(root, container_id))
+            facts = state.load(root, container_id)
+            found.append({**state.describe(facts, state.status(root, facts)), "owner": _user_name(facts.owner)})
         except RuntimeFailure:
             continue
     return found
+
+
+def _user_name(uid: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"#{uid}"
 
 
 def pids(root: str, container_id: str) -> list[int]:
@@ -277,7 +303,7 @@ def pause(root: str, container_id: str) -> None:
     facts = state.load(root, container_id)
     now = state.status(root, facts)
     if now not in ("running", "created"):
-        raise _wrong(f"cannot pause: container is {now}, not running")
+        raise _wrong(f"container not running: it is {now}")
     facts.manager().freeze(True)
 
 
@@ -285,7 +311,7 @@ def resume(root: str, container_id: str) -> None:
     """Thaws the container. Raises RuntimeFailure unless it is paused."""
     facts = state.load(root, container_id)
     if state.status(root, facts) != "paused":
-        raise _wrong("cannot resume: container not paused")
+        raise _wrong("container not paused")
     facts.manager().freeze(False)
 
 

@@ -1,7 +1,8 @@
-"""Command lines as runc reads them: flags before the first word that is none, long or short, `=` or a blank between.
+"""Command lines as runc reads them: flags long or short, with `=` or a blank before their value.
 
 argparse takes 15 ms to import and build; this is all that ocirun needs of it. Refuses an unknown flag by name.
-Invariant: what follows the first positional word is never looked at, so a container's command keeps its own flags.
+Invariant: unless flags and words are asked for mixed, nothing after the first word is looked at, so a container's
+command keeps its own flags.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ class Values:
         """A str flag; the last word counts."""
         return self._values[name][-1] if self._values[name] else default
 
+    def given(self, name: str) -> bool:
+        """Whether the flag was there at all."""
+        return bool(self._values[name])
+
     def number(self, name: str, default: int = 0) -> int:
         """An int flag. Raises UsageError."""
         text = self.text(name)
@@ -60,8 +65,12 @@ class Values:
         return self._values[name]
 
 
-def parse(words: Sequence[str], flags: Sequence[Flag]) -> Values:
-    """Reads flags up to the first word that is none, or "--". Raises UsageError."""
+_TRUE, _FALSE = ("1", "t", "true"), ("0", "f", "false")
+
+
+def parse(words: Sequence[str], flags: Sequence[Flag], *, mixed: bool = False) -> Values:
+    """Reads flags up to the first word that is none, or, when they may be mixed with words, up to "--" or the end.
+    Raises UsageError."""
     by_name = {name: flag for flag in flags for name in flag.names}
     values = Values(flags)
     rest = list(words)
@@ -71,23 +80,26 @@ def parse(words: Sequence[str], flags: Sequence[Flag]) -> Values:
             rest.pop(0)
             break
         if not word.startswith("-") or word == "-":
-            break
+            if not mixed:
+                break
+            values.words.append(rest.pop(0))
+            continue
         rest.pop(0)
         name, equals, value = word.lstrip("-").partition("=")
         flag = by_name.get(name)
         if flag is None:
             raise UsageError(f"flag provided but not defined: {word}")
         if flag.kind == "bool":
-            if equals and value not in ("true", "false"):
+            if equals and value.lower() not in _TRUE + _FALSE:
                 raise UsageError(f"--{name}: expected true or false, got {value[:40]!r}")
-            values.add(flag.names[0], value or "true")
+            values.add(flag.names[0], "false" if value.lower() in _FALSE else "true")
             continue
         if not equals:
             if not rest:
                 raise UsageError(f"flag needs an argument: {word}")
             value = rest.pop(0)
         values.add(flag.names[0], value)
-    values.words = rest
+    values.words += rest
     return values
 
 

@@ -6,6 +6,7 @@
         cgroup.json        where the cgroup is going to be, from before it is made
         seccomp.bpf        the filter that confines the init, and every process that joins it
         start.sock         the init waits here; gone once it was started
+        notify/            only with NOTIFY_SOCKET: what the container sees at /run/notify (runtime/notify.py)
 
 Refuses an id that could be a path. Invariant: facts only; what a container *is* (`status`) is asked of the kernel each
 time, by pid and start time, so a reused pid is never taken for a container.
@@ -24,20 +25,22 @@ from runtime.linux.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from runtime.cgroups.manager import Manager
     from runtime.intel_rdt import Group
     from runtime.memory_policy import MemoryPolicy
+    from runtime.namespaces import Namespace
 
 START_SOCKET = "start.sock"
+NOTIFY = "notify"
 FILTER = "seccomp.bpf"
 NO_FILTER = -1
 _FILE = "state.json"
 _MAX_STATE = 16 << 20
 _ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+-.")
 # namespaces(7) names as runc's state.json has them, and the files under /proc/PID/ns.
-_NAMESPACE_KEYS = {
+NAMESPACE_KEYS = {
     "NEWUSER": "user",
     "NEWPID": "pid",
     "NEWNET": "net",
@@ -50,6 +53,7 @@ _NAMESPACE_KEYS = {
 
 class State(Record):
     """Facts of one container. `created` is RFC 3339, `started` clock ticks since boot, `annotations` config.json's,
+    `namespaces` those of config.json by runc's names, with their paths, `cgroups_path` as it was asked for,
     `filter_flags` those its seccomp filter was loaded with (NO_FILTER: it has none), `listener_path` who decides on the
     calls that it notifies ("": it notifies none), `memory_policy` that of every process which joins; without
     `has_hooks` nobody need read its config.json again; `systemd_unit` is "" for a cgroup that was made directly."""
@@ -71,6 +75,12 @@ class State(Record):
     memory_policy: MemoryPolicy | None = None
     has_hooks: bool = True
     systemd_unit: str = ""
+    personality: int | None = None
+    no_new_keyring: bool = False
+    readonly: bool = False
+    hostname: str = ""
+    namespaces: tuple[tuple[str, str], ...] = ()
+    cgroups_path: str = ""
 
     def manager(self) -> Manager:
         """The container's cgroups."""
@@ -80,11 +90,19 @@ class State(Record):
         return manager_from_paths({**dict(self.cgroup_paths), **unit})
 
 
+def namespaces_of(namespaces: Iterable[Namespace]) -> tuple[tuple[str, str], ...]:
+    """What `State.namespaces` holds of a spec's."""
+    names = {"network": "net", "mount": "mnt"}
+    keys = {name: key for key, name in NAMESPACE_KEYS.items()}
+    return tuple((keys[names.get(entry.kind, entry.kind)], entry.path) for entry in namespaces)
+
+
 def check_id(container_id: str) -> str:
     """The id itself. Raises RuntimeFailure unless it is a file name of harmless characters (threats S19)."""
+    if not container_id:
+        raise RuntimeFailure("container id cannot be empty", code="invalid_argument")
     if (
-        not container_id
-        or len(container_id) > 1024
+        len(container_id) > 1024
         or container_id in (".", "..")
         or container_id[0] in ".-"
         or set(container_id) - _ID_CHARACTERS
@@ -113,7 +131,9 @@ def reserve(root: str, container_id: str) -> str:
         os.mkdir(path, 0o700)
     except FileExistsError:
         raise RuntimeFailure(
-            f"container with id exists: {container_id}", code="already_exists", hint="delete it, or choose another id"
+            f"container with id exists: {container_id}: container with given ID already exists",
+            code="already_exists",
+            hint="delete it, or choose another id",
         ) from None
     except OSError as error:
         raise RuntimeFailure.of(error, what=f"make {path}") from None
@@ -122,16 +142,28 @@ def reserve(root: str, container_id: str) -> str:
 
 def save(root: str, state: State) -> None:
     """Writes state.json, whole or not at all."""
-    namespaces = {key: f"/proc/{state.pid}/ns/{name}" for key, name in _NAMESPACE_KEYS.items()}
+    namespaces = {key: f"/proc/{state.pid}/ns/{name}" for key, name in NAMESPACE_KEYS.items()}
+    config = {
+        "rootfs": state.rootfs,
+        "labels": [f"bundle={state.bundle}"],
+        "version": state.version,
+        "no_new_keyring": state.no_new_keyring,
+        "readonlyfs": state.readonly,
+        "hostname": state.hostname,
+        "namespaces": [{"type": key, "path": path} for key, path in state.namespaces],
+        "cgroups": {"path": state.cgroups_path},
+    }
     document = {
         "id": state.id,
         "init_process_pid": state.pid,
         "init_process_start": state.started,
         "created": state.created,
-        "config": {"rootfs": state.rootfs, "labels": [f"bundle={state.bundle}"], "version": state.version},
+        "config": config,
         "rootless": state.owner != 0,
         "cgroup_paths": dict(state.cgroup_paths),
         "namespace_paths": namespaces,
+        "external_descriptors": [],
+        "intel_rdt_path": "",
         "annotations": dict(state.annotations),
         "bundle": state.bundle,
         "owner": state.owner,
@@ -139,6 +171,7 @@ def save(root: str, state: State) -> None:
         "seccomp_listener": {"path": state.listener_path, "metadata": state.listener_metadata},
         "has_hooks": state.has_hooks,
         "systemd_unit": state.systemd_unit,
+        "personality": state.personality,
     }
     if (group := state.intel_rdt) is not None:
         document["intel_rdt_path"] = group.directory
@@ -157,7 +190,7 @@ def load(root: str, container_id: str) -> State:
     except FileNotFoundError:
         if os.path.isdir(path):
             raise RuntimeFailure(
-                f"container {container_id} was never completely created",
+                f"container does not exist: {container_id} was never completely created",
                 code="failed_precondition",
                 hint="delete it with --force",
             ) from None
@@ -192,6 +225,12 @@ def _parse(raw: bytes, what: str) -> State:
             memory_policy=_policy(fields.object("memory_policy")),
             has_hooks=fields.bool("has_hooks", True),
             systemd_unit=fields.str("systemd_unit"),
+            personality=fields.optional_int("personality", 0),
+            no_new_keyring=config.bool("no_new_keyring"),
+            readonly=config.bool("readonlyfs"),
+            hostname=config.str("hostname"),
+            namespaces=tuple((entry.str("type"), entry.str("path")) for entry in config.objects("namespaces")),
+            cgroups_path=(config.object("cgroups") or Fields({})).str("path"),
         )
     except RuntimeFailure as failure:
         raise RuntimeFailure(

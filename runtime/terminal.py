@@ -72,17 +72,10 @@ def make_controlling(fd: int) -> None:
 
 
 def send_master(path: str, master: int, name: str) -> None:
-    """Sends the master to the listener at `path`, as runc's --console-socket: one message, its name with SCM_RIGHTS."""
-    import _socket
+    """Sends the master to the listener at `path`, as runc's --console-socket. Raises RuntimeFailure."""
+    from runtime.inherited import send_fd
 
-    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     try:
-        sock.connect(path)
-        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("=i", master))]
-        sock.sendmsg([os.fsencode(name)], rights, _socket.MSG_NOSIGNAL)
-    except OSError as error:
-        raise RuntimeFailure.of(
-            error, step="console", what=f"send the terminal to console socket {path}", code="invalid_argument"
-        ) from None
-    finally:
-        sock.close()
+        send_fd(path, master, name, "send the terminal to console socket")
+    except RuntimeFailure as failure:
+        raise failure.in_step("console") from None

@@ -64,9 +64,10 @@ class Result:
         assert self.code == 0, self
         return self.text
 
-    def failed(self, words: str, code: int = 1) -> str:
-        """stderr of a failure that says `words`."""
-        assert self.code == code and words in self.error, self
+    def failed(self, words: str, code: int | None = None) -> str:
+        """stderr of a failure that says `words`; its code is 1, or 255 where it is an exec that failed."""
+        assert self.code == code if code is not None else self.code in (1, 255), self
+        assert words in self.error, self
         return self.error
 
 

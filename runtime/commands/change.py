@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from runtime import lifecycle
+import os
+
+from runtime import lifecycle, state
 from runtime.options import Flag, UsageError
 
 TYPE_CHECKING = False
@@ -37,10 +39,11 @@ _RTMIN, _RTMAX = 34, 64
 def run(context: Context, name: str, values: Values) -> int:
     most = 2 if name == "kill" else 1
     if not 1 <= len(values.words) <= most:
-        raise UsageError(f"expected {WORDS[name]}")
+        how_many = "a minimum of" if name == "kill" else "exactly"
+        raise UsageError(f'"{name}" requires {how_many} 1 argument(s): {WORDS[name]}')
     container_id = values.words[0]
     if name == "start":
-        lifecycle.start(context.root, container_id)
+        _start(context, container_id)
     elif name == "kill":
         number = signal_number(values.words[1] if len(values.words) > 1 else "TERM")
         lifecycle.kill(context.root, container_id, number, everyone=values.on("all"))
@@ -51,6 +54,28 @@ def run(context: Context, name: str, values: Values) -> int:
     else:
         lifecycle.resume(context.root, container_id)
     return 0
+
+
+def _start(context: Context, container_id: str) -> None:
+    manager = os.environ.get("NOTIFY_SOCKET")
+    directory = state.directory(context.root, container_id)
+    if not manager or not os.path.isdir(f"{directory}/{state.NOTIFY}") or not state.waits(context.root, container_id):
+        lifecycle.start(context.root, container_id)
+        return
+    from runtime.linux.process import pidfd_open
+    from runtime.notify import Notify
+
+    pid = state.load(context.root, container_id).pid
+    pidfd = pidfd_open(pid)
+    try:
+        notify = Notify(directory, manager, context.warn)
+        try:
+            lifecycle.start(context.root, container_id)
+            notify.wait(pidfd, pid)
+        finally:
+            notify.close()
+    finally:
+        os.close(pidfd)
 
 
 def signal_number(text: str) -> int:

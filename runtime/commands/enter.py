@@ -7,11 +7,10 @@ would be looked up in a file of the image. Invariant: the exit code of an attach
 from __future__ import annotations
 
 from runtime import exec as execution
-from runtime import state
-from runtime.capabilities import CAPABILITIES
+from runtime import exec_cgroup, state
 from runtime.errors import RuntimeFailure
 from runtime.fields import Fields, decode
-from runtime.foreground import Foreground, sized
+from runtime.foreground import Foreground, check_terminal, sized
 from runtime.linux.files import AT_FDCWD, read_bounded
 from runtime.options import Flag, UsageError
 from runtime.spec_process import parse_process
@@ -25,6 +24,7 @@ _MAX_PROCESS = 16 << 20
 FLAGS = {
     "exec": (
         Flag(("console-socket",), "str", "unix socket that is sent the terminal's master"),
+        Flag(("pidfd-socket",), "str", "unix socket that is sent a pidfd of the process"),
         Flag(("cwd",), "str", "working directory"),
         Flag(("env", "e"), "list", "NAME=VALUE, again for more"),
         Flag(("tty", "t"), "bool", "give it a terminal"),
@@ -38,6 +38,7 @@ FLAGS = {
         Flag(("no-new-privs",), "bool", "set no_new_privs"),
         Flag(("cap", "c"), "list", "a further capability, again for more"),
         Flag(("preserve-fds",), "int", "how many descriptors from 3 on it gets"),
+        Flag(("cgroup",), "list", "[CONTROLLER[,…]:]PATH of an existing cgroup below the container's"),
         Flag(("ignore-paused",), "bool", "also into a paused container"),
     )
 }
@@ -46,29 +47,30 @@ WORDS = {"exec": "CONTAINER COMMAND [ARGUMENT …]"}
 
 def run(context: Context, _name: str, values: Values) -> int:
     if not values.words:
-        raise UsageError('"CONTAINER" is required')
+        raise UsageError(f'"exec" requires a minimum of 1 argument(s): {WORDS["exec"]}')
+    handed_on = 0
+    if values.given("preserve-fds"):
+        from runtime.inherited import descriptors  # first of all: what is opened from here on has a higher number
+
+        handed_on = descriptors(values.number("preserve-fds"))
     container_id, words = values.words[0], values.words[1:]
-    if not words and not values.text("process"):
-        raise UsageError("process args cannot be empty")
     facts = state.load(context.root, container_id)
+    if not words and not values.text("process"):
+        raise RuntimeFailure("process args cannot be empty", code="invalid_argument")
     process = parse_process(_process(facts.bundle, words, values), "process")
     detached, console_socket = values.on("detach"), values.text("console-socket")
-    if process.terminal and detached and not console_socket:
-        raise RuntimeFailure(
-            "cannot allocate tty if runc will detach without setting console socket", code="invalid_argument"
-        )
+    check_terminal(process.terminal, detached, console_socket)
     if process.terminal and not console_socket:
         process = sized(process)
-    preserve = values.number("preserve-fds")
-    if not 0 <= preserve <= 1024:
-        raise UsageError(f"--preserve-fds: {preserve} is not from 0 to 1024")
     request = execution.ExecRequest(
         root=context.root,
         id=container_id,
         process=process,
         console_socket=console_socket,
         pid_file=values.text("pid-file"),
-        preserve_fds=preserve,
+        pidfd_socket=values.text("pidfd-socket"),
+        preserve_fds=handed_on,
+        cgroups=exec_cgroup.parse(values.all("cgroup")),
         ignore_paused=values.on("ignore-paused"),
     )
     if detached:
@@ -105,8 +107,8 @@ def _process(bundle: str, words: list[str], values: Values) -> dict[str, object]
         process["apparmorProfile"] = values.text("apparmor")
     if values.text("process-label"):
         process["selinuxLabel"] = values.text("process-label")
-    if values.on("no-new-privs"):
-        process["noNewPrivileges"] = True
+    if values.given("no-new-privs"):
+        process["noNewPrivileges"] = values.on("no-new-privs")
     if values.all("cap"):
         process["capabilities"] = _capabilities(process.get("capabilities"), values.all("cap"))
     return process
@@ -121,23 +123,25 @@ def _user(before: object, values: Values) -> dict[str, object]:
         if colon:
             user["gid"] = _number("--user", gid)
     if values.all("additional-gids"):
-        user["additionalGids"] = [_number("--additional-gids", gid) for gid in values.all("additional-gids")]
+        have = user.get("additionalGids")
+        more = [_number("--additional-gids", gid) for gid in values.all("additional-gids")]
+        user["additionalGids"] = [*(have if isinstance(have, list) else []), *more]
     return user
 
 
 def _number(flag: str, text: str) -> int:
     if not (text.isascii() and text.isdecimal()) or len(text) > 10:
-        raise UsageError(f"{flag}: {text[:40]!r} is no number")
+        raise RuntimeFailure(f"{flag}: {text[:40]!r} is no number", code="invalid_argument")
     return int(text)
 
 
 def _capabilities(before: object, names: list[str]) -> dict[str, object]:
     """As runc: into the bounding, effective and permitted sets, and into the ambient one only where inheritable."""
     sets: dict[str, object] = dict(before) if isinstance(before, dict) else {}
-    for name in names:
-        if name not in CAPABILITIES:
-            raise UsageError(f"--cap: there is no capability {name[:40]!r}")
-    for kind in ("bounding", "effective", "permitted"):
+    kinds = ["bounding", "effective", "permitted"]
+    if sets.get("inheritable"):
+        kinds.append("ambient")
+    for kind in kinds:
         have = sets.get(kind)
         sets[kind] = list(dict.fromkeys([*(have if isinstance(have, list) else []), *names]))
     return sets

@@ -1,32 +1,35 @@
 """`ocirun create` and `ocirun run`.
 
 Refuses a detached terminal without a console socket, as runc does: nobody would hold its other end. Invariant: a run
-that is attached leaves nothing of the container behind, whatever it ended by.
+that is attached leaves nothing of the container behind, whatever it ended by, unless --keep asks for it.
 """
 
 from __future__ import annotations
 
 import os
 
-from runtime import create, lifecycle, spec
+from runtime import create, lifecycle, spec, state
 from runtime.errors import RuntimeFailure
-from runtime.foreground import Foreground, sized
+from runtime.foreground import Foreground, check_terminal, sized
 from runtime.linux.files import AT_FDCWD, read_bounded
 from runtime.options import Flag, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from runtime.cli import Context
+    from runtime.create import Created
+    from runtime.notify import Notify
     from runtime.options import Values
 
 _MAX_CONFIG = 16 << 20
 _COMMON = (
     Flag(("bundle", "b"), "str", "the bundle's directory (default: the working directory)"),
     Flag(("console-socket",), "str", "unix socket that is sent the terminal's master"),
+    Flag(("pidfd-socket",), "str", "unix socket that is sent a pidfd of the process"),
     Flag(("pid-file",), "str", "file to write the process's id to"),
-    Flag(("no-pivot",), "bool", "chroot instead of pivot_root, for a root on a ramdisk"),
-    Flag(("preserve-fds",), "int", "how many descriptors from 3 on the process gets"),
-    Flag(("no-new-keyring",), "bool", "not supported: every container gets a session keyring"),
+    Flag(("no-pivot",), "bool", "move the root instead of pivot_root, for a root on a ramdisk"),
+    Flag(("no-new-keyring",), "bool", "leave the container the session keyring of the caller"),
+    Flag(("preserve-fds",), "int", "how many descriptors the process gets, after stdio and those of LISTEN_FDS"),
 )
 FLAGS = {
     "create": _COMMON,
@@ -42,62 +45,104 @@ WORDS = {"create": "CONTAINER", "run": "CONTAINER"}
 
 def run(context: Context, name: str, values: Values) -> int:
     if len(values.words) != 1:
-        raise UsageError('"CONTAINER" is required, and nothing after it')
-    if values.on("no-new-keyring"):
-        raise RuntimeFailure("--no-new-keyring is not supported yet")
-    preserve = values.number("preserve-fds")
-    if not 0 <= preserve <= 1024:
-        raise UsageError(f"--preserve-fds: {preserve} is not from 0 to 1024")
+        raise UsageError(f'"{name}" requires exactly 1 argument(s): {WORDS[name]}')
+    detached = name == "create" or values.on("detach")
+    request = _request(context, values, detached)
+    if not detached:
+        return _attached(context, request, values)
+    made = create.create(request)
+    _warn(context, made)
+    if name == "run":
+        _start(context, request, made, keep=values.on("keep"))
+    return 0
+
+
+def _request(context: Context, values: Values, detached: bool) -> create.CreateRequest:
+    listening = 0
+    if os.environ.get("LISTEN_FDS") or values.given("preserve-fds"):
+        # First of all: whatever is opened from here on has a higher number.
+        from runtime import inherited
+
+        listening = inherited.listening(os.environ)
+        handed_on = inherited.descriptors(values.number("preserve-fds"), listening)
+    else:
+        handed_on = 0
     bundle = os.path.abspath(values.text("bundle", "."))
     config = spec.parse(_read_config(bundle))
-    detached = name == "create" or values.on("detach")
+    console_socket = values.text("console-socket")
     terminal = config.process is not None and config.process.terminal
-    if terminal and detached and not values.text("console-socket"):
-        raise RuntimeFailure(
-            "cannot allocate tty if runc will detach without setting console socket", code="invalid_argument"
-        )
-    if not terminal and values.text("console-socket"):
-        raise RuntimeFailure(
-            "cannot use console socket if runc will not detach or allocate tty", code="invalid_argument"
-        )
-    if config.process is not None and terminal and not values.text("console-socket"):
-        config = config.changed(process=sized(config.process))
-    request = create.CreateRequest(
+    check_terminal(terminal, detached, console_socket)
+    if config.process is not None:
+        process = config.process
+        if terminal and not console_socket:
+            process = sized(process)
+        if listening:
+            process = inherited.with_listening(process, listening, os.environ)
+        config = config.changed(process=process)
+    notify = bool(os.environ.get("NOTIFY_SOCKET"))
+    if notify:
+        from runtime.notify import into
+
+        config = into(config, os.path.abspath(state.directory(context.root, values.words[0])))
+    return create.CreateRequest(
         root=context.root,
         id=values.words[0],
         bundle=bundle,
         spec=config,
-        console_socket=values.text("console-socket"),
+        console_socket=console_socket,
+        pidfd_socket=values.text("pidfd-socket"),
         pid_file=values.text("pid-file"),
-        preserve_fds=preserve,
+        preserve_fds=handed_on,
         no_pivot=values.on("no-pivot"),
         systemd_cgroup=context.systemd_cgroup,
+        no_new_keyring=values.on("no-new-keyring"),
+        notify=notify,
     )
-    if detached:
-        made = create.create(request)
-        for text in made.warnings:
-            context.warn(text)
-        if name == "run":
-            _start(context, request.id)
-        return 0
+
+
+def _warn(context: Context, made: Created) -> None:
+    for text in made.warnings:
+        context.warn(text)
+
+
+def _notify(context: Context, request: create.CreateRequest) -> Notify | None:
+    if not request.notify:
+        return None
+    from runtime.notify import Notify
+
+    return Notify(state.directory(request.root, request.id), os.environ["NOTIFY_SOCKET"], context.warn)
+
+
+def _attached(context: Context, request: create.CreateRequest, values: Values) -> int:
     with Foreground(subreaper=not values.on("no-subreaper")) as foreground:
         made = create.create(request)
+        notify = None
         try:
-            for text in made.warnings:
-                context.warn(text)
+            _warn(context, made)
+            notify = _notify(context, request)
             lifecycle.start(context.root, request.id)
-            return foreground.follow(made.state.pid, made.console)
+            return foreground.follow(made.state.pid, made.console, notify)
         finally:
+            if notify is not None:
+                notify.close()
             if not values.on("keep"):
                 lifecycle.delete(context.root, request.id, force=True)
 
 
-def _start(context: Context, container_id: str) -> None:
+def _start(context: Context, request: create.CreateRequest, made: Created, *, keep: bool) -> None:
+    notify = None
     try:
-        lifecycle.start(context.root, container_id)
+        notify = _notify(context, request)
+        lifecycle.start(context.root, request.id)
+        if notify is not None:
+            notify.wait(made.pidfd, made.state.pid)
     except BaseException:
-        lifecycle.delete(context.root, container_id, force=True)
+        if not keep:
+            lifecycle.delete(context.root, request.id, force=True)
         raise
+    finally:
+        if notify is not None:
+            notify.close()
 
 
 def _read_config(bundle: str) -> bytes:

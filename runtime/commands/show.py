@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from runtime import lifecycle
+from runtime.errors import RuntimeFailure
 from runtime.fields import encode
 from runtime.options import Flag, UsageError
 
@@ -22,17 +23,19 @@ FLAGS = {
     "ps": (Flag(("format", "f"), "str", "table or json (default: table)"),),
 }
 WORDS = {"state": "CONTAINER", "list": "", "ps": "CONTAINER [OPTIONS OF ps(1)]"}
-_COLUMNS = (("ID", "id"), ("PID", "pid"), ("STATUS", "status"), ("BUNDLE", "bundle"), ("CREATED", "created"))
+_COLUMNS = ("id", "pid", "status", "bundle", "created", "owner")
+_NARROWEST, _GAP = 12, 3  # of a column with its gap, and between columns: as runc has them, for who cuts by column
 
 
 def run(context: Context, name: str, values: Values) -> int:
     if name == "list":
         if values.words:
-            raise UsageError("takes no container")
+            raise UsageError('"list" requires exactly 0 argument(s)')
         _list(context.root, _format(values), quiet=values.on("quiet"))
         return 0
     if not values.words or (name == "state" and len(values.words) > 1):
-        raise UsageError(f"expected {WORDS[name]}")
+        how_many = "exactly" if name == "state" else "a minimum of"
+        raise UsageError(f'"{name}" requires {how_many} 1 argument(s): {WORDS[name]}')
     if name == "state":
         import json
 
@@ -44,7 +47,7 @@ def run(context: Context, name: str, values: Values) -> int:
 def _format(values: Values) -> str:
     text = values.text("format", "table")
     if text not in ("table", "json"):
-        raise UsageError(f"invalid format option {text[:40]!r}")
+        raise RuntimeFailure(f"invalid format option {text[:40]!r}", code="invalid_argument")
     return text
 
 
@@ -62,10 +65,10 @@ def _list(root: str, style: str, *, quiet: bool) -> None:
     elif style == "json":
         _print(encode(found).decode())
     else:
-        rows = [[title for title, _ in _COLUMNS], *([str(entry[key]) for _, key in _COLUMNS] for entry in found)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+        rows = [[key.upper() for key in _COLUMNS], *([str(entry[key]) for key in _COLUMNS] for entry in found)]
+        widths = [max(_NARROWEST, _GAP + max(len(row[i]) for row in rows)) for i in range(len(_COLUMNS))]
         for row in rows:
-            _print("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            _print("".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _ps(root: str, container_id: str, style: str, options: list[str]) -> int:
@@ -83,7 +86,9 @@ def _ps(root: str, container_id: str, style: str, options: list[str]) -> int:
     try:
         column = lines[0].split().index("PID")
     except ValueError:
-        raise UsageError("the options of ps must include the column PID") from None
+        raise RuntimeFailure(
+            "couldn't find PID field in ps output", hint="the options of ps must include it", code="invalid_argument"
+        ) from None
     wanted = {str(pid) for pid in pids}
     _print(lines[0])
     for line in lines[1:]:

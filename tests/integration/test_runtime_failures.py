@@ -28,6 +28,7 @@ def everything(home: Bundles) -> Bundle:
     one.config["hooks"] = dict.fromkeys(("createRuntime", "createContainer"), hook)
     one.linux["sysctl"] = {"net.ipv4.ip_forward": "1"}
     one.process["terminal"] = True
+    one.process["scheduler"] = {"policy": "SCHED_BATCH"}
     return one
 
 

@@ -124,7 +124,7 @@ def test_run_detached_and_keep(home: Bundles) -> None:
     assert {(entry["id"], entry["status"]) for entry in listed} == {(one.id, "running"), (two.id, "stopped")}
     assert home.ocirun("list", "-q").ok().split() == [one.id, two.id]
     table = home.ocirun("list").ok().splitlines()
-    assert table[0].split() == ["ID", "PID", "STATUS", "BUNDLE", "CREATED"] and len(table) == 3
+    assert table[0].split() == ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"] and len(table) == 3
 
 
 def test_exec_joins_everything(home: Bundles) -> None:
@@ -169,7 +169,7 @@ def test_pause_and_resume(home: Bundles) -> None:
     home.ocirun("pause", one.id).ok()
     assert one.status() == "paused"
     before = count.read_text()
-    home.ocirun("pause", one.id).failed("not running")
+    home.ocirun("pause", one.id).failed("container not running")
     one.exec("true").failed("cannot exec in a paused container")
     assert count.read_text() == before
     home.ocirun("resume", one.id).ok()
@@ -215,7 +215,7 @@ def test_no_config_and_broken_config(home: Bundles) -> None:
     assert "no such file or directory" in said
     for raw in (b"", b"{", b"[]", b'{"ociVersion": "1.0.2", "ociVersion": "1.0.2"}', b"\xff"):
         (one.path / "config.json").write_bytes(raw)
-        home.ocirun("run", "--bundle", str(one.path), one.id).failed("ocirun run: ")
+        home.ocirun("run", "--bundle", str(one.path), one.id).failed("ocirun run failed: ")
     os.unlink(one.path / "config.json")
     os.mkfifo(one.path / "config.json")
     home.ocirun("run", "--bundle", str(one.path), one.id).failed("regular file")
@@ -233,12 +233,12 @@ def test_failures_go_to_the_log(home: Bundles) -> None:
 
 
 def test_misuse_is_said_in_one_line(home: Bundles) -> None:
-    home.ocirun("nonsense").failed("No help topic for 'nonsense'")
+    home.ocirun("nonsense").failed("No help topic for 'nonsense'", code=3)
     home.ocirun("--nonsense").failed("flag provided but not defined: --nonsense")
     home.ocirun("kill", "x", "SIGNOTHING").failed("unknown signal")
     home.ocirun("--log-format", "xml", "list").failed("--log-format")
-    home.ocirun("create").failed('"CONTAINER" is required')
-    home.ocirun("exec", "x").failed("process args cannot be empty")
+    home.ocirun("create").failed('"create" requires exactly 1 argument(s)')
+    home.ocirun("exec", "x").failed("container does not exist", code=255)
     assert "usage: ocirun" in home.ocirun("--help").ok()
     assert "--pid-file" in home.ocirun("create", "--help").ok()
     assert home.ocirun("--version").ok().startswith("ocirun version ")
