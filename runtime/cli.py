@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from runtime.options import Values
 
 VERSION = "0.1.0"
-SPEC_VERSION = "1.3.0"
 DEFAULT_ROOT = "/run/ocirun"
 
 GLOBAL = (
@@ -119,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _misused(str(error))
     if values.on("version"):
+        from runtime.state import SPEC_VERSION
+
         os.write(1, f"ocirun version {VERSION}\nspec: {SPEC_VERSION}\n".encode())
         return 0
     if values.on("help") or not values.words:

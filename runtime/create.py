@@ -445,7 +445,7 @@ class _Birth:
             created=self._created,
             bundle=self._bundle,
             rootfs=self._root_path,
-            version=self._spec.version,
+            version=state.SPEC_VERSION,
             cgroup_paths=tuple(self._manager.paths().items()),
             systemd_unit=self._manager.note().get(UNIT, ""),
             annotations=self._spec.annotations,
@@ -472,7 +472,7 @@ class _Birth:
             created=self._created,
             bundle=self._bundle,
             rootfs=self._root_path,
-            version=self._spec.version,
+            version=state.SPEC_VERSION,
             annotations=self._spec.annotations,
         )
         return encode(state.describe(known, status))

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from runtime.memory_policy import MemoryPolicy
     from runtime.namespaces import Namespace
 
+SPEC_VERSION = "1.3.0"  # of runtime-spec's "State", which `describe` follows
 START_SOCKET = "start.sock"
 NOTIFY = "notify"
 FILTER = "seccomp.bpf"

@@ -11,10 +11,11 @@ import os
 
 from runtime import mounts
 from runtime.capabilities import CAPABILITIES
-from runtime.cli import COMMANDS, SPEC_VERSION, VERSION
+from runtime.cli import COMMANDS, VERSION
 from runtime.namespaces import FLAGS as NAMESPACES
 from runtime.options import UsageError
 from runtime.spec_hooks import HOOKS
+from runtime.state import SPEC_VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
