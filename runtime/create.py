@@ -226,7 +226,7 @@ class _Birth:
     def run(self) -> Created:
         """Clones the init and leads it to Ready."""
         spec = self._spec
-        user = spec.has_new("user")
+        user = spec.has("user")
         listener = sync.listen(self._directory, state.START_SOCKET)
         progress = Progress()
         joins = Joins(spec.namespaces)
