@@ -11,7 +11,7 @@ import errno
 import os
 
 from runtime.errors import RuntimeFailure
-from runtime.linux.files import read_bounded, write_all
+from runtime.linux.files import AT_FDCWD, read_bounded, write_all
 from runtime.linux.mount import mountinfo
 from runtime.linux.record import Record
 
@@ -142,11 +142,7 @@ def _made(path: str, *, must_exist: bool) -> bool:
 
 def _schemata(directory: str) -> dict[str, str]:
     """The schemata file by resource: {"L3": "0=7f0;1=1f", …}."""
-    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        text = read_bounded(fd, "schemata", _MAX_FILE).decode("ascii", "replace")
-    finally:
-        os.close(fd)
+    text = read_bounded(AT_FDCWD, f"{directory}/schemata", _MAX_FILE).decode("ascii", "replace")
     rows = (line.strip().partition(":") for line in text.splitlines())
     return {name: value for name, _, value in rows}
 
@@ -220,3 +216,54 @@ def update(group: Group, lines: tuple[str, ...]) -> tuple[str, ...]:
             failure.add_note(f"and could not go back: {second}")
         raise
     return before
+
+
+def figures(group: Group | None) -> dict[str, object]:
+    """The `intel_rdt` of runc's stats event. What the machine has not is left out."""
+    if group is None:
+        return {}
+    # The default class is resctrl's root, which alone has `info`; all others lie right below it.
+    root = group.directory
+    if not os.path.isdir(f"{root}/info"):
+        root = os.path.dirname(root)
+    found: dict[str, object] = {}
+    for resource, info, names, key in (
+        ("L3", "l3_cache_info", ("cbm_mask", "min_cbm_bits", "num_closids"), "l3_cache_schema"),
+        ("MB", "mem_bw_info", ("bandwidth_gran", "delay_linear", "min_bandwidth", "num_closids"), "mem_bw_schema"),
+    ):
+        if not os.path.isdir(f"{root}/info/{resource}"):
+            continue
+        values = {name: _text(f"{root}/info/{resource}/{name}") for name in names}
+        found[info] = {
+            name: int(text) if text.isdigit() and name != "cbm_mask" else text for name, text in values.items()
+        }
+        for suffix, directory in (("_root", root), ("", group.directory)):
+            value = _schemata(directory).get(resource, "")
+            found[f"{key}{suffix}"] = f"{resource}:{value}"
+    monitor = group.monitor or group.directory
+    counters: dict[str, tuple[str, ...]] = {
+        "mbm_stats": ("mbm_total_bytes", "mbm_local_bytes"),
+        "cmt_stats": ("llc_occupancy",),
+    }
+    for kind, files in counters.items():
+        rows = [
+            {name: int(text) for name in files if (text := _text(f"{monitor}/mon_data/{domain}/{name}")).isdigit()}
+            for domain in _listed(f"{monitor}/mon_data")
+        ]
+        if any(rows):
+            found[kind] = [row for row in rows if row]
+    return found
+
+
+def _text(path: str) -> str:
+    try:
+        return read_bounded(AT_FDCWD, path, _MAX_FILE).decode("ascii", "replace").strip()
+    except OSError:
+        return ""
+
+
+def _listed(path: str) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except OSError:
+        return []

@@ -95,6 +95,8 @@ _HINTS = {
     "cpu.max.burst": "at most the quota",
     "cpuset.cpus": "only processors that are online and that the parent cgroup has",
     "cpuset.mems": "only memory nodes that the parent cgroup has",
+    "blkio.bfq.weight_device": "only a disk whose scheduler is bfq has weights",
+    "io.bfq.weight": "only a disk whose scheduler is bfq has weights",
     "cpu.rt_runtime_us": "the parent cgroup has no real-time budget to give",
 }
 
@@ -131,6 +133,7 @@ def failure(step: Step, write: Write, error: OSError) -> RuntimeFailure:
         errno.ENODEV,
         errno.EACCES,
         errno.ENOSPC,
+        errno.EOPNOTSUPP,
     )
     return RuntimeFailure(
         message, step="cgroup", errno=number, hint=hint, code="invalid_argument" if refused else "internal"

@@ -34,8 +34,9 @@ _BLKIO = (
 )
 
 
-def figures(paths: Mapping[str, str]) -> dict[str, object]:
-    """The `data` of a stats event, from the directories by controller that Manager.paths() names."""
+def figures(paths: Mapping[str, str], intel_rdt: dict[str, object] | None = None) -> dict[str, object]:
+    """The `data` of a stats event, from the directories by controller that Manager.paths() names; what resctrl knows
+    comes from runtime.intel_rdt."""
     v2 = paths.get("", "") if "memory" not in paths else ""
     return {
         "cpu": _cpu_v2(v2) if v2 else _cpu_v1(paths),
@@ -44,7 +45,7 @@ def figures(paths: Mapping[str, str]) -> dict[str, object]:
         "pids": _pids(v2 or paths.get("pids", "")),
         "blkio": _blkio_v2(v2) if v2 else _blkio_v1(paths.get("blkio", "")),
         "hugetlb": _hugetlb(paths.get("hugetlb") or paths.get("", "")),
-        "intel_rdt": {},
+        "intel_rdt": intel_rdt or {},
         "network_interfaces": None,
     }
 

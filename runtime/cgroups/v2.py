@@ -49,6 +49,8 @@ def unified(items: tuple[tuple[str, str], ...]) -> list[Write]:
 def memory(want: Memory, now: Now) -> list[Write]:
     if want.disable_oom_killer:
         raise _impossible("memory.disableOOMKiller")
+    if want.swappiness is not None:
+        raise _impossible("memory.swappiness")  # v2 has one for the whole machine
     if want.use_hierarchy is False:
         raise _impossible("memory.useHierarchy")
     if want.kernel_tcp is not None:
@@ -62,7 +64,6 @@ def memory(want: Memory, now: Now) -> list[Write]:
         writes.append(Write("memory.max", _limit(want.limit), "memory.limit"))
     if want.reservation is not None:
         writes.append(Write("memory.low", _limit(want.reservation), "memory.reservation"))
-    # swappiness has no counterpart: v2 has one for the whole machine, and runc ignores it too.
     return writes
 
 

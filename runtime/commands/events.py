@@ -104,7 +104,12 @@ def interval(text: str) -> float:
 def _stats(facts: State, manager: Manager) -> None:
     from runtime.cgroups.figures import figures
 
-    _print(facts.id, "stats", figures(manager.paths()))
+    rdt = None
+    if facts.intel_rdt is not None:
+        from runtime import intel_rdt  # for machines that have it
+
+        rdt = intel_rdt.figures(facts.intel_rdt)
+    _print(facts.id, "stats", figures(manager.paths(), rdt))
 
 
 def _print(container_id: str, kind: str, data: dict[str, object] | None) -> None:

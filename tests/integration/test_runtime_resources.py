@@ -174,6 +174,30 @@ def test_block_io(home: Bundles) -> None:
     assert file(one, "blkio.throttle.read_bps_device") == ""
 
 
+@v1_only
+def test_weights_belong_to_bfq(home: Bundles) -> None:
+    one = limited(home, blockIO={"weight": 500})
+    assert file(one, "blkio.bfq.weight").split("\n")[0] in ("500", "default 500")
+    image = home.directory / "disk"
+    image.write_bytes(bytes(4 * MIB))
+    loop = subprocess.run(["losetup", "--find", "--show", str(image)], capture_output=True, text=True, check=True)
+    path = Path("/sys/block", Path(loop.stdout.strip()).name)
+    try:
+        before = re.search(r"\[(.*)\]", (path / "queue/scheduler").read_text())
+        if "bfq" not in (path / "queue/scheduler").read_text() or before is None:
+            pytest.skip("this kernel has no bfq")
+        major, minor = map(int, (path / "dev").read_text().split(":"))
+        wanted = {"blockIO": {"weightDevice": [{"major": major, "minor": minor, "weight": 200}]}}
+        refused = home.ocirun("update", "-r", "-", one.id, stdin=_given(home, wanted)).failed("blockIO.weightDevice")
+        assert "bfq" in refused
+        (path / "queue/scheduler").write_text("bfq")
+        home.ocirun("update", "-r", "-", one.id, stdin=_given(home, wanted)).ok()
+        assert f"{major}:{minor} 200" in file(one, "blkio.bfq.weight_device")
+        (path / "queue/scheduler").write_text(before.group(1))
+    finally:
+        subprocess.run(["losetup", "--detach", loop.stdout.strip()], check=True)
+
+
 def test_devices(home: Bundles) -> None:
     one = home.sh(
         "for d in null mine; do head -c 0 /dev/$d && echo $d; done\n"

@@ -53,7 +53,7 @@ def test_v1_memory_the_rest() -> None:
 
 
 def test_v2_memory_counts_swap_alone() -> None:
-    assert plan(2, "memory", memory={"limit": 2 * GIB, "swap": 3 * GIB, "reservation": 9, "swappiness": 1}) == [
+    assert plan(2, "memory", memory={"limit": 2 * GIB, "swap": 3 * GIB, "reservation": 9}) == [
         f"memory.swap.max={GIB}",
         f"memory.max={2 * GIB}",
         "memory.low=9",
@@ -78,6 +78,7 @@ def test_v2_refuses_by_name_what_it_has_not() -> None:
     for controller, section, field, value in (
         ("memory", "memory", "disableOOMKiller", True),
         ("memory", "memory", "kernelTCP", 5),
+        ("memory", "memory", "swappiness", 1),
         ("cpu", "cpu", "realtimeRuntime", 5),
         ("cpu", "cpu", "realtimePeriod", 5),
         ("blkio", "blockIO", "leafWeight", 50),

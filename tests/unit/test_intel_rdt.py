@@ -126,3 +126,35 @@ def test_where_it_is_not_mounted() -> None:
         RuntimeFailure, match="intelRdt is specified in config, but Intel RDT is not supported or enabled"
     ):
         intel_rdt.mount_point()
+
+
+def test_figures(resctrl: Path) -> None:
+    group = Group(str(_group(resctrl / "c1", "L3:0=7f0;1=1f\nMB:0=20;1=70\n")), own=True)
+    assert intel_rdt.figures(None) == {}
+    files = {
+        "info/L3/cbm_mask": "7ff",
+        "info/L3/min_cbm_bits": "1",
+        "info/L3/num_closids": "16",
+        "info/MB/bandwidth_gran": "10",
+        "info/MB/delay_linear": "1",
+        "info/MB/min_bandwidth": "10",
+        "info/MB/num_closids": "8",
+        "c1/mon_data/mon_L3_00/llc_occupancy": "123",
+        "c1/mon_data/mon_L3_00/mbm_total_bytes": "456",
+        "c1/mon_data/mon_L3_00/mbm_local_bytes": "400",
+        "c1/mon_data/mon_L3_01/llc_occupancy": "Unavailable",
+    }
+    for name, text in files.items():
+        (resctrl / name).parent.mkdir(parents=True, exist_ok=True)
+        (resctrl / name).write_text(text + "\n")
+    assert intel_rdt.figures(group) == {
+        "l3_cache_info": {"cbm_mask": "7ff", "min_cbm_bits": 1, "num_closids": 16},
+        "l3_cache_schema_root": "L3:0=7ff;1=7ff",
+        "l3_cache_schema": "L3:0=7f0;1=1f",
+        "mem_bw_info": {"bandwidth_gran": 10, "delay_linear": 1, "min_bandwidth": 10, "num_closids": 8},
+        "mem_bw_schema_root": "MB:0=100;1=100",
+        "mem_bw_schema": "MB:0=20;1=70",
+        "mbm_stats": [{"mbm_total_bytes": 456, "mbm_local_bytes": 400}],
+        "cmt_stats": [{"llc_occupancy": 123}],
+    }
+    assert intel_rdt.figures(Group(str(resctrl)))["l3_cache_schema"] == "L3:0=7ff;1=7ff"
