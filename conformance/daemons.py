@@ -152,6 +152,10 @@ state = "{directory}/state"
     conf_dir = "{directory}/net.d"
   [plugins."io.containerd.grpc.v1.cri".containerd]
     snapshotter = "overlayfs"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+      [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
+        BinaryName = "{runtime}"
   [plugins."io.containerd.grpc.v1.cri".registry]
     config_path = "{directory}/certs.d"
 """
@@ -159,9 +163,10 @@ state = "{directory}/state"
 
 @contextmanager
 def containerd(
-    directory: Path, registry: str, subnet: str = "10.202.0.0/16", bridge: str = "peer0"
+    directory: Path, registry: str, subnet: str = "10.202.0.0/16", bridge: str = "peer0", runtime: str = "runc"
 ) -> Iterator[Daemon]:
-    """Debian's containerd below `directory`, with the pause image from `registry` ("host:port")."""
+    """Debian's containerd below `directory`, with the pause image from `registry` ("host:port"); `runtime` is the
+    binary that its shims call."""
     networks, hosts = directory / "net.d", directory / "certs.d" / registry
     networks.mkdir(parents=True, exist_ok=True)
     hosts.mkdir(parents=True, exist_ok=True)
@@ -170,7 +175,9 @@ def containerd(
     socket = directory / "containerd.sock"
     configuration = directory / "config.toml"
     configuration.write_text(
-        CONTAINERD.format(directory=directory, socket=socket, pause=f"{registry}/pause:1", plugins=PLUGINS)
+        CONTAINERD.format(
+            directory=directory, socket=socket, pause=f"{registry}/pause:1", plugins=PLUGINS, runtime=runtime
+        )
     )
     command = ["containerd", "--config", str(configuration), "--log-level", "warn"]
     with _running("containerd", command, directory, socket, bridge) as daemon:

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from conformance.clients import podman
+from conformance.clients import cri, ctr, podman
 from conformance.clients.podman.namespaces import SUBIDS
 from conformance.clients.steps import Score, play
+from conformance.crictl.tool import built
 from conformance.images import BUSYBOX, layouts, push
 from conformance.isolated import reenter
 from conformance.leaks import SETTLE_S, Machine, left_over
@@ -32,7 +33,21 @@ def with_podman(runtime: str, base: Path, images: Registry, only: str) -> Score:
         return play(client, podman.STEPS, only)
 
 
-CLIENTS: dict[str, Callable[[str, Path, Registry, str], Score]] = {"podman": with_podman}
+def with_containerd(runtime: str, base: Path, images: Registry, only: str) -> Score:
+    with ctr.ctr(runtime, base, images, BUSYBOX) as client:
+        return play(client, ctr.STEPS, only)
+
+
+def with_crictl(runtime: str, base: Path, images: Registry, only: str) -> Score:
+    with cri.cri(runtime, base, images, built()) as client:
+        return play(client, cri.STEPS, only)
+
+
+CLIENTS: dict[str, Callable[[str, Path, Registry, str], Score]] = {
+    "podman": with_podman,
+    "containerd": with_containerd,
+    "crictl": with_crictl,
+}
 
 
 @contextmanager
@@ -71,6 +86,8 @@ def main() -> int:
     for name in args.clients:
         if name not in CLIENTS:
             parser.error(f"no client {name!r}: there are {', '.join(CLIENTS)}")
+    if "crictl" in (args.clients or CLIENTS):
+        built()  # before the namespaces: a build may need the network
     reenter("conformance.clients", sys.argv[1:])
     total = Score()
     with tempfile.TemporaryDirectory(prefix="clients-") as directory, registry(Path(directory) / "registry") as images:

@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from conformance.crictl.tool import CheckFailed
+
 WAIT_S = 20.0
-FAILURES = (OSError, LookupError, ValueError, subprocess.SubprocessError)
+FAILURES = (OSError, LookupError, ValueError, subprocess.SubprocessError, CheckFailed)
 
 
 class Surprise(Exception):
@@ -109,7 +111,7 @@ def _played(client: C, step: Callable[[C], None]) -> str:
     try:
         step(client)
     except (Surprise, *FAILURES) as error:
-        surprise = str(error) if isinstance(error, Surprise) else f"{type(error).__name__}: {error}"
+        surprise = str(error) if isinstance(error, (Surprise, CheckFailed)) else f"{type(error).__name__}: {error}"
     try:
         client.tidy()
     except (Surprise, *FAILURES) as error:

@@ -53,7 +53,7 @@ def run_interactive(it: Podman) -> None:
         # A size comes by SIGWINCH and through three processes: it is asked for until it is there.
         terminal.type("until [ \"$(stty size)\" = '44 111' ]; do :; done; echo resi'zed'\n")
         terminal.until("resized")
-        terminal.type("trap 'echo inter''rupted' INT; echo wai'ting'; cat; exit 5\n")
+        terminal.type("trap 'echo inter\\rupted; exit 5' INT; echo wai'ting'; while :; do sleep 0.1; done\n")
         terminal.until("waiting")
         terminal.type(INTERRUPT)
         terminal.until("interrupted")
