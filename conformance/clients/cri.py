@@ -20,6 +20,10 @@ from conformance.crictl.tool import Crictl
 from conformance.images import BUSYBOX
 from conformance.registry import Registry
 
+# Values of the CRI's enumerations, which crictl reads from JSON as numbers.
+RUNTIME_DEFAULT, POD, NODE = 0, 0, 2
+HOST = {"security_context": {"namespace_options": {"network": NODE, "pid": NODE, "ipc": NODE}}}
+
 
 @dataclass(slots=True)
 class Cri(scenario.Scenario):
@@ -31,10 +35,12 @@ class Cri(scenario.Scenario):
     def run_pod(self, name: str, **linux: Any) -> str:
         document = {
             "metadata": {"name": name, "namespace": "clients", "uid": name, "attempt": 1},
-            "hostname": name,
+            # A pod in the host's network namespace has the host's name.
+            "hostname": name if linux != HOST else "",
             "log_directory": str(self.logs),
             "linux": {"cgroup_parent": self.cgroup, **linux},
         }
+        self.logs.mkdir(exist_ok=True)
         self.spec(name).write_text(json.dumps(document))
         pod = self.crictl.ok("runp", self.spec(name))
         self.pods.append(pod)
@@ -101,7 +107,7 @@ def confinement(it: Cri) -> None:
     security: dict[str, Any] = {
         "capabilities": {"drop_capabilities": ["ALL"]},
         "no_new_privs": True,
-        "seccomp": {"profile_type": "RuntimeDefault"},
+        "seccomp": {"profile_type": RUNTIME_DEFAULT},
         "readonly_rootfs": True,
     }
     same("capabilities, no_new_privs, seccomp", it.printed(show, "bare", security).split(), ["0" * 16, "1", "2"])
@@ -143,7 +149,7 @@ def update(it: Cri) -> None:
 
 
 def shared_pid_namespace(it: Cri) -> None:
-    namespaces = {"namespace_options": {"pid": 0}}
+    namespaces = {"namespace_options": {"pid": POD}}
     pod = it.run_pod("shared", security_context=namespaces)
     first = it.start(pod, "shared", "exec sleep 3600", {"security_context": namespaces})
     second = it.start(pod, "shared", "ps -o args; exec sleep 3600", {"security_context": namespaces})
@@ -152,10 +158,8 @@ def shared_pid_namespace(it: Cri) -> None:
 
 
 def host_namespaces(it: Cri) -> None:
-    # NODE is 2; networks of a pod on the host have no address of their own.
-    namespaces = {"namespace_options": {"network": 2, "pid": 2, "ipc": 2}}
-    pod = it.run_pod("host", security_context=namespaces)
-    container = it.start(pod, "host", "exec sleep 3600", {"security_context": namespaces})
+    pod = it.run_pod("host", **HOST)
+    container = it.start(pod, "host", "exec sleep 3600", HOST)
     pid = it.crictl.json("inspect", container)["info"]["pid"]
     for kind in ("net", "pid", "ipc"):
         same(f"the {kind} namespace", os.readlink(f"/proc/{pid}/ns/{kind}"), os.readlink(f"/proc/self/ns/{kind}"))
@@ -216,6 +220,8 @@ def cri(runtime: str, directory: Path, images: Registry, crictl: Path) -> Iterat
     try:
         with daemons.containerd(directory, images.address, runtime=binary) as daemon:
             tool = Crictl(crictl, daemon.socket, config)
-            yield Cri(tool, images.reference(BUSYBOX), directory, f"/{cgroup}", runtime=runtime)
+            it = Cri(tool, images.reference(BUSYBOX), directory, f"/{cgroup}", runtime=runtime)
+            tool.ok("pull", it.image)
+            yield it
     finally:
         daemons.remove_cgroup(cgroup)
