@@ -59,7 +59,13 @@ def test_every_figure_of_runcs(home: Bundles) -> None:
     ]
     usage = found["cpu"]["usage"]
     assert 0 < usage["total"] <= number(one, "cpuacct.usage")
-    assert sum(usage["percpu"]) == usage["total"] and {"kernel", "user", "percpu_kernel", "percpu_user"} < set(usage)
+    # One file is read after the other, and the shell may have a last word in between.
+    assert 0 <= sum(usage["percpu"]) - usage["total"] < 100_000_000 and {
+        "kernel",
+        "user",
+        "percpu_kernel",
+        "percpu_user",
+    } < set(usage)
     assert found["cpu"]["throttling"]["throttledTime"] > 0 < found["cpu"]["throttling"]["periods"]
     assert found["cpuset"]["cpus"] == [0] and found["cpuset"]["mems"] == [0]
     assert found["cpuset"]["sched_load_balance"] in (0, 1) and found["cpuset"]["sched_relax_domain_level"] == -1

@@ -43,7 +43,7 @@ def test_the_agent_gets_the_state_and_decides(home: Bundles, tmp_path: Path) -> 
         one.becomes("stopped")
         assert agent.seen == [GETPPID]
     (sent,) = agent.states
-    assert sent["ociVersion"].startswith("1.0.2") and sent["fds"] == ["seccompFd"] and sent["pid"] == pid
+    assert sent["ociVersion"] == sent["state"]["ociVersion"] and sent["fds"] == ["seccompFd"] and sent["pid"] == pid
     assert sent["metadata"] == "what only the agent knows"
     state = sent["state"]
     assert state["id"] == one.id and state["pid"] == pid and state["bundle"] == str(one.path)
