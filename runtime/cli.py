@@ -30,7 +30,7 @@ GLOBAL = (
     Flag(("log-format",), "str", "text or json (default: text)"),
     Flag(("debug",), "bool", "print the traceback of a failure"),
     Flag(("systemd-cgroup",), "bool", "cgroups are units of systemd's: cgroupsPath is slice:prefix:name"),
-    Flag(("rootless",), "str", "accepted for runc's callers; ocirun finds out"),
+    Flag(("rootless",), "str", "true, false or auto (default): whether cgroups that may not be made are left out"),
     Flag(("version", "v"), "bool", "print the version"),
     Flag(("help", "h"), "bool", "print this"),
 )
@@ -57,7 +57,7 @@ COMMANDS = {
 class Context:
     """What the global flags say."""
 
-    __slots__ = ("command", "debug", "log", "log_json", "root", "systemd_cgroup")
+    __slots__ = ("command", "debug", "log", "log_json", "root", "rootless", "systemd_cgroup")
 
     def __init__(self, values: Values) -> None:
         self.root = values.text("root", _default_root())
@@ -66,6 +66,7 @@ class Context:
         self.debug = values.on("debug")
         self.systemd_cgroup = values.on("systemd-cgroup")
         self.command = ""
+        self.rootless = _truth("rootless", values.text("rootless", "auto"))
 
     def warn(self, text: str) -> None:
         """A warning, to the log or to stderr."""
@@ -92,10 +93,30 @@ class Context:
         return os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
 
+def _truth(flag: str, word: str) -> bool | None:
+    """What Go's strconv.ParseBool makes of it; None for "auto"."""
+    if word in ("1", "t", "T", "TRUE", "true", "True"):
+        return True
+    if word in ("0", "f", "F", "FALSE", "false", "False"):
+        return False
+    if word in ("", "auto"):
+        return None
+    raise UsageError(f"--{flag}: expected true, false or auto, got {word[:40]!r}")
+
+
 def _default_root() -> str:
-    if os.geteuid() == 0:
+    if os.geteuid() == 0 and not _is_root_for_a_user():
         return DEFAULT_ROOT
     return f"{os.environ.get('XDG_RUNTIME_DIR', f'/run/user/{os.geteuid()}')}/ocirun"
+
+
+def _is_root_for_a_user() -> bool:
+    """Root of a user namespace whose runtime directory is an ordinary user's, as runc tells it."""
+    if "XDG_RUNTIME_DIR" not in os.environ or os.environ.get("USER") == "root":
+        return False
+    from runtime.rootless import in_user_namespace
+
+    return in_user_namespace()
 
 
 def usage() -> str:
@@ -115,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = parse(words, GLOBAL)
         if values.text("log-format", "text") not in ("text", "json"):
             raise UsageError(f"--log-format: expected text or json, got {values.text('log-format')[:40]!r}")
+        context = Context(values)
     except UsageError as error:
         return _misused(str(error))
     if values.on("version"):
@@ -125,7 +147,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if values.on("help") or not values.words:
         os.write(1, usage().encode())
         return 0
-    context = Context(values)
     if context.log:
         try:
             os.close(context.open_log())

@@ -12,26 +12,20 @@ import os
 import select
 import time
 
-from runtime import init, labels, rootfs, seccomp, state, sync
-from runtime.cgroups.manager import UNIT, Gate, Manager, manager_for
+from runtime import init, labels, rootfs, rootless, seccomp, state, sync
+from runtime.cgroups.manager import UNIT, Manager, manager_for
+from runtime.cloning import clone_init
 from runtime.errors import RuntimeFailure
 from runtime.fields import encode
 from runtime.init_state import Setup
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import remove_tree, write_durable
 from runtime.linux.libc import KernelError
-from runtime.linux.process import (
-    CLONE_NEWCGROUP,
-    CLONE_PARENT,
-    clone3,
-    pidfd_open,
-    pidfd_send_signal,
-    start_time,
-)
+from runtime.linux.process import pidfd_send_signal, start_time
 from runtime.linux.progress import Progress
 from runtime.linux.record import Record
-from runtime.namespaces import Joins, join, new_flags
-from runtime.newborn import adjust_oom_score, write_mappings
+from runtime.namespaces import Joins
+from runtime.newborn import adjust_oom_score, check_mappings, write_mappings
 from runtime.spec import Spec
 from runtime.state import State
 from runtime.terminal import send_master
@@ -53,7 +47,8 @@ class CreateRequest(Record):
     """What create is asked for. `rootfs` is mounted by the container on its root path, in its own mount namespace;
     None: the bundle has it there. `stdio` stays the caller's. `console_socket` gets the terminal's master; "" leaves it
     to the caller (Created.console). `systemd_cgroup`: the cgroup is a unit, and spec.cgroups_path its name.
-    `pidfd_socket` gets a pidfd of the init; `notify` makes the directory that runtime.notify has mounted."""
+    `pidfd_socket` gets a pidfd of the init; `notify` makes the directory that runtime.notify has mounted. `rootless`:
+    cgroups are best-effort; None: where the rights of root are missing."""
 
     root: str
     id: str
@@ -69,6 +64,7 @@ class CreateRequest(Record):
     systemd_cgroup: bool = False
     no_new_keyring: bool = False
     notify: bool = False
+    rootless: bool | None = None
 
 
 class Created:
@@ -100,6 +96,7 @@ def create(request: CreateRequest) -> Created:
 
             seccomp_notify.expect(spec.seccomp.listener_path)
         filter_program = seccomp.program(spec.seccomp, f"{request.root}/{SECCOMP_CACHE}")
+    rootless.check(spec)
     manager = _manager(request)
     rdt = None
     if spec.intel_rdt is not None:
@@ -156,7 +153,8 @@ def _root_path(bundle: str, path: str, *, make: bool) -> str:
 
 def _manager(request: CreateRequest) -> Manager:
     if not request.systemd_cgroup:
-        return manager_for(request.spec.cgroups_path, request.id)
+        no_root = rootless.is_rootless(request.rootless)
+        return manager_for(request.spec.cgroups_path, request.id, rootless=no_root)
     from runtime.cgroups.systemd import systemd_manager
 
     return systemd_manager(request.spec.cgroups_path, request.id, request.spec.annotations)
@@ -226,18 +224,14 @@ class _Birth:
     def run(self) -> Created:
         """Clones the init and leads it to Ready."""
         spec = self._spec
-        user = spec.has("user")
         listener = sync.listen(self._directory, state.START_SOCKET)
         progress = Progress()
         joins = Joins(spec.namespaces)
         gate = self._manager.gate()
         try:
-            # In a user namespace the init may not copy mounts of the host's namespace: it gets them made.
-            root_tree = self._make_root() if user else -1
-            if root_tree >= 0:
-                self._open.append(root_tree)
+            root_tree = self._early_root() if spec.has("user") else -1
             rootfs.load_for(spec, no_pivot=self._request.no_pivot)
-            sources = self._sources() if user or any(mount.idmap for mount in spec.mounts) else {}
+            sources = self._sources() if root_tree >= 0 or any(mount.idmap for mount in spec.mounts) else {}
             mine, its = sync.Channel.pair()
             self._channel = mine
             process_ = spec.process
@@ -253,18 +247,20 @@ class _Birth:
                 make_root=self._make_root,
                 joins=joins.inside,
                 gate=gate,
-                cgroups=self._manager.paths(),
+                cgroups=self._cgroups(),
                 stdio=self._request.stdio,
                 preserve_fds=self._request.preserve_fds,
                 no_pivot=self._request.no_pivot,
                 no_new_keyring=self._request.no_new_keyring,
+                in_user_namespace=spec.has("user") or rootless.in_user_namespace(),
+                dumpable=rootless.must_be_dumpable(spec),
                 listener=listener,
                 filter=self._filter(),
                 memory_policy=self._memory_policy(),
                 state=self._hook_state,
                 progress=progress,
             )
-            self._clone(setup, its, joins, gate)
+            self._pid, self._pidfd = clone_init(spec, joins, gate, mine, its, lambda: init.main(setup, its))
             its.close()
             return self._lead(progress)
         finally:
@@ -300,46 +296,26 @@ class _Birth:
         self._open += found.values()
         return found
 
-    def _clone(self, setup: Setup, its: sync.Channel, joins: Joins, gate: Gate) -> None:
-        # The cgroup namespace is made by the init, once it is in its cgroup: that becomes the namespace's root.
-        flags = new_flags(self._spec.namespaces) & ~CLONE_NEWCGROUP
-        mine = self._channel
-        assert mine is not None
-        try:
-            if not joins.before:
-                self._pid, self._pidfd = clone3(flags, cgroup_fd=gate.cgroup_fd)
-                if self._pid == 0:
-                    mine.close()
-                    init.main(setup, its)
-                return
-        except OSError as error:
-            raise RuntimeFailure.of(error, step="clone", what="make the namespaces") from None
-        between, between_fd = clone3(0)
-        if between == 0:
-            self._between(setup, its, joins, flags, gate)
-        os.close(between_fd)
-        its_end = its  # kept open here until the process between has cloned: Child comes over it
-        try:
-            message, fds = mine.receive("Child")
-            self._pid, self._pidfd = message.pid, fds[0] if fds else pidfd_open(message.pid)
-        finally:
-            os.waitpid(between, 0)
-            del its_end
+    def _cgroups(self) -> dict[str, str]:
+        """What a cgroup mount shows: the container's cgroups, and where it could have none of its own, the caller's."""
+        paths = self._manager.paths()
+        if rootless.is_rootless(self._request.rootless) and any(mount.kind == "cgroup" for mount in self._spec.mounts):
+            from runtime.cgroups.hierarchy import own_directories
 
-    def _between(self, setup: Setup, its: sync.Channel, joins: Joins, flags: int, gate: Gate) -> None:
-        """Joins what its child must find itself in, clones that as the caller's child, and ends."""
+            return own_directories() | paths
+        return paths
+
+    def _early_root(self) -> int:
+        """The root for an init in a user namespace, which has not its caller's rights to reach it, and may not copy
+        mounts of the host's. -1 where the caller may make no mounts either: then the init has the rights that he has.
+        """
         try:
-            join(joins.before)
-            pid, pidfd = clone3(flags | CLONE_PARENT, cgroup_fd=gate.cgroup_fd)
-            if pid == 0:
-                if self._channel is not None:
-                    self._channel.close()
-                init.main(setup, its)
-            its.send("Child", pid=pid, fds=(pidfd,))
-        except BaseException as error:
-            its.fail(RuntimeFailure.of(error, step="namespaces", what="join namespaces"))
-            os._exit(1)
-        os._exit(0)
+            self._open.append(self._make_root())
+        except KernelError as error:
+            if error.errno == errno.EPERM and rootless.is_rootless(None):
+                return -1
+            raise RuntimeFailure.of(error, step="rootfs", what="root.path") from None
+        return self._open[-1]
 
     def _lead(self, progress: Progress) -> Created:
         channel = self._channel
@@ -348,6 +324,8 @@ class _Birth:
             self._manager.adopt(self._pid)
             if self._spec.has_new("user"):
                 write_mappings(self._pid, self._spec.uid_mappings, self._spec.gid_mappings)
+            elif self._spec.uid_mappings:
+                check_mappings(self._pid, self._spec.uid_mappings, self._spec.gid_mappings)
             warnings = list(adjust_oom_score(self._pid, self._spec))
             if self._rdt is not None:
                 self._rdt.enter(self._pid)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 
-from runtime import exec_cgroup, init, labels, process, seccomp, state, sync
+from runtime import exec_cgroup, ids, init, labels, namespaces, process, seccomp, state, sync
 from runtime.cgroups.manager import Gate
 from runtime.errors import RuntimeFailure
 from runtime.linux.failpoint import failpoint
@@ -30,7 +30,6 @@ from runtime.linux.process import (
     setns,
 )
 from runtime.linux.record import Record
-from runtime.namespaces import FLAGS, PROC_NAMES
 from runtime.spec_process import Process
 from runtime.state import State
 from runtime.terminal import make_controlling, name_of, open_pair, send_master
@@ -252,10 +251,10 @@ class _Entry:
     def _join_and_clone(self, channel: sync.Channel, *close: sync.Channel) -> tuple[int, int]:
         """Joins all namespaces and clones the process, a child of this one's parent, which talks on `channel`."""
         set_dumpable(False)  # from here on the container could look (CVE-2016-9962)
-        others = self._others()
-        if others & CLONE_NEWUSER:
-            setns(self._init_fd, CLONE_NEWUSER)
-        if together := others & ~(CLONE_NEWUSER | CLONE_NEWCGROUP):
+        others = namespaces.others(self._facts.pid)
+        if together := others & ~CLONE_NEWCGROUP:
+            # In one call: what is joined is judged by the rights from before it, which a namespace of the host's in a
+            # container with a user namespace needs.
             setns(self._init_fd, together)
         pid, pidfd = clone3(CLONE_PARENT, cgroup_fd=self._gate.cgroup_fd)
         if pid == 0:
@@ -263,17 +262,6 @@ class _Entry:
                 other.close()
             self._main(channel, others)
         return pid, pidfd
-
-    def _others(self) -> int:
-        """CLONE_NEW* of the container's namespaces that are not the caller's: setns(2) refuses the user namespace that
-        one is in already, and from within another one every namespace of the host's."""
-        with open(f"/proc/self/fdinfo/{self._init_fd}", encoding="ascii") as lines:
-            pid = next(int(line.split()[1]) for line in lines if line.startswith("Pid:"))
-        flags = 0
-        for kind, name in PROC_NAMES.items():
-            if os.stat(f"/proc/{pid}/ns/{name}").st_ino != os.stat(f"/proc/self/ns/{name}").st_ino:
-                flags |= FLAGS[kind]
-        return flags
 
     def _main(self, channel: sync.Channel, others: int) -> NoReturn:
         try:
@@ -309,13 +297,11 @@ class _Entry:
         self._step = "session"
         os.setsid()
         set_dumpable(False)
+        if others & CLONE_NEWUSER:
+            ids.be_root()
+            set_dumpable(False)
         if not self._facts.no_new_keyring:
             process.new_keyring(f"_ses.{self._request.id}", self._warnings.append)
-        if others & CLONE_NEWUSER:
-            os.setgroups([])
-            os.setresgid(0, 0, 0)
-            os.setresuid(0, 0, 0)
-            set_dumpable(False)
         slave = -1
         if wanted.terminal:
             self._step = "console"

@@ -12,7 +12,7 @@ import errno
 import os
 import sys
 
-from runtime import hooks, process, rootfs, sync
+from runtime import hooks, ids, process, rootfs, sync
 from runtime.errors import RuntimeFailure
 from runtime.init_state import Init, Setup, Step
 from runtime.linux.failpoint import failpoint
@@ -60,17 +60,17 @@ _AT_FDCWD = -100
 
 def session(init: Init) -> None:
     os.setsid()
-    set_dumpable(False)
-    # The session keyring is looked up through the user's, so it is made anew before anybody can ask for it.
-    if not init.setup.no_new_keyring:
-        process.new_keyring(f"_ses.{init.setup.id}", init.warn)
+    set_dumpable(init.setup.dumpable)
 
 
 def be_root(init: Init) -> None:
-    os.setgroups([])
-    os.setresgid(0, 0, 0)
-    os.setresuid(0, 0, 0)
-    set_dumpable(False)
+    ids.be_root()
+    set_dumpable(init.setup.dumpable)
+
+
+def keyring(init: Init) -> None:
+    # The session keyring is looked up through the user's, so it is made anew before anybody can ask for it.
+    process.new_keyring(f"_ses.{init.setup.id}", init.warn)
 
 
 def join_namespaces(init: Init) -> None:
@@ -94,7 +94,14 @@ def make_root(init: Init) -> None:
     kind, recursive = init_propagation(init.spec.rootfs_propagation)
     if kind == MS_SHARED or not recursive:
         _make_parent_private(path)
-    target = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        target = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        if not init.spec.has("user"):
+            raise
+        # Root of a user namespace cannot pass every directory of the host's: on top of the old root is as good a
+        # place to be pivoted from, and changes no look-up, since that starts below it.
+        target = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         move_mount(tree, target)
     finally:
@@ -103,7 +110,7 @@ def make_root(init: Init) -> None:
         tree,
         setup.bundle,
         setup.cgroups,
-        user_namespace=init.spec.has("user"),
+        user_namespace=setup.in_user_namespace,
         cgroupns=init.spec.has("cgroup"),
         label=init.spec.mount_label,
         warn=init.warn,
@@ -317,7 +324,7 @@ def become_user(init: Init) -> None:
     init.identity = process.Identity(init.process, init.warn)
     init.identity.drop()
     # setuid and capset made it dumpable or not as the kernel likes: until execve nobody reads this interpreter.
-    set_dumpable(False)
+    set_dumpable(init.setup.dumpable)
 
 
 def look_up_command(init: Init) -> None:
@@ -333,6 +340,8 @@ def needs_proc(init: Init) -> bool:
 STEPS = (
     Step("session", session),
     Step("user namespace", be_root, when=lambda init: init.spec.has("user")),
+    # As the root of the container: a key belongs to who made it, and is counted against him.
+    Step("keyring", keyring, when=lambda init: not init.setup.no_new_keyring),
     # Before the mounts: sysfs shows the network namespace, mqueue the IPC namespace of who mounts it.
     Step("namespaces", join_namespaces, when=lambda init: init.setup.joins),
     Step("loopback", bring_up_loopback, when=lambda init: init.spec.has_new("network")),

@@ -42,6 +42,8 @@ class Setup:
         preserve_fds: int,
         no_pivot: bool,
         no_new_keyring: bool,
+        in_user_namespace: bool,
+        dumpable: bool,
         listener: _socket.socket,
         filter: Callable[[], int] | None,
         memory_policy: Callable[[], None] | None,
@@ -63,6 +65,10 @@ class Setup:
         self.preserve_fds = preserve_fds
         self.no_pivot = no_pivot
         self.no_new_keyring = no_new_keyring
+        # mknod(2) is forbidden there, and more; whether the container has made it, joined it, or ocirun runs in one.
+        self.in_user_namespace = in_user_namespace
+        # Only for a caller that has no rights over the init otherwise, runtime/rootless.py.
+        self.dumpable = dumpable
         self.listener = listener
         self.filter = filter
         self.memory_policy = memory_policy

@@ -118,11 +118,10 @@ def kill(root: str, container_id: str, number: int, *, everyone: bool = False) -
     of others nobody does that for us. Raises RuntimeFailure when it is not running."""
     facts = state.load(root, container_id)
     if everyone:
-        manager = facts.manager()
-        if number == _SIGKILL:
-            manager.kill(number)
+        if number == _SIGKILL and facts.cgroup_paths:
+            facts.manager().kill(number)
         else:
-            _signal_each(manager.pids(), number)
+            _signal_each(_members(facts), number)
         return
     alone = number == _SIGKILL and not _is_first(facts.pid)
     signalled = _signal(facts, number)
@@ -141,6 +140,15 @@ def _is_first(pid: int) -> bool:
             return any(line.startswith("NSpid:") and line.split()[-1] == "1" for line in lines)
     except OSError:
         return False
+
+
+def _members(facts: State) -> list[int]:
+    """Who is in the container. A rootless one may have no cgroup: then who is in its PID namespace."""
+    if facts.cgroup_paths:
+        return facts.manager().pids()
+    from runtime.namespaces import members
+
+    return members(facts.pid) if is_running(facts.pid, facts.started) else []
 
 
 def _signal(facts: State, number: int) -> bool:
@@ -295,7 +303,7 @@ def _user_name(uid: int) -> str:
 
 def pids(root: str, container_id: str) -> list[int]:
     """All processes of the container, as this PID namespace numbers them."""
-    return state.load(root, container_id).manager().pids()
+    return _members(state.load(root, container_id))
 
 
 def pause(root: str, container_id: str) -> None:

@@ -36,7 +36,7 @@ from runtime.linux.record import Record
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from runtime.fields import Fields
-    from runtime.spec import IdMapping
+    from runtime.spec_namespaces import IdMapping
 
 # option: (bits to set, bits to clear), as mount_setattr(2) takes them. Access times are one field, not bits.
 ATTRIBUTES = {
@@ -275,7 +275,7 @@ def _idmap(fields: Fields, options: tuple[str, ...], *, bind: bool) -> IdMap | N
     asked = [option for option in options if option in ("idmap", "ridmap")]
     if not asked and not fields.has("uidMappings") and not fields.has("gidMappings"):
         return None
-    from runtime.spec import mappings
+    from runtime.spec_namespaces import mappings
 
     uids, gids = mappings(fields, "uidMappings"), mappings(fields, "gidMappings")
     if not bind:

@@ -12,6 +12,7 @@ import os
 import resource
 import stat
 
+from runtime import ids
 from runtime.capabilities import names
 from runtime.errors import RuntimeFailure
 from runtime.linux.files import open_in_root, read_bounded
@@ -193,9 +194,7 @@ class Identity:
                     if (current & ~wanted.bounding) >> number & 1:
                         capbset_drop(number)
             set_keepcaps(True)
-        os.setgroups(list(dict.fromkeys(self._user.additional_gids)))
-        os.setresgid(self._user.gid, self._user.gid, self._user.gid)
-        os.setresuid(self._user.uid, self._user.uid, self._user.uid)
+        ids.become(self._user)
         os.umask(0o022 if self._user.umask is None else self._user.umask)
         if wanted is None:
             return

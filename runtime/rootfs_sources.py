@@ -28,7 +28,8 @@ from runtime.rootfs_mounts import open_source
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from runtime.mounts import IdMap, Mount
-    from runtime.spec import IdMapping, Spec
+    from runtime.spec import Spec
+    from runtime.spec_namespaces import IdMapping
 
 
 def open_sources(spec: Spec, bundle: str, root: str) -> dict[int, int]:

@@ -7,14 +7,15 @@ lengths in it are in range.
 
 from __future__ import annotations
 
-from runtime import mounts, resources, seccomp
+from runtime import mounts, resources, seccomp, spec_namespaces
 from runtime.fields import FieldError, Fields, decode
 from runtime.linux.record import Record
 from runtime.mounts import Mount
-from runtime.namespaces import FLAGS, Namespace
+from runtime.namespaces import Namespace
 from runtime.resources import Resources
 from runtime.seccomp import Seccomp
 from runtime.spec_hooks import Hooks, parse_hooks
+from runtime.spec_namespaces import IdMapping, TimeOffset
 from runtime.spec_process import MAX_ID, Process, parse_process
 
 TYPE_CHECKING = False
@@ -23,14 +24,6 @@ if TYPE_CHECKING:
 
     from runtime.intel_rdt import IntelRdt
     from runtime.memory_policy import MemoryPolicy
-
-
-class IdMapping(Record):
-    """One line of uid_map or gid_map (user_namespaces(7))."""
-
-    container: int
-    host: int
-    size: int
 
 
 class Device(Record):
@@ -59,6 +52,7 @@ class Spec(Record):
     namespaces: tuple[Namespace, ...] = ()
     uid_mappings: tuple[IdMapping, ...] = ()
     gid_mappings: tuple[IdMapping, ...] = ()
+    time_offsets: tuple[TimeOffset, ...] = ()
     devices: tuple[Device, ...] = ()
     cgroups_path: str = ""
     seccomp: Seccomp | None = None
@@ -90,9 +84,9 @@ def parse(raw: bytes) -> Spec:
         raise fields.error("ociVersion", f'expected a version 1.x of the runtime specification, got "{version:.40}"')
     root = fields.required_object("root")
     linux = fields.object("linux") or Fields({}, "linux")
-    linux.refuse("timeOffsets", "netDevices")
+    linux.refuse("netDevices")
     process = fields.raw("process")
-    namespaces = _namespaces(linux)
+    namespaces = spec_namespaces.namespaces(linux)
     kinds = {namespace.kind for namespace in namespaces}
     spec = Spec(
         version=version,
@@ -103,8 +97,9 @@ def parse(raw: bytes) -> Spec:
         domainname=_hostname(fields, "domainname", kinds),
         mounts=tuple(mounts.parse(entry) for entry in fields.objects("mounts")),
         namespaces=namespaces,
-        uid_mappings=mappings(linux, "uidMappings"),
-        gid_mappings=mappings(linux, "gidMappings"),
+        uid_mappings=spec_namespaces.mappings(linux, "uidMappings"),
+        gid_mappings=spec_namespaces.mappings(linux, "gidMappings"),
+        time_offsets=spec_namespaces.time_offsets(linux),
         devices=tuple(_device(entry) for entry in linux.objects("devices")),
         cgroups_path=linux.str("cgroupsPath"),
         resources=resources.parse(linux.object("resources") or Fields({}, "linux.resources")),
@@ -120,54 +115,9 @@ def parse(raw: bytes) -> Spec:
         hooks=parse_hooks(fields),
         annotations=tuple(fields.mapping("annotations").items()),
     )
-    _check_user_namespace(linux, spec)
+    spec_namespaces.check(linux, namespaces, spec.uid_mappings, spec.gid_mappings, spec.time_offsets)
     mounts.check_idmaps(spec.mounts, user_namespace=spec.has("user"))
     return spec
-
-
-def _namespaces(linux: Fields) -> tuple[Namespace, ...]:
-    found: dict[str, Namespace] = {}
-    for entry in linux.objects("namespaces"):
-        kind = entry.str("type", required=True)
-        if kind == "time":
-            raise entry.error("type", 'namespace "time" is not supported by this runtime yet')
-        if kind not in FLAGS:
-            raise entry.error("type", f'unknown namespace "{kind:.40}"')
-        if kind in found:
-            raise entry.error("type", f'namespace "{kind}" is given twice')
-        path = entry.str("path")
-        if path and not path.startswith("/"):
-            raise entry.error("path", f'expected an absolute path, got "{path:.80}"')
-        found[kind] = Namespace(kind, path)
-    if "mount" not in found:
-        raise linux.error("namespaces", 'a "mount" namespace is required: without it the host\'s root would be pivoted')
-    if found["mount"].path:
-        raise linux.error("namespaces", "a mount namespace to join by path is not supported by this runtime yet")
-    return tuple(found.values())
-
-
-def mappings(linux: Fields, key: str) -> tuple[IdMapping, ...]:
-    top = (1 << 32) - 1
-    found = tuple(
-        IdMapping(
-            entry.int("containerID", 0, top, required=True),
-            entry.int("hostID", 0, top, required=True),
-            entry.int("size", 1, top, required=True),
-        )
-        for entry in linux.objects(key)
-    )
-    if len(found) > 340:  # the kernel's limit, user_namespaces(7)
-        raise linux.error(key, f"{len(found)} mappings, the kernel takes at most 340")
-    return found
-
-
-def _check_user_namespace(linux: Fields, spec: Spec) -> None:
-    if spec.has_new("user"):
-        for key, mappings in (("uidMappings", spec.uid_mappings), ("gidMappings", spec.gid_mappings)):
-            if not mappings:
-                raise linux.error(key, "is required with a new user namespace")
-    elif (spec.uid_mappings or spec.gid_mappings) and not spec.has("user"):
-        raise linux.error("uidMappings", "needs a user namespace in linux.namespaces")
 
 
 def _device(fields: Fields) -> Device:

@@ -49,6 +49,7 @@ NAMESPACE_KEYS = {
     "NEWUTS": "uts",
     "NEWNS": "mnt",
     "NEWCGROUP": "cgroup",
+    "NEWTIME": "time",
 }
 
 
@@ -125,7 +126,10 @@ def reserve(root: str, container_id: str) -> str:
     """Makes the container's directory, and so takes the id. Raises RuntimeFailure when it is taken."""
     path = directory(root, container_id)
     try:
-        os.makedirs(root, 0o700, exist_ok=True)
+        if not os.path.isdir(root):
+            os.makedirs(root, 0o700, exist_ok=True)
+            if os.geteuid() != 0:
+                os.chmod(root, 0o1700)  # sticky: what cleans XDG_RUNTIME_DIR lets it be (XDG Base Directory)
     except OSError as error:
         raise RuntimeFailure.of(error, what=f"make {root}") from None
     try:

@@ -98,6 +98,8 @@ def places_for(
 def places_from(paths: Mapping[str, str], hierarchies: tuple[Hierarchy, ...] | None = None) -> tuple[Place, ...]:
     """The places that `paths()` named before, as state.json keeps them. Raises RuntimeFailure for a directory outside
     every hierarchy of its controller."""
+    if not paths:
+        return ()  # a rootless container without cgroups
     hierarchies = detect() if hierarchies is None else hierarchies
     places: dict[str, Place] = {}
     for name, directory in paths.items():
@@ -110,6 +112,15 @@ def places_from(paths: Mapping[str, str], hierarchies: tuple[Hierarchy, ...] | N
         else:
             raise _bad(f"cgroup path of {name or 'v2'}", directory, "is in no cgroup hierarchy of this machine")
     return tuple(places.values())
+
+
+def own_directories() -> dict[str, str]:
+    """The caller's own cgroups, as `Manager.paths` names a container's: what a container is in that has none itself."""
+    own, found = cgroups_of(), {}
+    for hierarchy in detect():
+        directory = f"{hierarchy.mount}/{_own_path(hierarchy, own)}".rstrip("/")
+        found.update(dict.fromkeys(hierarchy.controllers if hierarchy.version == 1 else (V2_NAME,), directory))
+    return found
 
 
 def clean(path: str, what: str) -> str:

@@ -41,11 +41,20 @@ if TYPE_CHECKING:
 
 UNIT = "systemd"  # the key of the unit's name in note()
 _V2_CONTROLLERS = {name: name for name in ("cpuset", "cpu", "memory", "pids", "hugetlb")} | {"blkio": "io"}
+# What a caller without the rights is told by cgroupfs, or by its mount.
+_FORBIDDEN = (errno.EPERM, errno.EACCES, errno.EROFS)
 
 
-def manager_for(cgroups_path: str, container_id: str) -> Manager:
-    """The manager of a new container: linux.cgroupsPath, or "" for a cgroup named by the id below the caller's own."""
-    return Manager(places_for(cgroups_path, container_id))
+def manager_for(cgroups_path: str, container_id: str, *, rootless: bool = False) -> Manager:
+    """The manager of a new container: linux.cgroupsPath, or "" for a cgroup named by the id below the caller's own.
+    `rootless`: device rules that may not be set are left out, and with "" cgroups that may not be made as well."""
+    try:
+        places = places_for(cgroups_path, container_id)
+    except RuntimeFailure as failure:
+        if not rootless or cgroups_path or failure.code != "failed_precondition":
+            raise
+        places = ()  # none is mounted
+    return Manager(places, rootless=rootless, optional=rootless and not cgroups_path)
 
 
 def manager_from_paths(paths: Mapping[str, str]) -> Manager:
@@ -93,11 +102,23 @@ class Gate:
 class Manager:
     """See the module. `verify` says whether an fd is on the filesystem it should be on; tests bring their own."""
 
-    __slots__ = ("_by_controller", "_places", "_v2", "_verify")
+    __slots__ = ("_by_controller", "_optional", "_places", "_rootless", "_v2", "_verify")
 
-    def __init__(self, places: tuple[Place, ...], verify: tree.Verify = tree.verify_cgroup) -> None:
-        self._places = places
+    def __init__(
+        self,
+        places: tuple[Place, ...],
+        verify: tree.Verify = tree.verify_cgroup,
+        *,
+        rootless: bool = False,
+        optional: bool = False,
+    ) -> None:
         self._verify = verify
+        self._rootless = rootless
+        self._optional = optional
+        self._keep(places)
+
+    def _keep(self, places: tuple[Place, ...]) -> None:
+        self._places = places
         self._v2 = next((place for place in places if place.hierarchy.version == 2), None)
         self._by_controller = {name: place for place in places for name in place.hierarchy.controllers}
 
@@ -116,7 +137,7 @@ class Manager:
 
     def pure_v2(self) -> bool:
         """True where v2 has every controller; False on v1 and on the hybrid."""
-        return all(place.hierarchy.version == 2 for place in self._places)
+        return self._v2 is not None and all(place.hierarchy.version == 2 for place in self._places)
 
     def exists(self) -> bool:
         """True while any of the directories is there."""
@@ -124,6 +145,8 @@ class Manager:
 
     def pids(self, recursive: bool = True) -> list[int]:
         """The container's processes, zombies left out; [] when the cgroup is gone."""
+        if not self._places:
+            return []
         return tree.all_pids(self._main().directory, recursive)
 
     def _main(self) -> Place:
@@ -147,10 +170,18 @@ class Manager:
         umask = os.umask(0o022)
         try:
             for place in self._places:
-                opened[place], new = tree.make_place(place, self._verify, self._preparation(place, resources))
+                try:
+                    opened[place], new = tree.make_place(place, self._verify, self._preparation(place, resources))
+                except OSError as error:
+                    if self._optional and error.errno in _FORBIDDEN:
+                        continue
+                    raise
                 if not new or new[-1] != place.directory:
                     self._take_over(place)
                 made += new
+            if len(opened) < len(self._places):
+                self._keep(tuple(opened))
+                plans = self._plans(resources, Now())
             failpoint("cgroup.made")
             apply([self._step(opened, place, write) for place, write in plans], None)
             self._apply_devices(opened, policy, None)
@@ -236,8 +267,11 @@ class Manager:
             elif self._v2 is not None and (self.pure_v2() or controller == "hugetlb"):
                 plans += [(self._v2, write) for write in v2.plan(resources, controller, now)]
             elif wanted := v1.plan(resources, controller, now):
+                problem = f"this machine has no {controller} cgroup controller"
+                if self._optional or not self._places:
+                    problem = f"cannot set {controller} limit: container could not join or create cgroup"
                 raise RuntimeFailure(
-                    f"linux.resources.{wanted[0].field}: this machine has no {controller} cgroup controller",
+                    f"linux.resources.{wanted[0].field}: {problem}",
                     step="cgroup",
                     code="invalid_argument",
                 )
@@ -259,10 +293,14 @@ class Manager:
         place = self._by_controller.get("devices")
         if place is None:
             if self._v2 is None or not self.pure_v2():
+                if self._rootless:
+                    return
                 raise RuntimeFailure("linux.resources.devices: this machine has no devices controller", step="cgroup")
             try:
                 devices.attach(opened[self._v2], wanted)
             except KernelError as error:
+                if self._rootless and error.errno in _FORBIDDEN:
+                    return  # as the peers: without the rights for it, nor can the container make a device
                 what = f"linux.resources.devices: limit {self._v2.directory}"
                 raise RuntimeFailure.of(error, step="cgroup", what=what) from error
             return
@@ -275,6 +313,8 @@ class Manager:
             try:
                 tree.write_at(fd, file, value)
             except OSError as error:
+                if self._rootless and error.errno in _FORBIDDEN:
+                    return
                 raise failure(
                     Step(fd, place.directory, Write(file, value, "devices")), Write(file, value, "devices"), error
                 ) from error
@@ -370,11 +410,16 @@ class Manager:
     def freeze(self, on: bool) -> None:
         """Stops everybody, or lets them go on; returns when that is so. Raises RuntimeFailure, and what could not be
         frozen whole is thawed again."""
-        self._freezer().freeze(on)
+        freezer = self._freezer()
+        if not freezer.directory:
+            problem = "cannot toggle freezer: cgroups not configured for container"
+            raise RuntimeFailure(problem, step="cgroup", code="failed_precondition")
+        freezer.freeze(on)
 
     def frozen(self) -> bool:
         """True while the container is frozen by `freeze`, not merely by a cgroup above it."""
-        return self._freezer().frozen()
+        freezer = self._freezer()
+        return bool(freezer.directory) and freezer.frozen()
 
     # ------------------------------------------------------------------------------------------------------- figures
 

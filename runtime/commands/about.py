@@ -12,11 +12,16 @@ from runtime.options import Flag, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from runtime.cli import Context
     from runtime.options import Values
 
 FLAGS = {
-    "spec": (Flag(("bundle", "b"), "str", "the bundle's directory (default: the working directory)"),),
+    "spec": (
+        Flag(("bundle", "b"), "str", "the bundle's directory (default: the working directory)"),
+        Flag(("rootless",), "bool", "for the caller, who need not be root: a user namespace with his ids as root's"),
+    ),
 }
 WORDS = {"spec": ""}
 _CAPABILITIES = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
@@ -29,7 +34,10 @@ def run(_context: Context, _name: str, values: Values) -> int:
     if values.words:
         raise UsageError("takes no container")
     path = os.path.join(values.text("bundle", "."), "config.json")
-    data = (json.dumps(template(), indent=2) + "\n").encode()
+    config = template()
+    if values.on("rootless"):
+        make_rootless(config, os.geteuid(), os.getegid())
+    data = (json.dumps(config, indent=2) + "\n").encode()
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     except FileExistsError:
@@ -97,3 +105,19 @@ def template() -> dict[str, object]:
             "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
         },
     }
+
+
+def make_rootless(config: dict[str, Any], uid: int, gid: int) -> None:
+    """Changes a template into one that `uid` can run without anybody's help: root inside is that user outside."""
+    linux = config["linux"]
+    # An own network would have nothing but a loopback, and nobody to give it more.
+    kept = [entry for entry in linux["namespaces"] if entry["type"] not in ("network", "user")]
+    linux["namespaces"] = [*kept, {"type": "user"}]
+    linux["uidMappings"] = [{"containerID": 0, "hostID": uid, "size": 1}]
+    linux["gidMappings"] = [{"containerID": 0, "hostID": gid, "size": 1}]
+    del linux["resources"]
+    for mount in config["mounts"]:
+        if mount["destination"] == "/sys":
+            # sysfs shows a network: that of the host's may be shown again only as it is.
+            mount.update(type="none", source="/sys", options=["rbind", *_HARDENED, "ro"])
+        mount["options"] = [word for word in mount["options"] if not word.startswith(("uid=", "gid="))]

@@ -97,6 +97,7 @@ def _request(context: Context, values: Values, detached: bool) -> create.CreateR
         systemd_cgroup=context.systemd_cgroup,
         no_new_keyring=values.on("no-new-keyring"),
         notify=notify,
+        rootless=context.rootless,
     )
 
 

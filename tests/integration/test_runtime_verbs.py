@@ -376,4 +376,6 @@ def test_features_name_what_is_there(home: Bundles) -> None:
     found = json.loads(home.ocirun("features").ok())
     assert {"ro", "rro", "rbind", "rshared"} <= set(found["mountOptions"])
     assert "SCMP_ACT_ERRNO" in found["linux"]["seccomp"]["actions"]
-    assert "time" not in found["linux"]["namespaces"] and "CAP_BPF" in found["linux"]["capabilities"]
+    assert {"user", "time", "cgroup"} <= set(found["linux"]["namespaces"]) and "CAP_BPF" in found["linux"][
+        "capabilities"
+    ]

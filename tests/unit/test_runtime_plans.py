@@ -151,7 +151,10 @@ def test_the_smallest_spec() -> None:
         (linux(namespaces=[]), "linux.namespaces"),
         (linux(namespaces=[{"type": "mount", "path": "/x"}]), "linux.namespaces"),
         (linux(namespaces=[{"type": "mount"}, {"type": "pid", "path": "x"}]), "linux.namespaces[1].path"),
-        (linux(namespaces=[{"type": "mount"}, {"type": "user"}]), "linux.uidMappings: is required"),
+        (
+            linux(namespaces=[{"type": "mount"}, {"type": "user"}]),
+            "linux.uidMappings: user namespaces enabled, but no uid mappings found",
+        ),
         (linux(uidMappings=[{"containerID": 0, "hostID": 0, "size": 1}]), "linux.uidMappings"),
         (linux(sysctl={"kernel.panic": "1"}), "linux.sysctl"),
         (linux(sysctl={"net.a/../b": "1"}), "linux.sysctl"),
