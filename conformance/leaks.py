@@ -63,14 +63,15 @@ class Machine:
     processes: frozenset[Process]
 
     @classmethod
-    def now(cls) -> Machine:
-        """Reads all of it; what vanishes while being read is not there."""
+    def now(cls, *, shared: bool = True) -> Machine:
+        """Reads all of it; what vanishes while being read is not there. Without `shared` the tables of nftables, for
+        which a program must be started, are left out: a comparison by marks does not look at them."""
         return cls(
             mounts=tuple(_mounts()),
             namespaces=frozenset(_namespaces()),
             # Not /sys/class/net: sysfs shows the namespace it was mounted in.
             links=frozenset(name for _, name in socket.if_nameindex()),
-            tables=frozenset(_tables()),
+            tables=frozenset(_tables() if shared else ()),
             cgroups=frozenset(_cgroups()),
             processes=frozenset(_processes()),
         )

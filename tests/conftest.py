@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _settled(before: Machine, marks: list[str]) -> list[str]:
     deadline = time.monotonic() + SETTLE_S
     while True:
-        found = left_over(before, Machine.now(), marks)
+        found = left_over(before, Machine.now(shared=not marks), marks)
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.02)
@@ -55,7 +55,7 @@ def leaves_nothing(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     if not set(INTEGRATION) & set(request.path.parents):
         yield
         return
-    before = Machine.now()
+    before = Machine.now(shared=False)
     yield
     marks = [str(tmp_path_factory.getbasetemp()), f"{MARK}={os.environ[MARK]}"]
     found = _settled(before, marks)
@@ -72,9 +72,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _skipped.append(report.nodeid)
 
 
+@pytest.hookimpl(trylast=True)  # after pytest-xdist has ended its workers
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if not os.environ.get("OCID_REQUIRE_ALL"):
-        return
+    if not os.environ.get("OCID_REQUIRE_ALL") or hasattr(session.config, "workerinput"):
+        return  # a worker ends while the others still run: who started them all compares
     found = _settled(session.config.stash[_session_start], [])
     session.config.stash[_session_leaks] = found
     if (found or _skipped) and session.exitstatus == pytest.ExitCode.OK:
