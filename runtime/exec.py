@@ -366,12 +366,7 @@ class _Entry:
             os.close(fd)
 
     def _labels(self) -> None:
-        own = os.readlink("self", dir_fd=self._proc)
-        if self._process.apparmor_profile:
-            value = f"exec {self._process.apparmor_profile}".encode()
-            init.write_proc(self._proc, f"{own}/attr/apparmor/exec", value, "apparmor")
-        if self._process.selinux_label:
-            init.write_proc(self._proc, f"{own}/attr/exec", self._process.selinux_label.encode(), "selinux")
+        init.write_labels(self._proc, f"{os.readlink('self', dir_fd=self._proc)}/attr", self._process)
 
 
 def _end(pid: int, pidfd: int) -> None:

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from runtime.spec import Spec
+    from runtime.spec_process import Process
 
 _AT_FDCWD = -100
 
@@ -259,21 +260,36 @@ def _place_stdio(stdio: tuple[int, int, int]) -> None:
 
 
 def labels(init: Init) -> None:
-    asked = init.process
+    write_labels(init.proc_fd, _own(init, "attr"), init.process)
+
+
+def write_labels(proc_fd: int, attributes: str, asked: Process) -> None:
+    """What execve is to give the process; `attributes` is its own attr directory below `proc_fd`."""
     if asked.apparmor_profile:
-        _label(init, "attr/apparmor/exec", f"exec {asked.apparmor_profile}", "apparmor")
+        _label(proc_fd, f"{attributes}/apparmor/exec", f"exec {asked.apparmor_profile}", "process.apparmorProfile")
     if asked.selinux_label:
-        _label(init, "attr/exec", asked.selinux_label, "selinux")
+        _label(proc_fd, f"{attributes}/exec", asked.selinux_label, "process.selinuxLabel")
 
 
-def _label(init: Init, file: str, value: str, what: str) -> None:
+def _label(proc_fd: int, file: str, value: str, field: str) -> None:
     try:
-        write_proc(init.proc_fd, _own(init, file), value.encode(), f"{what} {value}")
+        write_proc(proc_fd, file, value.encode(), f"{field}: apply {value.removeprefix('exec ')}")
     except RuntimeFailure as failure:
-        if failure.errno == errno.ENOENT:
-            failure.hint = f"this kernel has no {what}"
+        if failure.errno in (errno.ENOENT, errno.EINVAL):
+            # A kernel without AppArmor has no such file (or takes nothing there); one with it knows no such profile.
+            loaded = failure.errno == errno.ENOENT and _exists(proc_fd, file)
+            module = "AppArmor" if field == "process.apparmorProfile" else "SELinux"
+            failure.hint = "no such profile is loaded" if loaded else f"{module} is not on in this kernel"
             failure.code = "failed_precondition"
         raise
+
+
+def _exists(proc_fd: int, file: str) -> bool:
+    try:
+        os.stat(file, dir_fd=proc_fd, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
 
 
 def _own(init: Init, file: str) -> str:

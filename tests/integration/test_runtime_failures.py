@@ -135,3 +135,19 @@ def test_an_unwritable_state_directory_is_one_sentence(home: Bundles) -> None:
     home.root.unlink()
     one.run("--pid-file", "/no/such/directory/pid").failed("/no/such/directory")
     one.gone()
+
+
+def test_a_label_that_the_kernel_cannot_give_is_an_error(home: Bundles) -> None:
+    """Where there is AppArmor, tests/vm/test_apparmor.py shows that labels are given."""
+    switch = Path("/sys/module/apparmor/parameters/enabled")
+    on = switch.exists() and switch.read_text() == "Y\n"
+    hint = "no such profile is loaded" if on else "AppArmor is not on in this kernel"
+    one = home.make()
+    one.process["apparmorProfile"] = "ocid-nobody-has-it"
+    assert hint in one.create().failed("process.apparmorProfile: apply ocid-nobody-has-it")
+    one.gone()
+    del one.process["apparmorProfile"]
+    one.up()
+    assert hint in one.exec("true", flags=("--apparmor", "ocid-nobody-has-it")).failed("process.apparmorProfile")
+    one.delete().ok()
+    one.gone()
