@@ -6,6 +6,7 @@ import functools
 import os
 import platform
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,13 @@ def _apparmor() -> bool:
     return enabled.exists() and enabled.read_text().strip() == "Y"
 
 
+def _criu() -> bool:
+    # Being installed is not enough: an older CRIU does not find its way about in a newer kernel.
+    if not shutil.which("criu"):
+        return False
+    return subprocess.run(["criu", "check"], capture_output=True, check=False).returncode == 0
+
+
 ABILITIES: dict[str, Callable[[], bool]] = {
     "cgroup1": lambda: _v1("cpu", "memory", "devices", "freezer", "pids"),
     "cgroup2": kernel.unified,
@@ -49,11 +57,9 @@ ABILITIES: dict[str, Callable[[], bool]] = {
     "rro": lambda: _release() >= (5, 12),
     "apparmor": _apparmor,
     "selinux": lambda: Path("/sys/fs/selinux/enforce").exists(),
-    "criu": lambda: shutil.which("criu") is not None,
+    "criu": _criu,
     "systemd": lambda: Path("/run/systemd/system").is_dir(),
-    "setpriv": lambda: shutil.which("setpriv") is not None,
     "newuidmap": lambda: shutil.which("newuidmap") is not None and shutil.which("newgidmap") is not None,
-    "ionice": lambda: hasattr(os, "sched_getaffinity"),
     "two-cpus": lambda: len(os.sched_getaffinity(0)) >= 2,
 }
 
