@@ -332,14 +332,17 @@ class _Birth:
             failpoint("create.cloned")
             channel.send("Go")
             while True:
-                message, fds = channel.receive("Console", "Hooks", "Ready")
+                message, fds = channel.receive("Console", "Hooks", "Listener", "Ready")
                 if message.kind == "Ready":
                     break
                 if message.kind == "Console":
                     self._take_console(fds[0], message.text[0])
-                else:
+                    continue
+                if message.kind == "Hooks":
                     self._run_hooks()
-                    channel.send("Go")
+                else:
+                    self._pass_on(message)
+                channel.send("Go")
         except (sync.Closed, BrokenPipeError):
             raise self._died(progress) from None
         warnings += message.text
@@ -349,6 +352,13 @@ class _Birth:
             send_fd(self._request.pidfd_socket, self._pidfd, "standard", "send the pidfd to pidfd socket")
         console, self._console = self._console, -1
         return Created(self._state(), self._pidfd, console, tuple(warnings))
+
+    def _pass_on(self, message: sync.Message) -> None:
+        from runtime import seccomp_notify  # few containers have a listener
+
+        facts = self._state()
+        agent = seccomp_notify.connect(facts.listener_path)
+        seccomp_notify.deliver(agent, message, self._pidfd, facts, self._pid, "creating")
 
     def _take_console(self, master: int, name: str) -> None:
         self._console = master

@@ -348,6 +348,24 @@ def look_up_command(init: Init) -> None:
     init.command = process.find_command(init.process.args[0], init.env)
 
 
+def load_filter(init: Init) -> None:
+    if init.setup.filter is None:
+        return
+    try:
+        listener = init.setup.filter()
+    except OSError as error:
+        raise RuntimeFailure.of(error, step="seccomp", what="load the seccomp filter") from None
+    init.setup.filter = None
+    if listener >= 0:
+        init.channel.offer(listener)
+        os.close(listener)
+
+
+def notifies(init: Init) -> bool:
+    """True when the seccomp profile has an agent to ask."""
+    return init.spec.seccomp is not None and bool(init.spec.seccomp.listener_path)
+
+
 def needs_proc(init: Init) -> bool:
     """True when something is going to be written to procfs."""
     return bool(init.spec.sysctl or init.process.apparmor_profile or init.process.selinux_label)
@@ -393,6 +411,9 @@ STEPS = (
     Step("identity", become_user),
     # As the user and from the working directory, so that it says what execve would.
     Step("command", look_up_command),
+    # At create, as the peers do: its agent takes the listener, or the create fails. The last step, for what follows
+    # goes by the filter. Other filters are loaded by `start`.
+    Step("seccomp", load_filter, when=notifies),
 )
 
 
@@ -435,13 +456,7 @@ def start(init: Init) -> None:
     if init.spec.hooks.start_container:
         hooks.run(init.spec.hooks.start_container, init.setup.state(os.getpid(), "created"), "startContainer hooks")
     process.reset_signals()
-    if init.setup.filter is not None:
-        try:
-            listener = init.setup.filter()
-        except OSError as error:
-            raise RuntimeFailure.of(error, step="seccomp", what="load the seccomp filter") from None
-        if listener >= 0:
-            init.channel.offer(listener)
+    load_filter(init)
     if init.identity is not None:
         init.identity.finish()
     process.execute(init.command, init.process.args, init.env)

@@ -55,8 +55,6 @@ def start(root: str, container_id: str) -> None:
         _unlink(f"{directory}/{state.START_SOCKET}")
         failpoint("start.accepted")
         try:
-            message, _ = channel.receive("Listener")
-            _pass_on(facts, message, channel)
             channel.receive()
         except sync.Closed:
             pass  # execve closed the init's end
@@ -67,19 +65,6 @@ def start(root: str, container_id: str) -> None:
         from runtime import hooks as runner
 
         runner.run(hooks.poststart, encode(state.describe(facts, "running")), "poststart hooks")
-
-
-def _pass_on(facts: State, message: sync.Message, channel: sync.Channel) -> None:
-    """The init's seccomp listener, to its agent."""
-    from runtime import seccomp_notify  # few containers have one
-
-    pidfd = pidfd_open(facts.pid)
-    try:
-        agent = seccomp_notify.connect(facts.listener_path)
-        seccomp_notify.deliver(agent, message, pidfd, facts, facts.pid, "created")
-    finally:
-        os.close(pidfd)
-    channel.send("Go")
 
 
 def _wrong(message: str) -> RuntimeFailure:

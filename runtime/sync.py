@@ -8,22 +8,21 @@
       |<- Console + pty fd --------------|   only with a terminal
       |<- Hooks -------------------------|   only with prestart or createRuntime hooks
       |-- Go --------------------------->|   pivot, masks, limits, cgroup, identity, command looked up
+      |<- Listener(number of its fd) ----|   only when the seccomp profile notifies: the filter is in force now
+      |-- Go --------------------------->|   its agent has the fd
       |<- Ready(warnings) ---------------|
       | writes state.json                |
       |-- Go --------------------------->|   create is over; waits on start.sock
       |                                  |<------------------------------ Start --|
       |                                  |-- Accepted --------------------------->|
-      |                                  |   startContainer hooks, seccomp
-      |                                  |-- Listener(number of its fd) --------->|   only when the profile notifies
-      |                                  |<--------- Go: its agent has the fd ----|
-      |                                  |   execve
+      |                                  |   startContainer hooks, seccomp, execve
       |                                  |-- end of file: execve did it --------->|   or Failed(step, errno, …)
 
-An exec has no start: after the last Go it goes on as after Accepted, and end of file tells the caller. Instead of any
-message the init may send Failed, and exits. Until the last Go, end of file from the caller makes the init exit: a
-killed caller leaves no half-made container (threats O37). A peer that only connects to start.sock and closes asked
-whether anybody listens. Refuses an unexpected message by name. Invariant: sockets are SOCK_SEQPACKET, so a message is
-whole or not there.
+An exec has no start: after the last Go it loads its filter (Listener, Go) and executes, and end of file tells the
+caller. Instead of any message the init may send Failed, and exits. Until the last Go, end of file from the caller makes
+the init exit: a killed caller leaves no half-made container (threats O37). A peer that only connects to start.sock and
+closes asked whether anybody listens. Refuses an unexpected message by name. Invariant: sockets are SOCK_SEQPACKET, so a
+message is whole or not there.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import pytest
 
 from runtime.init import STEPS
 from tests.bundles import Bundle, Bundles, bundles
+from tests.seccomp_agent import Agent, let_go
 from tests.support import eventually, needs
 
 CREATE = ("reserved", "noted", "cgroup", "cloned", "ready", "saved")
@@ -45,16 +46,21 @@ def run_with(one: Bundle, failpoint: str) -> tuple[int, str]:
 )
 def test_o37_a_failing_step_of_the_init_is_named_and_leaves_nothing(home: Bundles, step: str, action: str) -> None:
     one = everything(home)
-    code, said = run_with(one, f"init.{step}={action}")
-    assert code == 1, said
-    assert (
-        (f"failpoint init.{step}: error" in said)
-        if action == "error"
-        else (f"ended in step {step}: it exited with status 137" in said)
-    ), said
-    one.gone()
-    assert run_with(one, "") == (0, "")
-    one.gone()
+    with Agent(home.directory / "agent", let_go) as agent:
+        rules = [{"names": ["mkdir"], "action": "SCMP_ACT_NOTIFY"}]
+        listener = {"listenerPath": str(agent.path)}
+        one.linux["seccomp"] = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules, **listener}
+        code, said = run_with(one, f"init.{step}={action}")
+        assert code == 1, said
+        assert (
+            (f"failpoint init.{step}: error" in said)
+            if action == "error"
+            else (f"ended in step {step}: it exited with status 137" in said)
+        ), said
+        one.gone()
+        assert agent.states == []
+        assert run_with(one, "") == (0, "")
+        one.gone()
 
 
 @pytest.mark.parametrize("where", CREATE)

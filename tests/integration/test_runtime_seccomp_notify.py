@@ -39,6 +39,7 @@ def test_the_agent_gets_the_state_and_decides(home: Bundles, tmp_path: Path) -> 
         one.linux["seccomp"] = notifying(agent.path, "getppid", listenerMetadata="what only the agent knows")
         one.create().ok()
         pid = one.pid()
+        assert len(agent.states) == 1 and agent.seen == []  # the agent knows of it before it is started
         one.start().ok()
         one.becomes("stopped")
         assert agent.seen == [GETPPID]
@@ -47,7 +48,7 @@ def test_the_agent_gets_the_state_and_decides(home: Bundles, tmp_path: Path) -> 
     assert sent["metadata"] == "what only the agent knows"
     state = sent["state"]
     assert state["id"] == one.id and state["pid"] == pid and state["bundle"] == str(one.path)
-    assert state["status"] in ("creating", "created") and state["annotations"] == {"org.example": "of the container"}
+    assert state["status"] == "creating" and state["annotations"] == {"org.example": "of the container"}
     assert len(agent.fds) == 1
 
 
@@ -65,7 +66,7 @@ def test_what_the_agent_says_is_what_the_call_returns(home: Bundles, tmp_path: P
 
 
 @pytest.mark.parametrize("no_new_privileges", [True, False])
-@pytest.mark.parametrize("names", [("execve", "execveat"), ("read", "close"), ("sendmsg", "recvmsg")])
+@pytest.mark.parametrize("names", [("execve", "execveat"), ("read", "close"), ("sendmsg", "recvmsg", "accept4")])
 def test_calls_that_the_runtime_makes_itself_may_be_notified(
     home: Bundles, tmp_path: Path, names: tuple[str, ...], no_new_privileges: bool
 ) -> None:
@@ -74,7 +75,7 @@ def test_calls_that_the_runtime_makes_itself_may_be_notified(
         one.process["noNewPrivileges"] = no_new_privileges
         one.linux["seccomp"] = notifying(agent.path, *names)
         assert one.run().ok() == "done\n"
-        assert agent.seen or "sendmsg" in names
+        assert agent.seen
 
 
 def test_an_exec_has_a_listener_of_its_own(home: Bundles, tmp_path: Path) -> None:
@@ -139,19 +140,16 @@ def test_without_an_agent_nothing_runs(home: Bundles, tmp_path: Path) -> None:
     _nothing_ran(one)
 
 
-def test_an_agent_that_went_away_after_create_stops_start_and_exec(home: Bundles, tmp_path: Path) -> None:
+def test_an_agent_that_went_away_stops_an_exec(home: Bundles, tmp_path: Path) -> None:
     with Agent(tmp_path / "agent", let_go) as agent:
-        one, two = home.make("touch", "/tmp/ran"), home.make()
-        one.linux["seccomp"] = two.linux["seccomp"] = notifying(agent.path, "mkdir")
-        one.create().ok()
-        two.up()
-    one.start().failed("failed to connect with seccomp agent")
-    one.becomes("stopped")
-    one.delete().ok()
-    _nothing_ran(one)
-    two.exec("touch", "/tmp/ran").failed("failed to connect with seccomp agent")
-    assert not (two.rootfs / "tmp/ran").exists()
-    eventually(lambda: len(home.processes(two.id)) == 1, what="the refused exec to end")
+        one = home.make()
+        one.linux["seccomp"] = notifying(agent.path, "mkdir")
+        one.up()
+    one.exec("touch", "/tmp/ran").failed("failed to connect with seccomp agent")
+    assert not (one.rootfs / "tmp/ran").exists()
+    eventually(lambda: len(home.processes(one.id)) == 1, what="the refused exec to end")
+    # Who was confined by it stays so: there is nobody to say yes (seccomp_unotify(2)).
+    assert one.status() == "running"
 
 
 def test_a_listener_of_nobody_is_ignored(home: Bundles, tmp_path: Path) -> None:
