@@ -7,7 +7,8 @@ Three ways, the first that works:
   /proc/self/exe leads to: an empty memfd with seals (runtime/linux/exe.py). A fraction of a millisecond.
 - It starts once more, from an overlay without an upper layer, mounted nowhere: it cannot be opened for writing,
   remounted or found by name, and its pages are those of the real interpreter, so it costs no memory.
-- Where no overlay can be made (an ordinary user), it starts once more from a memfd with seals.
+- Where no overlay can be made (an ordinary user), it starts once more from a memfd with seals: one of the loader, if it
+  was started through that, which is a thirtieth of the interpreter.
 
 Refuses to go on unsealed. Invariant: argv[0] is the real interpreter's path, from which Python finds its standard
 library; nothing of the environment or of site-packages is taken in (-I -S).
@@ -117,11 +118,25 @@ def command(module: str, arguments: Sequence[str]) -> list[str]:
 
 def enter(module: str, arguments: Sequence[str]) -> NoReturn:
     """Goes on as `module`.main(arguments) in a sealed interpreter, in this very process. Raises OSError."""
-    fd = interpreter_fd()
+    fd, words = _loader() or (interpreter_fd(), [interpreter()])
     # One command is over in milliseconds: collecting garbage, and taking the interpreter apart at the end, would be a
     # tenth of them. Whatever a command writes it writes unbuffered.
     boot = f"import gc, os, sys; gc.disable(); {_PATH}; from {module} import main; os._exit(main(sys.argv[1:]))"
-    argv = [os.fsencode(word) for word in (interpreter(), "-IS", "-c", boot, *arguments)]
+    program = getattr(sys.modules["__main__"], "__file__", "")
+    # The command starts as it was started, with its modules in one file (runtime/boot.py).
+    start = [program] if module == "runtime.cli" and os.path.basename(program) == "boot.pyc" else ["-c", boot]
+    argv = [os.fsencode(word) for word in (*words, "-IS", *start, *arguments)]
     env = [key + b"=" + value for key, value in os.environb.items()]
     execveat(fd, "", argv, env, _AT_EMPTY_PATH)
     raise AssertionError("execveat returned")
+
+
+def _loader() -> tuple[int, list[str]] | None:
+    """A sealed copy of the dynamic loader that this process was started through, and the words that start it again."""
+    from runtime.linux.exe import is_loader
+
+    path = os.readlink("/proc/self/exe")
+    if not is_loader(path):
+        return None
+    with open(path, "rb") as file:
+        return sealed_memfd(_MEMFD_NAME, file.read(_MAX_INTERPRETER)), [path, interpreter()]
