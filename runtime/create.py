@@ -118,6 +118,8 @@ def create(request: CreateRequest) -> Created:
         undo.append(("remove the cgroup", lambda: _remove_cgroup(manager)))
         failpoint("create.cgroup")
         if rdt is not None:
+            note = encode(state.describe_group(rdt.plan()))
+            write_durable(f"{directory}/intel_rdt.json", note, sync=False)
             rdt.join()
             undo.append(("leave the class of service", rdt.leave))
         with _Birth(request, bundle, root_path, directory, manager, filter_program, rdt) as birth:

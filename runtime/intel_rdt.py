@@ -81,6 +81,11 @@ class Membership:
         self._root = mount_point()  # looked for before anything is made
         self.group: Group | None = None
 
+    def plan(self) -> Group:
+        """What `join` is going to make, to be noted before: a kill in between must leave nothing (threats O37)."""
+        directory, monitor = _places(self._wanted, self._id, self._root)
+        return Group(directory, monitor, not self._wanted.clos and not os.path.isdir(directory))
+
     def join(self) -> None:
         self.group = join(self._wanted, self._id, self._root)
 
@@ -96,9 +101,7 @@ class Membership:
 def join(wanted: IntelRdt, container_id: str, root: str) -> Group:
     """Makes or finds the class below `root`, sets it up, and makes the monitoring group. Raises RuntimeFailure; then
     nothing that was made here is left."""
-    if container_id in _RESERVED:
-        raise RuntimeFailure(f"linux.intelRdt: {container_id} is a directory of resctrl's own", code="invalid_argument")
-    directory = root if wanted.clos == "/" else f"{root}/{wanted.clos or container_id}"
+    directory, monitor = _places(wanted, container_id, root)
     made: list[str] = []
     try:
         if directory != root and _made(directory, must_exist=bool(wanted.clos and not wanted.schemata)):
@@ -107,7 +110,6 @@ def join(wanted: IntelRdt, container_id: str, root: str) -> Group:
             _compare(directory, wanted.schemata)
         elif wanted.schemata:
             _write_schemata(directory, wanted.schemata)
-        monitor = f"{directory}/mon_groups/{container_id}" if wanted.monitoring else ""
         if monitor and _made(monitor, must_exist=False):
             made.append(monitor)
         return Group(directory, monitor, bool(made) and made[0] == directory and not wanted.clos)
@@ -118,6 +120,14 @@ def join(wanted: IntelRdt, container_id: str, root: str) -> Group:
             what = f"linux.intelRdt: join the class of service {directory}"
             raise RuntimeFailure.of(error, step="intelRdt", what=what) from None
         raise
+
+
+def _places(wanted: IntelRdt, container_id: str, root: str) -> tuple[str, str]:
+    """The class's directory and that of the monitoring group, or ""."""
+    if container_id in _RESERVED:
+        raise RuntimeFailure(f"linux.intelRdt: {container_id} is a directory of resctrl's own", code="invalid_argument")
+    directory = root if wanted.clos == "/" else f"{root}/{wanted.clos or container_id}"
+    return directory, f"{directory}/mon_groups/{container_id}" if wanted.monitoring else ""
 
 
 def _made(path: str, *, must_exist: bool) -> bool:

@@ -256,7 +256,23 @@ def _remove_half_made(directory: str) -> None:
         manager = manager_from_paths(paths)
         manager.kill(_SIGKILL)
         manager.destroy()
+    _leave_class(directory)
     remove_tree(directory)
+
+
+def _leave_class(directory: str) -> None:
+    try:
+        fd = os.open(f"{directory}/intel_rdt.json", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    from runtime import intel_rdt
+
+    try:
+        group = state.group_of(Fields(decode(os.read(fd, 1 << 16), "intel_rdt.json")))
+    finally:
+        os.close(fd)
+    if group is not None:
+        intel_rdt.leave(group)
 
 
 def describe(root: str, container_id: str) -> dict[str, object]:

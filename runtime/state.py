@@ -4,6 +4,7 @@
       <id>/                0700; there from the first moment of create to the last of delete
         state.json         written once the init is ready; atomically, without fsync: <root> does not outlive a boot
         cgroup.json        where the cgroup is going to be, from before it is made
+        intel_rdt.json     the same for the class of service, with linux.intelRdt
         seccomp.bpf        the filter that confines the init, and every process that joins it
         start.sock         the init waits here; gone once it was started
         notify/            only with NOTIFY_SOCKET: what the container sees at /run/notify (runtime/notify.py)
@@ -180,7 +181,7 @@ def save(root: str, state: State) -> None:
     }
     if (group := state.intel_rdt) is not None:
         document["intel_rdt_path"] = group.directory
-        document["intel_rdt"] = {"path": group.directory, "monitor": group.monitor, "own": group.own}
+        document["intel_rdt"] = describe_group(group)
     if (policy := state.memory_policy) is not None:
         document["memory_policy"] = {"mode": policy.mode, "nodes": policy.nodes}
     write_durable(f"{directory(root, state.id)}/{_FILE}", encode(document), sync=False)
@@ -226,7 +227,7 @@ def _parse(raw: bytes, what: str) -> State:
             filter_flags=fields.int("seccomp_flags", required=True),
             listener_path=listener.str("path"),
             listener_metadata=listener.str("metadata"),
-            intel_rdt=_group(fields.object("intel_rdt")),
+            intel_rdt=group_of(fields.object("intel_rdt")),
             memory_policy=_policy(fields.object("memory_policy")),
             has_hooks=fields.bool("has_hooks", True),
             systemd_unit=fields.str("systemd_unit"),
@@ -245,7 +246,13 @@ def _parse(raw: bytes, what: str) -> State:
         ) from None
 
 
-def _group(fields: Fields | None) -> Group | None:
+def describe_group(group: Group) -> dict[str, object]:
+    """linux.intelRdt's class of service as JSON; `group_of` reads it."""
+    return {"path": group.directory, "monitor": group.monitor, "own": group.own}
+
+
+def group_of(fields: Fields | None) -> Group | None:
+    """What `describe_group` said."""
     if fields is None:
         return None
     from runtime.intel_rdt import Group

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import pytest
 from runtime.linux.sockets import recv_frame
 from runtime.shim import protocol
 from runtime.shim.model import ContainerError, ExecSpec
+from tests.seccomp_agent import Agent, refuse
 from tests.shims import Lab, Pod, kill, lab, process
 from tests.support import eventually, needs
 
@@ -253,3 +255,17 @@ def test_a_stream_with_a_terminal_gives_its_master(running: tuple[Pod, str]) -> 
     os.close(stream.console)
     with pytest.raises(ContainerError, match="stdin, stdout and stderr"):
         pod.shims.exec_stream(pod.sandbox, container, process(["true"]), [0])
+
+
+def test_a_filter_that_notifies_confines_and_asks_in_an_exec_too(pods: Lab, tmp_path: Path) -> None:
+    with Agent(tmp_path / "agent", refuse(errno.EXDEV)) as agent:
+        rules = [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_NOTIFY"}]
+        profile = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules, "listenerPath": str(agent.path)}
+        pod = pods.pod()
+        container = pod.run("c", ["sleep", "10000"], linux={"seccomp": profile})
+        assert len(agent.states) == 1 and agent.states[0]["pid"] == pod.facts(container).pid
+        for number in (2, 3):
+            result = pod.exec(container, ["/bin/busybox", "mkdir", "/tmp/x"])
+            assert result.exit_code == 1 and b"Invalid cross-device link" in result.stderr
+            assert len(agent.states) == number
+        assert inside(pod, container) == []

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from runtime import intel_rdt
+from runtime import intel_rdt, lifecycle
 from runtime.errors import RuntimeFailure
-from runtime.fields import Fields
+from runtime.fields import Fields, encode
 from runtime.intel_rdt import Group, IntelRdt
+from runtime.state import describe_group
 
 SCHEMATA = "    L3:0=7ff;1=7ff\n    MB:0=100;1=100\n"
 
@@ -101,6 +102,21 @@ def test_a_class_of_its_own_goes_with_the_container(resctrl: Path) -> None:
     intel_rdt.leave(group)
     intel_rdt.leave(group)
     assert not (resctrl / "c1").exists()
+
+
+def test_o37_a_create_that_was_killed_is_cleaned_up_from_its_note(resctrl: Path, tmp_path: Path) -> None:
+    root = tmp_path / "state"
+    for name, group, there in (
+        ("c1", Group(f"{resctrl}/c1", own=True), False),  # made, and then killed
+        ("c2", Group(f"{resctrl}/c2", own=True), False),  # killed before it was made
+        ("c3", Group(str(_group(resctrl / "gold"))), True),  # somebody else's
+    ):
+        (root / name).mkdir(parents=True)
+        (root / name / "intel_rdt.json").write_bytes(encode(describe_group(group)))
+        if name == "c1":
+            (resctrl / "c1").mkdir()
+        lifecycle.delete(str(root), name, force=True)
+        assert not (root / name).exists() and Path(group.directory).exists() == there
 
 
 def test_what_fails_half_way_leaves_nothing(resctrl: Path) -> None:
