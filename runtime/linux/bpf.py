@@ -6,9 +6,9 @@ bpf fd so) and the caller's. See bpf(2), linux/bpf.h.
 
 from __future__ import annotations
 
-import ctypes
 import struct
 
+from runtime.linux import foreign as ctypes
 from runtime.linux.libc import KernelError, syscall
 
 # linux/bpf.h, enum bpf_cmd

@@ -8,11 +8,11 @@ else. Invariant: on failure the process goes on as it was; each mapping is repla
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import struct
 
+from runtime.linux import foreign as ctypes
 from runtime.linux.libc import KernelError, _libc, address, check, prctl
 
 # linux/prctl.h, linux/mman.h
@@ -63,7 +63,7 @@ def _replace(start: int, size: int, protection: int) -> None:
     copy = _mmap(None, size, _PROT["r"] | _PROT["w"], _PRIVATE_ANONYMOUS_POPULATED, -1, 0)
     if copy == _FAILED:
         raise KernelError(ctypes.get_errno(), "mmap", f"{size} bytes")
-    ctypes.memmove(copy, start, size)
+    _memmove(copy, start, size)
     if protection != _PROT["r"] | _PROT["w"]:
         check(_mprotect(copy, size, protection), "mprotect", f"{size} bytes")
     if _mremap(copy, size, size, _MAYMOVE_FIXED, start) == _FAILED:
@@ -84,9 +84,11 @@ def _layout(fd: int) -> bytes:
 
 
 _FAILED = ctypes.c_void_p(-1).value
-_mmap, _mremap, _mprotect, _sbrk = _libc.mmap, _libc.mremap, _libc.mprotect, _libc.sbrk
+_mmap, _mremap, _mprotect, _memmove, _sbrk = _libc.mmap, _libc.mremap, _libc.mprotect, _libc.memmove, _libc.sbrk
 _mmap.restype = _mremap.restype = _sbrk.restype = ctypes.c_void_p
 _mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+_memmove.restype = None
+_memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _sbrk.argtypes = (ctypes.c_long,)

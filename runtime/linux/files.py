@@ -6,13 +6,13 @@ fd is CLOEXEC; `write_durable` leaves the old file or the new one, whole, whatev
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
 import stat
 import struct
 
+from runtime.linux import foreign as ctypes
 from runtime.linux.libc import KernelError, _libc, check, room, syscall
 
 TYPE_CHECKING = False

@@ -5,9 +5,10 @@ Refuses to hold policy. Invariant: `check` turns every -1 into a `KernelError` n
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
+
+from runtime.linux import foreign as ctypes
 
 TYPE_CHECKING = False  # typing costs 10 ms to import, and this module is on every hot path
 if TYPE_CHECKING:

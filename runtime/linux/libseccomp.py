@@ -7,10 +7,10 @@ seccomp_export_bpf(3).
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 
+from runtime.linux import foreign as ctypes
 from runtime.linux.libc import KernelError
 
 TYPE_CHECKING = False  # as in runtime.fields

@@ -6,11 +6,11 @@ Only single-threaded processes may call `clone3` or join a user or mount namespa
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import struct
 
+from runtime.linux import foreign as ctypes
 from runtime.linux.libc import KernelError, _libc, address, check, prctl, room, syscall
 
 TYPE_CHECKING = False

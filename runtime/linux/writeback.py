@@ -5,9 +5,9 @@ Refuses to decide when to sync. Invariant: nothing here changes a file's content
 
 from __future__ import annotations
 
-import ctypes
 import struct
 
+from runtime.linux import foreign as ctypes
 from runtime.linux.libc import _libc, check
 
 # linux/fs.h
