@@ -106,6 +106,8 @@ def create(request: CreateRequest) -> Created:
     undo: Undo = []
     try:
         directory = state.reserve(request.root, request.id)
+        if spec.hooks.poststop:
+            undo.append(("run the poststop hooks", lambda: _run_poststop(request, bundle)))
         undo.append(("remove the state directory", lambda: remove_tree(directory)))
         if request.notify:
             os.mkdir(f"{directory}/{state.NOTIFY}", 0o755)
@@ -174,6 +176,14 @@ def _note_cgroups(directory: str, manager: Manager) -> None:
 def _remove_cgroup(manager: Manager) -> None:
     manager.kill(_SIGKILL)
     manager.destroy()
+
+
+def _run_poststop(request: CreateRequest, bundle: str) -> None:
+    """A container that failed to be made has stopped: the lifecycle goes on there (runtime-spec)."""
+    from runtime import hooks
+
+    known = state.for_hooks(request.id, bundle, request.spec.annotations, "stopped", 0)
+    hooks.run_all(request.spec.hooks.poststop, known, "poststop hooks", bundle)
 
 
 def _close(fd: int) -> None:
@@ -375,8 +385,9 @@ class _Birth:
         from runtime import hooks
 
         wanted = self._spec.hooks
-        hooks.run(wanted.prestart, self._hook_state(self._pid, "creating"), "prestart hooks")
-        hooks.run(wanted.create_runtime, self._hook_state(self._pid, "creating"), "createRuntime hooks")
+        known = self._hook_state(self._pid, "creating")
+        hooks.run(wanted.prestart, known, "prestart hooks", self._bundle)
+        hooks.run(wanted.create_runtime, known, "createRuntime hooks", self._bundle)
 
     def _died(self, progress: Progress) -> RuntimeFailure:
         """The init ended without a word: by a signal, as a rule. Names the step it had come to."""
@@ -445,7 +456,8 @@ class _Birth:
             listener_metadata="" if self._spec.seccomp is None else self._spec.seccomp.listener_metadata,
             intel_rdt=None if self._rdt is None else self._rdt.group,
             memory_policy=self._spec.memory_policy,
-            has_hooks=bool(self._spec.hooks.poststart or self._spec.hooks.poststop),
+            poststart=self._spec.hooks.poststart,
+            poststop=self._spec.hooks.poststop,
             personality=self._spec.personality,
             no_new_keyring=self._request.no_new_keyring,
             readonly=self._spec.root_readonly,
@@ -455,17 +467,7 @@ class _Birth:
         )
 
     def _hook_state(self, pid: int, status: str) -> bytes:
-        known = State(
-            id=self._request.id,
-            pid=pid,
-            started=0,
-            created=self._created,
-            bundle=self._bundle,
-            rootfs=self._root_path,
-            version=state.SPEC_VERSION,
-            annotations=self._spec.annotations,
-        )
-        return encode(state.describe(known, status))
+        return state.for_hooks(self._request.id, self._bundle, self._spec.annotations, status, pid)
 
 
 def _now() -> str:

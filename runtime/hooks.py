@@ -11,7 +11,6 @@ import select
 import time
 
 from runtime.errors import RuntimeFailure
-from runtime.linux.libc import KernelError
 from runtime.linux.process import clone3, close_range, execveat, pidfd_send_signal
 
 TYPE_CHECKING = False
@@ -25,14 +24,28 @@ _SIGKILL = 9
 _OUTPUT_LIMIT = 16 << 10
 
 
-def run(hooks: Iterable[Hook], state: bytes, step: str) -> None:
-    """Runs every hook of one point. Raises RuntimeFailure, naming the hook by its path in config.json."""
+def run(
+    hooks: Iterable[Hook], state: bytes, step: str, directory: str = "", env: Iterable[bytes] | None = None
+) -> None:
+    """Runs every hook of one point, in `directory` if it is there. `env` is the environment of those that name none;
+    None: the caller's. Raises RuntimeFailure, naming the hook by its path in config.json."""
+    default = [key + b"=" + value for key, value in os.environb.items()] if env is None else list(env)
     for hook in hooks:
-        _run(hook, state, step)
+        _run(hook, state, step, directory, default)
 
 
-def _run(hook: Hook, state: bytes, step: str) -> None:
-    what = f"{hook.where} {hook.path}"
+def run_all(hooks: Iterable[Hook], state: bytes, step: str, directory: str) -> list[str]:
+    """Runs every hook, whatever became of those before it; the failures, in sentences."""
+    failures = []
+    for hook in hooks:
+        try:
+            run((hook,), state, step, directory)
+        except (RuntimeFailure, OSError) as error:
+            failures.append(str(error))
+    return failures
+
+
+def _run(hook: Hook, state: bytes, step: str, directory: str, env: list[bytes]) -> None:
     # A memfd is stdin of unlimited size that needs nobody to write it while the hook does not read.
     stdin = os.memfd_create("state", os.MFD_CLOEXEC)
     reader, writer = os.pipe2(os.O_CLOEXEC)
@@ -41,13 +54,13 @@ def _run(hook: Hook, state: bytes, step: str) -> None:
         os.lseek(stdin, 0, os.SEEK_SET)
         pid, pidfd = clone3(0)
         if pid == 0:
-            _execute(hook, stdin, writer)
+            _execute(hook, stdin, writer, directory, env)
         os.close(writer)
         writer = -1
         try:
             said, in_time = _wait(pidfd, reader, hook.timeout)
             if not in_time:
-                pidfd_send_signal(pidfd, _SIGKILL)
+                _kill(pid, pidfd)
             status = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
         finally:
             os.close(pidfd)
@@ -55,16 +68,29 @@ def _run(hook: Hook, state: bytes, step: str) -> None:
         for fd in (stdin, reader, writer):
             if fd >= 0:
                 os.close(fd)
+    problem = ""
     if not in_time:
-        raise RuntimeFailure(f"hook {what}: did not end within {hook.timeout} s and was killed", step=step)
-    if status is None or status.si_status != 0 or status.si_code != os.CLD_EXITED:
-        how = "was killed by signal" if status and status.si_code != os.CLD_EXITED else "ended with status"
-        number = status.si_status if status else -1
+        problem = f"hook ran past specified timeout of {hook.timeout:.1f}s, and was killed"
+    elif status is not None and status.si_code != os.CLD_EXITED:
+        problem = f"killed by signal {status.si_status}"
+    elif status is None or status.si_status:
+        problem = f"exit status {status.si_status if status else 'unknown'}"
+    if problem:
         words = said.decode("utf-8", "replace").strip()
-        raise RuntimeFailure(f"hook {what}: {how} {number}" + (f": {words}" if words else ""), step=step)
+        sentence = f"error running hook {hook.where} {hook.path}: {problem}"
+        raise RuntimeFailure(f"{sentence}: {words}" if words else sentence, step=step)
 
 
-def _execute(hook: Hook, stdin: int, output: int) -> None:
+def _kill(pid: int, pidfd: int) -> None:
+    """The hook with what it started: they are its process group, unless they made one of their own."""
+    pidfd_send_signal(pidfd, _SIGKILL)
+    try:
+        os.killpg(pid, _SIGKILL)  # nobody has waited for it: the number is still its
+    except ProcessLookupError:
+        pass  # it had not come to its setsid
+
+
+def _execute(hook: Hook, stdin: int, output: int, directory: str, env: list[bytes]) -> None:
     try:
         from runtime.process import reset_signals
 
@@ -73,10 +99,13 @@ def _execute(hook: Hook, stdin: int, output: int) -> None:
         os.dup2(output, 1)
         os.dup2(output, 2)
         close_range(3)
+        if directory and os.path.isdir(directory):
+            os.chdir(directory)
         reset_signals()
         argv = [os.fsencode(arg) for arg in (hook.args or (hook.path,))]
-        execveat(_AT_FDCWD, hook.path, argv, [os.fsencode(entry) for entry in hook.env])
-    except KernelError as error:
+        named = env if hook.env is None else [os.fsencode(entry) for entry in hook.env]
+        execveat(_AT_FDCWD, hook.path, argv, named)
+    except OSError as error:
         os.write(2, f"{error}\n".encode())
     finally:
         os._exit(127)

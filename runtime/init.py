@@ -166,7 +166,11 @@ def runtime_hooks(init: Init) -> None:
 
 
 def container_hooks(init: Init) -> None:
-    hooks.run(init.spec.hooks.create_container, init.setup.state(os.getpid(), "creating"), "createContainer hooks")
+    # In the new mount namespace, where the host's files are still at their paths, and the root is where we stand.
+    os.fchdir(init.in_root.fd)
+    known = init.setup.state(os.getpid(), "creating")
+    env = [os.fsencode(entry) for entry in init.process.env]
+    hooks.run(init.spec.hooks.create_container, known, "createContainer hooks", env=env)
 
 
 def pivot(init: Init) -> None:
@@ -454,7 +458,8 @@ def main(setup: Setup, channel: sync.Channel) -> NoReturn:
 def start(init: Init) -> None:
     """From Start to execve: as few system calls as can be, since the filter is in force for the last of them."""
     if init.spec.hooks.start_container:
-        hooks.run(init.spec.hooks.start_container, init.setup.state(os.getpid(), "created"), "startContainer hooks")
+        known = init.setup.state(os.getpid(), "created")
+        hooks.run(init.spec.hooks.start_container, known, "startContainer hooks", env=init.env)
     process.reset_signals()
     load_filter(init)
     if init.identity is not None:

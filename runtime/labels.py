@@ -21,9 +21,9 @@ def check(process: Process) -> None:
     """Raises RuntimeFailure when the process asks for what this kernel does not have."""
     if process.apparmor_profile and not has_apparmor():
         raise RuntimeFailure(
-            f"process.apparmorProfile: apparmor failed to apply profile {process.apparmor_profile:.80}: "
+            f"process.apparmorProfile: apply {process.apparmor_profile:.80}: apparmor failed to apply profile: "
             "config provided but apparmor not supported",
-            hint="this kernel has no apparmor, or it is not enabled",
+            hint="AppArmor is not on in this kernel",
             code="failed_precondition",
         )
     if process.selinux_label and not has_selinux():

@@ -12,7 +12,7 @@ import select
 
 from runtime import resources, state, sync
 from runtime.errors import RuntimeFailure
-from runtime.fields import Fields, decode, encode
+from runtime.fields import Fields, decode
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import remove_tree
 from runtime.linux.libc import KernelError
@@ -21,14 +21,12 @@ from runtime.state import State
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-    from runtime.spec_hooks import Hooks
 
 _SIGKILL = 9
 # How long the kernel may take to end a killed process: one in uninterruptible sleep cannot be waited for.
 KILL_WAIT_S = 10.0
-_MAX_CONFIG = 16 << 20
 
 
 def start(root: str, container_id: str) -> None:
@@ -60,11 +58,20 @@ def start(root: str, container_id: str) -> None:
             pass  # execve closed the init's end
     finally:
         channel.close()
-    hooks = _hooks(facts)
-    if hooks is not None and hooks.poststart:
-        from runtime import hooks as runner
+    if facts.poststart:
+        _run_poststart(facts)
 
-        runner.run(hooks.poststart, encode(state.describe(facts, "running")), "poststart hooks")
+
+def _run_poststart(facts: State) -> None:
+    """A container whose hook fails is stopped (runtime-spec): whoever counted on the hook must not see it run."""
+    from runtime import hooks
+
+    known = state.for_hooks(facts.id, facts.bundle, facts.annotations, "running", facts.pid)
+    try:
+        hooks.run(facts.poststart, known, "poststart hooks", facts.bundle)
+    except BaseException:
+        _end(facts)
+        raise
 
 
 def _wrong(message: str) -> RuntimeFailure:
@@ -76,26 +83,6 @@ def _unlink(path: str) -> None:
         os.unlink(path)
     except FileNotFoundError:
         pass
-
-
-def _hooks(facts: State) -> Hooks | None:
-    """The hooks of the bundle's config.json; None when that is gone: a caller may remove a bundle early."""
-    if not facts.has_hooks:
-        return None
-    from runtime import spec
-
-    try:
-        fd = os.open(f"{facts.bundle}/config.json", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            raw = os.read(fd, _MAX_CONFIG)
-        finally:
-            os.close(fd)
-        document = decode(raw, "config.json")
-        if not isinstance(document, dict) or not document.get("hooks"):
-            return None
-        return spec.parse(raw).hooks
-    except (OSError, RuntimeFailure):
-        return None
 
 
 def kill(root: str, container_id: str, number: int, *, everyone: bool = False) -> None:
@@ -181,8 +168,13 @@ def _thaw(facts: State) -> None:
         pass  # no freezer, or no cgroup any more
 
 
-def delete(root: str, container_id: str, *, force: bool = False) -> None:
-    """Removes a stopped container; with `force` one in any state, half-made ones and unknown ids included.
+def _ignore(_text: str) -> None:
+    pass
+
+
+def delete(root: str, container_id: str, *, force: bool = False, warn: Callable[[str], None] = _ignore) -> None:
+    """Removes a stopped container; with `force` one in any state, half-made ones and unknown ids included. A poststop
+    hook that fails is only worth a warning: there is nothing left to undo.
     Raises RuntimeFailure when something of it could not be removed: the same call goes on from there."""
     directory = state.directory(root, container_id)
     try:
@@ -206,15 +198,13 @@ def delete(root: str, container_id: str, *, force: bool = False) -> None:
 
         intel_rdt.leave(facts.intel_rdt)
     failpoint("delete.cgroup")
-    hooks = _hooks(facts)
     remove_tree(directory)
-    if hooks is not None and hooks.poststop:
-        from runtime import hooks as runner
+    if facts.poststop:
+        from runtime import hooks
 
-        try:
-            runner.run(hooks.poststop, encode(state.describe(facts, "stopped")), "poststop hooks")
-        except RuntimeFailure:
-            pass  # the spec: log and go on; there is nothing left to undo
+        known = state.for_hooks(facts.id, facts.bundle, facts.annotations, "stopped", 0)
+        for text in hooks.run_all(facts.poststop, known, "poststop hooks", facts.bundle):
+            warn(text)
 
 
 def _end(facts: State) -> None:

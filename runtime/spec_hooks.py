@@ -9,6 +9,8 @@ from runtime.linux.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from runtime.fields import Fields
 
 
@@ -24,11 +26,12 @@ HOOKS = {
 
 
 class Hook(Record):
-    """A program of the operator that runs at a point of the lifecycle; `timeout` in seconds, 0: none."""
+    """A program of the operator that runs at a point of the lifecycle; `timeout` in seconds, 0: none. `env` None: the
+    environment of where it runs."""
 
     path: str
     args: tuple[str, ...]
-    env: tuple[str, ...]
+    env: tuple[str, ...] | None
     timeout: int
     where: str
 
@@ -59,4 +62,14 @@ def _hook(fields: Fields) -> Hook:
     timeout = fields.optional_int("timeout")
     if timeout is not None and timeout <= 0:
         raise fields.error("timeout", f"expected more than zero seconds, got {timeout}")
-    return Hook(path, fields.strs("args"), fields.strs("env"), timeout or 0, fields.path)
+    env = fields.strs("env") if fields.has("env") else None
+    return Hook(path, fields.strs("args"), env, timeout or 0, fields.path)
+
+
+def to_json(hooks: Iterable[Hook]) -> list[dict[str, object]]:
+    """What `parse_hooks` takes for one kind."""
+    found = []
+    for hook in hooks:
+        entry: dict[str, object] = {"path": hook.path, "args": hook.args, "timeout": hook.timeout or None}
+        found.append(entry if hook.env is None else {**entry, "env": hook.env})
+    return found

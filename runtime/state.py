@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from runtime.intel_rdt import Group
     from runtime.memory_policy import MemoryPolicy
     from runtime.namespaces import Namespace
+    from runtime.spec_hooks import Hook
 
 SPEC_VERSION = "1.3.0"  # of runtime-spec's "State", which `describe` follows
 START_SOCKET = "start.sock"
@@ -58,8 +59,9 @@ class State(Record):
     """Facts of one container. `created` is RFC 3339, `started` clock ticks since boot, `annotations` config.json's,
     `namespaces` those of config.json by runc's names, with their paths, `cgroups_path` as it was asked for,
     `filter_flags` those its seccomp filter was loaded with (NO_FILTER: it has none), `listener_path` who decides on the
-    calls that it notifies ("": it notifies none), `memory_policy` that of every process which joins; without
-    `has_hooks` nobody need read its config.json again; `systemd_unit` is "" for a cgroup that was made directly."""
+    calls that it notifies ("": it notifies none), `memory_policy` that of every process which joins; the
+    hooks are those that are still to come, as config.json had them; `systemd_unit` is "" for a cgroup that was made
+    directly."""
 
     id: str
     pid: int
@@ -76,7 +78,8 @@ class State(Record):
     listener_metadata: str = ""
     intel_rdt: Group | None = None
     memory_policy: MemoryPolicy | None = None
-    has_hooks: bool = True
+    poststart: tuple[Hook, ...] = ()
+    poststop: tuple[Hook, ...] = ()
     systemd_unit: str = ""
     personality: int | None = None
     no_new_keyring: bool = False
@@ -175,10 +178,13 @@ def save(root: str, state: State) -> None:
         "owner": state.owner,
         "seccomp_flags": state.filter_flags,
         "seccomp_listener": {"path": state.listener_path, "metadata": state.listener_metadata},
-        "has_hooks": state.has_hooks,
         "systemd_unit": state.systemd_unit,
         "personality": state.personality,
     }
+    if state.poststart or state.poststop:
+        from runtime.spec_hooks import to_json
+
+        document["hooks"] = {"poststart": to_json(state.poststart), "poststop": to_json(state.poststop)}
     if (group := state.intel_rdt) is not None:
         document["intel_rdt_path"] = group.directory
         document["intel_rdt"] = describe_group(group)
@@ -212,6 +218,11 @@ def _parse(raw: bytes, what: str) -> State:
     try:
         fields = Fields(decode(raw, "the file"))
         config = fields.required_object("config")
+        hooks = None
+        if fields.has("hooks"):
+            from runtime.spec_hooks import parse_hooks
+
+            hooks = parse_hooks(fields)
         listener = fields.object("seccomp_listener") or Fields({})
         return State(
             id=fields.str("id", required=True),
@@ -229,7 +240,8 @@ def _parse(raw: bytes, what: str) -> State:
             listener_metadata=listener.str("metadata"),
             intel_rdt=group_of(fields.object("intel_rdt")),
             memory_policy=_policy(fields.object("memory_policy")),
-            has_hooks=fields.bool("has_hooks", True),
+            poststart=hooks.poststart if hooks is not None else (),
+            poststop=hooks.poststop if hooks is not None else (),
             systemd_unit=fields.str("systemd_unit"),
             personality=fields.optional_int("personality", 0),
             no_new_keyring=config.bool("no_new_keyring"),
@@ -300,7 +312,7 @@ def ids(root: str) -> Iterator[str]:
 
 
 def describe(state: State, status: str, pid: int | None = None) -> dict[str, object]:
-    """The state object of runtime-spec's "State", as `state` prints it and hooks get it."""
+    """What `state` prints: the state object of runtime-spec's "State", and what runc adds to it."""
     shown = state.pid if pid is None else pid
     document: dict[str, object] = {
         "ociVersion": state.version,
@@ -315,3 +327,14 @@ def describe(state: State, status: str, pid: int | None = None) -> dict[str, obj
     if state.annotations:
         document["annotations"] = dict(state.annotations)
     return document
+
+
+def for_hooks(container_id: str, bundle: str, annotations: Iterable[tuple[str, str]], status: str, pid: int) -> bytes:
+    """The state object of runtime-spec's "State", which hooks get on their stdin; `pid` 0: there is none."""
+    document: dict[str, object] = {"ociVersion": SPEC_VERSION, "id": container_id, "status": status}
+    if pid:
+        document["pid"] = pid
+    document["bundle"] = bundle
+    if named := dict(annotations):
+        document["annotations"] = named
+    return encode(document)

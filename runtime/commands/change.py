@@ -48,7 +48,7 @@ def run(context: Context, name: str, values: Values) -> int:
         number = signal_number(values.words[1] if len(values.words) > 1 else "TERM")
         lifecycle.kill(context.root, container_id, number, everyone=values.on("all"))
     elif name == "delete":
-        lifecycle.delete(context.root, container_id, force=values.on("force"))
+        lifecycle.delete(context.root, container_id, force=values.on("force"), warn=context.warn)
     elif name == "pause":
         lifecycle.pause(context.root, container_id)
     else:

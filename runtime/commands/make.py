@@ -127,7 +127,7 @@ def _attached(context: Context, request: create.CreateRequest, values: Values) -
             if notify is not None:
                 notify.close()
             if not values.on("keep"):
-                lifecycle.delete(context.root, request.id, force=True)
+                lifecycle.delete(context.root, request.id, force=True, warn=context.warn)
 
 
 def _start(context: Context, request: create.CreateRequest, made: Created, *, keep: bool) -> None:
@@ -139,7 +139,7 @@ def _start(context: Context, request: create.CreateRequest, made: Created, *, ke
             notify.wait(made.pidfd, made.state.pid)
     except BaseException:
         if not keep:
-            lifecycle.delete(context.root, request.id, force=True)
+            lifecycle.delete(context.root, request.id, force=True, warn=context.warn)
         raise
     finally:
         if notify is not None:

@@ -313,24 +313,6 @@ def test_user_namespace(home: Bundles) -> None:
     one.exec("touch", "/data/x", flags=("--user", "0")).failed("Read-only")
 
 
-def test_hooks_run_in_order_and_a_failing_one_ends_it(home: Bundles) -> None:
-    one = home.make("true")
-    trace = home.directory / "trace"
-
-    def hook(name: str, then: str = "") -> list[dict[str, object]]:
-        return [{"path": "/bin/sh", "args": ["sh", "-c", f"read s; echo {name} >> {trace}; {then}"]}]
-
-    kinds = ("prestart", "createRuntime", "poststart", "poststop")
-    one.config["hooks"] = {kind: hook(kind) for kind in kinds}
-    one.run().ok()
-    assert trace.read_text().split() == list(kinds)
-    one.config["hooks"] = {"createRuntime": hook("x", "echo bad luck >&2; exit 3")}
-    one.run().failed("hooks.createRuntime[0] /bin/sh: ended with status 3: bad luck")
-    one.config["hooks"] = {"createRuntime": [{"path": "/bin/sleep", "args": ["sleep", "60"], "timeout": 1}]}
-    one.run().failed("did not end within 1 s")
-    one.gone()
-
-
 def test_memory_limit_too_low_to_start_is_said(home: Bundles) -> None:
     one = home.make("true")
     one.linux["resources"] = {"memory": {"limit": 6 << 20}, "pids": {"limit": 5}}
