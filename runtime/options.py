@@ -88,7 +88,7 @@ def parse(words: Sequence[str], flags: Sequence[Flag], *, mixed: bool = False) -
         name, equals, value = word.lstrip("-").partition("=")
         flag = by_name.get(name)
         if flag is None:
-            raise UsageError(f"flag provided but not defined: {word}")
+            raise UsageError(f"flag provided but not defined: -{name}")
         if flag.kind == "bool":
             if equals and value.lower() not in _TRUE + _FALSE:
                 raise UsageError(f"--{name}: expected true or false, got {value[:40]!r}")

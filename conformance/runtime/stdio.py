@@ -221,7 +221,6 @@ def notify_socket(box: Box) -> None:
     path = box.path("notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(path))
-        manager.settimeout(15)
         environment = {**os.environ, "NOTIFY_SOCKET": str(path)}
         one.create(env=environment).ok()
         start = box.popen("start", one.id, env=environment)
@@ -229,13 +228,20 @@ def notify_socket(box: Box) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as container:
             container.sendto(b"READY=1\n", inside)
         heard = ""
-        while "READY=1" not in heard or "MAINPID=" not in heard:
-            data, given, _, _ = socket.recv_fds(manager, 4096, 4)
-            heard += data.decode() + "\n"
-            for descriptor in given:
-                os.close(descriptor)
-        assert f"MAINPID={one.pid()}\n" in heard
-        assert start.wait(20) == 0
+
+        def start_ended() -> bool:
+            nonlocal heard
+            while select.select([manager], [], [], 0)[0]:
+                data, given, _, _ = socket.recv_fds(manager, 4096, 4)
+                heard += data.decode() + "\n"
+                # A barrier: who sent it waits until we have closed what came along (sd_notify_barrier(3)).
+                for descriptor in given:
+                    os.close(descriptor)
+            return start.poll() is not None
+
+        kernel.eventually(start_ended, "start to end")
+    assert start.returncode == 0
+    assert "READY=1\n" in heard and f"MAINPID={one.pid()}\n" in heard
 
 
 @case()

@@ -234,7 +234,7 @@ def test_failures_go_to_the_log(home: Bundles) -> None:
 
 def test_misuse_is_said_in_one_line(home: Bundles) -> None:
     home.ocirun("nonsense").failed("No help topic for 'nonsense'", code=3)
-    home.ocirun("--nonsense").failed("flag provided but not defined: --nonsense")
+    home.ocirun("--nonsense").failed("flag provided but not defined: -nonsense")
     home.ocirun("kill", "x", "SIGNOTHING").failed("unknown signal")
     home.ocirun("--log-format", "xml", "list").failed("--log-format")
     home.ocirun("create").failed('"create" requires exactly 1 argument(s)')

@@ -240,7 +240,7 @@ def test_flags_end_at_the_first_word() -> None:
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["--nothing"], "flag provided but not defined: --nothing"),
+        (["--nothing"], "flag provided but not defined: -nothing"),
         (["--root"], "flag needs an argument: --root"),
         (["--detach=perhaps"], "--detach: expected true or false"),
     ],
