@@ -12,7 +12,7 @@ import os
 import select
 import time
 
-from runtime import init, labels, rootfs, rootless, seccomp, state, sync
+from runtime import init, labels, rootfs, rootless, seccomp, seccomp_load, state, sync
 from runtime.cgroups.manager import UNIT, Manager, manager_for
 from runtime.cloning import clone_init
 from runtime.errors import RuntimeFailure
@@ -288,7 +288,7 @@ class _Birth:
         profile, program = self._spec.seccomp, self._program
         if profile is None:
             return None
-        return lambda: seccomp.load(program, profile.flags)
+        return lambda: seccomp_load.load(program, profile.flags)
 
     def _memory_policy(self) -> Callable[[], None] | None:
         policy = self._spec.memory_policy

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 
-from runtime import exec_cgroup, ids, init, labels, namespaces, process, seccomp, state, sync
+from runtime import exec_cgroup, ids, labels, namespaces, process, state, sync
 from runtime.cgroups.manager import Gate
 from runtime.errors import RuntimeFailure
 from runtime.linux.failpoint import failpoint
@@ -30,6 +30,7 @@ from runtime.linux.process import (
     setns,
 )
 from runtime.linux.record import Record
+from runtime.seccomp_load import load
 from runtime.spec_process import Process
 from runtime.state import State
 from runtime.terminal import make_controlling, name_of, open_pair, send_master
@@ -274,7 +275,7 @@ class _Entry:
             process.reset_signals()
             if self._program:
                 self._step = "seccomp"
-                listener = seccomp.load(self._program, self._facts.filter_flags)
+                listener = load(self._program, self._facts.filter_flags)
                 if listener >= 0:
                     channel.offer(listener)
             identity.finish()
@@ -366,7 +367,7 @@ class _Entry:
             os.close(fd)
 
     def _labels(self) -> None:
-        init.write_labels(self._proc, f"{os.readlink('self', dir_fd=self._proc)}/attr", self._process)
+        labels.write(self._proc, f"{os.readlink('self', dir_fd=self._proc)}/attr", self._process)
 
 
 def _end(pid: int, pidfd: int) -> None:

@@ -13,10 +13,10 @@ import os
 import sys
 
 from runtime import hooks, ids, process, rootfs, sync
+from runtime import labels as confinement
 from runtime.errors import RuntimeFailure
 from runtime.init_state import Init, Setup, Step
 from runtime.linux.failpoint import failpoint
-from runtime.linux.files import PROC_SUPER_MAGIC, fstatfs_type, open_beneath, write_all
 from runtime.linux.libc import KernelError
 from runtime.linux.mount import (
     AT_EMPTY_PATH,
@@ -46,6 +46,7 @@ from runtime.linux.process import (
 )
 from runtime.mounts import init_propagation
 from runtime.namespaces import join
+from runtime.procfs import write_proc
 from runtime.rootfs_devices import bind_console
 from runtime.terminal import make_controlling, open_pair
 
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from runtime.spec import Spec
-    from runtime.spec_process import Process
 
 _AT_FDCWD = -100
 
@@ -214,20 +214,6 @@ def sysctls(init: Init) -> None:
         write_proc(init.proc_fd, path, value.encode("utf-8", "surrogateescape"), f"sysctl {name}={value}")
 
 
-def write_proc(proc_fd: int, path: str, value: bytes, what: str) -> None:
-    """Writes to a procfs file below a handle of our own, after a look at what it is (CVE-2019-19921, -2025-52881)."""
-    try:
-        fd = open_beneath(proc_fd, path, os.O_WRONLY)
-        try:
-            if fstatfs_type(fd) != PROC_SUPER_MAGIC:
-                raise RuntimeFailure(f"{what}: {path} is not on procfs", code="failed_precondition")
-            write_all(fd, value)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise RuntimeFailure.of(error, what=what) from None
-
-
 def protect(init: Init) -> None:
     rootfs.apply(rootfs.plan_protection(init.spec), init.in_root)
 
@@ -264,36 +250,7 @@ def _place_stdio(stdio: tuple[int, int, int]) -> None:
 
 
 def labels(init: Init) -> None:
-    write_labels(init.proc_fd, _own(init, "attr"), init.process)
-
-
-def write_labels(proc_fd: int, attributes: str, asked: Process) -> None:
-    """What execve is to give the process; `attributes` is its own attr directory below `proc_fd`."""
-    if asked.apparmor_profile:
-        _label(proc_fd, f"{attributes}/apparmor/exec", f"exec {asked.apparmor_profile}", "process.apparmorProfile")
-    if asked.selinux_label:
-        _label(proc_fd, f"{attributes}/exec", asked.selinux_label, "process.selinuxLabel")
-
-
-def _label(proc_fd: int, file: str, value: str, field: str) -> None:
-    try:
-        write_proc(proc_fd, file, value.encode(), f"{field}: apply {value.removeprefix('exec ')}")
-    except RuntimeFailure as failure:
-        if failure.errno in (errno.ENOENT, errno.EINVAL):
-            # A kernel without AppArmor has no such file (or takes nothing there); one with it knows no such profile.
-            loaded = failure.errno == errno.ENOENT and _exists(proc_fd, file)
-            module = "AppArmor" if field == "process.apparmorProfile" else "SELinux"
-            failure.hint = "no such profile is loaded" if loaded else f"{module} is not on in this kernel"
-            failure.code = "failed_precondition"
-        raise
-
-
-def _exists(proc_fd: int, file: str) -> bool:
-    try:
-        os.stat(file, dir_fd=proc_fd, follow_symlinks=False)
-    except OSError:
-        return False
-    return True
+    confinement.write(init.proc_fd, _own(init, "attr"), init.process)
 
 
 def _own(init: Init, file: str) -> str:

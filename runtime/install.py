@@ -26,8 +26,8 @@ from runtime.cli import COMMANDS
 ROOT = Path(__file__).resolve().parent.parent
 # What ocirun never imports: the shim's side, and this.
 _NOT_OCIRUN = ("runtime.shim", "runtime.install", "runtime.boot")
-# What they import on demand, and nearly every container demands.
-_USUAL = ("runtime.rootfs_cgroup",)
+# What is imported on demand, and nearly every container demands, by the command's module.
+_USUAL = {"make": ("runtime.rootfs_cgroup",)}
 _PT_INTERP = 3
 # Prints name and source of each module as its execution ends.
 _LISTING = """
@@ -72,7 +72,7 @@ def groups() -> dict[str, list[str]]:
     found = {}
     for command, (module, _, enters) in COMMANDS.items():
         if enters:
-            names = _imported(["runtime.cli", f"runtime.commands.{module}", *_USUAL])
+            names = _imported(["runtime.cli", f"runtime.commands.{module}", *_USUAL.get(module, ())])
             found[command] = [name for name in names if name.partition(".")[0] == "runtime"]
     return found
 

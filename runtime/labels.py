@@ -1,13 +1,17 @@
-"""What AppArmor and SELinux of this machine can be asked: looked at before anything is made.
+"""AppArmor profile and SELinux label: what this machine can be asked, before anything is made, and the asking itself.
 
 Refuses a profile or label that the kernel would not know what to do with: a container that was to be confined must not
-run without. Invariant: asks sysfs only, which no container has a hand in.
+run without. Invariant: looks at sysfs only, which no container has a hand in, and writes through `procfs`.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+
 from runtime.errors import RuntimeFailure
 from runtime.linux.files import AT_FDCWD, read_bounded
+from runtime.procfs import write_proc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,3 +52,32 @@ def _says(path: str, words: bytes) -> bool:
         return read_bounded(AT_FDCWD, path, 4096).startswith(words)
     except OSError:
         return False
+
+
+def write(proc_fd: int, attributes: str, asked: Process) -> None:
+    """What execve is to give the process; `attributes` is its own attr directory below `proc_fd`."""
+    if asked.apparmor_profile:
+        _label(proc_fd, f"{attributes}/apparmor/exec", f"exec {asked.apparmor_profile}", "process.apparmorProfile")
+    if asked.selinux_label:
+        _label(proc_fd, f"{attributes}/exec", asked.selinux_label, "process.selinuxLabel")
+
+
+def _label(proc_fd: int, file: str, value: str, field: str) -> None:
+    try:
+        write_proc(proc_fd, file, value.encode(), f"{field}: apply {value.removeprefix('exec ')}")
+    except RuntimeFailure as failure:
+        if failure.errno in (errno.ENOENT, errno.EINVAL):
+            # A kernel without AppArmor has no such file (or takes nothing there); one with it knows no such profile.
+            loaded = failure.errno == errno.ENOENT and _exists(proc_fd, file)
+            module = "AppArmor" if field == "process.apparmorProfile" else "SELinux"
+            failure.hint = "no such profile is loaded" if loaded else f"{module} is not on in this kernel"
+            failure.code = "failed_precondition"
+        raise
+
+
+def _exists(proc_fd: int, file: str) -> bool:
+    try:
+        os.stat(file, dir_fd=proc_fd, follow_symlinks=False)
+    except OSError:
+        return False
+    return True

@@ -13,7 +13,6 @@ import stat
 
 from runtime.errors import RuntimeFailure
 from runtime.linux import libseccomp, seccomp
-from runtime.linux.libc import KernelError
 from runtime.linux.record import Record
 
 TYPE_CHECKING = False  # as in runtime.fields
@@ -181,19 +180,6 @@ def program(profile: Seccomp, cache_dir: str) -> bytes:
             os.close(directory)
     except OSError as error:
         raise RuntimeFailure.of(error, step="seccomp", what=f"use the seccomp cache {cache_dir}") from error
-
-
-def load(code: bytes, flags: int = 0) -> int:
-    """Puts the filter on this thread, for good. Returns the listener, which is the caller's, or -1 where `flags` ask
-    for none. Raises RuntimeFailure."""
-    try:
-        listener = seccomp.set_mode_filter(code, flags)
-        return listener if flags & _NEW_LISTENER else -1
-    except KernelError as error:
-        failure = RuntimeFailure.of(error, step="seccomp", what="load the seccomp filter")
-        if error.errno == errno.EACCES:
-            failure.hint = "without noNewPrivileges this takes CAP_SYS_ADMIN: load it before capabilities are dropped"
-        raise failure from error
 
 
 def _compiled(profile: Seccomp) -> bytes:

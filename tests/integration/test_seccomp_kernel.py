@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from cri.spec import security
-from runtime import seccomp
+from runtime import seccomp, seccomp_load
 from runtime.errors import RuntimeFailure
 from runtime.fields import Fields
 from runtime.linux.process import capset, set_no_new_privs
@@ -61,7 +61,7 @@ def under(profile: dict[str, object], tmp_path: Path, run: Callable[[], object])
 
     def confined() -> None:
         set_no_new_privs()
-        seccomp.load(code, parsed.flags)
+        seccomp_load.load(code, parsed.flags)
         os.write(1, repr(run()).encode())
 
     child = fork(confined)
@@ -189,7 +189,7 @@ def test_loading_without_right_says_what_to_do(tmp_path: Path) -> None:
     def run() -> None:
         capset(0, 0, 0)
         try:
-            seccomp.load(code, 0)
+            seccomp_load.load(code, 0)
         except RuntimeFailure as failure:
             os.write(1, f"{failure}|{failure.hint}".encode())
 
@@ -207,7 +207,7 @@ def test_a_program_that_is_none_is_refused() -> None:
         set_no_new_privs()
         for code in (b"", b"\0" * 8, b"\x20\0\0\0\0\0\0\0"):
             try:
-                seccomp.load(code, 0)
+                seccomp_load.load(code, 0)
             except RuntimeFailure as failure:
                 assert failure.errno == errno.EINVAL
             else:
