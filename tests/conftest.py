@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from conformance.leaks import Machine, left_over
+from tests.support import ELSEWHERE
 
 MARK = "OCID_TEST_SESSION"
 INTEGRATION = (Path(__file__).parent / "integration", Path(__file__).parent / "vm")
@@ -27,7 +28,7 @@ SETTLE_S = 3.0
 _session_start = pytest.StashKey[Machine]()
 _session_leaks = pytest.StashKey[list[str]]()
 # A reference that lies beside the repository only where it is developed.
-MAY_SKIP = ("cri-v1.json",)
+MAY_SKIP = ("cri-v1.json", *(f"needs {ability}" for ability in ELSEWHERE))
 _skipped: list[str] = []
 
 

@@ -18,7 +18,7 @@ from runtime.errors import RuntimeFailure
 from runtime.linux.process import process_state
 from runtime.resources import Resources
 from tests.integration.cgroup_child import Child, fork, own_path, sleeper, spawn, wish
-from tests.support import eventually
+from tests.support import eventually, needs
 
 BOMB = "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass\n"
 
@@ -36,6 +36,8 @@ def manager(request: pytest.FixtureRequest, path: str) -> Manager:
 
 
 def _only(kind: str, path: str) -> Manager:
+    if kind != "v2":
+        needs("cgroup1")
     versions = {"hybrid": (1, 2), "v1": (1,), "v2": (2,)}[kind]
     found = Manager(tuple(place for place in places_for(path, "x") if place.hierarchy.version in versions))
     found.create(wish(pids={"limit": 60}) if kind != "v2" else Resources())

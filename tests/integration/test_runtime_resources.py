@@ -23,7 +23,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Bundles]:
-    needs("root", "busybox")
+    needs("root", "busybox", "cgroup1")
     with bundles(tmp_path) as opened:
         yield opened
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Bundles]:
-    needs("root", "busybox")
+    needs("root", "busybox", "cgroup1")
     with bundles(tmp_path) as opened:
         yield opened
 

@@ -12,7 +12,6 @@ import pytest
 from tests.bundles import OCIRUN, Bundles
 
 PROFILE = """
-abi <abi/3.0>,
 profile {name} flags=(attach_disconnected,mediate_deleted) {{
   file,
   capability,
@@ -30,7 +29,7 @@ NAMES = ("ocid-test", "ocid-test-other")
 @pytest.fixture(scope="module", autouse=True)
 def profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     file = tmp_path_factory.mktemp("apparmor") / "profiles"
-    file.write_text("".join(PROFILE.format(name=name, denied=f"tmp/{name}") for name in NAMES))
+    file.write_text("abi <abi/3.0>,\n" + "".join(PROFILE.format(name=name, denied=f"tmp/{name}") for name in NAMES))
     subprocess.run(["apparmor_parser", "-K", "-r", str(file)], check=True)
     yield
     subprocess.run(["apparmor_parser", "-R", str(file)], check=True)
