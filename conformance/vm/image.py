@@ -3,7 +3,7 @@
     <cache>/vm/<key>/vmlinuz  initrd  root.ext4      made under another name and renamed: whole, or not there
     <cache>/vm/packages/                             what debootstrap downloaded, for the next key
 
-The key is the hash of everything that goes in: this package, the list of Debian packages, the locked Python packages.
+The key is the hash of what goes in: this file, with its list of Debian packages, guest/, the Python packages' versions.
 <cache> is $OCID_CACHE, or /var/cache/ocid for root, or .cache in the clone: outside of a clone where possible, since
 CI's clones are fresh each time. Refuses to build without root (debootstrap makes devices and changes root) and to leave
 anything of a failed build. The build has a mount and a pid namespace of its own: when it is killed, its mounts and
@@ -70,8 +70,10 @@ def key() -> str:
     digest = hashlib.sha256(f"{sys.version_info[:2]}".encode())
     here = Path(__file__).parent
     files = [here / name for name in ("image.py", "initrd.py")] + [GUEST / name for name in _IN_IMAGE]
-    for file in (*files, ROOT / "requirements.lock"):
+    for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    for name in sorted(_closure(PYTHON_PACKAGES)):
+        digest.update(f"{name}=={distribution(name).version}\n".encode())
     return digest.hexdigest()[:16]
 
 
