@@ -341,6 +341,10 @@ class _Birth:
             warnings = list(adjust_oom_score(self._pid, self._spec))
             if self._rdt is not None:
                 self._rdt.enter(self._pid)
+            if self._spec.net_devices:
+                from runtime import net_devices
+
+                net_devices.move_to(self._spec.net_devices, self._spec.namespaces, self._pid)
             failpoint("create.cloned")
             channel.send("Go")
             while True:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from runtime.intel_rdt import IntelRdt
     from runtime.memory_policy import MemoryPolicy
+    from runtime.net_devices import NetDevice
 
 
 class Device(Record):
@@ -62,6 +63,7 @@ class Spec(Record):
     rootfs_propagation: tuple[int, bool] | None = None
     mount_label: str = ""
     personality: int | None = None
+    net_devices: tuple[NetDevice, ...] = ()
     intel_rdt: IntelRdt | None = None
     memory_policy: MemoryPolicy | None = None
     hooks: Hooks = Hooks()
@@ -84,7 +86,6 @@ def parse(raw: bytes) -> Spec:
         raise fields.error("ociVersion", f'expected a version 1.x of the runtime specification, got "{version:.40}"')
     root = fields.required_object("root")
     linux = fields.object("linux") or Fields({}, "linux")
-    linux.refuse("netDevices")
     process = fields.raw("process")
     namespaces = spec_namespaces.namespaces(linux)
     kinds = {namespace.kind for namespace in namespaces}
@@ -110,6 +111,7 @@ def parse(raw: bytes) -> Spec:
         rootfs_propagation=_propagation(linux),
         mount_label=linux.str("mountLabel"),
         personality=_personality(linux),
+        net_devices=_net_devices(linux, kinds),
         intel_rdt=_intel_rdt(linux.object("intelRdt")),
         memory_policy=_memory_policy(linux.object("memoryPolicy")),
         hooks=parse_hooks(fields),
@@ -187,6 +189,17 @@ def _propagation(linux: Fields) -> tuple[int, bool] | None:
     if name not in mounts.PROPAGATION:
         raise linux.error("rootfsPropagation", f"rootfsPropagation={name:.40} is not supported")
     return mounts.PROPAGATION[name]
+
+
+def _net_devices(linux: Fields, kinds: set[str]) -> tuple[NetDevice, ...]:
+    if not linux.has("netDevices"):
+        return ()
+    from runtime import net_devices  # few containers have any
+
+    found = net_devices.parse(linux)
+    if found and "network" not in kinds:
+        raise linux.error("netDevices", "unable to move network devices without a network namespace")
+    return found
 
 
 def _personality(linux: Fields) -> int | None:

@@ -54,7 +54,7 @@ def features() -> dict[str, object]:
             "memoryPolicy": _memory_policy(),
             "intelRdt": {"enabled": True, "schemata": True, "monitoring": True},
             "mountExtensions": {"idmap": {"enabled": True}},
-            "netDevices": {"enabled": False},
+            "netDevices": {"enabled": True},
         },
         "annotations": _annotations(),
         # No other annotation of a config.json changes what this runtime does (threats R7), and these only with
