@@ -411,10 +411,11 @@ class _Birth:
                 how = f"it was killed by signal {os.WTERMSIG(status)}"
         except ChildProcessError:
             pass
-        hint = ""
+        hint, code = "", "internal"
         if self._manager.oom_kills():
-            how, hint = "it ran out of memory", "linux.resources.memory.limit is too low for a process to start"
-        return RuntimeFailure(f"the container's init ended in step {step}: {how}", step=step, hint=hint)
+            how, code = "it ran out of memory", "invalid_argument"
+            hint = "linux.resources.memory.limit is too low for a process to start"
+        return RuntimeFailure(f"the container's init ended in step {step}: {how}", step=step, hint=hint, code=code)
 
     def release(self) -> None:
         """The last Go: create is over, and the init waits for start."""

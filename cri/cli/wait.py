@@ -1,4 +1,7 @@
-"""`ocid wait`: until the containers have exited; prints their exit codes."""
+"""`ocid wait`: until the containers have exited; prints their exit codes.
+
+Invariant: nothing is held while it waits: without a daemon the root belongs to others in between.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import asyncio
 from cri.api import api_pb2 as pb
 from cri.cli import names
 from cri.cli.connect import connect
-from cri.cli.watch import wait_exit
+from cri.cli.watch import look, wait_pid
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,11 +23,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _run(args: argparse.Namespace) -> int:
-    async with connect(args) as api:
-        for wanted in args.container:
+    for wanted in args.container:
+        async with connect(args) as api:
             container = await names.find(api, wanted)
-            if container.state == pb.CONTAINER_CREATED:
-                print(f"{wanted} was never started")
-                return 1
-            print(await wait_exit(api, container.id))
+        if container.state == pb.CONTAINER_CREATED:
+            print(f"{wanted} was never started")
+            return 1
+        code, pid = None, 0
+        while code is None:
+            await wait_pid(pid)
+            async with connect(args) as api:
+                code, pid = await look(api, container.id)
+        print(code, flush=True)
     return 0

@@ -14,30 +14,39 @@ from cri.cli.connect import Api
 from runtime.linux.libc import KernelError
 from runtime.linux.process import pidfd_open
 
+# The record follows the exit by the time it takes the shim to tell.
+_SHIM_S = 0.005
+
 
 async def wait_exit(api: Api, container_id: str) -> int:
     """The exit code of the container, once it has one."""
-    while True:
-        request = pb.ContainerStatusRequest(container_id=container_id, verbose=True)
-        response = await api.call("ContainerStatus", request)
-        if response.status.state == pb.CONTAINER_EXITED:
-            return int(response.status.exit_code)
-        pid = json.loads(response.info.get("info", "{}")).get("pid", 0)
-        if pid:
-            await _wait_pid(pid)
-        # The record follows the exit by the time it takes the shim to tell.
-        await asyncio.sleep(0.005)
+    code, pid = await look(api, container_id)
+    while code is None:
+        await wait_pid(pid)
+        code, pid = await look(api, container_id)
+    return code
 
 
-async def _wait_pid(pid: int) -> None:
+async def look(api: Api, container_id: str) -> tuple[int | None, int]:
+    """The exit code, None while there is none, and then the pid of its init to wait for, 0 where it is not known."""
+    response = await api.call("ContainerStatus", pb.ContainerStatusRequest(container_id=container_id, verbose=True))
+    if response.status.state == pb.CONTAINER_EXITED:
+        return int(response.status.exit_code), 0
+    return None, int(json.loads(response.info.get("info", "{}")).get("pid", 0))
+
+
+async def wait_pid(pid: int) -> None:
+    """Until the process has ended; then, or for pid 0 at once, a moment for the shim to tell."""
     try:
-        fd = pidfd_open(pid)
+        fd = pidfd_open(pid) if pid else -1
     except KernelError:
-        return
-    loop, ended = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(fd, ended.set)
-    try:
-        await ended.wait()
-    finally:
-        loop.remove_reader(fd)
-        os.close(fd)
+        fd = -1
+    if fd >= 0:
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(fd, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(fd)
+            os.close(fd)
+    await asyncio.sleep(_SHIM_S)

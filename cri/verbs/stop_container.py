@@ -13,7 +13,7 @@ import logging
 import signal
 
 from cri.api import api_pb2 as pb
-from cri.errors import DeadlineExceeded, InvalidArgument
+from cri.errors import DeadlineExceeded, InvalidArgument, NotFound
 from cri.events import keep_facts
 from cri.interfaces import ContainerError, ShimUnresponsive
 from cri.node import Node
@@ -65,10 +65,13 @@ class Stopping:
 
 
 async def stop_container(node: Node, request: pb.StopContainerRequest) -> pb.StopContainerResponse:
-    """Ends the container; it is fine with one that has ended or was never started."""
-    container = node.container(request.container_id)
+    """Ends the container; it is fine with one that has ended, was never started, or is not there (as containerd)."""
     if request.timeout < 0:
         raise InvalidArgument(f"timeout: {request.timeout} s is less than none")
+    try:
+        container = node.container(request.container_id)
+    except NotFound:
+        return pb.StopContainerResponse()
     if container.running:
         await stop(node, container, float(request.timeout))
     return pb.StopContainerResponse()

@@ -30,8 +30,11 @@ log = logging.getLogger(__name__)
 
 
 async def stop_pod(node: Node, request: pb.StopPodSandboxRequest) -> pb.StopPodSandboxResponse:
-    """Stops the pod; repeating it succeeds."""
-    pod = node.pod(request.pod_sandbox_id)
+    """Stops the pod; repeating it succeeds, and so does stopping one that is not there (as with containerd)."""
+    try:
+        pod = node.pod(request.pod_sandbox_id)
+    except NotFound:
+        return pb.StopPodSandboxResponse()
     await node.tasks.finish(_stop_locked(node, pod.id), f"stop pod {pod.label}")
     return pb.StopPodSandboxResponse()
 

@@ -368,6 +368,16 @@ def test_detached_life(cli: Node) -> None:
     assert gone.returncode == 1 and "no container 'web'" in gone.stderr
 
 
+def test_who_waits_keeps_nobody_out(cli: Node) -> None:
+    said(cli, "run", "-d", "--name", "w", cli.image, "sleep", "1000")
+    waiter = start(cli, "wait", "w")
+    # While it waits others come and go; it may be looking just now, so a command may have to try again.
+    eventually(lambda: ocid(cli, "ps").returncode == 0)
+    eventually(lambda: ocid(cli, "kill", "w").returncode == 0)
+    assert end(waiter) == (0, "137\n")
+    said(cli, "rm", "w")
+
+
 def test_kill_and_rm_force(cli: Node) -> None:
     said(cli, "run", "-d", "--name", "k", cli.image, "sleep", "1000")
     said(cli, "kill", "k")

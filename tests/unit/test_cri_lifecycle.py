@@ -55,7 +55,9 @@ def test_removing_and_stopping_twice_is_fine_and_unknown_ids_are_told(tmp_path: 
             await rig.stop_pod(pod)
         for _ in range(2):
             await rig.remove_pod(pod)
-        for call in (rig.stop(container), rig.stop_pod(pod), rig.status(container), rig.pod_status(pod)):
+        await rig.stop(container)
+        await rig.stop_pod(pod)
+        for call in (rig.status(container), rig.pod_status(pod)):
             with pytest.raises(CallFailed) as caught:
                 await call
             assert caught.value.code is StatusCode.NOT_FOUND
