@@ -8,6 +8,7 @@ imported (runtime/sealed.py).
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -31,6 +32,7 @@ GLOBAL = (
     Flag(("debug",), "bool", "print the traceback of a failure"),
     Flag(("systemd-cgroup",), "bool", "cgroups are units of systemd's: cgroupsPath is slice:prefix:name"),
     Flag(("rootless",), "str", "true, false or auto (default): whether cgroups that may not be made are left out"),
+    Flag(("shell-codes",), "bool", "exec: as a shell, exit with 126 or 127 when the command cannot be executed"),
     Flag(("version", "v"), "bool", "print the version"),
     Flag(("help", "h"), "bool", "print this"),
 )
@@ -57,7 +59,7 @@ COMMANDS = {
 class Context:
     """What the global flags say."""
 
-    __slots__ = ("command", "debug", "log", "log_json", "root", "rootless", "systemd_cgroup")
+    __slots__ = ("command", "debug", "log", "log_json", "root", "rootless", "shell_codes", "systemd_cgroup")
 
     def __init__(self, values: Values) -> None:
         self.root = values.text("root", _default_root())
@@ -65,6 +67,7 @@ class Context:
         self.log_json = values.text("log-format", "text") == "json"
         self.debug = values.on("debug")
         self.systemd_cgroup = values.on("systemd-cgroup")
+        self.shell_codes = values.on("shell-codes")
         self.command = ""
         self.rootless = _truth("rootless", values.text("rootless", "auto"))
 
@@ -207,7 +210,11 @@ def _failed(context: Context, failure: RuntimeFailure) -> int:
     hint = f"\n  hint: {failure.hint}" if failure.hint else ""
     began = f"ocirun {context.command}{' failed' if context.command in said else ''}"
     os.write(2, f"{began}: {message}{hint}\n".encode("utf-8", "surrogateescape"))
-    return 255 if context.command == "exec" else 1  # what an exec itself exits with is the command's
+    if context.command != "exec":
+        return 1
+    if context.shell_codes and failure.step in ("command", "exec"):
+        return 127 if failure.errno == errno.ENOENT else 126
+    return 255  # what an exec itself exits with is the command's
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if not words:
         raise CommandError("say what to run", 125)
     state, container_id = asyncio.run(_find(args))
-    command = [sys.executable, "-I", "-m", "runtime.cli", "--root", f"{state}/runtime", "exec"]
+    command = [sys.executable, "-I", "-m", "runtime.cli", "--root", f"{state}/runtime", "--shell-codes", "exec"]
     command += ["--tty"] if args.tty else []
     for entry in args.env:
         command += ["--env", entry]

@@ -348,7 +348,8 @@ def test_detached_life(cli: Node) -> None:
     assert said(cli, "exec", "-i", "-e", "A=b", "web", "sh", "-c", "echo $A; cat", stdin=b"in") == "b\nin"
     assert ocid(cli, "exec", "web", "sh", "-c", "exit 6").returncode == 6
     missing = ocid(cli, "exec", "web", "nosuch")
-    assert missing.returncode != 0 and "nosuch" in missing.stderr
+    assert missing.returncode == 127 and "nosuch" in missing.stderr
+    assert ocid(cli, "exec", "web", "/etc").returncode == 126
     running = ocid(cli, "rm", "web")
     assert running.returncode == 1 and "is running" in running.stderr
     terminal = Terminal([*cli.words, "exec", "-it", one[:12], "sh"])
