@@ -350,4 +350,7 @@ def test_the_hosts_oom_order_and_a_keyring_of_its_own(home: Bundles) -> None:
     one.up()
     assert Path(f"/proc/{one.pid()}/oom_score_adj").read_text().strip() == "777"
     assert one.exec("cat", "/proc/self/oom_score_adj").ok().strip() == "777"
+    # /proc/keys has what belongs to ids of the reader's user namespace: the keyring is the container's, not the host's.
     assert f"_ses.{one.id}" in one.exec("cat", "/proc/keys").ok()
+    two = home.make("cat", "/proc/keys").user_namespace()
+    assert f"_ses.{two.id}" in two.run().ok()
