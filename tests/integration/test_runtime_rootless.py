@@ -218,28 +218,37 @@ def test_cgroups_are_best_effort_only_where_the_flag_says_so(home: Bundles) -> N
 
 
 def test_cgroups_that_the_user_was_given_are_used(home: Bundles) -> None:
-    given = []
-    for top in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()):
-        if (top / "cgroup.procs").exists() and not top.is_symlink():
-            (top / home.cgroup).mkdir()
-            if top.name == "pids":  # one hierarchy is the user's, the rest is not
-                os.chown(top / home.cgroup, USER.pw_uid, USER.pw_gid)
-            given.append(top / home.cgroup)
-    if not any(path.parent.name == "pids" for path in given):
-        pytest.skip("one v1 hierarchy of many is given here; delegation on v2 is the kernel's and systemd's")
+    tops = [top for top in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()) if not top.is_symlink()]
+    places = [top / home.cgroup for top in tops if (top / "cgroup.procs").exists() and (top / "tasks").exists()]
+    if places:  # v1: one hierarchy is the user's, the rest is not
+        for place in places:
+            place.mkdir()
+        theirs = Path("/sys/fs/cgroup/pids", home.cgroup)
+        os.chown(theirs, USER.pw_uid, USER.pw_gid)
+    else:  # v2: a subtree is delegated, and the user's processes are below it (cgroups(7))
+        theirs = Path("/sys/fs/cgroup", home.cgroup)
+        theirs.mkdir()
+        Path("/sys/fs/cgroup/cgroup.subtree_control").write_text("+pids")
+        places = [theirs / "session"]
+        places[0].mkdir()
+        for name in ("", "cgroup.procs", "cgroup.subtree_control", "session", "session/cgroup.procs"):
+            os.chown(theirs / name, USER.pw_uid, USER.pw_gid)
     one = single(home.make())
     one.linux["resources"] = {"pids": {"limit": 10}}
     one.write()
-    enter = "; ".join(f"echo 0 > {path}/cgroup.procs" for path in given)
+    enter = "; ".join(f"echo 0 > {place}/cgroup.procs" for place in places)
     who = f"--reuid {USER.pw_uid} --regid {USER.pw_gid} --clear-groups"
     words = home.command("run", "--detach", "--bundle", str(one.path), one.id)
     silent: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     subprocess.run(["sh", "-c", f'{enter}; exec setpriv {who} "$@"', "sh", *words], check=True, **silent)
-    assert home.cgroups(one.id) == [f"/sys/fs/cgroup/pids/{home.cgroup}/{one.id}"]
+    assert home.cgroups(one.id) == [f"{theirs}/{one.id}"]
     assert Path(home.cgroups(one.id)[0], "cgroup.procs").read_text().split() == [str(one.pid())]
     assert Path(home.cgroups(one.id)[0], "pids.max").read_text() == "10\n"
     home.ocirun("delete", "--force", one.id, **AS_USER).ok()
     one.gone()
+    for place in places:
+        if place.name == "session":
+            place.rmdir()
 
 
 def test_state_is_kept_in_the_users_runtime_directory(home: Bundles, tmp_path: Path) -> None:
