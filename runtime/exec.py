@@ -253,7 +253,10 @@ class _Entry:
         """Joins all namespaces and clones the process, a child of this one's parent, which talks on `channel`."""
         set_dumpable(False)  # from here on the container could look (CVE-2016-9962)
         others = namespaces.others(self._facts.pid)
-        if together := others & ~CLONE_NEWCGROUP:
+        last = others & CLONE_NEWCGROUP
+        if last and others & CLONE_NEWUSER and namespaces.belongs_elsewhere(self._facts.pid, "cgroup"):
+            last = 0  # from inside the user namespace it would be out of reach
+        if together := others & ~last:
             # In one call: what is joined is judged by the rights from before it, which a namespace of the host's in a
             # container with a user namespace needs.
             setns(self._init_fd, together)
@@ -261,7 +264,7 @@ class _Entry:
         if pid == 0:
             for other in close:
                 other.close()
-            self._main(channel, others)
+            self._main(channel, others & ~CLONE_NEWCGROUP | last)
         return pid, pidfd
 
     def _main(self, channel: sync.Channel, others: int) -> NoReturn:

@@ -14,7 +14,7 @@ import os
 from runtime.errors import RuntimeFailure
 from runtime.linux.files import NSFS_MAGIC, fstatfs_type
 from runtime.linux.libc import KernelError
-from runtime.linux.namespace import namespace_type
+from runtime.linux.namespace import namespace_type, owner
 from runtime.linux.process import (
     CLONE_NEWCGROUP,
     CLONE_NEWIPC,
@@ -83,6 +83,21 @@ def others(pid: int) -> int:
         except FileNotFoundError:
             continue  # a kernel without this kind; of a process that is gone, nothing can be joined anyway
     return flags
+
+
+def belongs_elsewhere(pid: int, kind: str) -> bool:
+    """True when the namespace of `pid` belongs to another user namespace than the one that `pid` is in."""
+    fd = os.open(f"/proc/{pid}/ns/{PROC_NAMES[kind]}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        owned = owner(fd)
+    except PermissionError:
+        return True
+    finally:
+        os.close(fd)
+    try:
+        return os.fstat(owned).st_ino != os.stat(f"/proc/{pid}/ns/user").st_ino
+    finally:
+        os.close(owned)
 
 
 def members(pid: int) -> list[int]:

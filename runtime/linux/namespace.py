@@ -9,7 +9,7 @@ import fcntl
 import struct
 
 # linux/nsfs.h, linux/sockios.h, linux/if.h
-NS_GET_NSTYPE = 0xB703
+NS_GET_USERNS, NS_GET_NSTYPE = 0xB701, 0xB703
 SIOCGIFFLAGS, SIOCSIFFLAGS = 0x8913, 0x8914
 IFF_UP, IFF_RUNNING = 0x1, 0x40
 
@@ -17,6 +17,12 @@ IFF_UP, IFF_RUNNING = 0x1, 0x40
 def namespace_type(fd: int) -> int:
     """The CLONE_NEW* flag of the namespace that `fd` refers to (ioctl_ns(2)). Raises OSError for another kind of fd."""
     return fcntl.ioctl(fd, NS_GET_NSTYPE)
+
+
+def owner(fd: int) -> int:
+    """The user namespace that the namespace behind `fd` belongs to, as an fd that the caller owns (ioctl_ns(2)).
+    Raises OSError: EPERM where that is neither the caller's nor below it."""
+    return fcntl.ioctl(fd, NS_GET_USERNS)
 
 
 def loopback_up() -> None:

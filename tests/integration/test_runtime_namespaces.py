@@ -65,8 +65,8 @@ def held(*flags: str) -> Iterator[int]:
     """A process of the host in new namespaces (unshare(1) flags), there to be joined."""
     child = subprocess.Popen(["unshare", *flags, "--", "sleep", "1000"])
     try:
-        name = {"--net": "net", "--uts": "uts"}[flags[0]]
-        eventually(lambda: ns(child.pid, name) != ns("self", name), what="unshare")
+        # It has done so when it executes the other command.
+        eventually(lambda: os.readlink(f"/proc/{child.pid}/exe").endswith("sleep"), what="unshare")
         yield child.pid
     finally:
         child.kill()
@@ -239,15 +239,15 @@ def test_the_root_and_the_sources_are_reached_with_the_callers_rights(home: Bund
 @pytest.mark.parametrize("joined", [False, True])
 def test_namespaces_of_the_hosts_are_joined_with_a_user_namespace(home: Bundles, joined: bool) -> None:
     first = home.make().user_namespace().up()
-    with held("--net", "--uts", "--ipc") as pid:
+    with held("--net", "--uts", "--ipc", "--cgroup") as pid:
         one = home.make().user_namespace()
-        for kind in ("network", "uts", "ipc"):
+        for kind in ("network", "uts", "ipc", "cgroup"):
             add(one, kind, f"/proc/{pid}/ns/{KINDS[kind]}")
         if joined:
             add(one, "user", f"/proc/{first.pid()}/ns/user")
         one.up()
         assert owner_of(pid, "net") != os.stat(f"/proc/{one.pid()}/ns/user").st_ino
-        for name in ("net", "uts", "ipc"):
+        for name in ("net", "uts", "ipc", "cgroup"):
             assert ns(one.pid(), name) == ns(pid, name) != ns("self", name)
             assert one.exec("readlink", f"/proc/self/ns/{name}").ok().strip() == ns(pid, name)
         assert (ns(one.pid(), "user") == ns(first.pid(), "user")) is joined
