@@ -55,7 +55,7 @@ class Result:
 
     def failed(self, *phrases: str, code: int | None = None) -> str:
         """stderr of a failure; it must hold every one of `phrases`, in any case of letters, quoted or not."""
-        assert self.code != 0 and (code is None or self.code == code), self
+        assert self.code != 0 and (code is None or self.code == code) and self.error.strip(), self
         said = self.error.replace('\\"', '"').lower()
         for phrase in phrases:
             assert phrase.lower() in said, f"{phrase!r} is not in what was said: {self!r}"

@@ -67,10 +67,25 @@ class Worker:
         self.case = None
         return Outcome(*json.loads(line))
 
+    def _first_inside(self) -> list[int]:
+        """pidfds of the children of `unshare`: pid 1 of the worker's namespace, once there is one."""
+        found = []
+        try:
+            children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text()
+            found = [os.pidfd_open(int(pid)) for pid in children.split()]
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+        return found
+
     def end(self) -> None:
         """Kills it with everything it started, and removes what it worked in."""
+        first = self._first_inside()
         self._process.kill()
         self._process.wait()
+        # pid 1 of a namespace has ended only when everything else in there has (pid_namespaces(7)).
+        for pidfd in first:
+            select.select([pidfd], [], [])
+            os.close(pidfd)
         for stream in (self._process.stdin, self._process.stdout):
             if stream:
                 stream.close()

@@ -10,9 +10,9 @@ case = Group("bundle").case
 
 @case()
 def the_bundle_defaults_to_the_working_directory(box: Box) -> None:
-    one = box.bundle("true")
+    one = box.bundle("echo", "ran")
     one.write()
-    box.call("run", one.id, cwd=one.path).ok()
+    assert box.call("run", one.id, cwd=one.path).ok() == "ran\n"
 
 
 @case()
@@ -51,17 +51,17 @@ def a_config_without_a_process_cannot_start(box: Box) -> None:
 
 @case()
 def an_absolute_root_path(box: Box) -> None:
-    one = box.sh("test -x /bin/busybox")
+    one = box.sh("test -x /bin/busybox && echo there")
     one.config["root"]["path"] = str(one.rootfs)
-    one.run().ok()
+    assert one.run().ok() == "there\n"
 
 
 @case()
 def ids_of_every_legal_character(box: Box) -> None:
-    one = box.bundle("true")
+    one = box.bundle("echo", "ran")
     one.write()
     for name in ("a", "A-b_c.d+e", "0", "_x", "x" * 100):
-        box.call("run", "--bundle", str(one.path), name).ok()
+        assert box.call("run", "--bundle", str(one.path), name).ok() == "ran\n"
 
 
 @case()

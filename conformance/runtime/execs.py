@@ -164,17 +164,17 @@ def a_process_file(box: Box) -> None:
 @case()
 def rlimits_of_a_process_file(box: Box) -> None:
     one = box.bundle().up()
-    limits = [{"type": "RLIMIT_NOFILE", "soft": 55, "hard": 66}]
-    path = process_file(box, args=["sh", "-c", "ulimit -Sn; ulimit -Hn"], rlimits=limits)
+    limits = [{"type": "RLIMIT_SIGPENDING", "soft": 55, "hard": 66}]
+    path = process_file(box, args=["sh", "-c", "ulimit -Si; ulimit -Hi"], rlimits=limits)
     assert one.exec(flags=("-p", path)).lines() == ["55", "66"]
 
 
 @case()
 def rlimits_are_the_container_s(box: Box) -> None:
     one = box.bundle()
-    one.process["rlimits"] = [{"type": "RLIMIT_NOFILE", "soft": 77, "hard": 88}]
+    one.process["rlimits"] = [{"type": "RLIMIT_SIGPENDING", "soft": 77, "hard": 88}]
     one.up()
-    assert one.exec("sh", "-c", "ulimit -Sn; ulimit -Hn").lines() == ["77", "88"]
+    assert one.exec("sh", "-c", "ulimit -Si; ulimit -Hi").lines() == ["77", "88"]
 
 
 @case()

@@ -157,7 +157,7 @@ def arguments_and_environment_of_a_hook(box: Box) -> None:
 
 @case()
 def a_hook_with_a_relative_path_is_refused(box: Box) -> None:
-    add(box.bundle(), "createRuntime", {"path": "true"}).create().failed()
+    add(box.bundle(), "createRuntime", {"path": "true"}).create().failed("true")
 
 
 @case()
@@ -196,7 +196,7 @@ def what_a_failing_hook_said_is_in_the_message(box: Box) -> None:
 @case()
 def after_a_failing_hook_no_other_runs(box: Box) -> None:
     out = box.path("out")
-    add(box.bundle(), "createRuntime", hook("exit 1"), hook(f"echo > {out}")).create().failed()
+    add(box.bundle(), "createRuntime", hook("exit 1"), hook(f"echo > {out}")).create().failed("exit status 1")
     assert not out.exists()
 
 
@@ -220,13 +220,14 @@ def a_failing_poststop_does_not_keep_the_container(box: Box) -> None:
 @case()
 def a_hook_that_takes_too_long_fails_create(box: Box) -> None:
     one = add(box.bundle(), "createRuntime", hook("exec sleep 1000", timeout=1))
-    one.create().failed()
+    one.create().failed("timeout of 1")
     assert not (box.root / one.id).exists()
 
 
 @case()
 def a_hook_within_its_time_is_fine(box: Box) -> None:
-    add(box.bundle("true"), "createRuntime", hook("exit 0", timeout=20)).run().ok()
+    one = add(box.bundle("echo", "ran"), "createRuntime", hook("exit 0", timeout=20))
+    assert one.run().ok() == "ran\n"
 
 
 @case()

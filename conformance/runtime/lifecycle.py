@@ -112,7 +112,9 @@ def delete_of_an_unknown_container(box: Box) -> None:
 
 @case()
 def delete_force_of_an_unknown_container_succeeds(box: Box) -> None:
+    one = box.bundle().up()
     box.call("delete", "--force", "unknown").ok()
+    assert one.status() == "running"
 
 
 @case()

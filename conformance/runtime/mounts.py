@@ -256,6 +256,7 @@ def a_link_on_the_way_to_the_target_stays_in_the_rootfs(box: Box) -> None:
     (one.rootfs / "link").symlink_to(outside)
     one.run()
     assert os.listdir(outside) == []
+    assert box.bundle("echo", "works").run().ok() == "works\n"
 
 
 @case()
@@ -285,10 +286,10 @@ def tmpfs_with_uid_and_gid(box: Box) -> None:
 
 @case()
 def tmpfs_is_empty_and_gone_afterwards(box: Box) -> None:
-    one = box.sh("ls -A /mnt; echo x > /mnt/file").mount("/mnt", "tmpfs", "tmpfs")
+    one = box.sh("ls -A /mnt; echo x > /mnt/file; cat /mnt/file").mount("/mnt", "tmpfs", "tmpfs")
     (one.rootfs / "mnt").mkdir()
     (one.rootfs / "mnt/hidden").touch()
-    assert one.run().ok() == ""
+    assert one.run().ok() == "x\n"
     assert os.listdir(one.rootfs / "mnt") == ["hidden"]
 
 
@@ -427,7 +428,8 @@ def the_old_root_is_gone(box: Box) -> None:
 @case()
 def mounts_do_not_show_on_the_host(box: Box) -> None:
     before = kernel.mounts()
-    box.bundle().mount("/mnt", "tmpfs", "tmpfs").up()
+    one = box.bundle().mount("/mnt", "tmpfs", "tmpfs").up()
+    assert kernel.mount_at("/mnt", one.pid()).kind == "tmpfs"
     assert kernel.mounts() == before
 
 

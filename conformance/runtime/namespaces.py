@@ -175,21 +175,21 @@ def a_namespace_path_that_is_not_there(box: Box) -> None:
 
 @case()
 def a_namespace_path_of_another_kind(box: Box) -> None:
-    box.bundle().namespace("network", "/proc/self/ns/uts").create().failed()
+    box.bundle().namespace("network", "/proc/self/ns/uts").create().failed("net")
 
 
 @case()
 def a_namespace_path_that_is_an_ordinary_file(box: Box) -> None:
     path = box.path("file")
     path.touch()
-    box.bundle().namespace("ipc", str(path)).create().failed()
+    box.bundle().namespace("ipc", str(path)).create().failed("ipc namespace")
 
 
 @case()
 def a_namespace_twice(box: Box) -> None:
     one = box.bundle()
     one.linux["namespaces"].append({"type": "uts"})
-    one.create().failed(code=1)
+    one.create().failed("uts", code=1)
 
 
 @case()
@@ -201,9 +201,9 @@ def a_namespace_of_a_kind_that_is_none(box: Box) -> None:
 
 @case()
 def the_order_of_namespaces_does_not_matter(box: Box) -> None:
-    one = box.bundle("true").user_namespace()
+    one = box.bundle("id", "-u").user_namespace()
     one.linux["namespaces"].reverse()
-    one.run().ok()
+    assert one.run().ok() == "0\n"
 
 
 @case()
@@ -216,9 +216,9 @@ def hostname(box: Box) -> None:
 @case()
 def the_hostname_of_the_caller_stays(box: Box) -> None:
     before = os.uname().nodename
-    one = box.bundle("true")
+    one = box.bundle("hostname")
     one.config["hostname"] = "other"
-    one.run().ok()
+    assert one.run().ok() == "other\n"
     assert os.uname().nodename == before
 
 
@@ -282,7 +282,7 @@ def a_user_namespace_with_several_ranges(box: Box) -> None:
 def a_user_that_is_not_mapped_is_refused(box: Box) -> None:
     one = box.bundle().user_namespace(size=100)
     one.process["user"] = {"uid": 5000, "gid": 0}
-    one.create().failed()
+    one.create().failed("unmapped user")
 
 
 @case("userns")
@@ -378,4 +378,4 @@ def exec_joins_the_time_namespace(box: Box) -> None:
 def time_offsets_without_a_time_namespace_are_refused(box: Box) -> None:
     one = box.bundle()
     one.linux["timeOffsets"] = {"boottime": {"secs": 5}}
-    one.create().failed()
+    one.create().failed("time namespace")

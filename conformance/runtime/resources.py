@@ -79,6 +79,8 @@ def dots_in_the_path_do_not_lead_out(box: Box) -> None:
     one.linux["cgroupsPath"] = f"{box.cgroup}/../../../../{box.cgroup.strip('/')}/{one.id}"
     if one.create().code == 0:
         assert str(one.pid()) in (one.controller("pids") / "cgroup.procs").read_text()
+    still = box.bundle("echo", "works")
+    assert still.run().ok() == "works\n"
 
 
 @case()
@@ -227,7 +229,7 @@ def cpuset(box: Box) -> None:
 def a_cpu_that_is_not_there(box: Box) -> None:
     one = box.bundle()
     one.resources["cpu"] = {"cpus": "4000"}
-    one.create().failed()
+    one.create().failed("numerical result out of range")
 
 
 # ------------------------------------------------------------------------------------------------------------- pids
@@ -303,13 +305,17 @@ def a_device_that_is_not_allowed(box: Box) -> None:
 
 @case()
 def the_default_devices_are_always_allowed(box: Box) -> None:
-    one = with_kmsg(box, "for d in null zero full random urandom; do exec 3< /dev/$d || exit 1; done; echo > /dev/null")
-    one.run().ok()
+    one = with_kmsg(
+        box,
+        "for d in null zero full random urandom; do exec 3< /dev/$d || exit 1; done; echo all > /dev/null; echo all",
+    )
+    assert one.run().ok() == "all\n"
 
 
 @case()
 def a_device_that_is_allowed(box: Box) -> None:
-    with_kmsg(box, "exec 3< /dev/kmsg", {"allow": True, "type": "c", "major": 1, "minor": 11, "access": "r"}).run().ok()
+    entry = {"allow": True, "type": "c", "major": 1, "minor": 11, "access": "r"}
+    assert with_kmsg(box, "exec 3< /dev/kmsg && echo read", entry).run().ok() == "read\n"
 
 
 @case()
@@ -321,7 +327,8 @@ def a_device_that_is_allowed_for_reading_only(box: Box) -> None:
 
 @case()
 def devices_by_a_wildcard(box: Box) -> None:
-    with_kmsg(box, "exec 3< /dev/kmsg", {"allow": True, "type": "c", "major": 1, "access": "rw"}).run().ok()
+    entry = {"allow": True, "type": "c", "major": 1, "access": "rw"}
+    assert with_kmsg(box, "exec 3< /dev/kmsg && echo read", entry).run().ok() == "read\n"
 
 
 @case()
@@ -347,7 +354,7 @@ def making_a_device_is_a_permission_of_its_own(box: Box) -> None:
 def unified_is_refused_on_v1(box: Box) -> None:
     one = box.bundle()
     one.resources["unified"] = {"memory.max": "100000000"}
-    one.create().failed()
+    one.create().failed("v1")
 
 
 @case("cgroup2")

@@ -120,7 +120,7 @@ def without_a_user_namespace_it_is_refused(box: Box) -> None:
     readable_runtime(box)
     one = bundle(box).without_namespace("user")
     del one.linux["uidMappings"], one.linux["gidMappings"]
-    as_user(box, one, "create", "--bundle", str(one.path), one.id).failed()
+    as_user(box, one, "create", "--bundle", str(one.path), one.id).failed("requires user namespaces")
 
 
 @case("newuidmap")

@@ -226,7 +226,9 @@ def a_call_that_nobody_knows_is_ignored(box: Box) -> None:
 
 @case()
 def a_flag_that_nobody_knows(box: Box) -> None:
-    filtered(box.bundle(), rule(MKDIR, "SCMP_ACT_ERRNO"), flags=["SECCOMP_FILTER_FLAG_NONSENSE"]).create().failed()
+    filtered(box.bundle(), rule(MKDIR, "SCMP_ACT_ERRNO"), flags=["SECCOMP_FILTER_FLAG_NONSENSE"]).create().failed(
+        "flag"
+    )
 
 
 @case()
@@ -330,7 +332,7 @@ def exec_has_a_listener_of_its_own(box: Box) -> None:
 
 @case()
 def notify_without_a_listener_is_refused(box: Box) -> None:
-    filtered(box.bundle(), rule(MKDIR, "SCMP_ACT_NOTIFY")).create().failed()
+    filtered(box.bundle(), rule(MKDIR, "SCMP_ACT_NOTIFY")).create().failed("listenerPath")
 
 
 @case()
