@@ -325,7 +325,7 @@ def _network(fields: Fields | None) -> Network:
         if not _is_word(name) or len(name) > 15:  # IFNAMSIZ
             raise item.error("name", f"{name[:60]!r} is no name of a network interface")
         priorities.append((name, item.int("priority", 0, _UINT32)))
-    return Network(fields.optional_int("classID", 0, _UINT32), tuple(priorities))
+    return Network(fields.int("classID", 0, _UINT32) or None, tuple(priorities))
 
 
 def _rdma(fields: Fields | None) -> tuple[RdmaDevice, ...]:

@@ -235,3 +235,23 @@ def test_o61_devices_of_an_update(home: Bundles) -> None:
     document(one, {"devices": rules[:1]}).ok()
     assert set(limits(one)["devices.list"].splitlines()) == set(before.splitlines())
     one.exec("sh", "-c", "echo > /dev/null && head -c 1 /dev/zero").ok()
+
+
+def test_o61_an_update_that_says_again_what_a_privileged_container_has(home: Bundles) -> None:
+    """containerd sends all of linux.resources with every update, and a privileged container may have cgroups of its
+    own: then v1 takes no second "allow everything"."""
+    one = home.make()
+    everything = [{"allow": True, "access": "rwm"}]
+    one.linux["resources"] = {"devices": everything}
+    one.up()
+    (top,) = (Path(top) for top in home.cgroups(one.id) if Path(top, "devices.list").exists())
+    assert (top / "devices.list").read_text() == "a *:* rwm\n"
+    (top / "own").mkdir()
+    try:
+        document(one, {"devices": everything, "pids": {"limit": 17}}).ok()
+        assert limits(one)["pids.max"] == "17" and limits(one)["devices.list"] == "a *:* rwm"
+        refused = [*everything, {"allow": False, "type": "c", "major": 10, "minor": 229, "access": "rwm"}]
+        document(one, {"devices": refused, "pids": {"limit": 18}}).failed("linux.resources.devices")
+        assert limits(one)["pids.max"] == "17"
+    finally:
+        (top / "own").rmdir()

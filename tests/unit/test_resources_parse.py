@@ -98,6 +98,7 @@ def test_absent_null_and_zero_are_not_given() -> None:
         memory={"limit": 0, "swap": 0, "reservation": 0},
         cpu={"shares": 0, "quota": 0, "period": 0, "cpus": "", "mems": ""},
         blockIO={"weight": 0},
+        network={"classID": 0, "priorities": []},
     )
     assert zeros == Resources()
     assert read(pids={"limit": 0}).pids == Pids(0)  # a limit since runtime-spec 1.3
