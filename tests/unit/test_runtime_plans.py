@@ -235,6 +235,15 @@ def test_flags_end_at_the_first_word() -> None:
     assert parse(["--", "-d"], FLAGS).words == ["-d"] and parse(["-"], FLAGS).words == ["-"]
     assert parse([], FLAGS).number("count", 7) == 7 and not parse(["--detach=false"], FLAGS).on("detach")
     assert parse(["--root", "a", "--root", "b"], FLAGS).text("root") == "b"
+    assert parse(["-d=T"], FLAGS).on("detach") and not parse(["-d=0"], FLAGS).on("detach")
+    assert parse(["--env="], FLAGS).given("env") and not parse([], FLAGS).given("env")
+
+
+def test_flags_may_be_mixed_with_words_where_no_command_follows() -> None:
+    found = parse(["a", "-d", "b", "--root", "/x", "--", "-e"], FLAGS, mixed=True)
+    assert found.words == ["a", "b", "-e"] and found.on("detach") and found.text("root") == "/x"
+    with pytest.raises(UsageError, match="-n"):
+        parse(["a", "-n"], FLAGS, mixed=True)
 
 
 @pytest.mark.parametrize(
