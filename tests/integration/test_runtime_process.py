@@ -351,10 +351,12 @@ def notifier(home: Bundles, script: str) -> Bundle:
     return one
 
 
-@pytest.mark.parametrize("user", [0, 1000])
-def test_notify_socket_of_a_detached_run(home: Bundles, user: int) -> None:
+@pytest.mark.parametrize(("user", "namespace"), [(0, False), (1000, False), (1000, True)])
+def test_notify_socket_of_a_detached_run(home: Bundles, user: int, namespace: bool) -> None:
     one = notifier(home, "say STATUS=begun FDSTORE=1 'MAINPID=1\\nREADY=1' || exit 5; sleep 1000")
     one.process["user"] = {"uid": user, "gid": user}
+    if namespace:
+        one.user_namespace()
     manager = Manager(home.directory / "manager")
     one.write()
     child = home.popen(
