@@ -299,6 +299,7 @@ class _Entry:
         sys.path[:] = []
         sys.meta_path[:] = []
         self._step = "session"
+        process.end_by_signals()
         os.setsid()
         set_dumpable(False)
         if others & CLONE_NEWUSER:

@@ -60,6 +60,7 @@ _AT_FDCWD = -100
 
 
 def session(init: Init) -> None:
+    process.end_by_signals()
     os.setsid()
     set_dumpable(init.setup.dumpable)
 

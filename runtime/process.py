@@ -33,6 +33,7 @@ from runtime.linux.process import (
     sched_setattr,
     set_keepcaps,
 )
+from runtime.linux.signals import SIGHUP, SIGINT, SIGQUIT, SIGTERM, handle, wake_up
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,6 +49,18 @@ _PASSWD_LIMIT = 1 << 20
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # What loading a filter and lowering the sets at the very end takes; see `Identity`.
 _CAP_SYS_ADMIN, _CAP_SETPCAP = 1 << 21, 1 << 8
+
+
+def end_by_signals() -> None:
+    """Until it executes this process ends by what ends others: pid 1 of a PID namespace would not (pid_namespaces(7)),
+    and a caller's handlers, with the fd that they write to, came along with the clone."""
+    wake_up(-1)
+    for number in (SIGHUP, SIGINT, SIGQUIT, SIGTERM):
+        handle(number, _end)
+
+
+def _end(number: int, _frame: object) -> None:
+    os._exit(128 + number)
 
 
 def reset_signals() -> None:

@@ -290,6 +290,17 @@ def test_the_rest_can_be_killed_when_the_init_is_gone(home: Bundles) -> None:
     home.ocirun("kill", one.id, "KILL").failed("container not running")
 
 
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "QUIT"])
+def test_a_created_container_can_be_told_to_go(home: Bundles, name: str) -> None:
+    one = home.make()
+    one.create().ok()
+    home.ocirun("kill", one.id, name).ok()
+    one.becomes("stopped")
+    one.start().failed("cannot start a container that has stopped")
+    one.delete(force=False).ok()
+    one.gone()
+
+
 def test_signals_by_every_name(home: Bundles) -> None:
     traps = 'for s in HUP USR1 USR2 TERM; do trap "echo $s >> /tmp/got" $s; done'
     one = home.sh(f"{traps}; : > /tmp/got; while :; do sleep 0.01; done").up()
