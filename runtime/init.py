@@ -146,6 +146,8 @@ def fill_root(init: Init) -> None:
     # umask(2) would take bits from the modes of devices and directories.
     os.umask(0)
     rootfs.apply(rootfs.plan_mounts(init.spec), init.in_root)
+    if init.in_root.user_namespace and init.spec.masked_paths:
+        init.in_root.hold_null()
     os.umask(0o022)
 
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from runtime.spec import Spec
 
-_ENOENT, _ELOOP, _ENOTDIR = 2, 40, 20
+_ENOENT, _ELOOP, _ENOTDIR, _EINVAL = 2, 40, 20, 22
 
 
 class Root:
@@ -85,23 +85,49 @@ class Root:
             raise RuntimeFailure(f"{path} lies outside of the root {root}", code="failed_precondition")
         return path[len(root) :]
 
+    def hold_null(self) -> None:
+        """For a user namespace, where no device can be made: the host's null, while the host can be seen."""
+        fd = open_tree(AT_FDCWD, "/dev/null", OPEN_TREE_CLONE | AT_SYMLINK_NOFOLLOW)
+        _verify_null(fd)
+        self._null = fd
+
     def null(self) -> int:
-        """A detached mount of a character device 1:3 that is neither the host's nor the image's (CVE-2025-31133)."""
+        """A detached mount of a character device 1:3, neither of the image nor one that a chmod of it would change for
+        anybody else (CVE-2025-31133)."""
         if self._null < 0:
-            self._null = _private_null() if not self.user_namespace else _host_null()
-        if self.user_namespace:
-            return open_tree(self._null, "", OPEN_TREE_CLONE | AT_EMPTY_PATH)
-        return open_tree(self._null, "null", OPEN_TREE_CLONE | AT_SYMLINK_NOFOLLOW)
+            self._null = _private_null()
+        name = "" if self.user_namespace else "null"
+        flags = OPEN_TREE_CLONE | (AT_EMPTY_PATH if self.user_namespace else AT_SYMLINK_NOFOLLOW)
+        try:
+            return open_tree(self._null, name, flags)
+        except KernelError as error:
+            if error.errno != _EINVAL:
+                raise
+        # Before Linux 6.15 a mount that is in no namespace cannot be cloned: then the container's own, once verified.
+        fd = open_in_root(self.fd, "dev/null", os.O_PATH | os.O_NOFOLLOW)
+        try:
+            _verify_null(fd)
+            return open_tree(fd, "", OPEN_TREE_CLONE | AT_EMPTY_PATH)
+        finally:
+            os.close(fd)
 
     def empty(self) -> int:
         """A detached, empty, read-only directory; one tmpfs serves every mask."""
         if self._empty < 0:
-            attributes = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
-            options: tuple[tuple[str, str | None], ...] = (("size", "4k"), ("nr_inodes", "1"))
-            if self.label:
-                options += (("context", self.label),)
-            self._empty = FsMount("tmpfs", "tmpfs", options, attributes).make()
-        return open_tree(self._empty, "", OPEN_TREE_CLONE | AT_EMPTY_PATH)
+            self._empty = self._make_empty()
+        try:
+            return open_tree(self._empty, "", OPEN_TREE_CLONE | AT_EMPTY_PATH)
+        except KernelError as error:
+            if error.errno != _EINVAL:  # before Linux 6.15: as above
+                raise
+            return self._make_empty()
+
+    def _make_empty(self) -> int:
+        attributes = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
+        options: tuple[tuple[str, str | None], ...] = (("size", "4k"), ("nr_inodes", "1"))
+        if self.label:
+            options += (("context", self.label),)
+        return FsMount("tmpfs", "tmpfs", options, attributes).make()
 
     def close(self) -> None:
         """Closes every fd but the root's."""
@@ -124,14 +150,10 @@ def _private_null() -> int:
     return tmpfs
 
 
-def _host_null() -> int:
-    """The host's, verified: in a user namespace nobody may make one, nor change this one's mode."""
-    fd = os.open("/dev/null", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+def _verify_null(fd: int) -> None:
     status = os.fstat(fd)
     if not stat.S_ISCHR(status.st_mode) or status.st_rdev != os.makedev(1, 3):
-        os.close(fd)
-        raise RuntimeFailure("/dev/null of the host is no character device 1:3", code="failed_precondition")
-    return fd
+        raise RuntimeFailure("/dev/null is no character device 1:3", code="failed_precondition")
 
 
 # ------------------------------------------------------------------------------------------------------- the root

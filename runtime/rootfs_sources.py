@@ -11,6 +11,7 @@ import errno
 import os
 
 from runtime.errors import RuntimeFailure
+from runtime.linux.failpoint import failpoint
 from runtime.linux.files import fd_path
 from runtime.linux.libc import KernelError
 from runtime.linux.mount import (
@@ -145,6 +146,7 @@ def _with_mappings(uids: tuple[IdMapping, ...], gids: tuple[IdMapping, ...]) -> 
         os.close(pidfd)
         try:
             write_mappings(pid, uids, gids)
+            failpoint("idmap.mapped")
             return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             os.close(writer)

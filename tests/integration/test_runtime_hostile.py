@@ -10,19 +10,16 @@ import stat
 import sys
 import sysconfig
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import runtime
-from runtime.linux.files import RENAME_EXCHANGE, renameat2
 from runtime.linux.mount import mountinfo
 from runtime.sealed import interpreter
 from tests.bundles import Bundles, bundles
+from tests.hostile import CORE_PATTERN, swapping, untouched
 from tests.support import eventually, needs
-
-CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
 
 
 @pytest.fixture
@@ -34,29 +31,9 @@ def home(tmp_path: Path) -> Iterator[Bundles]:
 
 @pytest.fixture
 def outside(home: Bundles) -> Iterator[Path]:
-    """A directory of the host that nothing may touch: names, modes, owners, contents and times are compared."""
-    marker = home.directory / "outside"
-    (marker / "sub").mkdir(parents=True)
-    for name in ("ptmx", "fd", "stdin", "core", "null", "console", "sub/file"):
-        (marker / name).write_text(name)
-
-    def picture() -> list[tuple[object, ...]]:
-        found: list[tuple[object, ...]] = []
-        for directory, names, files in os.walk(marker):
-            for name in (*names, *files, "."):
-                status = os.lstat(os.path.join(directory, name))
-                content = os.path.join(directory, name) if name in files else ""
-                text = Path(content).read_bytes() if content and stat.S_ISREG(status.st_mode) else b""
-                found.append((directory, name, status.st_mode, status.st_uid, status.st_ino, status.st_mtime_ns, text))
-        return sorted(found, key=str)
-
-    before, host = picture(), [(p.target, p.options, p.source) for p in mountinfo()]
-    core = CORE_PATTERN.read_text()
-    yield marker
-    assert picture() == before
-    mine = [point for point in mountinfo() if str(home.directory) in point.target]
-    assert mine == [] and CORE_PATTERN.read_text() == core
-    assert len(host) >= 1
+    """A directory of the host that nothing may touch."""
+    with untouched(home.directory) as marker:
+        yield marker
 
 
 def digest(*paths: Path) -> str:
@@ -202,21 +179,6 @@ def test_s59_sysctls_of_the_host_are_refused(home: Bundles, outside: Path, name:
 
 
 # ---------------------------------------------------------------------------------------------- races for a mount
-
-
-@contextmanager
-def swapping(directory: Path, one: str, two: str) -> Iterator[None]:
-    """A process that exchanges two names as fast as it can."""
-    pid = os.fork()
-    if pid == 0:
-        fd = os.open(directory, os.O_PATH)
-        while True:
-            renameat2(fd, one, fd, two, RENAME_EXCHANGE)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
 
 
 @pytest.mark.parametrize("exists", [True, False])

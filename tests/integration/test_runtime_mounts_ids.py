@@ -15,7 +15,7 @@ import pytest
 
 from runtime.linux.mount import mount, umount2
 from tests.bundles import Bundle, Bundles, bundles
-from tests.integration.test_runtime_hostile import swapping
+from tests.hostile import swapping
 from tests.integration.test_runtime_mounts import host_mounts, points
 from tests.support import needs
 
