@@ -108,7 +108,9 @@ def build(
         raise InvalidRequest(f"mounts: {len(requested)} of them, at most {MAX_MOUNTS}")
     asked = [_bind(index, mount) for index, mount in enumerate(requested)]
     targets = {mount["destination"] for mount in asked}
-    mode = "ro" if readonly_rootfs else "rw"
+    # A bind that is not "ro" says nothing: with "rw" it would lift what the host forbids of its source, and nosuid,
+    # nodev and noexec with it (docs/decisions/0007).
+    mode = ["ro"] if readonly_rootfs else []
     shared = {
         "/dev/shm": files.shm,
         "/etc/hosts": files.hosts,
@@ -120,7 +122,7 @@ def build(
             "destination": target,
             "type": "bind",
             "source": source,
-            "options": ["rbind", "rprivate", "rw" if target == "/dev/shm" else mode],
+            "options": ["rbind", "rprivate", *([] if target == "/dev/shm" else mode)],
         }
         for target, source in shared.items()
         if source and target not in targets
@@ -151,7 +153,7 @@ def _bind(index: int, mount: pb.Mount) -> dict[str, Any]:
         raise InvalidRequest(f"{field}.image_sub_path: needs an image mount")
     target = destination(field, mount.container_path)
     source = _source(field, mount.host_path, target)
-    options = ["rbind", _propagation(field, mount, source), "ro" if mount.readonly else "rw"]
+    options = ["rbind", _propagation(field, mount, source), *(["ro"] if mount.readonly else [])]
     if mount.recursive_read_only:
         if not mount.readonly or mount.propagation != pb.PROPAGATION_PRIVATE:
             raise InvalidRequest(f"{field}.recursive_read_only: needs readonly and private propagation")

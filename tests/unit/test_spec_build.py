@@ -158,6 +158,8 @@ def test_mounts_parents_first_and_overriding_the_pods(tmp_path: Path) -> None:
     assert targets.index("/a/b") < targets.index("/a/b/c") and targets.count("/etc/hosts") == 1
     deepest = next(mount for mount in made if mount["destination"] == "/a/b/c")
     assert deepest["source"] == str(tmp_path) and deepest["options"] == ["rbind", "rprivate", "ro"]
+    # "rw" would lift what the host forbids: the pod's /dev/shm is nosuid, nodev and noexec, and stays so.
+    assert all("rw" not in mount["options"] for mount in made if mount["type"] == "bind")
 
 
 def test_s02_s63_mounts_that_would_fake_proc_or_sys(tmp_path: Path) -> None:
