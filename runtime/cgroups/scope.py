@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Properties = list[tuple[str, Variant]]
 
-PREFIX = "ocirun"
+SLICE, PREFIX = "system.slice", "ocirun"
 ANNOTATION = "org.systemd.property."
 _CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:-_.\\@")
 _UNIT_LENGTH = 255  # UNIT_NAME_MAX of systemd
@@ -58,7 +58,7 @@ class Scope(Record):
         return f"{expand_slice(self.slice)}/{self.unit}".lstrip("/")
 
 
-def scope_for(cgroups_path: str, container_id: str, default_slice: str) -> Scope:
+def scope_for(cgroups_path: str, container_id: str) -> Scope:
     """The unit that linux.cgroupsPath ("slice:prefix:name", each of the first two may be empty) names.
     Raises RuntimeFailure."""
     if cgroups_path:
@@ -75,7 +75,7 @@ def scope_for(cgroups_path: str, container_id: str, default_slice: str) -> Scope
         raise _bad(f"{name[:80]!r}: a slice holds no process of its own; name a scope")
     if not name:
         raise _bad(f"{cgroups_path[:80]!r} names no unit: the part after the second colon is empty")
-    parent = parent or default_slice
+    parent = parent or SLICE
     expand_slice(parent)
     return Scope(parent, _checked(f"{prefix}-{name}.scope" if prefix else f"{name}.scope"))
 

@@ -10,9 +10,10 @@
       │── StopUnit, ResetFailedUnit ─────────────────────►│
 
 A scope needs a process to begin with, so it cannot be made before the init as other cgroups are: `create` checks and
-remembers, `adopt` makes. Refuses machines without systemd and those with v1 controllers, where systemd would have one
-half of the limits and nobody the other. Invariant: no call waits longer than _REPLY_S, no job longer than _JOB_S
-(threats O36); what systemd knows of the limits and what is in force agree, so its daemon-reload changes nothing.
+remembers, `adopt` makes. Refuses ordinary users, machines without systemd and those with v1 controllers, where systemd
+would have one half of the limits and nobody the other. Invariant: no call waits longer than _REPLY_S, no job longer
+than _JOB_S (threats O36); what systemd knows of the limits and what is in force agree, so its daemon-reload changes
+nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from __future__ import annotations
 import os
 
 from runtime.cgroups import devices, tree
-from runtime.cgroups.dbus import BusError, Variant, connect, connect_system
+from runtime.cgroups.dbus import BusError, Variant, connect_system
 from runtime.cgroups.hierarchy import Place, clean, detect
 from runtime.cgroups.killer import SIGKILL
 from runtime.cgroups.manager import UNIT, Gate, Manager
@@ -57,10 +58,15 @@ def systemd_manager(cgroups_path: str, container_id: str, annotations: Iterable[
             hint="without --systemd-cgroup cgroups are made directly",
             code="failed_precondition",
         )
-    scope = scope_for(cgroups_path, container_id, "system.slice" if os.geteuid() == 0 else "user.slice")
-    hierarchy = _hierarchy()
-    above = "" if os.geteuid() == 0 else _user_cgroup()
-    place = Place(hierarchy, clean(f"{above}/{scope.relative}", "linux.cgroupsPath"))
+    if os.geteuid() != 0:
+        raise RuntimeFailure(
+            "--systemd-cgroup: only root's systemd is supported, not the one of a user",
+            step="cgroup",
+            hint="without it an ordinary user's container has the cgroups that it may have",
+            code="failed_precondition",
+        )
+    scope = scope_for(cgroups_path, container_id)
+    place = Place(_hierarchy(), clean(scope.relative, "linux.cgroupsPath"))
     manager = SystemdManager((place,), scope.unit)
     manager.scope = scope
     manager.container_id = container_id
@@ -82,22 +88,6 @@ def _hierarchy() -> Hierarchy:
 
 def _is_systemds_own(hierarchy: Hierarchy) -> bool:
     return all(name.startswith("name=") for name in hierarchy.controllers)
-
-
-def _connect(timeout_s: float) -> Bus:
-    if os.geteuid() == 0:
-        return connect_system(timeout_s)
-    runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}"
-    address = os.environ.get("DBUS_SESSION_BUS_ADDRESS", "")
-    path = address.removeprefix("unix:path=") if address.startswith("unix:path=/") else f"{runtime}/bus"
-    return connect(path.partition(",")[0], "the session bus", os.geteuid(), timeout_s)
-
-
-def _user_cgroup() -> str:
-    """The cgroup of the user's own systemd: all units of it are below."""
-    with _connect(_REPLY_S) as bus:
-        (found,) = bus.call(_NAME, _PATH, f"{_BUS}.Properties", "Get", "ss", _MANAGER, "ControlGroup")
-    return str(found.value) if isinstance(found, Variant) else ""
 
 
 class SystemdManager(Manager):
@@ -265,7 +255,7 @@ class SystemdManager(Manager):
     # ----------------------------------------------------------------------------------------------------------- bus
 
     def _bus(self) -> Bus:
-        return _connect(_IMPATIENT_S if self._impatient else _REPLY_S)
+        return connect_system(_IMPATIENT_S if self._impatient else _REPLY_S)
 
     def _listen(self, bus: Bus) -> None:
         """From before a job is asked for: it may have ended before the answer is read."""

@@ -39,7 +39,7 @@ def told(now: Now | None = None, **resources: object) -> dict[str, object]:
     ],
 )
 def test_a_path_names_a_unit(path: str, unit: str, cgroup: str) -> None:
-    scope = scope_for(path, "id", "system.slice")
+    scope = scope_for(path, "id")
     assert scope.unit == unit and scope.relative == cgroup
 
 
