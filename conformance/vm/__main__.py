@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ def main() -> int:
     parser.add_argument("--runtime", default="", help="what the tests run in ocirun's place, such as runc")
     parser.add_argument("tests", nargs="*", help=f"arguments of pytest (default: {' '.join(TESTS)})")
     chosen, flags = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception it takes machine and disks with it
     made = image(_say, rebuild=chosen.rebuild)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="ocid-vm-") as directory:

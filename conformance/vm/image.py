@@ -46,7 +46,7 @@ HOST_TOOLS = {
 }
 PYTHON_PACKAGES = ("pytest", "hypothesis")
 _IN_IMAGE = ("initrd-init", "ocid-tests.service")  # of guest/
-KEPT = 2  # images: this one, and the one before
+KEPT = 4  # images: clones of several branches may share a cache
 _DISK_MIB = 2048  # sparse
 
 
@@ -83,6 +83,9 @@ def image(say: Callable[[str], None], *, rebuild: bool = False) -> Path:
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     wanted = cache / key()
+    if wanted.exists() and not rebuild:
+        os.utime(wanted)
+        return wanted  # while somebody makes another one
     with _locked(cache / "lock"):
         if rebuild and wanted.exists():
             shutil.rmtree(wanted)
