@@ -32,7 +32,7 @@ ANNOTATION = "org.systemd.property."
 _CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:-_.\\@")
 _UNIT_LENGTH = 255  # UNIT_NAME_MAX of systemd
 _INFINITY = (1 << 64) - 1
-# systemd keeps a quota as time for each second, in steps of this many microseconds.
+# systemd takes a quota as microseconds for each second and keeps it as CPUQuota= in whole percents, cut off.
 _QUOTA_STEP = 10_000
 # property: signature of its value
 _FROM_ANNOTATIONS = {

@@ -13,7 +13,7 @@ A scope needs a process to begin with, so it cannot be made before the init as o
 remembers, `adopt` makes. Refuses ordinary users, machines without systemd and those with v1 controllers, where systemd
 would have one half of the limits and nobody the other. Invariant: no call waits longer than _REPLY_S, no job longer
 than _JOB_S (threats O36); what systemd knows of the limits and what is in force agree, so its daemon-reload changes
-nothing.
+nothing: but for a quota of a fraction of a percent, which systemd has no digits for and gets rounded up.
 """
 
 from __future__ import annotations

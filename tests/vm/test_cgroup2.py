@@ -256,7 +256,7 @@ def test_a_frozen_container_is_paused_and_killed_nevertheless(home: Bundles) -> 
     bundle = home.sh("while :; do :; done").up()
     home.ocirun("pause", bundle.id).ok()
     assert "frozen 1" in value(bundle, "cgroup.events") and bundle.status() == "paused"
-    bundle.exec("true", flags=()).failed("paused", code=255 if "runc" in OCIRUN else 1)
+    bundle.exec("true").failed("paused")
     home.ocirun("resume", bundle.id).ok()
     assert "frozen 0" in value(bundle, "cgroup.events") and bundle.status() == "running"
     home.ocirun("pause", bundle.id).ok()

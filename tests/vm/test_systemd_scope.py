@@ -148,13 +148,13 @@ def test_an_update_reaches_systemd_and_the_kernel(managed: Units) -> None:
     bundle = managed.make()
     bundle.linux["resources"] = LIMITS
     bundle.up()
-    flags = ("--memory", "128m", "--memory-swap", "128m", "--cpu-quota", "30000", "--cpuset-cpus", "0-1")
+    flags = ("--memory", "128m", "--memory-swap", "128m", "--cpu-quota", "27000", "--cpuset-cpus", "0-1")
     managed.ocirun("update", *flags, "--pids-limit", "99", bundle.id).ok()
     wanted = {
         **KERNEL,
         "memory.max": str(128 * MIB),
         "memory.swap.max": "0",
-        "cpu.max": "30000 90000",
+        "cpu.max": "27000 90000",
         "cpuset.cpus": "0-1",
         "pids.max": "99",
     }
