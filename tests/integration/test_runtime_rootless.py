@@ -12,6 +12,7 @@ import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -26,15 +27,14 @@ SUBID = 300_000
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Iterator[Bundles]:
+def home() -> Iterator[Bundles]:
     needs("root", "busybox")
-    with bundles(tmp_path) as opened:
+    # Not below pytest's own directory: every session that starts closes that to all but root.
+    with TemporaryDirectory(prefix="ocirun-rootless-") as directory, bundles(Path(directory)) as opened:
+        Path(directory).chmod(0o711)
         give(opened.directory)
         opened.root.mkdir()
         give(opened.root)
-        for above in (opened.directory, *opened.directory.parents):
-            if "pytest-" in str(above):
-                above.chmod(0o711 | above.stat().st_mode)
         yield opened
 
 
@@ -252,7 +252,7 @@ def test_cgroups_that_the_user_was_given_are_used(home: Bundles) -> None:
 
 
 def test_state_is_kept_in_the_users_runtime_directory(home: Bundles, tmp_path: Path) -> None:
-    runtime_directory = tmp_path / "xdg"
+    runtime_directory = home.directory.parent / "xdg"
     runtime_directory.mkdir(mode=0o700)
     give(runtime_directory)
     one = single(home.make())
@@ -303,10 +303,10 @@ def test_s17_what_joins_a_users_container_is_not_its_to_look_at(home: Bundles) -
 
 
 @pytest.fixture
-def ranges(home: Bundles, tmp_path: Path) -> Bundles:
+def ranges(home: Bundles) -> Bundles:
     """/etc/subuid and /etc/subgid give the user a range: for programs started by `with_ranges` only."""
     for name in ("subuid", "subgid"):
-        (tmp_path / name).write_text(f"{USER.pw_name}:{SUBID}:1000\n")
+        (home.directory.parent / name).write_text(f"{USER.pw_name}:{SUBID}:1000\n")
     return home
 
 
