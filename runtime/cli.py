@@ -31,6 +31,7 @@ GLOBAL = (
     Flag(("log-format",), "str", "text or json (default: text)"),
     Flag(("debug",), "bool", "print the traceback of a failure"),
     Flag(("systemd-cgroup",), "bool", "cgroups are units of systemd's: cgroupsPath is slice:prefix:name"),
+    Flag(("criu",), "str", "criu's program (default: criu on PATH)"),
     Flag(("rootless",), "str", "true, false or auto (default): whether cgroups that may not be made are left out"),
     Flag(("shell-codes",), "bool", "exec: as a shell, exit with 126 or 127 when the command cannot be executed"),
     Flag(("version", "v"), "bool", "print the version"),
@@ -52,6 +53,8 @@ COMMANDS = {
     "update": ("update", "change a container's limits", False),
     "events": ("events", "print a container's figures as JSON lines", False),
     "spec": ("about", "write a config.json to start from", False),
+    "checkpoint": ("checkpoint", "write a running container to disk, through criu", False),
+    "restore": ("checkpoint", "make a container out of what checkpoint wrote", False),
     "features": ("features", "print what this runtime can do", False),
 }
 
@@ -59,7 +62,7 @@ COMMANDS = {
 class Context:
     """What the global flags say."""
 
-    __slots__ = ("command", "debug", "log", "log_json", "root", "rootless", "shell_codes", "systemd_cgroup")
+    __slots__ = ("command", "criu", "debug", "log", "log_json", "root", "rootless", "shell_codes", "systemd_cgroup")
 
     def __init__(self, values: Values) -> None:
         self.root = values.text("root", _default_root())
@@ -68,6 +71,7 @@ class Context:
         self.debug = values.on("debug")
         self.systemd_cgroup = values.on("systemd-cgroup")
         self.shell_codes = values.on("shell-codes")
+        self.criu = values.text("criu", "criu")
         self.command = ""
         self.rootless = _truth("rootless", values.text("rootless", "auto"))
 

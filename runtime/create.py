@@ -87,7 +87,7 @@ def create(request: CreateRequest) -> Created:
     rootfs.check(spec, no_pivot=request.no_pivot)
     labels.check(spec.process)
     bundle = os.path.abspath(request.bundle)
-    root_path = _root_path(bundle, spec.root_path, make=request.rootfs is not None)
+    root_path = root_path_of(bundle, spec.root_path, make=request.rootfs is not None)
     state.check_id(request.id)
     filter_program = b""
     if spec.seccomp is not None:
@@ -97,7 +97,7 @@ def create(request: CreateRequest) -> Created:
             seccomp_notify.expect(spec.seccomp.listener_path)
         filter_program = seccomp.program(spec.seccomp, f"{request.root}/{SECCOMP_CACHE}")
     rootless.check(spec)
-    manager = _manager(request)
+    manager = make_manager(spec, request.id, systemd=request.systemd_cgroup, no_root=request.rootless)
     rdt = None
     if spec.intel_rdt is not None:
         from runtime import intel_rdt  # for machines that have it
@@ -112,7 +112,7 @@ def create(request: CreateRequest) -> Created:
         if request.notify:
             os.mkdir(f"{directory}/{state.NOTIFY}", 0o755)
         failpoint("create.reserved")
-        _note_cgroups(directory, manager)
+        note_cgroups(directory, manager)
         failpoint("create.noted")
         if filter_program:
             write_durable(f"{directory}/{state.FILTER}", filter_program, sync=False)
@@ -136,11 +136,11 @@ def create(request: CreateRequest) -> Created:
             birth.release()
         return created
     except BaseException as error:
-        _unwind(undo, error)
+        unwind(undo, error)
         raise
 
 
-def _root_path(bundle: str, path: str, *, make: bool) -> str:
+def root_path_of(bundle: str, path: str, *, make: bool) -> str:
     """root.path with its links followed, once: a directory."""
     joined = os.path.join(bundle, path)
     try:
@@ -155,16 +155,16 @@ def _root_path(bundle: str, path: str, *, make: bool) -> str:
         os.close(fd)
 
 
-def _manager(request: CreateRequest) -> Manager:
-    if not request.systemd_cgroup:
-        no_root = rootless.is_rootless(request.rootless)
-        return manager_for(request.spec.cgroups_path, request.id, rootless=no_root)
+def make_manager(spec: Spec, container_id: str, *, systemd: bool, no_root: bool | None) -> Manager:
+    """The manager of the cgroups that a new container is to have."""
+    if not systemd:
+        return manager_for(spec.cgroups_path, container_id, rootless=rootless.is_rootless(no_root))
     from runtime.cgroups.systemd import systemd_manager
 
-    return systemd_manager(request.spec.cgroups_path, request.id, request.spec.annotations)
+    return systemd_manager(spec.cgroups_path, container_id, spec.annotations)
 
 
-def _note_cgroups(directory: str, manager: Manager) -> None:
+def note_cgroups(directory: str, manager: Manager) -> None:
     """Before the cgroup is made: so that `delete --force` finds it if this process is killed now (threats O37).
 
     Not where somebody lives already: then `manager.create` refuses, and the note would be the death of others."""
@@ -191,7 +191,7 @@ def _close(fd: int) -> None:
         os.close(fd)
 
 
-def _unwind(undo: Undo, error: BaseException) -> None:
+def unwind(undo: Undo, error: BaseException) -> None:
     for what, action in reversed(undo):
         try:
             action()
@@ -223,7 +223,7 @@ class _Birth:
         self._channel: sync.Channel | None = None
         self._pid = self._pidfd = self._console = -1
         self._open: list[int] = []
-        self._created = _now()
+        self._created = now()
 
     def __enter__(self) -> _Birth:
         return self
@@ -469,13 +469,14 @@ class _Birth:
             hostname=self._spec.hostname,
             namespaces=state.namespaces_of(self._spec.namespaces),
             cgroups_path=self._spec.cgroups_path or f"/{self._request.id}",
+            descriptors=state.descriptors(self._request.stdio),
         )
 
     def _hook_state(self, pid: int, status: str) -> bytes:
         return state.for_hooks(self._request.id, self._bundle, self._spec.annotations, status, pid)
 
 
-def _now() -> str:
+def now() -> str:
     nanoseconds = time.time_ns()
     seconds, rest = divmod(nanoseconds, 10**9)
     moment = time.gmtime(seconds)

@@ -143,13 +143,16 @@ def set_scheduler(wanted: Scheduler) -> None:
 def own_stdio(user: User) -> None:
     """Gives pipes and terminals on 0, 1 and 2 to the user, so that it can reopen them under /proc/self/fd.
 
-    Never a device such as /dev/null: that inode is the host's (threats S20). Neither a regular file: its owner is the
-    caller's business."""
+    Never a device such as /dev/null: that inode is the host's (threats S20), and where the container has a null device
+    it takes the place of the host's. Neither a regular file: its owner is the caller's business."""
     for fd in (0, 1, 2):
         try:
             status = os.fstat(fd)
         except OSError:
             continue  # closed by the caller, who may
+        if _is_null(status):
+            _take_own_null(fd)
+            continue
         if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode) or status.st_uid == user.uid:
             continue
         if stat.S_ISCHR(status.st_mode) and not os.isatty(fd):
@@ -160,6 +163,24 @@ def own_stdio(user: User) -> None:
             # In a user namespace the pipe's owner may be unmapped, and some filesystems have no owners.
             if error.errno not in (errno.EINVAL, errno.EPERM, errno.EROFS, errno.ENOSYS):
                 raise
+
+
+def _is_null(status: os.stat_result) -> bool:
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(1, 3)
+
+
+def _take_own_null(fd: int) -> None:
+    """Puts the container's null device on `fd`, as the peers do: an fd on a mount of the host's cannot be checkpointed.
+    Nothing else at that name is taken, nor waited for."""
+    try:
+        null = os.open("/dev/null", os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return  # it has none
+    try:
+        if _is_null(os.fstat(null)):
+            os.dup2(null, fd)
+    finally:
+        os.close(null)
 
 
 class Identity:

@@ -80,6 +80,12 @@ def mount_cgroups(root: Root, mount: Mount) -> None:
         _place_v1(root, mount, plan)
 
 
+def planned_binds(mount: Mount, cgroups: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """(name below the destination, host path) of what a container without a cgroup namespace is shown of v1."""
+    mount_points = {path: _mount_point(path) for path in {*cgroups.values()}}
+    return plan_cgroups(mount.fstype, cgroups, mount_points, own=False).directories
+
+
 def _tree(root: Root, mount: Mount, path: str) -> int:
     """A detached copy of the cgroup directory at the host's `path`, with the attributes of the entry."""
     tree = open_tree(AT_FDCWD, path, OPEN_TREE_CLONE)

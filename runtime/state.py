@@ -61,7 +61,7 @@ class State(Record):
     `filter_flags` those its seccomp filter was loaded with (NO_FILTER: it has none), `listener_path` who decides on the
     calls that it notifies ("": it notifies none), `memory_policy` that of every process which joins; the
     hooks are those that are still to come, as config.json had them; `systemd_unit` is "" for a cgroup that was made
-    directly."""
+    directly; `descriptors` are what its fds 0, 1 and 2 were when it was made."""
 
     id: str
     pid: int
@@ -87,6 +87,7 @@ class State(Record):
     hostname: str = ""
     namespaces: tuple[tuple[str, str], ...] = ()
     cgroups_path: str = ""
+    descriptors: tuple[str, ...] = ()
 
     def manager(self) -> Manager:
         """The container's cgroups."""
@@ -101,6 +102,18 @@ def namespaces_of(namespaces: Iterable[Namespace]) -> tuple[tuple[str, str], ...
     names = {"network": "net", "mount": "mnt"}
     keys = {name: key for key, name in NAMESPACE_KEYS.items()}
     return tuple((keys[names.get(entry.kind, entry.kind)], entry.path) for entry in namespaces)
+
+
+def descriptors(stdio: tuple[int, int, int]) -> tuple[str, ...]:
+    """What these are, as /proc names them: a checkpoint tells by it which pipes to put new ones in the place of."""
+    return tuple(_name(fd) for fd in stdio)
+
+
+def _name(fd: int) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return ""  # closed by the caller, who may
 
 
 def check_id(container_id: str) -> str:
@@ -171,7 +184,7 @@ def save(root: str, state: State) -> None:
         "rootless": state.owner != 0,
         "cgroup_paths": dict(state.cgroup_paths),
         "namespace_paths": namespaces,
-        "external_descriptors": [],
+        "external_descriptors": list(state.descriptors),
         "intel_rdt_path": "",
         "annotations": dict(state.annotations),
         "bundle": state.bundle,
@@ -249,6 +262,7 @@ def _parse(raw: bytes, what: str) -> State:
             hostname=config.str("hostname"),
             namespaces=tuple((entry.str("type"), entry.str("path")) for entry in config.objects("namespaces")),
             cgroups_path=(config.object("cgroups") or Fields({})).str("path"),
+            descriptors=fields.strs("external_descriptors"),
         )
     except RuntimeFailure as failure:
         raise RuntimeFailure(

@@ -68,7 +68,7 @@ def _request(context: Context, values: Values, detached: bool) -> create.CreateR
     else:
         handed_on = 0
     bundle = os.path.abspath(values.text("bundle", "."))
-    config = spec.parse(_read_config(bundle))
+    config = spec.parse(read_config(bundle))
     console_socket = values.text("console-socket")
     terminal = config.process is not None and config.process.terminal
     check_terminal(terminal, detached, console_socket)
@@ -146,7 +146,7 @@ def _start(context: Context, request: create.CreateRequest, made: Created, *, ke
             notify.close()
 
 
-def _read_config(bundle: str) -> bytes:
+def read_config(bundle: str) -> bytes:
     try:
         return read_bounded(AT_FDCWD, f"{bundle}/config.json", _MAX_CONFIG)
     except OSError as error:

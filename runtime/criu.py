@@ -1,0 +1,361 @@
+"""criu as a service for one request: `criu swrk 3` on a socket pair, spoken to in criu's own protobuf messages.
+
+        ocirun                                    criu swrk (a child; of the container's cgroups for a restore)
+          │  req DUMP | PRE_DUMP | RESTORE  ──────▶ │
+          │ ◀──────  resp NOTIFY "network-lock"     │   criu waits for the answer at every such step
+          │  req NOTIFY success ──────────────────▶ │
+          │             …                           │
+          │ ◀──────  resp DUMP | RESTORE            │
+
+One message is one packet. Refuses to understand more of a message than is used here. Invariant: a request that fails
+leaves no criu behind, and its error quotes what criu's log calls an error.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+
+from runtime.errors import RuntimeFailure
+from runtime.linux.files import AT_FDCWD, read_bounded
+from runtime.linux.process import clone3, close_range
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    Value = bool | int | str | bytes | Sequence["Value"]
+    # Called with the step's name, the pid that criu names (0: none) and an fd that came along (-1: none).
+    Notified = Callable[[str, int, int], None]
+
+# criu's images/rpc.proto: criu_req_type.
+EMPTY, DUMP, RESTORE, CHECK, PRE_DUMP, PAGE_SERVER, NOTIFY = range(7)
+FEATURE_CHECK, VERSION = 9, 10
+_NAMES = {DUMP: "DUMP", RESTORE: "RESTORE", PRE_DUMP: "PRE_DUMP", NOTIFY: "NOTIFY", EMPTY: "EMPTY"}
+# criu_opts, those fields that are used.
+_OPTIONS = {
+    "images_dir_fd": 1,
+    "pid": 2,
+    "leave_running": 3,
+    "ext_unix_sk": 4,
+    "tcp_established": 5,
+    "evasive_devices": 6,
+    "shell_job": 7,
+    "file_locks": 8,
+    "log_level": 9,
+    "log_file": 10,
+    "ps": 11,
+    "notify_scripts": 12,
+    "root": 13,
+    "parent_img": 14,
+    "track_mem": 15,
+    "auto_dedup": 16,
+    "work_dir_fd": 17,
+    "link_remap": 18,
+    "ext_mnt": 23,
+    "manage_cgroups": 24,
+    "cg_root": 25,
+    "rst_sibling": 26,
+    "inherit_fd": 27,
+    "manage_cgroups_mode": 34,
+    "external": 37,
+    "empty_ns": 38,
+    "join_ns": 39,
+    "freeze_cgroup": 44,
+    "tcp_skip_in_flight": 46,
+    "lazy_pages": 48,
+    "orphan_pts_master": 50,
+    "config_file": 51,
+    "lsm_profile": 53,
+    "lsm_mount_context": 63,
+}
+FEATURES = {"mem_track": 1, "lazy_pages": 2}
+_WORDS = {"mem_track": "tracking of changed memory, which a pre-dump needs", "lazy_pages": "lazy pages (userfaultfd)"}
+_MAX_MESSAGE, _MAX_LOG = 1 << 16, 4 << 20
+# swrk's socket is this number in criu; fds that a request names come after it.
+_SOCKET, FIRST_FD = 3, 4
+
+
+def message(*fields: tuple[int, Value]) -> bytes:
+    """A protobuf message of (number, value): bools and ints as varints, text and bytes by length, lists repeated."""
+    return b"".join(_field(number, value) for number, value in fields)
+
+
+def _field(number: int, value: Value) -> bytes:
+    if isinstance(value, int):  # and bool
+        return _varint(number << 3) + _varint(int(value))
+    if isinstance(value, str):
+        value = os.fsencode(value)
+    if isinstance(value, bytes):
+        return _varint(number << 3 | 2) + _varint(len(value)) + value
+    return b"".join(_field(number, item) for item in value)
+
+
+def _varint(value: int) -> bytes:
+    value &= (1 << 64) - 1  # negative numbers take all of the 64 bits
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def fields(data: bytes) -> dict[int, int | bytes]:
+    """A message's varint and length-delimited fields by number, the last of each; 32- and 64-bit ones are skipped.
+    Raises RuntimeFailure where it is no protobuf."""
+    found: dict[int, int | bytes] = {}
+    at = 0
+    try:
+        while at < len(data):
+            key, at = _read_varint(data, at)
+            kind = key & 7
+            if kind == 0:
+                found[key >> 3], at = _read_varint(data, at)
+            elif kind == 2:
+                length, at = _read_varint(data, at)
+                if at + length > len(data):
+                    raise IndexError
+                found[key >> 3], at = data[at : at + length], at + length
+            elif kind in (1, 5):
+                at += 8 if kind == 1 else 4
+            else:
+                raise IndexError
+    except IndexError:
+        raise RuntimeFailure("criu: it answers with something that is no message of its protocol") from None
+    return found
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+        if shift > 63:
+            raise IndexError
+
+
+def options(**values: Value) -> bytes:
+    """A criu_opts message, by criu's names; empty texts and lists are left out."""
+    return message(*((_OPTIONS[name], value) for name, value in values.items() if value not in ("", [])))
+
+
+def pair(key: str, value: str | int) -> bytes:
+    """ext_mount_map, inherit_fd, cgroup_root and join_namespace: two fields each."""
+    return message((1, key), (2, value))
+
+
+class Criu:
+    """One criu program; each call starts it anew."""
+
+    def __init__(self, program: str) -> None:
+        self._program = _find(program)
+        self._version = 0
+
+    def version(self) -> int:
+        """As criu counts: 31701 for 3.17.1."""
+        if not self._version:
+            answer = fields(_bytes(self._ask(message((1, VERSION))).get(10)))
+            number = [answer.get(key, 0) for key in (1, 2, 4)]
+            major, minor, patch = (part if isinstance(part, int) else 0 for part in number)
+            self._version = major * 10000 + minor * 100 + patch
+        return self._version
+
+    def require(self, feature: str) -> None:
+        """Raises RuntimeFailure unless criu and this kernel have the feature, one of FEATURES."""
+        number = FEATURES[feature]
+        answer = self._ask(message((1, FEATURE_CHECK), (5, message((number, True)))))
+        if not fields(_bytes(answer.get(8))).get(number):
+            raise RuntimeFailure(f"criu or this kernel lacks {_WORDS[feature]}", code="failed_precondition")
+
+    def request(
+        self,
+        kind: int,
+        opts: bytes | Callable[[int], bytes],
+        *,
+        log: str,
+        notified: Notified,
+        pass_fds: Sequence[int] = (),
+        prepare: Callable[[], None] = lambda: None,
+        adopt: Callable[[int], None] = lambda _pid: None,
+        cgroup_fd: int = -1,
+    ) -> dict[int, int | bytes]:
+        """Sends one request and answers notifications until it is done. `pass_fds` are FIRST_FD and on in criu.
+        `prepare` runs in the child before it becomes criu, `adopt` here with its pid before that. `log` is where criu
+        writes. Raises RuntimeFailure."""
+        child = _Child(self._program, pass_fds, prepare, adopt, cgroup_fd)
+        try:
+            wanted = opts(child.pid) if callable(opts) else opts
+            child.send(message((1, kind), (2, wanted)))
+            while True:
+                answer, fd = child.receive()
+                try:
+                    what = answer.get(1, -1)
+                    if not answer.get(2):
+                        raise RuntimeFailure(self._why(what, answer, log), hint=_HINT)
+                    if what != NOTIFY:
+                        break
+                    step = fields(_bytes(answer.get(5)))
+                    pid = step.get(2, 0)
+                    notified(os.fsdecode(_bytes(step.get(1))), pid if isinstance(pid, int) else 0, fd)
+                finally:
+                    if fd >= 0:
+                        os.close(fd)
+                child.send(message((1, NOTIFY), (3, True)))
+            child.end(may_fail=kind == PRE_DUMP)  # which waits for the next of a series: it is told by our end closing
+            return answer
+        except _Gone as gone:
+            raise RuntimeFailure(self._why(kind, {}, log) + f" ({gone})", hint=_HINT) from None
+        finally:
+            child.close()
+
+    def _ask(self, request: bytes) -> dict[int, int | bytes]:
+        """A request that is about criu itself."""
+        child = _Child(self._program, (), lambda: None, lambda _pid: None, -1)
+        try:
+            child.send(request)
+            return child.receive()[0]
+        except _Gone as gone:
+            raise RuntimeFailure(f"criu does not work on this machine: {gone}", code="failed_precondition") from None
+        finally:
+            child.close()
+
+    def _why(self, kind: object, answer: Mapping[int, int | bytes], log: str) -> str:
+        name = _NAMES.get(kind, str(kind)) if isinstance(kind, int) else "?"
+        said = _last_errors(log) or os.fsdecode(_bytes(answer.get(9))).strip()
+        number = answer.get(7, 0)
+        return f"criu failed: type {name} errno {number!r}: {said or 'it gives no reason'}\nlog file: {log}"
+
+
+_HINT = "`criu check` says what this kernel lacks"
+
+
+class _Gone(Exception):
+    """criu ended without an answer."""
+
+
+class _Child:
+    """A running `criu swrk`. `close` ends it."""
+
+    def __init__(
+        self,
+        program: str,
+        pass_fds: Sequence[int],
+        prepare: Callable[[], None],
+        adopt: Callable[[int], None],
+        cgroup_fd: int,
+    ) -> None:
+        self._socket, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        go, ready = os.pipe2(os.O_CLOEXEC)
+        said, say = os.pipe2(os.O_CLOEXEC)
+        try:
+            self.pid, self._pidfd = clone3(0, cgroup_fd=cgroup_fd)
+            if self.pid == 0:
+                _become(program, [its.fileno(), *pass_fds], prepare, go, say)
+            os.close(say)
+            say = -1
+            adopt(self.pid)
+            os.write(ready, b"1")
+            if reason := os.read(said, 4096):
+                raise RuntimeFailure(f"start criu: {os.fsdecode(reason)}")
+        except BaseException:
+            if hasattr(self, "pid"):
+                self.close()
+            raise
+        finally:
+            its.close()
+            for fd in (go, ready, said, say):
+                if fd >= 0:
+                    os.close(fd)
+
+    def send(self, data: bytes) -> None:
+        try:
+            self._socket.send(data)
+        except OSError as error:
+            raise _Gone(f"it hangs up: {error.strerror}") from None
+
+    def receive(self) -> tuple[dict[int, int | bytes], int]:
+        """An answer, and the fd that came with it or -1. Raises _Gone."""
+        try:
+            data, ancillary, _, _ = self._socket.recvmsg(_MAX_MESSAGE, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+        except OSError as error:
+            raise _Gone(f"it hangs up: {error.strerror}") from None
+        if not data:
+            raise _Gone("it ended without an answer; its own words are on stderr")
+        fds = array.array("i")
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        for fd in fds[1:]:
+            os.close(fd)
+        return fields(data), fds[0] if fds else -1
+
+    def end(self, *, may_fail: bool) -> None:
+        """Waits for its end. Raises _Gone when it is a failure."""
+        self._socket.close()
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self._pidfd)
+        self._pidfd = -1
+        if code and not may_fail:
+            raise _Gone(f"it ends with {code}")
+
+    def close(self) -> None:
+        """criu cleans up after itself when its caller hangs up; what it is killed in the middle of, it cannot."""
+        self._socket.close()
+        if self._pidfd >= 0:
+            os.waitpid(self.pid, 0)
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+def _become(program: str, fds: Sequence[int], prepare: Callable[[], None], go: int, say: int) -> None:
+    """The child, from clone to execve. Never returns."""
+    import fcntl
+
+    try:
+        os.read(go, 1)  # the parent has put it where it belongs
+        prepare()
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100) for fd in fds]
+        say = fcntl.fcntl(say, fcntl.F_DUPFD_CLOEXEC, 100)
+        for number, fd in enumerate(high, _SOCKET):
+            os.dup2(fd, number)
+        close_range(_SOCKET + len(high), 0xFFFFFFFF, 1 << 2)  # CLOSE_RANGE_CLOEXEC
+        os.execv(program, ["criu", "swrk", str(_SOCKET)])
+    except BaseException as error:
+        os.write(say, os.fsencode(str(RuntimeFailure.of(error)))[:4096])
+    os._exit(1)
+
+
+def _find(program: str) -> str:
+    import shutil
+
+    found = shutil.which(program)
+    if found is None:
+        raise RuntimeFailure(
+            f'exec: "{program}": executable file not found in $PATH',
+            hint="checkpoint and restore need criu (Debian's package criu), or --criu with its path",
+            code="failed_precondition",
+        )
+    return os.path.abspath(found)
+
+
+def _bytes(value: object) -> bytes:
+    return value if isinstance(value, bytes) else b""
+
+
+def _last_errors(log: str) -> str:
+    """What a criu log calls errors, the last few: before them may be some that criu got over, the last is no news."""
+    try:
+        text = read_bounded(AT_FDCWD, log, _MAX_LOG).decode("utf-8", "replace")
+    except (OSError, RuntimeFailure):
+        return ""
+    found = []
+    for line in text.splitlines():
+        _, mark, rest = line.partition("Error (")
+        if mark and not rest.endswith("FAILED."):
+            found.append((rest.partition("): ")[2] or rest).strip())
+    return "; ".join(found[-3:])

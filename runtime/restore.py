@@ -1,0 +1,391 @@
+"""restore: images that checkpoint made become a running container again, by criu, under the bundle's config.json.
+
+Refuses to take anything but processes and their memory from the images (threats S71): mounts that come from the host,
+namespaces that are joined, cgroups and limits are those of config.json, and before the processes go on, each is looked
+at: one that has more rights than config.json gives ends the whole. Invariant: what fails has left no process, cgroup,
+directory or mount; criu works in a mount namespace of its own, so the host's mount table never sees the root.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from contextlib import contextmanager
+
+from runtime import checkpoint, criu, restored, seccomp, state
+from runtime.cgroups.manager import UNIT
+from runtime.checkpoint import Directories, Images
+from runtime.create import SECCOMP_CACHE, Created, make_manager, note_cgroups, now, root_path_of, unwind
+from runtime.errors import RuntimeFailure
+from runtime.linux.files import AT_FDCWD, mkdir_in_root, open_in_root, read_bounded, remove_tree, write_durable
+from runtime.linux.libc import KernelError
+from runtime.linux.mount import (
+    AT_RECURSIVE,
+    MS_PRIVATE,
+    MS_SLAVE,
+    OPEN_TREE_CLONE,
+    FsMount,
+    mount_setattr,
+    move_mount,
+    open_tree,
+)
+from runtime.linux.process import CLONE_NEWNS, pidfd_open, pidfd_send_signal, setns, start_time, unshare
+from runtime.linux.record import Record
+from runtime.namespaces import PROC_NAMES
+from runtime.state import State
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from runtime.cgroups.manager import Gate, Manager
+    from runtime.spec import Spec
+
+_SIGKILL = 9
+_MAX_DESCRIPTORS = 1 << 16
+
+
+class RestoreRequest(Record):
+    """What restore is asked for; `console_socket` gets the terminal's master, "" leaves it to the caller."""
+
+    root: str
+    id: str
+    bundle: str
+    spec: Spec
+    images: Images
+    console_socket: str = ""
+    pid_file: str = ""
+    systemd_cgroup: bool = False
+    rootless: bool | None = None
+    lsm_profile: str = ""
+    lsm_mount_context: str = ""
+
+
+def restore(request: RestoreRequest) -> Created:
+    """See the module. The container's init is a child of the caller. Raises RuntimeFailure."""
+    spec = request.spec
+    if spec.process is None:
+        raise RuntimeFailure("config.json: process: is required to restore", code="invalid_argument")
+    descriptors = _descriptors(request.images.image_path)
+    program = criu.Criu(request.images.program)
+    bundle = os.path.abspath(request.bundle)
+    rootfs = root_path_of(bundle, spec.root_path, make=False)
+    manager = make_manager(spec, request.id, systemd=request.systemd_cgroup, no_root=request.rootless)
+    undo: list[tuple[str, Callable[[], object]]] = []
+    try:
+        directory = state.reserve(request.root, request.id)
+        undo.append(("remove the state directory", lambda: remove_tree(directory)))
+        note_cgroups(directory, manager)
+        if spec.seccomp is not None:  # for those that are executed in it later; the images have their own
+            filter_program = seccomp.program(spec.seccomp, f"{request.root}/{SECCOMP_CACHE}")
+            write_durable(f"{directory}/{state.FILTER}", filter_program, sync=False)
+        manager.create(spec.resources)
+        undo.append(("remove the cgroup", lambda: _remove_cgroup(manager)))
+        restoring = _Restoring(request, bundle, rootfs, directory, manager, descriptors)
+        undo.append(("kill what was restored", restoring.kill))
+        return restoring.run(program)
+    except BaseException as error:
+        unwind(undo, error)
+        raise
+
+
+def _remove_cgroup(manager: Manager) -> None:
+    manager.kill(_SIGKILL)
+    manager.destroy()
+
+
+def _descriptors(image_path: str) -> list[str]:
+    """descriptors.json: data of an image, so bounded, and only names of pipes are ever used of it."""
+    path = f"{image_path}/{checkpoint.DESCRIPTORS}"
+    try:
+        found = json.loads(read_bounded(AT_FDCWD, path, _MAX_DESCRIPTORS))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RuntimeFailure.of(error, what=f"read {path}", code="invalid_argument") from None
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found) or len(found) > 3:
+        raise RuntimeFailure(f"{path}: expected up to three strings", code="invalid_argument")
+    return found
+
+
+class _Restoring:
+    """One restore, from the request to the state.json."""
+
+    def __init__(
+        self,
+        request: RestoreRequest,
+        bundle: str,
+        rootfs: str,
+        directory: str,
+        manager: Manager,
+        descriptors: list[str],
+    ) -> None:
+        self._request = request
+        self._spec = request.spec
+        self._bundle = bundle
+        self._rootfs = rootfs
+        self._directory = directory
+        self._manager = manager
+        self._descriptors = descriptors
+        self._created = now()
+        self._pid = self._pidfd = self._console = self._criu = -1
+
+    def run(self, program: criu.Criu) -> Created:
+        _make_mount_points(self._spec, self._rootfs)
+        with _PrivateMounts(self._directory, self._rootfs) as self._mounts, self._manager.gate() as gate:
+            namespaces: list[int] = []
+            try:
+                self._request_of(program, gate, namespaces)
+            finally:
+                for fd in namespaces:
+                    os.close(fd)
+        if self._request.pid_file:
+            write_durable(self._request.pid_file, str(self._pid).encode(), 0o644, sync=False)
+        made = Created(self._state(), self._pidfd, self._console, ())
+        self._pidfd = self._console = -1
+        return made
+
+    def _request_of(self, program: criu.Criu, gate: Gate, namespaces: list[int]) -> None:
+        images = self._request.images
+        opts: dict[str, criu.Value]
+        # Opened here, in the mounts that criu has: it mounts below its working directory.
+        with Directories(images) as at:
+            opts = images.common("restore.log", at.images, at.work) | {
+                "evasive_devices": True,
+                "rst_sibling": True,
+                "root": self._mounts.root,
+                "ext_mnt": [criu.pair(name, source) for name, source in self._sources(self._mounts.null)],
+                "inherit_fd": list(self._inherited(namespaces)),
+                "join_ns": list(self._joined()),
+                "lsm_profile": self._request.lsm_profile,
+                "lsm_mount_context": self._request.lsm_mount_context,
+            }
+            program.request(
+                criu.RESTORE,
+                lambda pid: self._with_cgroups(pid, opts),
+                log=images.log("restore.log"),
+                notified=self._notified,
+                pass_fds=namespaces,
+                prepare=gate.enter,  # what criu restores begins in the cgroups that criu is in
+                adopt=self._manager.adopt,
+                cgroup_fd=gate.cgroup_fd,
+            )
+
+    def _with_cgroups(self, pid: int, opts: dict[str, criu.Value]) -> bytes:
+        self._criu = pid
+        return criu.options(**opts, cg_root=list(_cgroup_roots(pid)))
+
+    def _sources(self, null: str) -> Iterator[tuple[str, str]]:
+        """(name in the images, path on the host) of every mount that is not in the images: of config.json alone."""
+        known = State("", 0, 0, "", self._bundle, self._rootfs, "", cgroup_paths=tuple(self._manager.paths().items()))
+        sources = {
+            mount.destination: os.path.join(self._bundle, mount.source)
+            for mount in self._spec.mounts
+            if mount.kind == "bind"
+        }
+        sources |= dict(checkpoint.cgroup_binds(self._spec, self._manager.paths()))
+        for destination in checkpoint.external_destinations(self._spec, known):
+            yield destination, sources.get(destination, destination)
+        if self._spec.masked_paths:
+            yield checkpoint.MASK, null
+
+    def _inherited(self, namespaces: list[int]) -> Iterator[bytes]:
+        """What criu takes as fds of its own: namespaces that were left out of the images, and the pipes of stdio."""
+        for namespace in self._spec.namespaces:
+            if namespace.path and namespace.kind in checkpoint.EXTERNAL:
+                try:
+                    namespaces.append(os.open(namespace.path, os.O_RDONLY | os.O_CLOEXEC))
+                except OSError as error:
+                    raise RuntimeFailure.of(
+                        error, what=f"{namespace.kind} namespace to restore into", code="invalid_argument"
+                    ) from None
+                number = criu.FIRST_FD + len(namespaces) - 1
+                yield criu.pair(checkpoint.external_key(namespace.kind), number)
+        for number, name in enumerate(self._descriptors):
+            if name.startswith("pipe:["):
+                yield criu.pair(name, number)
+
+    def _joined(self) -> Iterator[bytes]:
+        for namespace in self._spec.namespaces:
+            if namespace.path and namespace.kind not in checkpoint.EXTERNAL:
+                if namespace.kind == "cgroup":
+                    raise RuntimeFailure("criu cannot restore into an existing cgroup namespace")
+                yield criu.pair(PROC_NAMES[namespace.kind], namespace.path)
+
+    def _notified(self, step: str, pid: int, fd: int) -> None:
+        if step == "setup-namespaces":
+            self._run_hooks(pid)
+        elif step == "post-restore":
+            self._pid, self._pidfd = pid, pidfd_open(pid)
+            state.save(self._request.root, self._state())
+        elif step == "pre-resume":
+            # Their rights are their own by now, and none of them has run yet.
+            members = restored.members(self._pid, self._manager.pids(), but=self._criu)
+            try:
+                restored.verify(self._spec, self._pid, members)
+            except BaseException:
+                # Before criu hears of it: it would let them go.
+                restored.kill(members)
+                raise
+        elif step == "orphan-pts-master" and fd >= 0:
+            self._take_console(fd)
+
+    def _take_console(self, master: int) -> None:
+        from runtime.terminal import name_of, send_master
+
+        if self._request.console_socket:
+            send_master(self._request.console_socket, master, name_of(master))
+        else:
+            self._console = os.dup(master)
+
+    def _run_hooks(self, pid: int) -> None:
+        wanted = self._spec.hooks
+        if wanted.prestart or wanted.create_runtime:
+            from runtime import hooks
+
+            told = state.for_hooks(self._request.id, self._bundle, self._spec.annotations, "creating", pid)
+            with self._mounts.outside():
+                hooks.run(wanted.prestart, told, "prestart hooks", self._bundle)
+                hooks.run(wanted.create_runtime, told, "createRuntime hooks", self._bundle)
+
+    def kill(self) -> None:
+        if self._console >= 0:
+            os.close(self._console)
+        if self._pidfd < 0:
+            return
+        try:
+            pidfd_send_signal(self._pidfd, _SIGKILL)
+        except KernelError:
+            pass  # criu was faster
+        os.close(self._pidfd)
+        try:
+            os.waitpid(self._pid, 0)
+        except ChildProcessError:
+            pass
+
+    def _state(self) -> State:
+        spec = self._spec
+        return State(
+            id=self._request.id,
+            pid=self._pid,
+            started=start_time(self._pid),
+            created=self._created,
+            bundle=self._bundle,
+            rootfs=self._rootfs,
+            version=state.SPEC_VERSION,
+            cgroup_paths=tuple(self._manager.paths().items()),
+            systemd_unit=self._manager.note().get(UNIT, ""),
+            annotations=spec.annotations,
+            owner=os.geteuid(),
+            filter_flags=state.NO_FILTER if spec.seccomp is None else spec.seccomp.flags,
+            listener_path="" if spec.seccomp is None else spec.seccomp.listener_path,
+            listener_metadata="" if spec.seccomp is None else spec.seccomp.listener_metadata,
+            memory_policy=spec.memory_policy,
+            poststop=spec.hooks.poststop,
+            personality=spec.personality,
+            readonly=spec.root_readonly,
+            hostname=spec.hostname,
+            namespaces=state.namespaces_of(spec.namespaces),
+            cgroups_path=spec.cgroups_path or f"/{self._request.id}",
+            descriptors=state.descriptors((0, 1, 2)),
+        )
+
+
+def _cgroup_roots(pid: int) -> Iterator[bytes]:
+    """Where criu is now is where the container's cgroups are to be."""
+    with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            for name in controllers.split(","):
+                yield criu.pair(name, path)
+
+
+def _make_mount_points(spec: Spec, rootfs: str) -> None:
+    """What create makes in the root for its mounts, where this is not the root that they were made in. Those on a tmpfs
+    are in the images."""
+    tmpfs = [f"{mount.destination}/" for mount in spec.mounts if mount.fstype == "tmpfs"]
+    root = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for mount in spec.mounts:
+            if mount.kind == "cgroup" or mount.destination.startswith(tuple(tmpfs)):
+                continue
+            if mount.kind == "bind" and not os.path.isdir(mount.source):
+                _make_file(root, mount.destination)
+            else:
+                os.close(mkdir_in_root(root, mount.destination))
+    finally:
+        os.close(root)
+
+
+def _make_file(root: int, path: str) -> None:
+    directory, name = os.path.split(path)
+    parent = mkdir_in_root(root, directory)
+    try:
+        os.close(open_in_root(parent, name, os.O_PATH | os.O_NOFOLLOW))
+    except KernelError:
+        os.close(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=parent))
+    finally:
+        os.close(parent)
+
+
+class _PrivateMounts:
+    """A mount namespace for the time of a restore, and a mount of its own for the root, as criu wants; `null` is what
+    files are masked with, a device that nobody else has (CVE-2025-31133)."""
+
+    def __init__(self, directory: str, rootfs: str) -> None:
+        self.root = f"{directory}/criu-root"
+        self.null = f"{directory}/criu-null/null"
+        self._rootfs = rootfs
+        self._home = self._own = self._cwd = -1
+
+    def __enter__(self) -> _PrivateMounts:
+        for path in (self.root, os.path.dirname(self.null)):
+            os.mkdir(path, 0o700)
+        self._home = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        self._cwd = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        unshare(CLONE_NEWNS)
+        try:
+            self._own = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+            self._mount()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _mount(self) -> None:
+        mount_setattr(AT_FDCWD, "/", AT_RECURSIVE, propagation=MS_SLAVE)
+        null = os.path.dirname(self.null)
+        tmpfs = FsMount("tmpfs", "tmpfs", (("size", "4k"), ("nr_inodes", "4"), ("mode", "700"))).make()
+        os.mknod("null", stat.S_IFCHR | 0o666, os.makedev(1, 3), dir_fd=tmpfs)
+        for tree, path in (
+            (open_tree(AT_FDCWD, self._rootfs, OPEN_TREE_CLONE | AT_RECURSIVE), self.root),
+            (tmpfs, null),
+        ):
+            target = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                move_mount(tree, target)
+            finally:
+                os.close(target)
+                os.close(tree)
+        os.chmod(self.null, 0o666)  # whatever the umask was
+        mount_setattr(AT_FDCWD, null, 0, propagation=MS_PRIVATE)
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """For what has to happen in the caller's mounts: hooks."""
+        self._go(self._home)
+        try:
+            yield
+        finally:
+            self._go(self._own)
+
+    def _go(self, namespace: int) -> None:
+        setns(namespace, CLONE_NEWNS)
+        os.fchdir(self._cwd)
+
+    def __exit__(self, *_: object) -> None:
+        self._go(self._home)
+        for fd in (self._home, self._own, self._cwd):
+            if fd >= 0:
+                os.close(fd)
+        for path in (self.root, os.path.dirname(self.null)):
+            os.rmdir(path)
