@@ -74,6 +74,9 @@ def left(before: Machine, mark: str) -> int:
         time.sleep(0.1)
     for line in found:
         print(f"  left over: {line}")
+    points = [mount.split(" (")[0] for mount in Machine.now().mounts]
+    for point in sorted((point for point in points if mark in point), reverse=True):
+        subprocess.run(["umount", "--lazy", point], capture_output=True, check=False)
     return len(found)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conformance import daemons
-from conformance.clients.steps import Surprise, eventually, expect, holds, same
+from conformance.clients.steps import Surprise, criu_fails, eventually, expect, holds, same
 from conformance.clients.terminal import INTERRUPT, Terminal
 from conformance.registry import Registry
 
@@ -225,6 +225,28 @@ def rootfs(it: Ctr) -> None:
     same("--rootfs", it(*words), "plain")
 
 
+def checkpoint(it: Ctr) -> str | None:
+    """Into an image, and out of it as another container."""
+    script = "i=0; while :; do i=$((i+1)); echo $i > /dev/shm/n; sleep 0.1; done"
+    it.start("counts", script=script)
+    eventually(lambda: it.exec("counts", "ls", "/dev/shm") == "n", "it counts")
+    before = int(it.exec("counts", "cat", "/dev/shm/n"))
+    words = ("container", "checkpoint", "--rw", "--task", "--image", "counts", "localhost/checkpoint:1")
+    if missing := criu_fails():
+        it(*words, code=1)
+        same("state after a checkpoint that failed", it.state("counts"), "RUNNING")
+        eventually(lambda: int(it.exec("counts", "cat", "/dev/shm/n")) > before, "it counts on")
+        return f"criu does not work here ({missing}); the task outlives a checkpoint that fails"
+    it(*words)
+    it("task", "rm", "--force", "counts")  # both would have the same cgroup
+    try:
+        it("container", "restore", "--rw", "--live", "elsewhere", "localhost/checkpoint:1")
+        expect(int(it.exec("elsewhere", "cat", "/dev/shm/n")) >= before, "out of the image it begins anew")
+    finally:
+        it("image", "rm", "localhost/checkpoint:1")
+    return None
+
+
 STEPS = (
     run,
     what_is_not_there,
@@ -237,6 +259,7 @@ STEPS = (
     confinement,
     mounts_and_namespaces,
     rootfs,
+    checkpoint,
 )
 
 

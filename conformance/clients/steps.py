@@ -1,8 +1,9 @@
 """Steps: what they compare, how they are played, what is counted.
 
-A step is a function over a client; it raises Surprise at the first thing that is not as expected. Steps stand alone, so
-one that fails hides nothing of the others. Refuses to skip: a step that a runtime cannot pass is declared so with its
-reason (`unless`), must then really fail, and is an error once it passes.
+A step is a function over a client; it raises Surprise at the first thing that is not as expected, and may return a
+remark on what this machine let it show. Steps stand alone, so one that fails hides nothing of the others. Refuses to
+skip: a step that a runtime cannot pass is declared so with its reason (`unless`), must then really fail, and is an
+error once it passes.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ C = TypeVar("C", bound=Client)
 _UNABLE: dict[tuple[str, str], str] = {}
 
 
-def unless(runtime: str, reason: str) -> Callable[[Callable[[C], None]], Callable[[C], None]]:
+def unless(runtime: str, reason: str) -> Callable[[Callable[[C], str | None]], Callable[[C], str | None]]:
     """Declares that `runtime` fails this step."""
 
-    def note(step: Callable[[C], None]) -> Callable[[C], None]:
+    def note(step: Callable[[C], str | None]) -> Callable[[C], str | None]:
         _UNABLE[_key(step), runtime] = reason
         return step
 
     return note
 
 
-def _key(step: Callable[[C], None]) -> str:
+def _key(step: Callable[[C], str | None]) -> str:
     return f"{step.__module__}.{step.__name__}"
 
 
@@ -86,17 +87,17 @@ class Score:
         self.failed += other.failed
 
 
-def play(client: C, steps: Sequence[Callable[[C], None]], only: str = "") -> Score:
+def play(client: C, steps: Sequence[Callable[[C], str | None]], only: str = "") -> Score:
     """Plays the steps in order (those whose name holds `only`) and prints each with its time."""
     score = Score()
     for step in steps:
         if only not in step.__name__:
             continue
         began = time.perf_counter()
-        surprise = _played(client, step)
+        surprise, remark = _played(client, step)
         reason = _UNABLE.get((_key(step), client.runtime))
         if reason is None:
-            good, outcome = not surprise, surprise or "ok"
+            good, outcome = not surprise, surprise or remark
         else:
             good = bool(surprise)
             outcome = f"cannot: {reason}" if good else f"it passes, and is declared not to ({reason})"
@@ -106,14 +107,25 @@ def play(client: C, steps: Sequence[Callable[[C], None]], only: str = "") -> Sco
     return score
 
 
-def _played(client: C, step: Callable[[C], None]) -> str:
-    surprise = ""
+def _played(client: C, step: Callable[[C], str | None]) -> tuple[str, str]:
+    """What was surprising ("": nothing), and what to say when nothing was."""
+    surprise, remark = "", "ok"
     try:
-        step(client)
+        said = step(client)
+        remark = f"ok: {said}" if said else remark
     except (Surprise, *FAILURES) as error:
         surprise = str(error) if isinstance(error, (Surprise, CheckFailed)) else f"{type(error).__name__}: {error}"
     try:
         client.tidy()
     except (Surprise, *FAILURES) as error:
         surprise = surprise or f"to tidy up: {error}"
-    return surprise
+    return surprise, remark
+
+
+def criu_fails() -> str:
+    """What criu finds missing in this kernel; "" where it works."""
+    result = subprocess.run(["criu", "check"], capture_output=True, text=True, check=False)
+    if result.returncode == 0:
+        return ""
+    errors = [line.partition("): ")[2] for line in result.stderr.splitlines() if line.startswith("Error")]
+    return errors[0] if errors else f"criu check ends with {result.returncode}"

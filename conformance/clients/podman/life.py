@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from conformance.clients.podman.tool import Podman
-from conformance.clients.steps import eventually, expect, holds, same
+from conformance.clients.steps import criu_fails, eventually, expect, holds, same
 from conformance.clients.terminal import DETACH, DETACH_KEY, INTERRUPT
 
 
@@ -257,6 +257,38 @@ def hooks(it: Podman) -> None:
     same("status at each", statuses[-1], "stopped")
 
 
+def checkpoint(it: Podman) -> str | None:
+    """To the store and back, and to a file and out of it under another name. Without a criu that knows this kernel it
+    can be shown that the container survives the attempt."""
+    it.start("counts", "IMAGE", "sh", "-c", "i=0; while :; do i=$((i+1)); echo $i > /dev/shm/n; sleep 0.1; done")
+    count = ("exec", "counts", "cat", "/dev/shm/n")
+    eventually(lambda: it("exec", "counts", "ls", "/dev/shm") == "n", "it counts")
+    if missing := criu_fails():
+        pid = it.pid("counts")
+        it("container", "checkpoint", "counts", code=125)
+        expect(_counts_on(it, count), "it does not count on after a checkpoint that failed")
+        same("its pid", it.pid("counts"), pid)
+        return f"criu does not work here ({missing}); the container outlives a checkpoint that fails"
+    before = int(it(*count))
+    it("container", "checkpoint", "counts")
+    same("state after checkpoint", it.state("counts"), "exited")
+    it("container", "restore", "counts")
+    expect(before <= int(it(*count)) < before + 100, "restored, it does not count on from where it was")
+    expect(_counts_on(it, count), "restored, it stands still")
+    file = it.directory / "checkpoint.tar"
+    it("container", "checkpoint", "--export", file, "counts")
+    it("rm", "counts")
+    it("container", "restore", "--import", file, "--name", "elsewhere")
+    expect(int(it("exec", "elsewhere", "cat", "/dev/shm/n")) > before, "out of a file it begins anew")
+    return None
+
+
+def _counts_on(it: Podman, count: tuple[str, ...]) -> bool:
+    before = it(*count)
+    eventually(lambda: it(*count) != before, "it counts on")
+    return True
+
+
 STEPS = (
     run,
     run_what_is_not_there,
@@ -280,4 +312,5 @@ STEPS = (
     timeout,
     healthcheck,
     hooks,
+    checkpoint,
 )
