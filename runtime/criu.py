@@ -249,13 +249,16 @@ class _Child:
         adopt: Callable[[int], None],
         cgroup_fd: int,
     ) -> None:
+        self.pid = self._pidfd = -1
         self._socket, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         go, ready = os.pipe2(os.O_CLOEXEC)
         said, say = os.pipe2(os.O_CLOEXEC)
         try:
             self.pid, self._pidfd = clone3(0, cgroup_fd=cgroup_fd)
             if self.pid == 0:
+                os.close(ready)
                 _become(program, [its.fileno(), *pass_fds], prepare, go, say)
+            its.close()
             os.close(say)
             say = -1
             adopt(self.pid)
@@ -263,8 +266,9 @@ class _Child:
             if reason := os.read(said, 4096):
                 raise RuntimeFailure(f"start criu: {os.fsdecode(reason)}")
         except BaseException:
-            if hasattr(self, "pid"):
-                self.close()
+            os.close(ready)  # whoever waits for it ends
+            ready = -1
+            self.close()
             raise
         finally:
             its.close()
@@ -317,7 +321,8 @@ def _become(program: str, fds: Sequence[int], prepare: Callable[[], None], go: i
     import fcntl
 
     try:
-        os.read(go, 1)  # the parent has put it where it belongs
+        if not os.read(go, 1):  # until the parent has put it where it belongs
+            os._exit(1)
         prepare()
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100) for fd in fds]
         say = fcntl.fcntl(say, fcntl.F_DUPFD_CLOEXEC, 100)

@@ -30,7 +30,15 @@ from runtime.linux.mount import (
     move_mount,
     open_tree,
 )
-from runtime.linux.process import CLONE_NEWNS, pidfd_open, pidfd_send_signal, setns, start_time, unshare
+from runtime.linux.process import (
+    CLONE_NEWNS,
+    pidfd_open,
+    pidfd_send_signal,
+    set_no_new_privs,
+    setns,
+    start_time,
+    unshare,
+)
 from runtime.linux.record import Record
 from runtime.namespaces import PROC_NAMES
 from runtime.state import State
@@ -67,6 +75,8 @@ def restore(request: RestoreRequest) -> Created:
     spec = request.spec
     if spec.process is None:
         raise RuntimeFailure("config.json: process: is required to restore", code="invalid_argument")
+    if spec.intel_rdt is not None:
+        raise RuntimeFailure("linux.intelRdt: cannot be restored into", code="invalid_argument")
     descriptors = _descriptors(request.images.image_path)
     program = criu.Criu(request.images.program)
     bundle = os.path.abspath(request.bundle)
@@ -130,7 +140,7 @@ class _Restoring:
         self._pid = self._pidfd = self._console = self._criu = -1
 
     def run(self, program: criu.Criu) -> Created:
-        _make_mount_points(self._spec, self._rootfs)
+        _make_mount_points(self._spec, self._rootfs, self._bundle)
         with _PrivateMounts(self._directory, self._rootfs) as self._mounts, self._manager.gate() as gate:
             namespaces: list[int] = []
             try:
@@ -165,10 +175,17 @@ class _Restoring:
                 log=images.log("restore.log"),
                 notified=self._notified,
                 pass_fds=namespaces,
-                prepare=gate.enter,  # what criu restores begins in the cgroups that criu is in
+                prepare=lambda: self._confine(gate),
                 adopt=self._manager.adopt,
                 cgroup_fd=gate.cgroup_fd,
             )
+
+    def _confine(self, gate: Gate) -> None:
+        """In the process that becomes criu: what it restores begins with what it has itself."""
+        gate.enter()
+        process = self._spec.process
+        if process is not None and process.no_new_privileges:
+            set_no_new_privs()  # criu before 4.0 loses it
 
     def _with_cgroups(self, pid: int, opts: dict[str, criu.Value]) -> bytes:
         self._criu = pid
@@ -299,7 +316,7 @@ def _cgroup_roots(pid: int) -> Iterator[bytes]:
                 yield criu.pair(name, path)
 
 
-def _make_mount_points(spec: Spec, rootfs: str) -> None:
+def _make_mount_points(spec: Spec, rootfs: str, bundle: str) -> None:
     """What create makes in the root for its mounts, where this is not the root that they were made in. Those on a tmpfs
     are in the images."""
     tmpfs = [f"{mount.destination}/" for mount in spec.mounts if mount.fstype == "tmpfs"]
@@ -308,7 +325,7 @@ def _make_mount_points(spec: Spec, rootfs: str) -> None:
         for mount in spec.mounts:
             if mount.kind == "cgroup" or mount.destination.startswith(tuple(tmpfs)):
                 continue
-            if mount.kind == "bind" and not os.path.isdir(mount.source):
+            if mount.kind == "bind" and not os.path.isdir(os.path.join(bundle, mount.source)):
                 _make_file(root, mount.destination)
             else:
                 os.close(mkdir_in_root(root, mount.destination))
