@@ -185,7 +185,7 @@ class _Restoring:
         gate.enter()
         process = self._spec.process
         if process is not None and process.no_new_privileges:
-            set_no_new_privs()  # criu before 4.0 loses it
+            set_no_new_privs()  # criu 3.17 does not restore it
 
     def _with_cgroups(self, pid: int, opts: dict[str, criu.Value]) -> bytes:
         self._criu = pid

@@ -255,6 +255,58 @@ def test_a_network_namespace_that_is_joined_stays_outside(home: Bundles, talks: 
     talk.hear("2")
 
 
+def test_a_pid_namespace_that_is_joined_stays_outside(home: Bundles, talks: list[Talk]) -> None:
+    holder = home.make().up()
+    bundle = home.sh(COUNT)
+    for entry in bundle.linux["namespaces"]:
+        if entry["type"] == "pid":
+            entry["path"] = f"/proc/{holder.pid()}/ns/pid"
+    _comes_back(bundle, talks)
+    assert os.readlink(f"/proc/{bundle.pid()}/ns/pid") == os.readlink(f"/proc/{holder.pid()}/ns/pid")
+
+
+def _comes_back(bundle: Bundle, talks: list[Talk]) -> None:
+    talk = _talk(talks)
+    _up(bundle, talk)
+    talk.say("next")
+    talk.hear("1")
+    _checkpoint(bundle).ok()
+    talk = _talk(talks)
+    _restore(bundle, talk).ok()
+    talk.say("next")
+    talk.hear("2")
+
+
+def test_a_container_with_all_that_is_usual_comes_back(home: Bundles, talks: list[Talk]) -> None:
+    bundle = home.sh(COUNT)
+    bundle.config["root"]["readonly"] = True
+    bundle.mount("/sys", "sysfs", "sysfs", "ro", "nosuid").mount("/sys/fs/cgroup", "cgroup", "cgroup", "ro")
+    bundle.mount("/dev/shm", "tmpfs", "shm", "size=1m").mount("/dev/mqueue", "mqueue", "mqueue")
+    (bundle.path / "volume").mkdir()
+    bundle.mount("/tmp", "bind", bundle.path / "volume", "rbind", "rslave")
+    bundle.linux["devices"] = [{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}]
+    _comes_back(bundle, talks)
+    bundle.exec("touch", "/x").failed("Read-only file system", 1)
+    bundle.exec("touch", "/tmp/x").ok()
+    assert (bundle.path / "volume/x").exists()
+    assert bundle.home.mounts() == []
+
+
+def test_hooks_run_for_a_restore_as_for_a_create(home: Bundles, talks: list[Talk]) -> None:
+    bundle = home.sh(COUNT)
+    seen, hook = bundle.path / "seen", bundle.path / "hook"
+    hook.write_text(f'#!/bin/sh\necho "$1 $(readlink /proc/self/ns/mnt) $(cat)" >> {seen}\n')
+    hook.chmod(0o755)
+    kinds = ("prestart", "createRuntime", "poststop")
+    bundle.config["hooks"] = {kind: [{"path": str(hook), "args": ["hook", kind]}] for kind in kinds}
+    _comes_back(bundle, talks)
+    bundle.delete().ok()
+    lines = [line.split(" ", 2) for line in seen.read_text().splitlines()]
+    assert [line[0] for line in lines] == [*kinds, *kinds]
+    assert {line[1] for line in lines} == {os.readlink("/proc/self/ns/mnt")}
+    assert [json.loads(line[2])["status"] for line in lines] == ["creating", "creating", "stopped"] * 2
+
+
 def test_an_open_connection_needs_its_flag(home: Bundles, talks: list[Talk]) -> None:
     talk = _talk(talks)
     # Both ends inside, so that both come back.
