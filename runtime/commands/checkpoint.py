@@ -89,6 +89,7 @@ def _images(context: Context, values: Values, parent: str) -> Images:
     if parent:
         if parent.startswith("/"):
             raise RuntimeFailure("--parent-path must be relative", code="invalid_argument")
+        os.makedirs(image_path, 0o700, exist_ok=True)  # so that ".." leads out of it
         if not os.path.isdir(os.path.join(image_path, parent)):
             raise RuntimeFailure(f"invalid --parent-path: {parent} is no directory", code="invalid_argument")
     work = values.text("work-path")

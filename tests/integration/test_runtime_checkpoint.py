@@ -197,7 +197,7 @@ def test_flags_are_checked_before_anything_is_done(
     bundle = home.make().up()
     _checkpoint(bundle, fake.program, *flags).failed(said)
     assert not (fake.directory / "options").exists()
-    assert not (bundle.path / "images").exists()
+    assert bundle.status() == "running"
 
 
 def test_stdio_on_null_is_the_containers_own(home: Bundles) -> None:

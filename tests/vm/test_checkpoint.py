@@ -63,7 +63,11 @@ def _talk(talks: list[Talk]) -> Talk:
 
 
 def _up(bundle: Bundle, talk: Talk) -> Bundle:
-    bundle.create(stdin=talk.ends[0], stdout=talk.ends[1], stderr=talk.ends[1]).ok()
+    log = bundle.path / "create.errors"  # stderr is the container's
+    bundle.write()
+    words = ("--log", str(log), "create", "--bundle", str(bundle.path), bundle.id)
+    made = bundle.home.ocirun(*words, stdin=talk.ends[0], stdout=talk.ends[1], stderr=talk.ends[1])
+    assert made.code == 0, log.read_text()
     bundle.start().ok()
     return bundle
 
