@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from conformance.isolated import reenter
 
 ROOT = Path(__file__).resolve().parent.parent
 CGROUPS = Path("/sys/fs/cgroup")
-OURS = "ocirun-test-*"  # the names that tests/bundles.py gives
+OURS = f"ocirun-mutant-{secrets.token_hex(3)}"  # what tests/bundles.py makes its cgroups' names of
 FAILED = 1  # pytest's exit code when tests ran and some failed; any other is no verdict
 
 
@@ -46,7 +47,11 @@ def copy() -> Iterator[Path]:
 def run(place: Path, tests: list[str]) -> tuple[int, str]:
     """pytest's exit code and output. A source that was changed is taken before the installed byte code."""
     environment = {key: value for key, value in os.environ.items() if key != "OCID_REQUIRE_ALL"}
-    environment |= {"OCID_RUNTIME": str(place / "prefix/bin/ocirun"), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {
+        "OCID_RUNTIME": str(place / "prefix/bin/ocirun"),
+        "OCID_TEST_CGROUP": OURS,
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", *tests]
     done = subprocess.run(
         command, cwd=place, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
@@ -54,23 +59,25 @@ def run(place: Path, tests: list[str]) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def sweep(before: set[Path]) -> None:
-    """Ends what is in the cgroups of tests that were not there before, and removes them."""
-    fresh = sorted(cgroups() - before, key=lambda path: len(path.parts), reverse=True)
-    for path in fresh:
-        with contextlib.suppress(OSError):
-            for pid in (path / "cgroup.procs").read_text().split():
-                os.kill(int(pid), signal.SIGKILL)
+def sweep() -> None:
+    """Ends what is in the cgroups of our tests, and removes them."""
     deadline = time.monotonic() + 5
-    while fresh and time.monotonic() < deadline:
+    while fresh := cgroups():
         for path in fresh:
             with contextlib.suppress(OSError):
+                for pid in (path / "cgroup.procs").read_text().split():
+                    if pid != "0":  # in another pid namespace; to kill 0 is to kill oneself
+                        os.kill(int(pid), signal.SIGKILL)
                 path.rmdir()
-        fresh = [path for path in fresh if path.is_dir()]
+        if time.monotonic() > deadline:
+            raise SystemExit(f"[mutants] {fresh[-1]} cannot be removed")
 
 
-def cgroups() -> set[Path]:
-    return {path for top in CGROUPS.rglob(OURS) for path in (top, *top.rglob("*")) if path.is_dir()}
+def cgroups() -> list[Path]:
+    """The directories of our tests in every hierarchy, deepest first."""
+    # os.walk, unlike Path.glob, is fine with directories that others remove meanwhile.
+    found = [directory for directory, _, _ in os.walk(CGROUPS) if f"/{OURS}-" in directory]
+    return [Path(directory) for directory in sorted(found, key=lambda path: -path.count("/"))]
 
 
 def verdict(place: Path, mutant: dict[str, str]) -> str:
@@ -80,12 +87,11 @@ def verdict(place: Path, mutant: dict[str, str]) -> str:
     if before.count(mutant["old"]) != 1:
         return f"its text is {before.count(mutant['old'])} times in {mutant['file']}: mend the entry"
     file.write_text(before.replace(mutant["old"], mutant["new"]))
-    there = cgroups()
     try:
         code, output = run(place, [mutant["test"]])
     finally:
         file.write_text(before)
-        sweep(there)
+        sweep()
     if code == FAILED:
         return ""
     if code == 0:

@@ -27,6 +27,7 @@ from tests.support import eventually
 
 # Another runtime takes its place where a test is to be seen to hold for that one too (hack/vm --runtime).
 OCIRUN = os.environ.get("OCID_RUNTIME") or str(Path(sys.executable).parent / "ocirun")
+CGROUP = os.environ.get("OCID_TEST_CGROUP", "ocirun-test")
 APPLETS = (
     *("sh", "cat", "echo", "sleep", "true", "false", "seq", "ls", "kill", "id", "mount", "stty", "wc", "printf"),
     *("test", "rm", "grep", "pwd", "hostname", "stat", "readlink", "env", "tr", "mkdir", "dd", "head", "sort", "touch"),
@@ -214,7 +215,7 @@ class Bundles:
         self.directory = directory / "bundles"
         self.directory.mkdir()
         self.root = directory / "state"
-        self.cgroup = f"ocirun-test-{secrets.token_hex(4)}"
+        self.cgroup = f"{CGROUP}-{secrets.token_hex(4)}"
         self.made: list[Bundle] = []
         self._output = directory / "output"
         self._output.mkdir()
