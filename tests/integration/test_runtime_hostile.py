@@ -18,7 +18,7 @@ import runtime
 from runtime.linux.mount import mountinfo
 from runtime.sealed import interpreter
 from tests.bundles import Bundles, bundles
-from tests.hostile import CORE_PATTERN, swapping, untouched
+from tests.hostile import swapping, untouched
 from tests.support import eventually, needs
 
 
