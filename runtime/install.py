@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What ocirun never imports: the shim's side, and this.
 _NOT_OCIRUN = ("runtime.shim", "runtime.install", "runtime.boot")
 # What is imported on demand, and nearly every container demands, by the command's module.
-_USUAL = {"make": ("runtime.rootfs_cgroup",)}
+_USUAL = {"make": ("runtime.rootfs_cgroup", "runtime.cgroups.limits")}
 _PT_INTERP = 3
 # Prints name and source of each module as its execution ends.
 _LISTING = """

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 
-from runtime.cgroups import devices, tree
+from runtime.cgroups import devices, limits, tree
 from runtime.cgroups.dbus import BusError, Variant, connect_system
 from runtime.cgroups.hierarchy import Place, clean, detect
 from runtime.cgroups.killer import SIGKILL
@@ -112,7 +112,7 @@ class SystemdManager(Manager):
 
     def create(self, resources: Resources) -> None:
         """Refuses what cannot be; makes nothing yet. Raises RuntimeFailure."""
-        self._plans(resources, Now())
+        limits.plans(self, resources, Now())
         properties(resources, Now())
         devices.policy(resources.devices or ())
         if held := self.pids():
@@ -184,7 +184,7 @@ class SystemdManager(Manager):
             with self._bus() as bus:
                 self._listen(bus)
                 try:
-                    if self._get(bus, "ControlGroup") == f"/{self._places[0].relative}":
+                    if self._get(bus, "ControlGroup") == f"/{self.places[0].relative}":
                         self._finish(bus, "stop", self._ask(bus, "StopUnit", "ss", self._unit, "replace"))
                     self._reset(bus)
                 except BusError as error:
@@ -208,10 +208,10 @@ class SystemdManager(Manager):
     def set(self, resources: Resources) -> None:
         """First systemd, which would put its own view into force at its next reload; then the cgroup, exactly. When
         that fails systemd is given back what it had."""
-        now = self._now()
+        now = limits.now(self)
         wanted = properties(resources, now)
-        self._plans(resources, now)
-        self._check_usage(resources)
+        limits.plans(self, resources, now)
+        limits.check_usage(self, resources)
         if not wanted:
             super().set(resources)
             return

@@ -80,9 +80,7 @@ def test_o35_a_fork_bomb_under_a_pids_limit_is_killed_to_the_last(path: str) -> 
 
 
 def test_kill_reaches_cgroups_below(manager: Manager, path: str) -> None:
-    nested = Manager(
-        tuple(Place(place.hierarchy, f"{place.relative}/a/b") for place in manager._places), manager._verify
-    )
+    nested = Manager(tuple(Place(place.hierarchy, f"{place.relative}/a/b") for place in manager.places), manager.verify)
     outer = sleeper(manager)  # first: once v2 has given controllers on, processes may be at the leaves only
     nested.create(Resources())
     children = [outer, sleeper(nested)]
@@ -246,7 +244,7 @@ def test_more_processes_than_fds(path: str) -> None:
     child = spawn(["sh", "-c", "i=0; while [ $i -lt 400 ]; do sleep 50 & i=$((i+1)); done; echo; wait"], manager)
     child.read()
     assert len(manager.pids()) == 401
-    v1 = Manager(tuple(place for place in manager._places if place.hierarchy.version == 1))
+    v1 = Manager(tuple(place for place in manager.places if place.hierarchy.version == 1))
     assert v1.kill(deadline_s=10)
     assert child.wait() == -9
 
