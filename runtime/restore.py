@@ -22,6 +22,7 @@ from runtime.linux.files import AT_FDCWD, mkdir_in_root, open_in_root, read_boun
 from runtime.linux.libc import KernelError
 from runtime.linux.mount import (
     AT_RECURSIVE,
+    MOUNT_ATTR_RDONLY,
     MS_PRIVATE,
     MS_SLAVE,
     OPEN_TREE_CLONE,
@@ -239,6 +240,8 @@ class _Restoring:
             members = restored.members(self._pid, self._manager.pids(), but=self._criu)
             try:
                 restored.verify(self._spec, self._pid, members)
+                if self._spec.root_readonly:
+                    self._mounts.protect_root(self._pid)  # criu 3.17 forgets that it was
             except BaseException:
                 # Before criu hears of it: it would let them go.
                 restored.kill(members)
@@ -393,6 +396,16 @@ class _PrivateMounts:
         try:
             yield
         finally:
+            self._go(self._own)
+
+    def protect_root(self, pid: int) -> None:
+        """Makes the root of the container that `pid` is in read-only."""
+        inside = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            setns(inside, CLONE_NEWNS)
+            mount_setattr(AT_FDCWD, "/", 0, set_=MOUNT_ATTR_RDONLY)
+        finally:
+            os.close(inside)
             self._go(self._own)
 
     def _go(self, namespace: int) -> None:

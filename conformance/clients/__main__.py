@@ -1,4 +1,4 @@
-"""python -m conformance.clients [podman|containerd|crictl …] [--runtime runc|ocirun] [--only WORD]
+"""python -m conformance.clients [podman|rootless-podman|containerd|crictl …] [--runtime runc|ocirun] [--only WORD]
 
 Plays every step of the clients named (all, if none) with runc first, which proves the steps, then with ocirun; in
 namespaces of its own. Exit code 1 when any step failed or anything is left over.
@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from conformance.clients import cri, ctr, podman
-from conformance.clients.podman.namespaces import SUBIDS
+from conformance.clients.podman import namespaces, ordinary
 from conformance.clients.steps import Score, play
 from conformance.crictl.tool import built
 from conformance.images import BUSYBOX, layouts, push
@@ -33,6 +33,11 @@ def with_podman(runtime: str, base: Path, images: Registry, only: str) -> Score:
         return play(client, podman.STEPS, only)
 
 
+def with_rootless_podman(runtime: str, base: Path, images: Registry, only: str) -> Score:
+    with ordinary.ordinary(runtime, base, images.reference(BUSYBOX)) as client:
+        return play(client, ordinary.STEPS, only)
+
+
 def with_containerd(runtime: str, base: Path, images: Registry, only: str) -> Score:
     with ctr.ctr(runtime, base, images, BUSYBOX) as client:
         return play(client, ctr.STEPS, only)
@@ -45,6 +50,7 @@ def with_crictl(runtime: str, base: Path, images: Registry, only: str) -> Score:
 
 CLIENTS: dict[str, Callable[[str, Path, Registry, str], Score]] = {
     "podman": with_podman,
+    "rootless-podman": with_rootless_podman,
     "containerd": with_containerd,
     "crictl": with_crictl,
 }
@@ -52,9 +58,10 @@ CLIENTS: dict[str, Callable[[str, Path, Registry, str], Score]] = {
 
 @contextmanager
 def subordinate_ids(base: Path) -> Iterator[None]:
-    """Gives the user "containers" ids for `--userns=auto`, in this mount namespace only."""
+    """Gives the user "containers" ids for `--userns=auto`, and the ordinary one his, in this mount namespace only."""
+    owners = (("containers", *namespaces.SUBIDS), (ordinary.NAME, *ordinary.SUBIDS))
     file = base / "subids"
-    file.write_text(f"containers:{SUBIDS[0]}:{SUBIDS[1]}\n")
+    file.write_text("".join(f"{name}:{first}:{count}\n" for name, first, count in owners))
     with ExitStack() as stack:
         for target in ("/etc/subuid", "/etc/subgid"):
             subprocess.run(["mount", "--bind", file, target], check=True)
@@ -101,7 +108,7 @@ def main() -> int:
             for client in args.clients or CLIENTS:
                 for runtime in args.runtime or RUNTIMES:
                     print(f"{client} with {runtime}")
-                    base = Path(directory) / f"{client}-{runtime}"
+                    base = Path(directory) / f"{client[:4]}-{runtime}"  # podman takes 50 characters for a runroot
                     base.mkdir()
                     total.add(CLIENTS[client](runtime, base, images, args.only))
             total.failed += left(before, Path(directory).name)

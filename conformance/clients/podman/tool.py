@@ -54,17 +54,14 @@ class Podman:
 
     def words(self, *words: object) -> list[str]:
         at = self.directory
-        own = [
-            "--root",
-            at / "root",
-            "--runroot",
-            at / "runroot",
-            "--tmpdir",
-            at / "tmp",
-            "--storage-driver",
-            "overlay",
+        own = ("--root", at / "root", "--runroot", at / "run", "--tmpdir", at / "tmp")
+        return [
+            str(word) for word in ("podman", *own, "--storage-driver", self.driver, "--runtime", self.runtime, *words)
         ]
-        return [str(word) for word in ("podman", *own, "--runtime", self.runtime, *words)]
+
+    @property
+    def driver(self) -> str:
+        return "overlay"
 
     def result(self, *words: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
         """What it did, unjudged."""
@@ -141,15 +138,20 @@ class Podman:
         return [self.image if word == "IMAGE" else word for word in words]
 
 
-@contextmanager
-def podman(runtime: str, directory: Path, image: str) -> Iterator[Podman]:
-    """podman with `image` pulled from the registry it names, over plain HTTP."""
+def configure(directory: Path) -> None:
+    """Writes containers.conf, and makes room for networks."""
     (directory / "net.d").mkdir(parents=True)
     (directory / "containers.conf").write_text(
         CONFIGURATION.format(
             directory=directory, runc=shutil.which("runc") or "runc", ocirun=daemons.command_path("ocirun")
         )
     )
+
+
+@contextmanager
+def podman(runtime: str, directory: Path, image: str) -> Iterator[Podman]:
+    """podman with `image` pulled from the registry it names, over plain HTTP."""
+    configure(directory)
     it = Podman(runtime, directory, image)
     it("pull", "--quiet", "--tls-verify=false", image)
     try:
