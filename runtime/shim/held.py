@@ -44,7 +44,9 @@ class Held:
         self._kill_rest = kill_rest
         self._waiting: list[Callable[[], None]] = []
         self._drained = False
-        self.facts = Facts.from_json(made["facts"])
+        told = made["facts"]
+        facts = self.facts = Facts(told["id"])
+        facts.pid, facts.started_ticks, facts.created_ns = told["pid"], told["started_ticks"], told["created_ns"]
         self.bundle: str = made["bundle"]
         self.handler: str = made["handler"]
         self.log_path: str = made["log_path"]

@@ -14,7 +14,7 @@ from runtime.fields import encode
 from runtime.linux import signals
 from runtime.linux.files import write_durable
 from runtime.linux.process import close_range, start_time
-from runtime.linux.sockets import FrameError, peer_uid, recv_frame, send_frame
+from runtime.linux.sockets import FrameError, listen_unix, peer_uid, recv_frame, send_frame
 from runtime.shim import protocol
 from runtime.shim.channel import Channel
 from runtime.shim.protocol import PodMessage, SweepMessage
@@ -104,7 +104,9 @@ def _set_up(pod: PodMessage, channel: Channel, request: bytes) -> dict[str, obje
         write_durable(f"{pod.directory}/shim.json", encode(record), sync=False)
         if pause_pid:
             channel.ask("pause", pause_pid)
-        channel.ask("listen", f"{pod.directory}/shim.sock", f"shim {pod.id}"[:15].encode(), request, fds=[log])
+        with listen_unix(f"{pod.directory}/shim.sock") as listener:
+            listener.setblocking(False)
+            channel.ask("listen", f"shim {pod.id}"[:15].encode(), request, fds=[listener.fileno(), log])
     except BaseException:
         if pause_pid:
             end_process(pause_pid)

@@ -14,6 +14,7 @@ import time
 from runtime.linux import signals
 from runtime.linux.files import remove_tree
 from runtime.linux.process import set_child_subreaper
+from runtime.linux.sockets import connect_unix, listen_unix
 from runtime.shim.channel import Channel
 from runtime.shim.helper import become_helper, kill_rest
 from runtime.shim.pipes import Pipes
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from runtime.shim.resident import Work
 
+_PATIENCE = 10.0
 _ROUNDS = 16  # the interpreter specialises byte code after eight calls and some more
 
 
@@ -37,7 +39,7 @@ def rehearse(state: str) -> None:
     try:
         for _ in range(_ROUNDS):
             os.makedirs(directory, mode=0o700, exist_ok=True)
-            resident = Resident(_never, kill_rest)
+            resident = Resident(_served, kill_rest)
             null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
             try:
                 # A helper that fails half-way must not leave the zygote waiting for an "end" that never comes.
@@ -51,8 +53,13 @@ def rehearse(state: str) -> None:
             signals.handle(number, None)
 
 
-def _never(_resident: Resident, _connection: int, _end: Socket) -> NoReturn:
-    os._exit(1)
+def _served(_resident: Resident, connection: int, end: Socket) -> NoReturn:
+    """The helper of a connection: it hands it over to the shim as a subscriber's."""
+    try:
+        become_helper(connection, end.fileno())
+        Channel(end).ask("subscribe", b"subscribed", fds=[connection])
+    finally:
+        os._exit(0)
 
 
 def _one_container(directory: str) -> Work:
@@ -69,7 +76,18 @@ def _one_container(directory: str) -> Work:
 
 
 def _rehearse(channel: Channel, directory: str) -> None:
-    channel.ask("listen", f"{directory}/shim.sock", b"ocid-zygote", b"")
+    with listen_unix(f"{directory}/shim.sock") as listener:
+        listener.setblocking(False)
+        channel.ask("listen", b"ocid-zygote", b"", fds=[listener.fileno()])
+    with connect_unix(f"{directory}/shim.sock", _PATIENCE) as subscriber:
+        subscriber.recv(16)
+        _contain(channel, directory)
+    channel.ask("stop", True)
+    channel.ask("end")
+
+
+def _contain(channel: Channel, directory: str) -> None:
+    """One container from adopted to forgotten."""
     channel.ask("lock", "c")
     message = ContainerMessage("c", directory, "", "", [], 0, f"{directory}/log", False, False, False, "")
     pipes = Pipes(message)
@@ -90,9 +108,8 @@ def _rehearse(channel: Channel, directory: str) -> None:
     pipes.close()
     channel.ask("started", "c", time.time_ns())
     channel.ask("told", "c")
+    channel.ask("facts", "c")
     channel.ask("forget", "c")
-    channel.ask("stop", True)
-    channel.ask("end")
 
 
 def _orphan(stdout: int) -> int:

@@ -13,7 +13,7 @@ for every pid it was told of (threats O16, O31).
 from __future__ import annotations
 
 import os
-from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_NONBLOCK, SOCK_STREAM
+from _socket import AF_UNIX, SOCK_STREAM
 from _socket import socket as Socket
 
 from runtime.linux import signals
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 EVENT_LIMIT = 256 << 10  # bytes of events that a subscriber may lag behind
 _LOG_LIMIT = 1 << 20
-_BACKLOG = 128
+_BACKLOG = 128  # calls that were not come to yet
 _MAX_EARLY = 4096  # statuses of unknown children that are kept for helpers
 _LATER = object()  # an answer that comes when it is due
 
@@ -90,27 +90,6 @@ class Resident:
             "subscribe": self._subscribe,
             "told": self._told,
         }
-
-    def listen(self, path: str) -> None:
-        """Makes the socket, mode 0600. A stale one is replaced (threats O58)."""
-        listener = self._listener = Socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0)
-        name, directory = path, -1
-        if len(os.fsencode(path)) > 107:  # sun_path: through the directory's fd
-            directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            name = f"/proc/self/fd/{directory}/{os.path.basename(path)}"
-        try:
-            try:
-                os.unlink(path)
-            except FileNotFoundError:
-                pass
-            before = os.umask(0o177)
-            listener.bind(name)
-            os.umask(before)
-        finally:
-            if directory >= 0:
-                os.close(directory)
-        listener.listen(_BACKLOG)
-        self._loop.watch(listener.fileno(), READ, self._accept)
 
     def run(self, first: Work, take_connection: int, *, only_first: bool = False) -> None:
         """Serves until a helper says that the pod has been stopped. The first helper brings the pod up for who is at
@@ -287,6 +266,8 @@ class Resident:
     def _started(self, _helper: Helper, _fds: list[int], container_id: str, when_ns: int) -> object:
         held = self.containers[container_id]
         held.facts.started_ns = when_ns
+        if held.facts.finished_ns:  # it was over before its start could be told: exit.json knows no start yet
+            held.record()
         return held.visible()
 
     def _status(self, helper: Helper, _fds: list[int], pid: int) -> object:
@@ -329,17 +310,20 @@ class Resident:
             held.close()
         return True
 
-    def _listen(self, _helper: Helper, fds: list[int], path: str, name: bytes, request: bytes) -> bool:
-        """The pod is up: takes its log as stderr and its name as ours (proc_pid_comm(5)), keeps the request for later
-        helpers, and listens at `path`."""
+    def _listen(self, _helper: Helper, fds: list[int], name: bytes, request: bytes) -> bool:
+        """The pod is up: takes over its socket, the first of `fds`, and its log, the second, as stderr; takes its name
+        as ours (proc_pid_comm(5)), and keeps the request for later helpers."""
         self.request = request
-        for fd in fds:
+        listener, *logs = fds
+        for fd in logs:
             os.dup2(fd, 2, inheritable=False)
             os.close(fd)
         comm = os.open("/proc/self/comm", os.O_WRONLY | os.O_CLOEXEC)
         os.write(comm, name)
         os.close(comm)
-        self.listen(path)
+        self._listener = Socket(AF_UNIX, SOCK_STREAM, 0, listener)
+        self._listener.listen(_BACKLOG)  # once more: whoever listens last is who SO_PEERCRED tells clients of
+        self._loop.watch(listener, READ, self._accept)
         return True
 
     def _pause(self, _helper: Helper, _fds: list[int], pid: int) -> bool:

@@ -15,10 +15,12 @@ import gc
 import os
 from _socket import socket as Socket
 
+import runtime.rootfs_cgroup  # noqa: F401 - a helper would import it for each container
 from runtime.errors import RuntimeFailure
 from runtime.linux.memory import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, malloc_trim, mallopt
 from runtime.linux.process import close_range, set_child_subreaper, set_comm
 from runtime.linux.sockets import listen_unix
+from runtime.process import bounding_set
 from runtime.shim.cgroup import leave_daemon
 from runtime.shim.helper import first_helper, kill_rest, serve
 from runtime.shim.rehearsal import rehearse
@@ -31,6 +33,12 @@ if TYPE_CHECKING:
     from runtime.shim.resident import Work
 
 _CONNECTION = 3  # the fd on which a direct process is given its request
+# Objects/obmalloc.c of CPython 3.10 and later; where they are others, pools are filled as far as they happen to be.
+_POOL, _POOL_HEADER, _STEP, _LARGEST = 1 << 14, 48, 16, 512
+_BYTES_HEADER = 33  # sys.getsizeof(b"")
+_SMALLEST = 48  # of a bytes object that is not one of the interpreter's own
+_MOST_HOLES = 4096
+_ballast: list[bytes] = []
 _OOM_SCORE = "-999"  # kubelet's for node-critical daemons: killed after all pods (threats S68)
 
 
@@ -69,7 +77,9 @@ def _zygote(state: str) -> None:
         report("rehearse", error)
     resident = Resident(serve, kill_rest)
     first = first_helper(state, os.getpid())
+    bounding_set()
     _settle()
+    _ballast.extend(_fill_pools())
     _fork_for_ever(listener, resident, first)
 
 
@@ -156,6 +166,19 @@ def _settle() -> None:
     gc.collect()
     malloc_trim()
     gc.freeze()
+
+
+def _fill_pools() -> list[bytes]:
+    """Small objects in every hole that this process's life has left among others. What a shim makes goes where the
+    allocator has room: from here on into fresh pools, side by side, and not into pages that it shares until then."""
+    filling = []
+    for size in range(_SMALLEST, _LARGEST + 1, _STEP):
+        for _ in range(_MOST_HOLES):
+            one = bytes(size - _BYTES_HEADER)
+            if id(one) % _POOL == _POOL_HEADER:  # the first of a fresh pool
+                break
+            filling.append(one)
+    return filling
 
 
 def _protect_from_oom() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from runtime.linux.process import set_child_subreaper
-from runtime.linux.sockets import connect_unix
+from runtime.linux.sockets import connect_unix, listen_unix
 from runtime.shim import protocol
 from runtime.shim.channel import Channel, pair, receive, send
 from runtime.shim.helper import become_helper
@@ -88,7 +88,9 @@ def orphan(action: Callable[[], int]) -> int:
 
 def listen(channel: Channel, directory: Path) -> None:
     name = Path("/proc/self/comm").read_bytes().strip()  # the test's own process keeps its name
-    channel.ask("listen", str(directory / "shim.sock"), name, b"")
+    with listen_unix(directory / "shim.sock") as listener:
+        listener.setblocking(False)
+        channel.ask("listen", name, b"", fds=[listener.fileno()])
 
 
 def adopt(channel: Channel, directory: Path, pid: int, pipes: Pipes | None = None) -> None:
