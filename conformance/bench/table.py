@@ -45,7 +45,10 @@ METRICS = (
     Metric("pull", "pull + unpack, 1.18 GiB in 73 k files", "s", 7, 22),
     Metric("logs", "log throughput, 100-byte lines", "MB/s", 150, 28, more_is_better=True),
     Metric("runtime", "run true: ocirun against runc, p50", "ms", 1, 1),
+    Metric("runtime_exec", "exec true: ocirun against runc, p50", "ms", 1, 1),
 )
+
+RUNTIMES = ("runtime", "runtime_exec")  # measured against runc, not containerd
 
 Values = Mapping[str, float]
 
@@ -54,7 +57,7 @@ def verdict(metric: Metric, ocid: float, peer: float | None) -> str:
     """ "PASS", "PASS (ratio)", "FAIL", or "" where the design sets no budget."""
     if not metric.budget:
         return ""
-    if metric.key == "runtime":
+    if metric.key in RUNTIMES:
         # The budget is the peer itself.
         return "PASS" if peer and ocid <= peer else "FAIL"
     if ocid >= metric.budget if metric.more_is_better else ocid <= metric.budget:
@@ -78,7 +81,7 @@ def render(results: Mapping[str, Values]) -> tuple[str, int]:
         ratio = f"{mine / theirs:.3f}" if mine is not None and theirs else ""
         judged = verdict(metric, mine, theirs) if mine is not None else ""
         missed += judged == "FAIL"
-        allowed = "≤ runc" if metric.key == "runtime" else f"{'≥' if metric.more_is_better else '≤'} {metric.budget:g}"
+        allowed = "≤ runc" if metric.key in RUNTIMES else f"{'≥' if metric.more_is_better else '≤'} {metric.budget:g}"
         cells = [metric.title, metric.unit, _number(theirs), _number(mine), ratio, allowed if metric.budget else ""]
         lines.append(f"| {' | '.join([*cells, judged])} |")
     return "\n".join(lines), missed
