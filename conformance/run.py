@@ -93,6 +93,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--runtime", default="ocirun", help="path or name of the runtime (default: ocirun)")
     made.add_argument("--group", action="append", default=[], help="only cases of this group; again for more")
     made.add_argument("-k", action="append", default=[], metavar="WORD", help="only cases with this in their name")
+    made.add_argument(
+        "--needs",
+        action="append",
+        default=[],
+        metavar="ABILITY",
+        help="only cases that need one of these of the machine",
+    )
     made.add_argument("--list", action="store_true", help="print the cases and what they need, and run none")
     made.add_argument("--json", metavar="FILE", help="write everything to this file as well")
     made.add_argument("--jobs", type=int, default=3, help="how many cases at a time (default: 3)")
@@ -104,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     every = load()
     try:
-        cases = choose(every, options.group, options.k)
+        cases = choose(every, options.group, options.k, options.needs)
     except ValueError as error:
         raise SystemExit(f"conformance: {error}") from None
     if options.list:

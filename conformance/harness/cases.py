@@ -73,8 +73,11 @@ def load() -> dict[str, Case]:
     return dict(_known)
 
 
-def choose(cases: dict[str, Case], groups: Sequence[str], words: Sequence[str]) -> list[Case]:
-    """The cases of any of `groups` whose name holds every one of `words`; all, without either."""
+def choose(
+    cases: dict[str, Case], groups: Sequence[str], words: Sequence[str], needs: Sequence[str] = ()
+) -> list[Case]:
+    """The cases of any of `groups` that need any of `needs` and whose name holds every one of `words`; all of them,
+    without any of these."""
     known = {case.group for case in cases.values()}
     for group in groups:
         if group not in known:
@@ -82,5 +85,7 @@ def choose(cases: dict[str, Case], groups: Sequence[str], words: Sequence[str]) 
     return [
         case
         for case in cases.values()
-        if (not groups or case.group in groups) and all(word in case.name for word in words)
+        if (not groups or case.group in groups)
+        and (not needs or set(needs) & set(case.needs))
+        and all(word in case.name for word in words)
     ]

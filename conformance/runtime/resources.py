@@ -355,38 +355,3 @@ def unified_is_refused_on_v1(box: Box) -> None:
     one = box.bundle()
     one.resources["unified"] = {"memory.max": "100000000"}
     one.create().failed("v1")
-
-
-@case("cgroup2")
-def unified_on_v2(box: Box) -> None:
-    one = box.bundle()
-    one.resources["unified"] = {"memory.max": "100003840", "pids.max": "33"}
-    one.up()
-    assert (one.controller("memory") / "memory.max").read_text() == "100003840\n"
-    assert (one.controller("pids") / "pids.max").read_text() == "33\n"
-
-
-@case("cgroup2")
-def limits_on_v2(box: Box) -> None:
-    one = box.bundle()
-    one.resources.update(memory={"limit": 64 * MEBIBYTE}, cpu={"quota": 25_000, "period": 50_000}, pids={"limit": 20})
-    one.up()
-    top = one.controller("memory")
-    found = [(top / name).read_text().strip() for name in ("memory.max", "cpu.max", "pids.max")]
-    assert found == [str(64 * MEBIBYTE), "25000 50000", "20"]
-
-
-@case("cgroup2")
-def shares_become_a_weight_on_v2(box: Box) -> None:
-    one = box.bundle()
-    one.resources["cpu"] = {"shares": 1024}
-    assert 30 <= int((one.up().controller("cpu") / "cpu.weight").read_text()) <= 110
-
-
-@case("cgroup2")
-def memory_swap_on_v2_is_swap_alone(box: Box) -> None:
-    one = box.bundle()
-    one.resources["memory"] = {"limit": 64 * MEBIBYTE, "swap": 96 * MEBIBYTE, "reservation": 32 * MEBIBYTE}
-    top = one.up().controller("memory")
-    assert (top / "memory.swap.max").read_text().strip() == str(32 * MEBIBYTE)
-    assert (top / "memory.low").read_text().strip() == str(32 * MEBIBYTE)

@@ -126,6 +126,8 @@ def test_cases_are_chosen_by_group_and_by_words() -> None:
     def body(_: object) -> None: ...
 
     cases = {name: Case(name, name.split("/")[0], body, (), 1.0) for name in ("a/one-two", "a/two", "b/two")}
+    cases["b/two"] = replace(cases["b/two"], needs=("root", "magic"))
+    assert [case.name for case in choose(cases, [], [], ["magic", "more"])] == ["b/two"]
     assert [case.name for case in choose(cases, ["a"], ["two"])] == ["a/one-two", "a/two"]
     assert len(choose(cases, [], [])) == 3
     with pytest.raises(ValueError, match="no group is called 'c'"):
