@@ -4,9 +4,9 @@ The file (runtime/install.py writes it) holds the byte code of every module that
 modification time of its source. Refuses nothing: a module whose source has changed since, or that is not in the file,
 is imported in the ordinary way. Invariant: what runs is what the sources say; only how it is found is quicker.
 
-    file: length of the index in decimal digits, the index, the rest; index and rest are marshalled (marshal)
-    index: modules {name: ((offset, length), is package, path, mtime in ns, size)}, each a code object of the rest, and
-           groups {command: (names, offset, length)}, each a tuple of code objects in the order of their execution
+    file: length of the index in decimal digits, the index, code objects; all but the first marshalled (marshal)
+    index: modules {name: (offset, length, is package, path, mtime in ns, size)}, and
+           groups {command: chunks (names, offset, length), each a tuple of code objects in the order of execution}
 
 Runs before anything else is imported, so it is written with what every interpreter has at its start.
 """
@@ -24,10 +24,10 @@ from _frozen_importlib import ModuleSpec  # noqa: E402
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import ModuleType
+    from types import CodeType, ModuleType
     from typing import Any, NoReturn
 else:
-    ModuleType, Any, NoReturn = type(sys), None, None
+    CodeType, ModuleType, Any, NoReturn = None, type(sys), None, None
 
 HEADER = 16  # the length of the index in decimal digits
 
@@ -37,21 +37,20 @@ class Bundle:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._start = 0
-        length = int(self._bytes(0, HEADER))
-        self._modules, self._groups = marshal.loads(self._bytes(HEADER, length))
-        self._start = HEADER + length
-
-    def _bytes(self, offset: int, length: int) -> bytes:
-        # Opened anew each time: an fd that is kept could be one of those that --preserve-fds passes on.
-        fd = posix.open(self._path, posix.O_RDONLY | posix.O_CLOEXEC)
+        fd = self._open()
         try:
-            return posix.pread(fd, length, self._start + offset)
+            length = int(posix.read(fd, HEADER))
+            self._modules, self._groups = marshal.loads(posix.read(fd, length))
         finally:
             posix.close(fd)
+        self._start = HEADER + length
 
-    def _read(self, offset: int, length: int) -> object:
-        return marshal.loads(self._bytes(offset, length))
+    def _open(self) -> int:
+        # Anew each time: an fd that is kept could be one of those that --preserve-fds passes on.
+        return posix.open(self._path, posix.O_RDONLY | posix.O_CLOEXEC)
+
+    def _load(self, fd: int, offset: int, length: int) -> Any:
+        return marshal.loads(posix.pread(fd, length, self._start + offset))
 
     def _is_current(self, source: str, mtime_ns: int, size: int) -> bool:
         try:
@@ -69,29 +68,37 @@ class Bundle:
         else:
             return
         modules = sys.modules
-        names, offset, length = self._groups[word]
-        if not all(self._is_current(*self._modules[name][2:]) for name in names):
+        chunks = self._groups[word]
+        if not all(self._is_current(*self._modules[name][3:]) for names, _, _ in chunks for name in names):
             return
-        for name, code in zip(names, self._read(offset, length)):  # type: ignore[call-overload]  # noqa: B905
-            if name in modules:
-                continue
-            module = modules[name] = ModuleType(name)
-            place = module.__dict__
-            place["__file__"] = source = self._modules[name][2]
-            parent, _, own = name.rpartition(".")
-            place["__package__"] = parent
-            if self._modules[name][1]:
-                place["__package__"], place["__path__"] = name, [source.rpartition("/")[0]]
-            exec(code, place)  # noqa: S102
-            if parent:
-                setattr(modules[parent], own, module)
+        fd = self._open()
+        try:
+            for names, offset, length in chunks:
+                for name, code in zip(names, self._load(fd, offset, length)):  # noqa: B905
+                    if name not in modules:
+                        self._execute(name, code)
+        finally:
+            posix.close(fd)
+
+    def _execute(self, name: str, code: CodeType) -> None:
+        module = sys.modules[name] = ModuleType(name)
+        place = module.__dict__
+        _, _, is_package, source, _, _ = self._modules[name]
+        place["__file__"] = source
+        parent, _, own = name.rpartition(".")
+        place["__package__"] = name if is_package else parent
+        if is_package:
+            place["__path__"] = [source.rpartition("/")[0]]
+        exec(code, place)  # noqa: S102
+        if parent:
+            setattr(sys.modules[parent], own, module)
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> object:
         """As importlib.abc.MetaPathFinder has it; None: another finder may know."""
         entry = self._modules.get(name)
-        if entry is None or not self._is_current(*entry[2:]):
+        if entry is None or not self._is_current(*entry[3:]):
             return None
-        _, is_package, source, _, _ = entry
+        _, _, is_package, source, _, _ = entry
         spec: Any = ModuleSpec(name, self, origin=source, is_package=is_package)  # type: ignore[arg-type]
         spec.has_location = True  # gives the module its __file__
         if is_package:
@@ -103,7 +110,12 @@ class Bundle:
 
     def exec_module(self, module: ModuleType) -> None:
         """As importlib.abc.Loader has it."""
-        exec(self._read(*self._modules[module.__name__][0]), module.__dict__)  # type: ignore[arg-type]  # noqa: S102
+        fd = self._open()
+        try:
+            code = self._load(fd, *self._modules[module.__name__][:2])
+        finally:
+            posix.close(fd)
+        exec(code, module.__dict__)  # noqa: S102
 
 
 def main(tree: str, bundle: str) -> NoReturn:

@@ -29,6 +29,7 @@ _NOT_OCIRUN = ("runtime.shim", "runtime.install", "runtime.boot")
 # What is imported on demand, and nearly every container demands, by the command's module.
 _USUAL = {"make": ("runtime.rootfs_cgroup", "runtime.cgroups.limits")}
 _PT_INTERP = 3
+_CHUNK = 120_000  # below malloc's threshold for mapping, M_MMAP_THRESHOLD
 # Prints name and source of each module as its execution ends.
 _LISTING = """
 import sys
@@ -92,21 +93,37 @@ def _name(path: Path) -> str:
 
 def bundle(modules: dict[str, Path], preloads: dict[str, list[str]]) -> bytes:
     """The file that runtime/boot.py describes."""
-    rest = bytearray()
+    rest, index, code = bytearray(), {}, {}
 
     def add(thing: CodeType | tuple[CodeType, ...]) -> tuple[int, int]:
         data = marshal.dumps(thing)
         rest.extend(data)
         return len(rest) - len(data), len(data)
 
-    index, code = {}, {}
     for name, path in modules.items():
         status = path.stat()  # before the source is read: one that changes meanwhile does not match
         code[name] = compile(path.read_bytes(), path, "exec", dont_inherit=True, optimize=2)
-        index[name] = (add(code[name]), path.name == "__init__.py", str(path), status.st_mtime_ns, status.st_size)
-    groups = {command: (names, *add(tuple(code[name] for name in names))) for command, names in preloads.items()}
+        index[name] = (*add(code[name]), path.name == "__init__.py", str(path), status.st_mtime_ns, status.st_size)
+    groups = {
+        command: [(chunk, *add(tuple(code[name] for name in chunk))) for chunk in _chunks(names, index)]
+        for command, names in preloads.items()
+    }
     header = marshal.dumps((index, groups))
     return f"{len(header):0{boot.HEADER}}".encode() + header + bytes(rest)
+
+
+def _chunks(names: list[str], index: dict[str, tuple[int, int, bool, str, int, int]]) -> list[list[str]]:
+    """In order, each of at most _CHUNK bytes: code objects of one chunk share their strings, and the memory that one
+    chunk is read into serves the next (malloc maps anew what is larger, and each page of that costs a fault)."""
+    chunks: list[list[str]] = []
+    size = _CHUNK
+    for name in names:
+        size += index[name][1]
+        if size > _CHUNK:
+            chunks.append([])
+            size = index[name][1]
+        chunks[-1].append(name)
+    return chunks
 
 
 def _boot(modules: Path) -> bytes:
