@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
     (prefix / "bin").mkdir(exist_ok=True)
     _write(library / "modules", bundle(sources(), groups()))
     _write(library / "boot.pyc", _boot(library / "modules"))
-    words = [*loader(sealed.interpreter()), sealed.interpreter(), "-IS", str(library / "boot.pyc")]
+    words = [*loader(sealed.interpreter()), sealed.interpreter(), "-IS", "-X", "utf8", str(library / "boot.pyc")]
     _write(prefix / "bin/ocirun", f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'.encode(), 0o755)
     return 0
 
