@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What ocirun never imports: the shim's side, and this.
 _NOT_OCIRUN = ("runtime.shim", "runtime.install", "runtime.boot")
 # What is imported on demand, and nearly every container demands, by the command's module.
-_USUAL = {"make": ("runtime.rootfs_cgroup", "runtime.cgroups.limits")}
+_USUAL = {"make": ("runtime.rootfs_cgroup", "runtime.cgroups.limits", "runtime.cgroups.killer")}
 _PT_INTERP = 3
 _CHUNK = 120_000  # below malloc's threshold for mapping, M_MMAP_THRESHOLD
 # Prints name and source of each module as its execution ends.

@@ -22,8 +22,8 @@ import os
 from runtime.cgroups import stats, tree
 from runtime.cgroups.freezer import Freezer
 from runtime.cgroups.hierarchy import V2_NAME, places_for, places_from
-from runtime.cgroups.killer import SIGKILL, kill_all, wait_until_removable
 from runtime.errors import RuntimeFailure
+from runtime.linux.signals import SIGKILL
 
 TYPE_CHECKING = False  # as in runtime.fields
 if TYPE_CHECKING:
@@ -166,6 +166,8 @@ class Manager:
     def destroy(self, deadline_s: float = 2.0) -> None:
         """Removes the directories, children first; missing ones are fine. Waits at most `deadline_s` for processes
         that are just ending. Raises RuntimeFailure naming those that are not."""
+        from runtime.cgroups.killer import wait_until_removable
+
         wait_until_removable(self.places, self.verify, deadline_s)
 
     # -------------------------------------------------------------------------------------------------------- limits
@@ -226,6 +228,8 @@ class Manager:
     def kill(self, number: int = SIGKILL, deadline_s: float = 2.0) -> bool:
         """Signals every process in here. SIGKILL is repeated, against forks and freezers, until nobody is left or the
         deadline passes; True when the cgroup is empty then. A missing cgroup is an empty one."""
+        from runtime.cgroups.killer import kill_all
+
         v2_directory = "" if self.v2 is None else self.v2.directory
         return kill_all(number, self.pids, self.freezer(), v2_directory, deadline_s)
 

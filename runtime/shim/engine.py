@@ -12,14 +12,14 @@ import os
 from runtime import create as _create
 from runtime import exec as _exec
 from runtime import lifecycle, rootfs_cgroup, spec, spec_process
-from runtime.cgroups import limits
+from runtime.cgroups import killer, limits
 from runtime.errors import RuntimeFailure
 from runtime.fields import decode
 from runtime.linux.mount import FsMount
 from runtime.shim.protocol import ContainerMessage
 
 # Imported on demand, and nearly every container demands them: once for all pods, before the zygote forks.
-_USUAL = (limits, rootfs_cgroup)
+_USUAL = (killer, limits, rootfs_cgroup)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
