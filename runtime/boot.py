@@ -68,30 +68,29 @@ class Bundle:
         else:
             return
         modules = sys.modules
-        chunks = self._groups[word]
-        if not all(self._is_current(*self._modules[name][3:]) for names, _, _ in chunks for name in names):
-            return
         fd = self._open()
         try:
-            for names, offset, length in chunks:
+            for names, offset, length in self._groups[word]:
                 for name, code in zip(names, self._load(fd, offset, length)):  # noqa: B905
-                    if name not in modules:
-                        self._execute(name, code)
+                    parent = name.rpartition(".")[0]
+                    if name in modules or (parent and parent not in modules):
+                        continue
+                    if self._is_current(*self._modules[name][3:]):
+                        self._execute(name, parent, code)
         finally:
             posix.close(fd)
 
-    def _execute(self, name: str, code: CodeType) -> None:
+    def _execute(self, name: str, parent: str, code: CodeType) -> None:
         module = sys.modules[name] = ModuleType(name)
         place = module.__dict__
         _, _, is_package, source, _, _ = self._modules[name]
         place["__file__"] = source
-        parent, _, own = name.rpartition(".")
         place["__package__"] = name if is_package else parent
         if is_package:
             place["__path__"] = [source.rpartition("/")[0]]
         exec(code, place)  # noqa: S102
         if parent:
-            setattr(sys.modules[parent], own, module)
+            setattr(sys.modules[parent], name.rpartition(".")[2], module)
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> object:
         """As importlib.abc.MetaPathFinder has it; None: another finder may know."""

@@ -55,13 +55,19 @@ def test_a_source_that_changed_counts(package: tuple[Path, Path]) -> None:
     tree, bundle = package
     (tree / "things/low.py").write_text("VALUE = 'of the source'\n")
     assert asked(bundle, tree) == "of the source False SourceFileLoader"
-    assert asked(bundle, tree, "run") == "of the source False SourceFileLoader"
+    assert asked(bundle, tree, "run") == "of the source True SourceFileLoader"
 
 
 def test_a_touched_source_is_read_again(package: tuple[Path, Path]) -> None:
     tree, bundle = package
     os.utime(tree / "things/low.py", ns=(1, 1))
-    assert asked(bundle, tree, "run") == f"{BUNDLED} False SourceFileLoader"
+    assert asked(bundle, tree, "run") == f"{BUNDLED} True SourceFileLoader"
+
+
+def test_what_is_in_a_package_that_changed_waits_for_it(package: tuple[Path, Path]) -> None:
+    tree, bundle = package
+    (tree / "things/__init__.py").write_text("MORE = 1\n")
+    assert asked(bundle, tree, "run") == f"{BUNDLED} False Bundle"
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "garbage"])
