@@ -24,6 +24,7 @@ import grpc
 
 from cri.config import Config
 from cri.events import Events
+from cri.feed import Feed
 from cri.intercept import Intercept
 from cri.network.cni import Cni, NetworkConfig
 from cri.node import Node, Parts
@@ -59,6 +60,7 @@ class Built:
 
     node: Node
     events: Events
+    feed: Feed
     statistics: Statistics
     service: Service
     network: Cni
@@ -148,8 +150,9 @@ def build(config: Config, *, direct: bool) -> Built:
     node.events = events
     statistics = Statistics(node)
     node.statistics = statistics
+    node.feed = feed = Feed(records)
     service = Service(node, Intercept(RECOVERING))
-    return Built(node, events, statistics, service, network, snapshots, images, databases)
+    return Built(node, events, feed, statistics, service, network, snapshots, images, databases)
 
 
 def _lost(node: Node, pod_id: str) -> None:
@@ -206,6 +209,7 @@ async def serve(config: Config) -> None:
         finally:
             built.service.intercept.why_not = STOPPING
             log.info("stopping; pods run on")
+            built.feed.close()
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
 from typing import TypeVar
 
 from grpc import StatusCode
@@ -44,10 +45,12 @@ class Intercept:
 
     async def run(self, name: str, work: Awaitable[T]) -> T:
         """Awaits `work` for the call `name`. Raises CallFailed."""
-        if self.why_not and name not in _ALWAYS:
+        try:
+            self._require_ready(name)
+        except CallFailed:
             if asyncio.iscoroutine(work):
                 work.close()
-            raise CallFailed(StatusCode.UNAVAILABLE, f"{name}: {self.why_not}")
+            raise
         started = time.perf_counter()
         try:
             result = await work
@@ -59,6 +62,23 @@ class Intercept:
         level = logging.DEBUG if name.startswith(_QUIET) else logging.INFO
         log.log(level, "%s: %.1f ms", name, _ms(started))
         return result
+
+    async def stream(self, name: str, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+        """Passes on `items` of the streaming call `name`, whose end is not a failure of anybody. Raises CallFailed."""
+        self._require_ready(name)
+        started = time.perf_counter()
+        async with aclosing(items):
+            try:
+                async for item in items:
+                    yield item
+            except Exception as error:
+                raise self._failed(name, error, started) from error
+            finally:
+                log.debug("%s: %.1f ms", name, _ms(started))
+
+    def _require_ready(self, name: str) -> None:
+        if self.why_not and name not in _ALWAYS:
+            raise CallFailed(StatusCode.UNAVAILABLE, f"{name}: {self.why_not}")
 
     def _failed(self, name: str, error: Exception, started: float) -> CallFailed:
         code = code_of(error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -24,6 +24,8 @@ from cri.store import Store
 from cri.threads import Threads
 
 Record = TypeVar("Record", Pod, Container)
+# What a stream awaits once its answer will be complete from then on.
+Begun = Callable[[], Awaitable[None]]
 
 EXEC_THREADS = 256
 
@@ -86,6 +88,14 @@ class Reader(Protocol):
         ...
 
 
+class Telling(Protocol):
+    """cri.feed.Feed, as the verbs see it."""
+
+    def read(self) -> AsyncGenerator[bytes | None, None]:
+        """None once nothing can be missed, then encoded events. Raises LimitExceeded, Unavailable."""
+        ...
+
+
 class Stopping(Protocol):
     """One stopping of one container (cri.verbs.stop_container)."""
 
@@ -122,6 +132,7 @@ class Node:
     parts: Parts
     events: Watcher = field(init=False)
     statistics: Reader = field(init=False)
+    feed: Telling = field(init=False)
     tasks: Tasks = field(default_factory=Tasks)
     locks: Locks = field(default_factory=Locks)
     exits: Exits = field(default_factory=Exits)

@@ -6,7 +6,8 @@ since the table is checked against the descriptor when it is built.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -14,8 +15,9 @@ import grpc
 from cri.api import api_pb2 as pb
 from cri.errors import CallFailed, Unimplemented
 from cri.intercept import Intercept
-from cri.node import Node
+from cri.node import Begun, Node
 from cri.verbs import (
+    container_events,
     container_stats,
     create_container,
     exec_sync,
@@ -28,6 +30,7 @@ from cri.verbs import (
     start_container,
     stop_container,
     stop_pod,
+    streams,
     update_container,
 )
 
@@ -35,6 +38,7 @@ from cri.verbs import (
 NETWORK_KEY = "ocid-network"
 
 Verb = Callable[[Node, Any], Awaitable[Any]]
+Stream = Callable[[Node, Any, Begun], AsyncGenerator[bytes, None]]
 Metadata = Sequence[tuple[str, Any]]
 
 VERBS: dict[str, Verb] = {
@@ -65,9 +69,24 @@ VERBS: dict[str, Verb] = {
     "ImageFsInfo": images.image_fs_info,
 }
 
+STREAMS: dict[str, Stream] = {
+    "GetContainerEvents": container_events.container_events,
+    "StreamPodSandboxes": streams.stream_pods,
+    "StreamContainers": streams.stream_containers,
+    "StreamImages": streams.stream_images,
+}
+
 _METHODS = {method.name: method for service in pb.DESCRIPTOR.services_by_name.values() for method in service.methods}
-if unknown := VERBS.keys() - _METHODS.keys():
+if unknown := (VERBS.keys() | STREAMS.keys()) - _METHODS.keys():
     raise AssertionError(f"no such calls in the proto: {unknown}")
+
+
+def _missing(name: str) -> Stream:
+    async def refuse(node: Node, request: Any, begun: Begun) -> AsyncGenerator[bytes, None]:
+        raise Unimplemented(f"{name}: ocid does not have this call yet")
+        yield b""  # makes it a generator
+
+    return refuse
 
 
 class Service:
@@ -89,6 +108,11 @@ class Service:
             network = next((str(value) for key, value in metadata if key == NETWORK_KEY), "")
             return await run_pod.run_pod(self.node, request, network)
         return await verb(self.node, request)
+
+    def stream(self, name: str, request: Any, begun: Begun) -> AsyncGenerator[bytes, None]:
+        """The encoded messages that answer a streaming call. Raises CallFailed."""
+        verb = STREAMS.get(name, _missing(name))
+        return self.intercept.stream(name, verb(self.node, request, begun))
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
         """RuntimeService and ImageService for a grpc.aio server."""
@@ -113,7 +137,15 @@ class Service:
                 raise AssertionError("abort returned") from None
 
         async def stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
-            yield await unary(request, context)
+            async def begun() -> None:
+                await context.send_initial_metadata(())
+
+            try:
+                async with aclosing(self.stream(name, request, begun)) as messages:
+                    async for message in messages:
+                        yield message
+            except CallFailed as error:
+                await context.abort(error.code, str(error))
 
         if method.server_streaming:
             return grpc.unary_stream_rpc_method_handler(stream, request_deserializer=parse)

@@ -17,7 +17,7 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
@@ -195,6 +195,8 @@ class Store:
         self.containers: dict[str, Container] = {}
         self._names: dict[tuple[object, ...], str] = {}
         self._members: dict[str, dict[str, None]] = {}
+        # Hears of each change of a record: what it was, and what it is or None. Called in the order of the changes.
+        self.changed: Callable[[Pod | Container, Pod | Container | None], None] = lambda old, new: None
         self.reload()
 
     def reload(self) -> None:
@@ -248,20 +250,22 @@ class Store:
 
     def note_pod(self, pod_id: str, **facts: Any) -> Pod | None:
         """New facts of a pod, in memory at once and on disk soon. None when it is gone."""
-        pod = self.pods.get(pod_id)
-        if pod is None:
+        old = self.pods.get(pod_id)
+        if old is None:
             return None
-        self.pods[pod_id] = self._changes[pod_id] = pod = replace(pod, **facts)
+        self.pods[pod_id] = self._changes[pod_id] = pod = replace(old, **facts)
         self._flush_soon()
+        self.changed(old, pod)
         return pod
 
     def note_container(self, container_id: str, **facts: Any) -> Container | None:
         """New facts of a container, in memory at once and on disk soon. None when it is gone."""
-        container = self.containers.get(container_id)
-        if container is None:
+        old = self.containers.get(container_id)
+        if old is None:
             return None
-        self.containers[container_id] = self._changes[container_id] = container = replace(container, **facts)
+        self.containers[container_id] = self._changes[container_id] = container = replace(old, **facts)
         self._flush_soon()
+        self.changed(old, container)
         return container
 
     async def change_pod(self, pod_id: str, **facts: Any) -> Pod:
@@ -294,6 +298,7 @@ class Store:
             self._index(current)
             self._changes[current.id] = current
             raise
+        self.changed(current, None)
 
     async def _saved(self) -> None:
         waiter = asyncio.get_running_loop().create_future()

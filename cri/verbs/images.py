@@ -11,6 +11,7 @@ import binascii
 import json
 import logging
 import time
+from collections.abc import Sequence
 
 from cri.api import api_pb2 as pb
 from cri.errors import InvalidArgument
@@ -40,13 +41,15 @@ def message(image: Image) -> pb.Image:
 
 async def list_images(node: Node, request: pb.ListImagesRequest) -> pb.ListImagesResponse:
     """All images, or the one that the filter names."""
-    wanted = request.filter.image.image
-    if wanted:
-        image = await to_thread(node.parts.images.get, wanted)
-        images = [image] if image is not None else []
-    else:
-        images = list(await to_thread(node.parts.images.list))
-    return pb.ListImagesResponse(images=[message(image) for image in images])
+    return pb.ListImagesResponse(images=map(message, await find(node, request.filter)))
+
+
+async def find(node: Node, wanted: pb.ImageFilter) -> Sequence[Image]:
+    """The images that a list of `wanted` holds."""
+    if not wanted.image.image:
+        return await to_thread(node.parts.images.list)
+    image = await to_thread(node.parts.images.get, wanted.image.image)
+    return [] if image is None else [image]
 
 
 async def image_status(node: Node, request: pb.ImageStatusRequest) -> pb.ImageStatusResponse:

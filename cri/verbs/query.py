@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping
 
 from cri.api import api_pb2 as pb
-from cri.node import Node
+from cri.node import Node, now_ns
 from cri.records import Container, Pod
 from cri.spec.limits import build as limits_of
 from cri.threads import to_thread
@@ -69,7 +69,12 @@ async def update_runtime_config(node: Node, request: pb.UpdateRuntimeConfigReque
 
 async def list_pods(node: Node, request: pb.ListPodSandboxRequest) -> pb.ListPodSandboxResponse:
     """The pods that match."""
-    return pb.ListPodSandboxResponse(items=[status.pod_item(pod) for pod in matching_pods(node, request.filter)])
+    return pb.ListPodSandboxResponse(items=pod_items(node, request.filter))
+
+
+def pod_items(node: Node, wanted: pb.PodSandboxFilter) -> Iterator[pb.PodSandbox]:
+    """The pods that match, as a list has them."""
+    return (status.pod_item(pod) for pod in matching_pods(node, wanted))
 
 
 def matching_pods(node: Node, wanted: pb.PodSandboxFilter) -> Iterator[Pod]:
@@ -84,9 +89,13 @@ def matching_pods(node: Node, wanted: pb.PodSandboxFilter) -> Iterator[Pod]:
 
 
 async def pod_status(node: Node, request: pb.PodSandboxStatusRequest) -> pb.PodSandboxStatusResponse:
-    """One pod, with more about it when asked."""
+    """One pod and its containers, with more about it when asked. The time is what a kubelet compares with events'."""
     pod = node.pod(request.pod_sandbox_id)
-    response = pb.PodSandboxStatusResponse(status=status.pod_status(pod))
+    response = pb.PodSandboxStatusResponse(
+        status=status.pod_status(pod),
+        containers_statuses=status.whole(node.store.containers_of(pod.id)),
+        timestamp=now_ns(),
+    )
     if request.verbose:
         info = {
             "pid": pod.pid if pod.ready else 0,
@@ -102,13 +111,15 @@ async def pod_status(node: Node, request: pb.PodSandboxStatusRequest) -> pb.PodS
 
 async def list_containers(node: Node, request: pb.ListContainersRequest) -> pb.ListContainersResponse:
     """The containers that match."""
-    wanted = request.filter
-    return pb.ListContainersResponse(
-        containers=[
-            status.container_item(container)
-            for container in matching_containers(node, wanted.id, wanted.pod_sandbox_id, wanted.label_selector)
-            if not wanted.HasField("state") or wanted.state.state == container.state
-        ]
+    return pb.ListContainersResponse(containers=container_items(node, request.filter))
+
+
+def container_items(node: Node, wanted: pb.ContainerFilter) -> Iterator[pb.Container]:
+    """The containers that match, as a list has them."""
+    return (
+        status.container_item(container)
+        for container in matching_containers(node, wanted.id, wanted.pod_sandbox_id, wanted.label_selector)
+        if not wanted.HasField("state") or wanted.state.state == container.state
     )
 
 

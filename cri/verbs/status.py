@@ -6,6 +6,8 @@ is shown only for what has ended.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from cri.api import api_pb2 as pb
 from cri.records import Container, Pod
 
@@ -98,6 +100,11 @@ def container_status(container: Container) -> pb.ContainerStatus:
     user.uid, user.gid = container.uid, container.gid
     user.supplemental_groups.extend(int(group) for group in container.groups.split(",") if group)
     return status
+
+
+def whole(containers: Iterable[Container]) -> Iterator[pb.ContainerStatus]:
+    """The statuses of those that are not half-made."""
+    return (container_status(container) for container in containers if container.made_ns)
 
 
 def _image(container: Container) -> pb.ImageSpec:

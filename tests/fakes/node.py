@@ -16,6 +16,7 @@ from typing import Any
 from cri.api import api_pb2 as pb
 from cri.config import Config, LimitSection
 from cri.events import Events
+from cri.feed import Feed
 from cri.intercept import Intercept
 from cri.node import Node, Parts
 from cri.recovery import lost, recover
@@ -71,6 +72,7 @@ class Rig:
         self.events = Events(node, lambda pod_id: _spawn(node, pod_id))
         node.events = self.events
         node.statistics = self.statistics = Statistics(node)
+        node.feed = self.feed = Feed(node.store)
         self.service = Service(node, Intercept("" if ready else "recovering"))
 
     async def restart(self) -> None:
