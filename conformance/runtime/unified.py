@@ -142,7 +142,7 @@ def the_cgroup_mount_shows_only_the_container_s_own(box: Box) -> None:
 def a_read_only_cgroup_mount_in_a_user_namespace(box: Box) -> None:
     """threats S7: without a cgroup namespace the host's hierarchy would be writable."""
     one = box.sh("mkdir /sys/fs/cgroup/x").user_namespace().without_namespace("cgroup")
-    one.mount("/sys/fs/cgroup", "cgroup", "cgroup", "ro")
+    one.mount("/sys/fs/cgroup", "cgroup", "cgroup", "nosuid", "noexec", "nodev", "relatime", "ro")
     assert "Read-only file system" in one.run().failed()
 
 
