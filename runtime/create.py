@@ -12,7 +12,7 @@ import os
 import select
 import time
 
-from runtime import init, labels, rootfs, rootless, seccomp, seccomp_load, state, sync
+from runtime import init, labels, rootfs, rootless, state, sync
 from runtime.cgroups.manager import UNIT, Manager, manager_for
 from runtime.cloning import clone_init
 from runtime.errors import RuntimeFailure
@@ -91,6 +91,8 @@ def create(request: CreateRequest) -> Created:
     state.check_id(request.id)
     filter_program = b""
     if spec.seccomp is not None:
+        from runtime import seccomp
+
         if spec.seccomp.listener_path:
             from runtime import seccomp_notify  # few containers have a listener
 
@@ -243,6 +245,8 @@ class _Birth:
         try:
             root_tree = self._early_root() if spec.has("user") else -1
             rootfs.load_for(spec, no_pivot=self._request.no_pivot)
+            if spec.hooks.create_container or spec.hooks.start_container:
+                import runtime.hooks  # noqa: F401  the init imports nothing
             sources = self._sources() if root_tree >= 0 or any(mount.idmap for mount in spec.mounts) else {}
             mine, its = sync.Channel.pair()
             self._channel = mine
@@ -288,6 +292,8 @@ class _Birth:
         profile, program = self._spec.seccomp, self._program
         if profile is None:
             return None
+        from runtime import seccomp_load  # imported here: the init imports nothing
+
         return lambda: seccomp_load.load(program, profile.flags)
 
     def _memory_policy(self) -> Callable[[], None] | None:

@@ -12,7 +12,7 @@ import errno
 import os
 import sys
 
-from runtime import hooks, ids, process, rootfs, sync
+from runtime import ids, process, rootfs, sync
 from runtime import labels as confinement
 from runtime.errors import RuntimeFailure
 from runtime.init_state import Init, Setup, Step
@@ -173,6 +173,8 @@ def container_hooks(init: Init) -> None:
     os.fchdir(init.in_root.fd)
     known = init.setup.state(os.getpid(), "creating")
     env = [os.fsencode(entry) for entry in init.process.env]
+    from runtime import hooks  # the caller of the init has imported it
+
     hooks.run(init.spec.hooks.create_container, known, "createContainer hooks", env=env)
 
 
@@ -419,6 +421,8 @@ def start(init: Init) -> None:
     """From Start to execve: as few system calls as can be, since the filter is in force for the last of them."""
     if init.spec.hooks.start_container:
         known = init.setup.state(os.getpid(), "created")
+        from runtime import hooks  # as above
+
         hooks.run(init.spec.hooks.start_container, known, "startContainer hooks", env=init.env)
     process.reset_signals()
     load_filter(init)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import stat
 
 from runtime import ids
@@ -21,6 +20,7 @@ from runtime.linux.libc import KernelError, prctl
 from runtime.linux.process import (
     CLOSE_RANGE_CLOEXEC,
     PR_CAPBSET_READ,
+    RLIM_INFINITY,
     cap_ambient_clear,
     cap_ambient_raise,
     capbset_drop,
@@ -29,6 +29,7 @@ from runtime.linux.process import (
     close_range,
     execveat,
     ioprio_set,
+    prlimit,
     reset_all_signals,
     sched_setattr,
     set_keepcaps,
@@ -97,26 +98,19 @@ def set_rlimits(limits: Iterable[Rlimit], warn: Warn) -> None:
     for limit in limits:
         wanted = (_unlimited(limit.soft), _unlimited(limit.hard))
         try:
-            resource.setrlimit(limit.resource, wanted)
-        except (PermissionError, ValueError) as error:
-            if isinstance(error, ValueError) and "maximum limit" not in str(error):
-                raise RuntimeFailure(f"set {limit.name} to {limit.soft}:{limit.hard}: {error}") from None
-            _, hard = resource.getrlimit(limit.resource)
-            hard_wanted = _lower(wanted[1], hard)
-            resource.setrlimit(limit.resource, (_lower(wanted[0], hard_wanted), hard_wanted))
+            prlimit(limit.resource, wanted)
+        except KernelError as error:
+            what = f"set {limit.name} to {limit.soft}:{limit.hard}"
+            if error.errno != errno.EPERM:
+                raise RuntimeFailure.of(error, what=what) from None
+            _, hard = prlimit(limit.resource)
+            hard_wanted = min(wanted[1], hard)
+            prlimit(limit.resource, (min(wanted[0], hard_wanted), hard_wanted))
             warn(f"{limit.name} {limit.soft}:{limit.hard} is above what this process may set: it is {hard_wanted}")
-        except OSError as error:
-            raise RuntimeFailure.of(error, what=f"set {limit.name} to {limit.soft}:{limit.hard}") from None
 
 
 def _unlimited(value: int) -> int:
-    return resource.RLIM_INFINITY if value >= (1 << 63) - 1 else value
-
-
-def _lower(one: int, two: int) -> int:
-    if one == resource.RLIM_INFINITY:
-        return two
-    return one if two == resource.RLIM_INFINITY else min(one, two)
+    return RLIM_INFINITY if value >= (1 << 63) - 1 else value
 
 
 def set_io_priority(priority: tuple[int, int]) -> None:

@@ -7,13 +7,12 @@ lengths in it are in range.
 
 from __future__ import annotations
 
-from runtime import mounts, resources, seccomp, spec_namespaces
+from runtime import mounts, resources, spec_namespaces
 from runtime.fields import FieldError, Fields, decode
 from runtime.linux.record import Record
 from runtime.mounts import Mount
 from runtime.namespaces import Namespace
 from runtime.resources import Resources
-from runtime.seccomp import Seccomp
 from runtime.spec_hooks import Hooks, parse_hooks
 from runtime.spec_namespaces import IdMapping, TimeOffset
 from runtime.spec_process import MAX_ID, Process, parse_process
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from runtime.intel_rdt import IntelRdt
     from runtime.memory_policy import MemoryPolicy
     from runtime.net_devices import NetDevice
+    from runtime.seccomp import Seccomp
 
 
 class Device(Record):
@@ -142,7 +142,11 @@ def _device(fields: Fields) -> Device:
 
 def _seccomp(linux: Fields) -> Seccomp | None:
     fields = linux.object("seccomp")
-    return None if fields is None else seccomp.parse(fields)
+    if fields is None:
+        return None
+    from runtime import seccomp  # not every container has a profile
+
+    return seccomp.parse(fields)
 
 
 # sysctl(8) names that belong to a namespace; everything else is the host's (threats S59).

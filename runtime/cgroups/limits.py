@@ -158,7 +158,9 @@ def _apply_devices(manager: Manager, opened: dict[Place, int], wanted: devices.P
                 return
             raise RuntimeFailure("linux.resources.devices: this machine has no devices controller", step="cgroup")
         try:
-            devices.attach(opened[manager.v2], wanted)
+            from runtime.cgroups import devices_v2  # v1 has files for it
+
+            devices_v2.attach(opened[manager.v2], wanted)
         except KernelError as error:
             if manager.rootless and error.errno in _FORBIDDEN:
                 return  # as the peers: without the rights for it, nor can the container make a device

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         c_int64,
         c_long,
         c_size_t,
+        c_ubyte,
         c_uint,
         c_uint32,
         c_uint64,
@@ -51,6 +52,9 @@ else:
 
         class c_uint(_SimpleCData):
             _type_ = "I"
+
+        class c_ubyte(_SimpleCData):
+            _type_ = "B"
 
         class c_int64(_SimpleCData):
             _type_ = "q"
@@ -122,6 +126,7 @@ else:
             c_int64,
             c_long,
             c_size_t,
+            c_ubyte,
             c_uint,
             c_uint32,
             c_uint64,
@@ -144,6 +149,7 @@ __all__ = [
     "c_int64",
     "c_long",
     "c_size_t",
+    "c_ubyte",
     "c_uint",
     "c_uint32",
     "c_uint64",

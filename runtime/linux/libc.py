@@ -36,6 +36,7 @@ _X86_64: Final = {
     "rt_sigaction": 13,
     "fallocate": 285,
     "set_mempolicy": 238,
+    "prlimit64": 302,
 }
 _AARCH64: Final = {
     "pivot_root": 41,
@@ -55,6 +56,7 @@ _AARCH64: Final = {
     "rt_sigaction": 134,
     "fallocate": 47,
     "set_mempolicy": 237,
+    "prlimit64": 261,
 }
 _GENERIC: Final = {
     "pidfd_send_signal": 424,

@@ -247,3 +247,17 @@ def set_comm(name: str) -> None:
         os.write(fd, os.fsencode(name)[:15])
     finally:
         os.close(fd)
+
+
+RLIM_INFINITY = (1 << 64) - 1
+
+
+def prlimit(resource: int, limit: tuple[int, int] | None = None) -> tuple[int, int]:
+    """prlimit(2) of this process: sets (soft, hard) where given, and returns what was before. Raises KernelError.
+
+    The module resource is a library of its own, and loading one costs more than this."""
+    new = None if limit is None else struct.pack("=QQ", *limit)
+    old = room()
+    syscall("prlimit64", 0, resource, new, old, subject=f"resource {resource}")
+    soft, hard = struct.unpack_from("=QQ", old)
+    return soft, hard

@@ -11,7 +11,7 @@ import os
 
 from runtime import create as _create
 from runtime import exec as _exec
-from runtime import lifecycle, rootfs_cgroup, spec, spec_process
+from runtime import hooks, lifecycle, rootfs_cgroup, seccomp, seccomp_load, spec, spec_process
 from runtime.cgroups import killer, limits
 from runtime.errors import RuntimeFailure
 from runtime.fields import decode
@@ -19,7 +19,7 @@ from runtime.linux.mount import FsMount
 from runtime.shim.protocol import ContainerMessage
 
 # Imported on demand, and nearly every container demands them: once for all pods, before the zygote forks.
-_USUAL = (killer, limits, rootfs_cgroup)
+_USUAL = (hooks, killer, limits, rootfs_cgroup, seccomp, seccomp_load)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cgroups import devices
+from runtime.cgroups import devices, devices_v2
 from runtime.cgroups.hierarchy import places_for
 from runtime.cgroups.manager import Manager
 from runtime.errors import RuntimeFailure
@@ -147,7 +147,7 @@ def test_o61_programs_that_piled_up_are_taken_off(kmsg: str) -> None:
         manager.create(Resources())
         fd = os.open(manager.paths()[""], os.O_RDONLY | os.O_CLOEXEC)
         for _ in range(3):
-            stray = bpf.bpf_prog_load_device(devices.program(devices.policy(())))
+            stray = bpf.bpf_prog_load_device(devices_v2.program(devices.policy(())))
             bpf.bpf_prog_attach(fd, stray)
             os.close(stray)
         os.close(fd)
@@ -178,8 +178,8 @@ def test_the_verifier_takes_every_shape_of_program() -> None:
             chosen = {**rule, "major": major, "minor": minor, "allow": not base["allow"]}
             wanted = wish(devices=[base, chosen]).devices
             assert wanted is not None
-            os.close(bpf.bpf_prog_load_device(devices.program(devices.policy(wanted))))
+            os.close(bpf.bpf_prog_load_device(devices_v2.program(devices.policy(wanted))))
     many = [{**rule, "major": 8, "minor": minor} for minor in range(700)]
     wanted = wish(devices=[DENY, *many]).devices
     assert wanted is not None
-    os.close(bpf.bpf_prog_load_device(devices.program(devices.policy(wanted))))
+    os.close(bpf.bpf_prog_load_device(devices_v2.program(devices.policy(wanted))))

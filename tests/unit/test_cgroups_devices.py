@@ -8,7 +8,7 @@ import struct
 
 import pytest
 
-from runtime.cgroups import devices
+from runtime.cgroups import devices, devices_v2
 from runtime.cgroups.devices import DEFAULT_DEVICES, Policy, policy
 from runtime.errors import RuntimeFailure
 from runtime.resources import DeviceRule
@@ -134,14 +134,14 @@ def test_v2_program_says_what_v1_says() -> None:
         except RuntimeFailure:  # a denial that is wider than a default device
             continue
         tried += 1
-        program = devices.program(wanted)
+        program = devices_v2.program(wanted)
         for kind, major, minor, access in itertools.product("bc", (1, 5, 8, 0xFFFFFFFF), (0, 3, 9), accesses):
             answer = run(program, kind, major, minor, access)
             assert answer == kernel_v1(wanted, kind, major, minor, access), (wanted, kind, major, minor, access)
 
 
 def test_v2_default_policy() -> None:
-    program = devices.program(policy(()))
+    program = devices_v2.program(policy(()))
     assert run(program, "c", 1, 3, "rw") == 1 and run(program, "c", 136, 77, "r") == 1
     assert run(program, "b", 8, 0, "m") == 1 and run(program, "b", 8, 0, "r") == 0 == run(program, "b", 8, 0, "rm")
     assert run(program, "c", 10, 200, "rw") == 0 and run(program, "c", 0xFFFFFFFF, 3, "r") == 0

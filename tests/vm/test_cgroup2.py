@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from runtime.cgroups import devices
+from runtime.cgroups import devices, devices_v2
 from runtime.linux import bpf
 from runtime.resources import DeviceRule
 from tests.bundles import OCIRUN, Bundle, Bundles
@@ -240,7 +240,7 @@ def test_o61_a_thousand_updates_leave_one_program(home: Bundles) -> None:
     try:
         # What each update does at its end; a thousand whole ones take minutes under emulation.
         for number in range(1000):
-            devices.attach(fd, devices.policy((rules[number % 2],)))
+            devices_v2.attach(fd, devices.policy((rules[number % 2],)))
     finally:
         os.close(fd)
     assert programs(bundle) == 1 and reads(bundle)
