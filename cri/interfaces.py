@@ -38,6 +38,7 @@ __all__ = [
     "ExecSpec",
     "FsMount",
     "Images",
+    "InterfaceCounters",
     "Network",
     "NetworkError",
     "NetworkResult",
@@ -222,6 +223,21 @@ class NetworkResult:
     raw: Mapping[str, object]
 
 
+@dataclass(frozen=True, slots=True)
+class InterfaceCounters:
+    """What an interface of a pod has carried, as the pod sees it."""
+
+    name: str
+    rx_packets: int
+    tx_packets: int
+    rx_bytes: int
+    tx_bytes: int
+    rx_errors: int
+    tx_errors: int
+    rx_dropped: int
+    tx_dropped: int
+
+
 class Network(Protocol):
     """cri.network.cni.Cni. All of it is async."""
 
@@ -239,6 +255,10 @@ class Network(Protocol):
 
     async def delete(self, pod: PodNetwork) -> None:
         """CNI DEL, with the netns gone too. Idempotent. Raises NetworkError: the caller keeps it and retries."""
+        ...
+
+    async def counters(self, paths: Sequence[Path]) -> Mapping[Path, Sequence[InterfaceCounters]]:
+        """What the interfaces but `lo` of each namespace have carried. One that is gone is left out."""
         ...
 
     async def status(self) -> str | None:

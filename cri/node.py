@@ -83,8 +83,12 @@ class Reader(Protocol):
         """The use of each container, in the same order."""
         ...
 
-    def forget(self, container_id: str) -> None:
-        """Nothing of a removed container stays."""
+    async def of_pods(self, pods: list[Pod]) -> list[pb.PodSandboxStats]:
+        """The use of each pod, in the same order."""
+        ...
+
+    def forget(self, id_: str) -> None:
+        """Nothing of a removed container or pod stays."""
         ...
 
 

@@ -22,6 +22,7 @@ from cri.verbs import (
     create_container,
     exec_sync,
     images,
+    pod_stats,
     query,
     remove_container,
     remove_pod,
@@ -62,6 +63,8 @@ VERBS: dict[str, Verb] = {
     "ExecSync": exec_sync.exec_sync,
     "ContainerStats": container_stats.container_stats,
     "ListContainerStats": container_stats.list_container_stats,
+    "PodSandboxStats": pod_stats.pod_stats,
+    "ListPodSandboxStats": pod_stats.list_pod_stats,
     "ListImages": images.list_images,
     "ImageStatus": images.image_status,
     "PullImage": images.pull_image,
@@ -74,6 +77,8 @@ STREAMS: dict[str, Stream] = {
     "StreamPodSandboxes": streams.stream_pods,
     "StreamContainers": streams.stream_containers,
     "StreamImages": streams.stream_images,
+    "StreamContainerStats": streams.stream_container_stats,
+    "StreamPodSandboxStats": streams.stream_pod_stats,
 }
 
 _METHODS = {method.name: method for service in pb.DESCRIPTOR.services_by_name.values() for method in service.methods}

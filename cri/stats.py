@@ -1,4 +1,4 @@
-"""What containers use: cgroup files read on the call, writable layers measured beside it.
+"""What pods and containers use: cgroup files read on the call, writable layers measured beside it.
 
 Refuses to let one container spoil the answer for all: what cannot be read is left out (threats O42). Invariant: a call
 never waits for a directory walk; sizes of writable layers are those of the last measurement.
@@ -9,12 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from cri import usage
 from cri.api import api_pb2 as pb
+from cri.interfaces import InterfaceCounters
 from cri.node import Node
-from cri.records import Container
+from cri.records import Container, Pod
 from cri.threads import to_thread
+from cri.verbs.run_pod import cgroup_parent
 from runtime.cgroups.manager import Manager, manager_for
 from runtime.cgroups.stats import Stats
 from runtime.errors import RuntimeFailure
@@ -42,6 +48,17 @@ class _Layer:
     inodes: int
 
 
+@dataclass(frozen=True, slots=True)
+class PodLook:
+    """One look at a pod: `stats` is None when it is not ready, and a sum where it has no cgroup of its own."""
+
+    pod: Pod
+    stats: Stats | None
+    own_cgroup: bool
+    interfaces: Sequence[InterfaceCounters] | None
+    containers: tuple[tuple[Container, Stats], ...]
+
+
 class Statistics:
     """Reads and remembers. One event loop uses it; `_read` runs in a thread."""
 
@@ -56,69 +73,97 @@ class Statistics:
 
     async def of(self, containers: list[Container]) -> list[pb.ContainerStats]:
         """The use of each container; one thread hop for all of them."""
+        self._wanted()
+        running = {container.id: container.cgroup for container in containers if container.running}
+        read = await to_thread(self._read, running)
+        return [self._container(container, read.get(container.id)) for container in containers]
+
+    async def of_pods(self, pods: list[Pod]) -> list[pb.PodSandboxStats]:
+        """The use of each pod with its running containers."""
+        return [self._pod(look) for look in await self.look(pods)]
+
+    async def look(self, pods: list[Pod]) -> list[PodLook]:
+        """What there is to see of each pod: one thread hop for all cgroups, and one for all networks."""
+        self._wanted()
+        ready = [pod for pod in pods if pod.ready]
+        containers = {pod.id: [one for one in self._node.store.containers_of(pod.id) if one.running] for pod in ready}
+        groups = self._own_groups(ready) | {one.id: one.cgroup for some in containers.values() for one in some}
+        netns = {pod.id: Path(pod.netns) for pod in ready if pod.netns}
+        read, counters = await asyncio.gather(
+            to_thread(self._read, groups), self._node.parts.network.counters(list(netns.values()))
+        )
+        now = time.time_ns()
+        looks = []
+        for pod in pods:
+            parts = [(one, read[one.id]) for one in containers.get(pod.id, ()) if one.id in read]
+            own = read.get(pod.id)
+            stats = (own or usage.total([one for _, one in parts], now)) if pod.ready else None
+            looks.append(PodLook(pod, stats, own is not None, counters.get(netns.get(pod.id, Path())), tuple(parts)))
+        return looks
+
+    def _wanted(self) -> None:
         self._asked = time.monotonic()
         self._wake.set()
-        running = [container for container in containers if container.running]
-        read = await to_thread(self._read, running)
-        return [self._message(container, read.get(container.id)) for container in containers]
 
-    def _read(self, containers: list[Container]) -> dict[str, Stats]:
+    def _own_groups(self, pods: list[Pod]) -> dict[str, str]:
+        """The cgroup of each pod that has one for itself: a kubelet's pods do; those that were run without a parent, or
+        with that of another pod, do not."""
+        parents = {
+            pod.id: cgroup_parent(self._node, pod.request)
+            for pod in self._node.store.pods.values()
+            if pod.ready and pod.request.linux.cgroup_parent
+        }
+        times = Counter(parents.values())
+        return {pod.id: parents[pod.id] for pod in pods if pod.id in parents and times[parents[pod.id]] == 1}
+
+    def _read(self, groups: Mapping[str, str]) -> dict[str, Stats]:
         found = {}
-        for container in containers:
+        for id_, cgroup in groups.items():
             try:
-                manager = self._managers.get(container.id)
+                manager = self._managers.get(id_)
                 if manager is None:
-                    manager = self._managers[container.id] = manager_for(container.cgroup, container.id)
-                found[container.id] = manager.stats()
+                    manager = self._managers[id_] = manager_for(cgroup, id_)
+                found[id_] = manager.stats()
             except (OSError, RuntimeFailure, ValueError) as error:
-                log.debug("stats of %s: %s", container.id[:13], error)
+                log.debug("stats of %s: %s", id_[:13], error)
         return found
 
-    def _message(self, container: Container, stats: Stats | None) -> pb.ContainerStats:
-        config = container.request
-        message = pb.ContainerStats()
-        message.attributes.id = container.id
-        message.attributes.metadata.CopyFrom(config.metadata)
-        message.attributes.labels.update(config.labels)
-        message.attributes.annotations.update(config.annotations)
-        layer = self._layers.get(container.id)
-        writable = message.writable_layer
-        writable.fs_id.mountpoint = self._mount
-        writable.timestamp = layer.timestamp_ns if layer else time.time_ns()
-        writable.used_bytes.value = layer.bytes if layer else 0
-        writable.inodes_used.value = layer.inodes if layer else 0
-        if stats is None:
-            return message
-        message.cpu.timestamp = message.memory.timestamp = message.swap.timestamp = stats.timestamp_ns
-        message.cpu.usage_core_nano_seconds.value = stats.cpu_usage_ns
-        message.cpu.usage_nano_cores.value = self._rate(container, stats)
-        memory = message.memory
-        memory.usage_bytes.value = stats.memory_usage
-        memory.working_set_bytes.value = stats.memory_working_set
-        memory.rss_bytes.value = stats.memory_rss
-        memory.page_faults.value = stats.page_faults
-        memory.major_page_faults.value = stats.major_page_faults
-        if stats.memory_available >= 0:
-            memory.available_bytes.value = stats.memory_available
-        message.swap.swap_usage_bytes.value = stats.swap_usage
-        if stats.swap_limit >= 0:
-            message.swap.swap_available_bytes.value = max(0, stats.swap_limit - stats.swap_usage)
+    def _container(self, container: Container, stats: Stats | None) -> pb.ContainerStats:
+        cores = self._rate(container.id, container.started_ns, stats) if stats is not None else 0
+        return usage.container_stats(container, stats, cores, self.layer(container.id))
+
+    def _pod(self, look: PodLook) -> pb.PodSandboxStats:
+        containers = [self._container(container, stats) for container, stats in look.containers]
+        cores = sum(one.cpu.usage_nano_cores.value for one in containers)
+        if look.own_cgroup and look.stats is not None:
+            cores = self._rate(look.pod.id, look.pod.created_ns, look.stats)
+        return usage.pod_stats(look.pod, look.stats, cores, look.interfaces, containers)
+
+    def layer(self, container_id: str) -> pb.FilesystemUsage:
+        """The writable layer as last measured."""
+        layer = self._layers.get(container_id)
+        message = pb.FilesystemUsage()
+        message.fs_id.mountpoint = self._mount
+        message.timestamp = layer.timestamp_ns if layer else time.time_ns()
+        message.used_bytes.value = layer.bytes if layer else 0
+        message.inodes_used.value = layer.inodes if layer else 0
         return message
 
-    def _rate(self, container: Container, stats: Stats) -> int:
-        """Nanoseconds of CPU per second since the last sample; since the start for the first."""
-        last = self._samples.get(container.id) or _Sample(container.started_ns, 0, 0)
+    def _rate(self, id_: str, since_ns: int, stats: Stats) -> int:
+        """Nanoseconds of CPU per second since the last sample; since the beginning for the first."""
+        known = self._samples.get(id_)
+        last = known or _Sample(since_ns, 0, 0)
         passed = stats.timestamp_ns - last.timestamp_ns
-        if passed < WINDOW_NS and last.cpu_ns:
+        if known is not None and passed < WINDOW_NS:
             return last.nano_cores
         rate = max(0, stats.cpu_usage_ns - last.cpu_ns) * 1_000_000_000 // max(passed, 1)
-        self._samples[container.id] = _Sample(stats.timestamp_ns, stats.cpu_usage_ns, rate)
+        self._samples[id_] = _Sample(stats.timestamp_ns, stats.cpu_usage_ns, rate)
         return rate
 
-    def forget(self, container_id: str) -> None:
-        """Nothing of a removed container stays."""
+    def forget(self, id_: str) -> None:
+        """Nothing of a removed container or pod stays."""
         for table in (self._managers, self._samples, self._layers):
-            table.pop(container_id, None)
+            table.pop(id_, None)
 
     async def measure(self) -> None:
         """Measures the writable layers for ever, one after the other, as long as somebody asks for them."""
@@ -128,8 +173,8 @@ class Statistics:
             for container in list(self._node.store.containers.values()):
                 if container.running or container.id not in self._layers:
                     await self._measure_one(container.id)
-            known = self._node.store.containers
-            for gone in {*self._managers, *self._samples, *self._layers} - known.keys():
+            known = self._node.store.containers.keys() | self._node.store.pods.keys()
+            for gone in {*self._managers, *self._samples, *self._layers} - known:
                 self.forget(gone)
             if time.monotonic() - self._asked > IDLE_PERIODS * period:
                 self._wake.clear()
@@ -137,9 +182,9 @@ class Statistics:
 
     async def _measure_one(self, container_id: str) -> None:
         try:
-            usage = await to_thread(self._node.parts.snapshots.usage, container_id)
+            used = await to_thread(self._node.parts.snapshots.usage, container_id)
         except (SnapshotError, OSError) as error:
             log.debug("size of the writable layer of %s: %s", container_id[:13], error)
             return
         if container_id in self._node.store.containers:
-            self._layers[container_id] = _Layer(time.time_ns(), usage.bytes, usage.inodes)
+            self._layers[container_id] = _Layer(time.time_ns(), used.bytes, used.inodes)

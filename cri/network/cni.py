@@ -17,13 +17,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cri.interfaces import NetworkError, NetworkResult, PodNetwork
+from cri.interfaces import InterfaceCounters, NetworkError, NetworkResult, PodNetwork
+from cri.network import counters
 from cri.network import netlink as nl
 from cri.network import plan as planning
 from cri.network.conflist import ConfigError, Conflist, is_name
@@ -231,6 +232,9 @@ class Cni:
         return Call(record.pod, conflist.name, conflist.version, record.interface, netns, deadline, path, cancel)
 
     # --------------------------------------------------------------------------------------------------------- status
+
+    async def counters(self, paths: Sequence[Path]) -> Mapping[Path, Sequence[InterfaceCounters]]:
+        return await self._threads.run(counters.read, paths)
 
     async def status(self) -> str | None:
         return await self._threads.run(self._reason)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from cri.api import api_pb2 as pb
 from cri.node import Node
+from cri.records import Container
 from cri.verbs.query import matching_containers
 
 
@@ -20,10 +21,13 @@ async def container_stats(node: Node, request: pb.ContainerStatsRequest) -> pb.C
 
 async def list_container_stats(node: Node, request: pb.ListContainerStatsRequest) -> pb.ListContainerStatsResponse:
     """The use of the running containers that match."""
-    wanted = request.filter
-    containers = [
+    return pb.ListContainerStatsResponse(stats=await node.statistics.of(matching(node, request.filter)))
+
+
+def matching(node: Node, wanted: pb.ContainerStatsFilter) -> list[Container]:
+    """The running containers that every field given in `wanted` matches."""
+    return [
         container
         for container in matching_containers(node, wanted.id, wanted.pod_sandbox_id, wanted.label_selector)
         if container.running
     ]
-    return pb.ListContainerStatsResponse(stats=await node.statistics.of(containers))

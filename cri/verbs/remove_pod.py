@@ -46,4 +46,5 @@ async def remove(node: Node, pod_id: str) -> None:
         failpoint("remove_pod.directory")
         leave_cgroup(node, pod)
         await node.store.remove(pod)
+        node.statistics.forget(pod_id)
     log.info("pod %s (%s) is removed", pod.label, pod.id[:13])

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 
-from runtime.cgroups.stats import read, table
+from runtime.cgroups.stats import pressure, read, table
 
 TYPE_CHECKING = False  # as in runtime.fields
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from runtime.cgroups.stats import Stall
 
 _TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 _NO_LIMIT = (1 << 64) - 1  # math.MaxUint64, which is what runc makes of v2's "max"
@@ -132,14 +134,14 @@ def _numbers(raw: bytes) -> list[int]:
 
 def _pressure(path: str) -> dict[str, object]:
     """Pressure stall information (accounting/psi.rst): "some avg10=0.00 avg60=0.00 avg300=0.00 total=0"."""
-    found: dict[str, object] = {}
-    for line in read(path).decode("ascii", "replace").splitlines():
-        kind, *pairs = line.split()
-        values = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
-        if kind in ("some", "full"):
-            averages: dict[str, object] = {key: float(values.get(key, 0)) for key in ("avg10", "avg60", "avg300")}
-            found[kind] = {**averages, "total": int(values.get("total", 0))}
-    return found
+    found = pressure(path)
+    if found is None:
+        return {}
+    return {kind: _stall(stall) for kind, stall in (("some", found.some), ("full", found.full)) if stall is not None}
+
+
+def _stall(stall: Stall) -> dict[str, object]:
+    return {"avg10": stall.avg10, "avg60": stall.avg60, "avg300": stall.avg300, "total": stall.total_us}
 
 
 # ---------------------------------------------------------------------------------------------------------- memory

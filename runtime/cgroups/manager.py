@@ -258,7 +258,8 @@ class Manager:
     def stats(self) -> Stats:
         """What the container uses. Never fails: what cannot be read is zero."""
         directories = {name: place.directory for name, place in self.by_controller.items()}
-        return stats.collect(directories, self.v2.directory if self.v2 is not None and self.pure_v2() else "")
+        v2 = self.v2.directory if self.v2 is not None else ""
+        return stats.collect(directories, v2 if self.pure_v2() else "", v2)
 
     def oom_kills(self) -> int:
         """How many processes of the container the kernel has killed for want of memory since the cgroup was made. One

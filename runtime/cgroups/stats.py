@@ -26,6 +26,23 @@ class DeviceIo(Record):
     writes: int = 0
 
 
+class Stall(Record):
+    """Part of the time (percent, over 10, 60 and 300 s) and time in all in which somebody waited."""
+
+    total_us: int = 0
+    avg10: float = 0.0
+    avg60: float = 0.0
+    avg300: float = 0.0
+
+
+class Pressure(Record):
+    """Pressure stall information (accounting/psi.rst): `some` process had to wait, or all did (`full`, which kernels
+    before 5.13 do not tell of the processor)."""
+
+    some: Stall | None = None
+    full: Stall | None = None
+
+
 class Stats(Record):
     """One look at a container. Memory counts those below it, as the kernel's `total_` figures do."""
 
@@ -51,6 +68,9 @@ class Stats(Record):
     pids: int = 0
     pids_limit: int = -1
     io: tuple[DeviceIo, ...] = ()
+    cpu_pressure: Pressure | None = None
+    memory_pressure: Pressure | None = None
+    io_pressure: Pressure | None = None
 
     @property
     def memory_working_set(self) -> int:
@@ -236,9 +256,26 @@ def _io_v2(raw: bytes) -> tuple[DeviceIo, ...]:
     return tuple(devices)
 
 
-def collect(directories: dict[str, str], v2: str) -> Stats:
-    """Stats of a container from its v1 directories by controller and its v2 one ("" without)."""
+def pressure(path: str) -> Pressure | None:
+    """A file such as cpu.pressure; None where the kernel keeps none."""
+    found: dict[bytes, Stall] = {}
+    for line in read(path).splitlines():
+        kind, *pairs = line.split()
+        values = dict(pair.split(b"=", 1) for pair in pairs if b"=" in pair)
+        try:
+            averages = [float(values.get(name, 0)) for name in (b"avg10", b"avg60", b"avg300")]
+            found[kind] = Stall(int(values.get(b"total", 0)), *averages)
+        except ValueError:
+            return None
+    return Pressure(found.get(b"some"), found.get(b"full")) if found else None
+
+
+def collect(directories: dict[str, str], v2: str, stalls: str = "") -> Stats:
+    """Stats of a container from its v1 directories by controller, its v2 one, and the v2 one that knows its pressure,
+    which is there where v1 has the controllers, too ("" without)."""
     now = time.time_ns()
     values = of_v2(v2) if v2 else {}
+    if stalls:
+        values.update({f"{name}_pressure": pressure(f"{stalls}/{name}.pressure") for name in ("cpu", "memory", "io")})
     values.update(of_v1(directories))
     return Stats(now, **values)  # type: ignore[arg-type]

@@ -135,3 +135,19 @@ def test_collect_keeps_valid_pods_and_lets_the_others_go(subject: Subject) -> No
         assert not kept.netns.exists()
 
     asyncio.run(scenario())
+
+
+def test_counters_are_of_the_pods_interfaces_and_what_is_gone_is_left_out(subject: Subject) -> None:
+    async def scenario() -> None:
+        one, two = await _pod(subject.network), await _pod(subject.network)
+        for pod in (one, two):
+            await subject.network.add(pod)
+        await subject.network.delete(two)
+        await subject.network.remove_netns(two.netns)
+        found = await subject.network.counters([one.netns, two.netns])
+        assert list(found) == [one.netns]
+        assert [counters.name for counters in found[one.netns]] == ["eth0"]
+        await subject.network.delete(one)
+        await subject.network.remove_netns(one.netns)
+
+    asyncio.run(scenario())

@@ -14,12 +14,12 @@ import os
 import random
 import secrets
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from cri.interfaces import NetworkError, NetworkResult, PodNetwork
+from cri.interfaces import InterfaceCounters, NetworkError, NetworkResult, PodNetwork
 from cri.network import netlink as nl
 from cri.network.cni import Cni, NetworkConfig
 from cri.network.conflist import is_name
@@ -91,6 +91,9 @@ class FakeNetwork:
         if not is_name(pod.id):
             raise NetworkError(f"{pod.id!r} is not a pod's id")
         self.pods.pop(pod.id, None)
+
+    async def counters(self, paths: Sequence[Path]) -> dict[Path, list[InterfaceCounters]]:
+        return {path: [InterfaceCounters("eth0", 1, 2, 3, 4, 5, 6, 7, 8)] for path in paths if path.exists()}
 
     async def status(self) -> str | None:
         return self.not_ready

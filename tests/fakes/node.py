@@ -13,8 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from cri.api import api_pb2 as pb
 from cri.config import Config, LimitSection
+from cri.daemon import _server
 from cri.events import Events
 from cri.feed import Feed
 from cri.intercept import Intercept
@@ -204,6 +207,17 @@ async def rig(directory: Path) -> AsyncIterator[Rig]:
         yield built
     finally:
         await built.close()
+
+
+@contextlib.asynccontextmanager
+async def connected_to(rig: Rig) -> AsyncIterator[grpc.aio.Channel]:
+    """A connection to `rig`, served on a socket as the daemon serves."""
+    rig.config = replace(rig.config, listen=f"unix://{rig.config.state}/ocid.sock")
+    server = _server(rig.config, rig.service)
+    await server.start()
+    async with grpc.aio.insecure_channel(rig.config.listen) as channel:
+        yield channel
+    await server.stop(0)
 
 
 def on_rig(directory: Path, body: Callable[[Rig], Coroutine[Any, Any, None]], seconds: float = 20) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from runtime.cgroups.hierarchy import Hierarchy, Place
 from runtime.cgroups.manager import Manager
+from runtime.cgroups.stats import Pressure, Stall
 from runtime.errors import RuntimeFailure
 from runtime.fields import Fields
 from runtime.resources import DeviceRule, Resources, parse
@@ -154,6 +155,15 @@ def test_v2_stats(v2: Manager) -> None:
         (8, 16, 5, 0, 0, 0),
     ]
     assert v2.oom_kills() == 2
+    assert found.cpu_pressure is None
+    for name in ("cpu", "io"):
+        Path(v2.paths()[""], f"{name}.pressure").write_text(
+            "some avg10=1.50 avg60=0.25 avg300=0.00 total=77\nfull avg10=0.50 avg60=0.00 avg300=0.00 total=5\n"
+        )
+    Path(v2.paths()[""], "memory.pressure").write_text("some avg10=x total=77\n")
+    found = v2.stats()
+    assert found.cpu_pressure == found.io_pressure == Pressure(Stall(77, 1.5, 0.25, 0.0), Stall(5, 0.5, 0.0, 0.0))
+    assert found.memory_pressure is None
 
 
 def test_o42_stats_of_what_is_gone_or_garbled_are_zero(v2: Manager) -> None:

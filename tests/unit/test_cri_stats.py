@@ -1,0 +1,141 @@
+"""Statistics of pods and containers: windows, sums, what is left out; on fakes, and figures as values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cri import usage
+from cri.api import api_pb2 as pb
+from cri.api import api_pb2_grpc
+from cri.interfaces import InterfaceCounters
+from cri.records import Container, Pod
+from cri.verbs import streams
+from runtime.cgroups.stats import Pressure, Stall, Stats
+from tests.fakes.node import Rig, connected_to, on_rig
+
+S = 1_000_000_000
+POD = Pod("p", "web", "default", "u", 0, "native", b"", 1, made_ns=2)
+
+
+def test_a_pods_figures_in_the_cris_words() -> None:
+    stalls = Pressure(Stall(77, 1.5, 0.25, 0.0), None)
+    stats = Stats(
+        5 * S,
+        cpu_usage_ns=7,
+        memory_usage=1000,
+        memory_inactive_file=300,
+        memory_limit=2000,
+        memory_rss=50,
+        pids=4,
+        cpu_pressure=stalls,
+        io_pressure=stalls,
+    )
+    interfaces = [InterfaceCounters(name, 1, 2, 3, 4, 5, 6, 7, 8) for name in ("net1", "eth0")]
+    linux = usage.pod_stats(POD, stats, 9, interfaces, [pb.ContainerStats()]).linux
+    assert (linux.cpu.usage_core_nano_seconds.value, linux.cpu.usage_nano_cores.value) == (7, 9)
+    memory = linux.memory
+    assert (memory.usage_bytes.value, memory.working_set_bytes.value, memory.available_bytes.value) == (1000, 700, 1300)
+    assert (linux.cpu.psi.Some.Total, linux.cpu.psi.Some.Avg10, linux.cpu.psi.HasField("Full")) == (77, 1.5, False)
+    assert linux.io.psi.Some.Avg60 == 0.25 and not memory.HasField("psi")
+    default = linux.network.default_interface
+    assert (default.name, default.rx_bytes.value, default.tx_bytes.value) == ("eth0", 3, 4)
+    assert (default.rx_errors.value, default.tx_errors.value) == (5, 6)
+    assert [one.name for one in linux.network.interfaces] == ["net1"]
+    assert linux.process.process_count.value == 4 and len(linux.containers) == 1
+    for part in (linux.cpu, memory, linux.network, linux.process, linux.io):
+        assert part.timestamp == 5 * S
+
+
+def test_what_is_not_known_is_not_said() -> None:
+    message = usage.pod_stats(POD, None, 0, None, [])
+    assert message.attributes.id == "p" and not message.HasField("linux")
+    linux = usage.pod_stats(POD, Stats(1), 0, None, []).linux
+    assert not linux.HasField("network") and not linux.HasField("io") and not linux.memory.HasField("available_bytes")
+
+
+def test_a_sum_has_a_limit_only_where_all_have_one() -> None:
+    one, two = Stats(1, cpu_usage_ns=2, memory_usage=3, memory_limit=10), Stats(1, cpu_usage_ns=5, memory_usage=7)
+    assert usage.total([one, one], 9) == Stats(9, cpu_usage_ns=4, memory_usage=6, memory_limit=20)
+    assert usage.total([one, two], 9).memory_limit == -1 and usage.total([], 9) == Stats(9)
+
+
+def test_cpu_is_a_mean_over_a_window_that_no_second_reader_shortens(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        def rate(at: float, used: float) -> int:
+            return rig.statistics._rate("x", 100 * S, Stats(int(at * S), cpu_usage_ns=int(used * S)))
+
+        assert rate(104, 2) == S // 2  # since its beginning
+        assert rate(104.001, 2.001) == S // 2  # too soon to say something new
+        assert rate(114, 4) == 2 * S // 10
+        assert rate(124, 3) == 0  # a counter that went back is no rate
+        rig.statistics.forget("x")
+        assert rate(200, 0) == 0 and rate(200.5, 0.5) == 0 and rate(201, 1) == S
+
+    on_rig(tmp_path, body)
+
+
+def test_pods_are_looked_at_whole_and_only_while_ready(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        read: dict[str, str] = {}
+
+        def figures(groups: dict[str, str]) -> dict[str, Stats]:
+            read.update(groups)
+            return {id_: Stats(50 * S, cpu_usage_ns=10, memory_usage=100) for id_ in groups if id_ != gone}
+
+        own = await rig.run_pod("own", linux=pb.LinuxPodSandboxConfig(cgroup_parent="/t/own"))
+        shared = [
+            await rig.run_pod(name, linux=pb.LinuxPodSandboxConfig(cgroup_parent="/t/shared")) for name in ("a", "b")
+        ]
+        plain = await rig.run_pod("plain", labels={"k": "v"})
+        stopped = await rig.run_pod("stopped", linux=pb.LinuxPodSandboxConfig(cgroup_parent="/t/own"))
+        await rig.stop_pod(stopped)
+        one, two = await rig.run(plain, "one"), await rig.run(plain, "two")
+        gone = await rig.run(plain, "gone")
+        rig.statistics._read = figures  # type: ignore[method-assign,assignment]
+
+        async def listed(**fields: Any) -> dict[str, pb.PodSandboxStats]:
+            request = pb.ListPodSandboxStatsRequest(filter=pb.PodSandboxStatsFilter(**fields))
+            return {item.attributes.id: item for item in (await rig.call("ListPodSandboxStats", request)).stats}
+
+        found = await listed()
+        assert found.keys() == {own, *shared, plain}
+        # A stopped pod's cgroup is the next one's: a kubelet's sandboxes of one pod share it.
+        assert {id_: path for id_, path in read.items() if id_ in found} == {own: "/t/own"}
+        assert found[own].linux.memory.usage_bytes.value == 100
+        assert found[plain].linux.memory.usage_bytes.value == 200
+        assert {item.attributes.id for item in found[plain].linux.containers} == {one, two}
+        assert found[plain].linux.network.default_interface.name == "eth0"
+        assert (await listed(label_selector={"k": "v"})).keys() == (await listed(id=plain[:12])).keys() == {plain}
+        answer = await rig.call("PodSandboxStats", pb.PodSandboxStatsRequest(pod_sandbox_id=stopped))
+        assert answer.stats.attributes.metadata.name == "stopped" and not answer.stats.HasField("linux")
+        assert own in rig.statistics._samples
+        await rig.remove_pod(own)
+        assert own not in rig.statistics._samples
+
+    on_rig(tmp_path, body)
+
+
+def test_stats_stream_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "LOOK_ITEMS", 2)
+
+    async def body(rig: Rig) -> None:
+        pods = [await rig.run_pod(f"p{n}") for n in range(3)]
+        made = [await rig.run(pod, "c", "sleep 1000") for pod in pods]
+        async with connected_to(rig) as channel:
+            stub = api_pb2_grpc.RuntimeServiceStub(channel)
+            pieces = [piece async for piece in stub.StreamPodSandboxStats(pb.StreamPodSandboxStatsRequest())]
+            assert [[one.attributes.id for one in piece.pod_sandbox_stats] for piece in pieces] == [pods[:2], pods[2:]]
+            pieces = [piece async for piece in stub.StreamContainerStats(pb.StreamContainerStatsRequest())]
+            assert [[one.attributes.id for one in piece.container_stats] for piece in pieces] == [made[:2], made[2:]]
+
+    on_rig(tmp_path, body)
+
+
+def test_a_container_that_does_not_run_has_a_layer_only() -> None:
+    layer = pb.FilesystemUsage(timestamp=3)
+    container = Container("c", "p", "c", 0, b"", 1)
+    assert usage.container_stats(container, None, 0, layer).writable_layer == layer
+    assert not usage.container_stats(container, None, 0, layer).HasField("cpu")
