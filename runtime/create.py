@@ -48,7 +48,8 @@ class CreateRequest(Record):
     None: the bundle has it there. `stdio` stays the caller's. `console_socket` gets the terminal's master; "" leaves it
     to the caller (Created.console). `systemd_cgroup`: the cgroup is a unit, and spec.cgroups_path its name.
     `pidfd_socket` gets a pidfd of the init; `notify` makes the directory that runtime.notify has mounted. `rootless`:
-    cgroups are best-effort; None: where the rights of root are missing."""
+    cgroups are best-effort; None: where the rights of root are missing. `hold`: the caller starts it, too, with
+    Created.start, and its init ends if the caller ends before."""
 
     root: str
     id: str
@@ -65,18 +66,39 @@ class CreateRequest(Record):
     no_new_keyring: bool = False
     notify: bool = False
     rootless: bool | None = None
+    hold: bool = False
 
 
 class Created:
     """The container's init: a child of the caller. `pidfd` and `console` (or -1) are the caller's to close."""
 
-    __slots__ = ("console", "pidfd", "state", "warnings")
+    __slots__ = ("_channel", "console", "pidfd", "state", "warnings")
 
     def __init__(self, made: State, pidfd: int, console: int, warnings: tuple[str, ...]) -> None:
         self.state = made
         self.pidfd = pidfd
         self.console = console
         self.warnings = warnings
+        self._channel: sync.Channel | None = None
+
+    def hold(self, take_channel: sync.Channel) -> None:
+        """Keeps the channel to the init, which waits for `start` on it."""
+        self._channel = take_channel
+
+    def start(self, root: str) -> None:
+        """What lifecycle.start does, for a container that was created with `hold`. Raises RuntimeFailure."""
+        channel, self._channel = self._channel, None
+        assert channel is not None
+        try:
+            channel.send("Start")
+            failpoint("start.accepted")
+            sync.until_executed(channel)
+        finally:
+            channel.close()
+        try:
+            os.unlink(f"{state.directory(root, self.state.id)}/{state.START_SOCKET}")
+        except FileNotFoundError:  # it has ended, and somebody has deleted it
+            pass
 
 
 def create(request: CreateRequest) -> Created:
@@ -135,7 +157,7 @@ def create(request: CreateRequest) -> Created:
             if request.pid_file:
                 write_durable(request.pid_file, str(created.state.pid).encode(), 0o644, sync=False)
             failpoint("create.saved")
-            birth.release()
+            birth.release(created if request.hold else None)
         return created
     except BaseException as error:
         unwind(undo, error)
@@ -423,10 +445,14 @@ class _Birth:
             hint = "linux.resources.memory.limit is too low for a process to start"
         return RuntimeFailure(f"the container's init ended in step {step}: {how}", step=step, hint=hint, code=code)
 
-    def release(self) -> None:
-        """The last Go: create is over, and the init waits for start."""
+    def release(self, held: Created | None) -> None:
+        """Create is over, and the init waits for start: on the channel if it is held, else, after the last Go, on
+        start.sock."""
         channel, self._channel = self._channel, None
         assert channel is not None
+        if held is not None:
+            held.hold(channel)
+            return
         channel.send("Go")
         channel.close()
 

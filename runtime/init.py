@@ -403,9 +403,9 @@ def main(setup: Setup, channel: sync.Channel) -> NoReturn:
         setup.progress.at(len(STEPS))
         step = "wait"
         channel.send("Ready", text=tuple(init.warnings))
-        channel.receive("Go")
-        channel.close()
-        init.channel = channel = sync.accept(setup.listener)
+        if channel.receive("Go", "Start")[0].kind == "Go":
+            channel.close()
+            init.channel = channel = sync.accept(setup.listener)
         step = "start"
         setup.listener.close()
         start(init)

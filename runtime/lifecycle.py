@@ -52,18 +52,16 @@ def start(root: str, container_id: str) -> None:
             raise _wrong("cannot start an already running container") from None
         _unlink(f"{directory}/{state.START_SOCKET}")
         failpoint("start.accepted")
-        try:
-            channel.receive()
-        except sync.Closed:
-            pass  # execve closed the init's end
+        sync.until_executed(channel)
     finally:
         channel.close()
-    if facts.poststart:
-        _run_poststart(facts)
+    run_poststart(facts)
 
 
-def _run_poststart(facts: State) -> None:
+def run_poststart(facts: State) -> None:
     """A container whose hook fails is stopped (runtime-spec): whoever counted on the hook must not see it run."""
+    if not facts.poststart:
+        return
     from runtime import hooks
 
     known = state.for_hooks(facts.id, facts.bundle, facts.annotations, "running", facts.pid)

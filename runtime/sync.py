@@ -18,6 +18,7 @@
       |                                  |   startContainer hooks, seccomp, execve
       |                                  |-- end of file: execve did it --------->|   or Failed(step, errno, …)
 
+A caller that starts it itself, as `run` does, says Start instead of the last Go, on the channel that is there.
 An exec has no start: after the last Go it loads its filter (Listener, Go) and executes, and end of file tells the
 caller. Instead of any message the init may send Failed, and exits. Until the last Go, end of file from the caller makes
 the init exit: a killed caller leaves no half-made container (threats O37). A peer that only connects to start.sock and
@@ -144,6 +145,14 @@ def listen(directory: str, name: str) -> _socket.socket:
     finally:
         os.umask(before)
     return sock
+
+
+def until_executed(channel: Channel) -> None:
+    """Returns once execve has closed the init's end. Raises RuntimeFailure with the step that failed before."""
+    try:
+        channel.receive()
+    except Closed:
+        pass
 
 
 def accept(listener: _socket.socket) -> Channel:

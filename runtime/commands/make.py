@@ -47,7 +47,7 @@ def run(context: Context, name: str, values: Values) -> int:
     if len(values.words) != 1:
         raise UsageError(f'"{name}" requires exactly 1 argument(s): {WORDS[name]}')
     detached = name == "create" or values.on("detach")
-    request = _request(context, values, detached)
+    request = _request(context, values, detached).changed(hold=name == "run")
     if not detached:
         return _attached(context, request, values)
     made = create.create(request)
@@ -121,7 +121,8 @@ def _attached(context: Context, request: create.CreateRequest, values: Values) -
         try:
             _warn(context, made)
             notify = _notify(context, request)
-            lifecycle.start(context.root, request.id)
+            made.start(context.root)
+            lifecycle.run_poststart(made.state)
             return foreground.follow(made.state.pid, made.console, notify)
         finally:
             if notify is not None:
@@ -134,7 +135,8 @@ def _start(context: Context, request: create.CreateRequest, made: Created, *, ke
     notify = None
     try:
         notify = _notify(context, request)
-        lifecycle.start(context.root, request.id)
+        made.start(context.root)
+        lifecycle.run_poststart(made.state)
         if notify is not None:
             notify.wait(made.pidfd, made.state.pid)
     except BaseException:

@@ -379,3 +379,15 @@ def test_features_name_what_is_there(home: Bundles) -> None:
     assert {"user", "time", "cgroup"} <= set(found["linux"]["namespaces"]) and "CAP_BPF" in found["linux"][
         "capabilities"
     ]
+
+
+def test_run_releases_its_own_init_and_leaves_no_socket(home: Bundles) -> None:
+    one = home.make("sleep", "1000")
+    one.write()
+    home.ocirun("run", "--detach", "--bundle", str(one.path), one.id).ok()
+    assert one.status() == "running"
+    assert not (home.root / one.id / "start.sock").exists()
+    one.start().failed("cannot start an already running container")
+    missing = home.make("no-such-command")
+    missing.run().failed("executable file not found")
+    missing.gone()
