@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -18,10 +18,11 @@ from cri.api import api_pb2 as pb
 from cri.calls import Locks, Reservations, Tasks
 from cri.config import NATIVE, Config
 from cri.errors import FailedPrecondition, InvalidArgument, NotFound
-from cri.interfaces import Containers, Images, Network, Sandbox, Sandboxes, Snapshots
+from cri.interfaces import Containers, Images, InterfaceCounters, Network, Sandbox, Sandboxes, Snapshots
 from cri.records import Container, Pod
 from cri.store import Store
 from cri.threads import Threads
+from runtime.cgroups.stats import Stats
 
 Record = TypeVar("Record", Pod, Container)
 # What a stream awaits once its answer will be complete from then on.
@@ -76,6 +77,17 @@ class Watcher(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class PodLook:
+    """One look at a pod: `stats` is None when it is not ready, and a sum where it has no cgroup of its own."""
+
+    pod: Pod
+    stats: Stats | None
+    own_cgroup: bool
+    interfaces: Sequence[InterfaceCounters] | None
+    containers: tuple[tuple[Container, Stats], ...]
+
+
 class Reader(Protocol):
     """cri.stats.Statistics, as the verbs see it."""
 
@@ -85,6 +97,18 @@ class Reader(Protocol):
 
     async def of_pods(self, pods: list[Pod]) -> list[pb.PodSandboxStats]:
         """The use of each pod, in the same order."""
+        ...
+
+    async def look(self, pods: list[Pod]) -> list[PodLook]:
+        """What there is to see of each pod, in the same order."""
+        ...
+
+    def layer(self, container_id: str) -> pb.FilesystemUsage:
+        """The writable layer as last measured."""
+        ...
+
+    def processes(self, id_: str) -> int | None:
+        """How many processes what was looked at has; blocks. None when it is gone."""
         ...
 
     def forget(self, id_: str) -> None:

@@ -22,6 +22,7 @@ from cri.verbs import (
     create_container,
     exec_sync,
     images,
+    pod_metrics,
     pod_stats,
     query,
     remove_container,
@@ -65,6 +66,8 @@ VERBS: dict[str, Verb] = {
     "ListContainerStats": container_stats.list_container_stats,
     "PodSandboxStats": pod_stats.pod_stats,
     "ListPodSandboxStats": pod_stats.list_pod_stats,
+    "ListMetricDescriptors": pod_metrics.list_metric_descriptors,
+    "ListPodSandboxMetrics": pod_metrics.list_pod_metrics,
     "ListImages": images.list_images,
     "ImageStatus": images.image_status,
     "PullImage": images.pull_image,
@@ -79,6 +82,7 @@ STREAMS: dict[str, Stream] = {
     "StreamImages": streams.stream_images,
     "StreamContainerStats": streams.stream_container_stats,
     "StreamPodSandboxStats": streams.stream_pod_stats,
+    "StreamPodSandboxMetrics": streams.stream_pod_metrics,
 }
 
 _METHODS = {method.name: method for service in pb.DESCRIPTOR.services_by_name.values() for method in service.methods}

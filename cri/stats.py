@@ -10,14 +10,13 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cri import usage
 from cri.api import api_pb2 as pb
-from cri.interfaces import InterfaceCounters
-from cri.node import Node
+from cri.node import Node, PodLook
 from cri.records import Container, Pod
 from cri.threads import to_thread
 from cri.verbs.run_pod import cgroup_parent
@@ -46,17 +45,6 @@ class _Layer:
     timestamp_ns: int
     bytes: int
     inodes: int
-
-
-@dataclass(frozen=True, slots=True)
-class PodLook:
-    """One look at a pod: `stats` is None when it is not ready, and a sum where it has no cgroup of its own."""
-
-    pod: Pod
-    stats: Stats | None
-    own_cgroup: bool
-    interfaces: Sequence[InterfaceCounters] | None
-    containers: tuple[tuple[Container, Stats], ...]
 
 
 class Statistics:
@@ -148,6 +136,14 @@ class Statistics:
         message.used_bytes.value = layer.bytes if layer else 0
         message.inodes_used.value = layer.inodes if layer else 0
         return message
+
+    def processes(self, id_: str) -> int | None:
+        """How many processes there are in a cgroup that was read before; blocks. None when it is gone."""
+        manager = self._managers.get(id_)
+        try:
+            return len(manager.pids()) if manager is not None else None
+        except (OSError, RuntimeFailure):
+            return None
 
     def _rate(self, id_: str, since_ns: int, stats: Stats) -> int:
         """Nanoseconds of CPU per second since the last sample; since the beginning for the first."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from cri.api import api_pb2 as pb
 from cri.node import Begun, Node
-from cri.verbs import container_stats, images, pod_stats, query
+from cri.verbs import container_stats, images, pod_metrics, pod_stats, query
 
 T = TypeVar("T")
 
@@ -72,6 +72,15 @@ async def stream_pod_stats(
     """ListPodSandboxStats in pieces."""
     for some in batched(pod_stats.matching(node, request.filter)):
         for chunk in chunks(pb.StreamPodSandboxStatsResponse, "pod_sandbox_stats", await node.statistics.of_pods(some)):
+            yield chunk
+
+
+async def stream_pod_metrics(
+    node: Node, request: pb.StreamPodSandboxMetricsRequest, begun: Begun
+) -> AsyncGenerator[bytes, None]:
+    """ListPodSandboxMetrics in pieces."""
+    async for some in pod_metrics.pod_metrics(node):
+        for chunk in chunks(pb.StreamPodSandboxMetricsResponse, "pod_sandbox_metrics", some):
             yield chunk
 
 

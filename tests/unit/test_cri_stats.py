@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from cri import usage
+from cri import metrics, usage
 from cri.api import api_pb2 as pb
 from cri.api import api_pb2_grpc
 from cri.interfaces import InterfaceCounters
 from cri.records import Container, Pod
 from cri.verbs import streams
-from runtime.cgroups.stats import Pressure, Stall, Stats
-from tests.fakes.node import Rig, connected_to, on_rig
+from runtime.cgroups.stats import DeviceIo, Pressure, Stall, Stats
+from tests.fakes.node import IMAGE, Rig, connected_to, on_rig
 
 S = 1_000_000_000
 POD = Pod("p", "web", "default", "u", 0, "native", b"", 1, made_ns=2)
@@ -139,3 +139,61 @@ def test_a_container_that_does_not_run_has_a_layer_only() -> None:
     container = Container("c", "p", "c", 0, b"", 1)
     assert usage.container_stats(container, None, 0, layer).writable_layer == layer
     assert not usage.container_stats(container, None, 0, layer).HasField("cpu")
+
+
+def test_metrics_have_cadvisors_names_and_the_labels_that_they_describe(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        pod = await rig.run_pod("web", linux=pb.LinuxPodSandboxConfig(cgroup_parent="/t/web"))
+        limits = pb.LinuxContainerConfig(resources=pb.LinuxContainerResources(memory_limit_in_bytes=64 << 20))
+        one = await rig.run(pod, "one", linux=limits)
+        await rig.stop_pod(await rig.run_pod("stopped"))
+        stats = Stats(
+            50 * S,
+            cpu_usage_ns=7 * S + 5,
+            memory_usage=100,
+            pids=3,
+            io=(DeviceIo(8, 0, 1, 2, 3, 4),),
+            cpu_pressure=Pressure(Stall(3_000_000), None),
+        )
+        rig.statistics._read = lambda groups: dict.fromkeys(groups, stats)  # type: ignore[method-assign,assignment]
+        described = {item.name: list(item.label_keys) for item in metrics.descriptors()}
+        assert len(described) == len(metrics.FAMILIES)
+        answer = await rig.call("ListMetricDescriptors", pb.ListMetricDescriptorsRequest())
+        assert {item.name for item in answer.descriptors} == described.keys()
+        (found,) = (await rig.call("ListPodSandboxMetrics", pb.ListPodSandboxMetricsRequest())).pod_metrics
+        assert found.pod_sandbox_id == pod and [item.container_id for item in found.container_metrics] == [one]
+
+        def values(items: Any) -> dict[tuple[str, str], int]:
+            for item in items:
+                assert len(item.label_values) == len(described[item.name])
+            labels = len(metrics.BASE_LABELS)
+            return {(item.name, ",".join(item.label_values[labels:])): item.value.value for item in items}
+
+        own, of_one = values(found.metrics), values(found.container_metrics[0].metrics)
+        assert own["container_network_receive_bytes_total", "eth0"] == 3
+        assert own["container_network_transmit_packets_dropped_total", "eth0"] == 8
+        assert ("container_spec_memory_limit_bytes", "") not in own
+        assert of_one["container_cpu_usage_seconds_total", "total"] == 7
+        assert of_one["container_spec_memory_limit_bytes", ""] == 64 << 20
+        assert of_one["container_fs_writes_bytes_total", "8:0"] == 2
+        assert of_one["container_pressure_cpu_waiting_seconds_total", ""] == 3
+        assert ("container_pressure_cpu_stalled_seconds_total", "") not in of_one
+        assert ("container_threads_max", "") not in of_one and of_one["container_threads", ""] == 3
+        sample = found.container_metrics[0].metrics[0]
+        assert (sample.timestamp, sample.metric_type) == (50 * S, pb.COUNTER)
+        assert dict(zip(described[sample.name], sample.label_values, strict=True)) == {
+            "container": "one",
+            "id": rig.node.store.containers[one].cgroup,
+            "image": IMAGE,
+            "name": one,
+            "namespace": "default",
+            "pod": "web",
+            "cpu": "total",
+        }
+        assert list(found.metrics[0].label_values) == ["", "/t/web", "", pod, "default", "web", "total"]
+        async with connected_to(rig) as channel:
+            stub = api_pb2_grpc.RuntimeServiceStub(channel)
+            pieces = [piece async for piece in stub.StreamPodSandboxMetrics(pb.StreamPodSandboxMetricsRequest())]
+        assert [item.pod_sandbox_id for piece in pieces for item in piece.pod_sandbox_metrics] == [pod]
+
+    on_rig(tmp_path, body)

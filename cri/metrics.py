@@ -1,0 +1,204 @@
+"""cAdvisor's metrics of pods and containers, as ListPodSandboxMetrics carries them to a kubelet's /metrics/cadvisor.
+
+One table says all: name, help, kind, labels of its own, and where the values are. Refuses to make up a sample: what is
+not known has none. Invariant: every sample has the labels of its descriptor, in its order. Values are whole numbers on
+this wire, so seconds are whole seconds, as with the peers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from cri.api import api_pb2 as pb
+from cri.interfaces import InterfaceCounters
+from cri.records import Container, Pod
+from runtime.cgroups.stats import Pressure, Stats
+
+# What Prometheus rules of Kubernetes select by; a pod's own samples have no container, as cAdvisor's have none.
+BASE_LABELS = ("container", "id", "image", "name", "namespace", "pod")
+_SECOND_NS, _SECOND_US = 1_000_000_000, 1_000_000
+
+Sample = tuple[tuple[str, ...], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the samples of one container or pod are made of."""
+
+    stats: Stats
+    started_ns: int = 0
+    limits: pb.LinuxContainerResources | None = None
+    layer: pb.FilesystemUsage | None = None
+    processes: int | None = None
+    interfaces: tuple[InterfaceCounters, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One metric: `samples` yields the values of its own labels, and a number."""
+
+    name: str
+    help: str
+    kind: pb.MetricType
+    samples: Callable[[Facts], Iterable[Sample]]
+    labels: tuple[str, ...] = ()
+    timed: bool = True
+
+
+def _one(value: Callable[[Facts], int | None]) -> Callable[[Facts], Iterable[Sample]]:
+    def samples(facts: Facts) -> Iterator[Sample]:
+        found = value(facts)
+        if found is not None and found >= 0:
+            yield (), found
+
+    return samples
+
+
+def _stat(field: str, divisor: int = 1) -> Callable[[Facts], Iterable[Sample]]:
+    return _one(lambda facts: int(getattr(facts.stats, field)) // divisor)
+
+
+def _stalled(field: str, which: str) -> Callable[[Facts], Iterable[Sample]]:
+    def value(facts: Facts) -> int | None:
+        pressure: Pressure | None = getattr(facts.stats, field)
+        stall = getattr(pressure, which) if pressure is not None else None
+        return stall.total_us // _SECOND_US if stall is not None else None
+
+    return _one(value)
+
+
+def _limit(field: str) -> Callable[[Facts], Iterable[Sample]]:
+    return _one(lambda facts: int(getattr(facts.limits, field)) or None if facts.limits is not None else None)
+
+
+def _device(field: str) -> Callable[[Facts], Iterable[Sample]]:
+    return lambda facts: (((f"{io.major}:{io.minor}",), getattr(io, field)) for io in facts.stats.io)
+
+
+def _carried(field: str) -> Callable[[Facts], Iterable[Sample]]:
+    return lambda facts: (((one.name,), getattr(one, field)) for one in facts.interfaces)
+
+
+def _faults(facts: Facts) -> Iterator[Sample]:
+    yield ("pgfault", "hierarchy"), facts.stats.page_faults
+    yield ("pgmajfault", "hierarchy"), facts.stats.major_page_faults
+
+
+def _layer(field: str) -> Callable[[Facts], Iterable[Sample]]:
+    def samples(facts: Facts) -> Iterator[Sample]:
+        if facts.layer is not None:
+            yield (facts.layer.fs_id.mountpoint,), getattr(facts.layer, field).value
+
+    return samples
+
+
+def _cpu_total(facts: Facts) -> Iterator[Sample]:
+    yield ("total",), facts.stats.cpu_usage_ns // _SECOND_NS
+
+
+C, G = pb.COUNTER, pb.GAUGE
+FAMILIES: tuple[Family, ...] = (
+    Family("container_cpu_usage_seconds_total", "CPU time consumed", C, _cpu_total, ("cpu",)),
+    Family("container_cpu_user_seconds_total", "CPU time in user mode", C, _stat("cpu_user_ns", _SECOND_NS)),
+    Family("container_cpu_system_seconds_total", "CPU time in the kernel", C, _stat("cpu_system_ns", _SECOND_NS)),
+    Family("container_cpu_cfs_periods_total", "Enforcement periods elapsed", C, _stat("periods")),
+    Family("container_cpu_cfs_throttled_periods_total", "Periods throttled", C, _stat("throttled_periods")),
+    Family("container_cpu_cfs_throttled_seconds_total", "Time throttled", C, _stat("throttled_ns", _SECOND_NS)),
+    Family("container_memory_usage_bytes", "Memory in use, whenever it was accessed", G, _stat("memory_usage")),
+    Family("container_memory_working_set_bytes", "Memory that cannot go at once", G, _stat("memory_working_set")),
+    Family("container_memory_max_usage_bytes", "Most memory ever in use", G, _stat("memory_peak")),
+    Family("container_memory_rss", "Anonymous memory in bytes", G, _stat("memory_rss")),
+    Family("container_memory_cache", "Page cache in bytes", G, _stat("memory_cache")),
+    Family("container_memory_mapped_file", "Memory mapped files in bytes", G, _stat("memory_mapped_file")),
+    Family("container_memory_swap", "Swap in use in bytes", G, _stat("swap_usage")),
+    Family("container_memory_failures_total", "Page faults", C, _faults, ("failure_type", "scope")),
+    Family("container_oom_events_total", "Processes killed for want of memory", C, _stat("oom_kills")),
+    Family("container_pressure_cpu_waiting_seconds_total", "Some waited for CPU", C, _stalled("cpu_pressure", "some")),
+    Family("container_pressure_cpu_stalled_seconds_total", "All waited for CPU", C, _stalled("cpu_pressure", "full")),
+    Family(
+        "container_pressure_memory_waiting_seconds_total",
+        "Some waited for memory",
+        C,
+        _stalled("memory_pressure", "some"),
+    ),
+    Family(
+        "container_pressure_memory_stalled_seconds_total",
+        "All waited for memory",
+        C,
+        _stalled("memory_pressure", "full"),
+    ),
+    Family("container_pressure_io_waiting_seconds_total", "Some waited for IO", C, _stalled("io_pressure", "some")),
+    Family("container_pressure_io_stalled_seconds_total", "All waited for IO", C, _stalled("io_pressure", "full")),
+    Family("container_fs_usage_bytes", "Bytes of the writable layer", G, _layer("used_bytes"), ("device",)),
+    Family("container_fs_reads_total", "Reads completed", C, _device("reads"), ("device",)),
+    Family("container_fs_reads_bytes_total", "Bytes read", C, _device("read_bytes"), ("device",)),
+    Family("container_fs_writes_total", "Writes completed", C, _device("writes"), ("device",)),
+    Family("container_fs_writes_bytes_total", "Bytes written", C, _device("write_bytes"), ("device",)),
+    Family("container_processes", "Processes running", G, _one(lambda facts: facts.processes)),
+    Family("container_threads", "Threads running", G, _stat("pids")),
+    Family("container_threads_max", "Threads allowed, where there is a limit", G, _stat("pids_limit")),
+    Family(
+        "container_start_time_seconds",
+        "Start since the epoch",
+        G,
+        _one(lambda facts: facts.started_ns // _SECOND_NS or None),
+        timed=False,
+    ),
+    Family(
+        "container_last_seen",
+        "Last look since the epoch",
+        G,
+        _one(lambda facts: facts.stats.timestamp_ns // _SECOND_NS),
+    ),
+    Family("container_spec_cpu_period", "CPU period in microseconds", G, _limit("cpu_period"), timed=False),
+    Family("container_spec_cpu_quota", "CPU quota in microseconds", G, _limit("cpu_quota"), timed=False),
+    Family("container_spec_cpu_shares", "CPU shares", G, _limit("cpu_shares"), timed=False),
+    Family("container_spec_memory_limit_bytes", "Memory limit", G, _limit("memory_limit_in_bytes"), timed=False),
+    Family(
+        "container_spec_memory_swap_limit_bytes",
+        "Limit of memory and swap together",
+        G,
+        _limit("memory_swap_limit_in_bytes"),
+        timed=False,
+    ),
+    *(
+        Family(f"container_network_{way}_{what}_total", text, C, _carried(f"{short}_{field}"), ("interface",))
+        for way, short in (("receive", "rx"), ("transmit", "tx"))
+        for what, field, text in (
+            ("bytes", "bytes", "Bytes carried"),
+            ("packets", "packets", "Packets carried"),
+            ("packets_dropped", "dropped", "Packets dropped"),
+            ("errors", "errors", "Errors met"),
+        )
+    ),
+)
+
+
+def descriptors() -> Iterator[pb.MetricDescriptor]:
+    """Every metric that a list may hold, with its labels in order."""
+    for family in FAMILIES:
+        yield pb.MetricDescriptor(name=family.name, help=family.help, label_keys=BASE_LABELS + family.labels)
+
+
+def pod_labels(pod: Pod, cgroup: str) -> tuple[str, ...]:
+    """The values of BASE_LABELS for a pod."""
+    return ("", cgroup, "", pod.id, pod.namespace, pod.name)
+
+
+def container_labels(container: Container, pod: Pod) -> tuple[str, ...]:
+    """The values of BASE_LABELS for a container."""
+    image = container.image_name or container.request.image.image
+    return (container.name, container.cgroup, image, container.id, pod.namespace, pod.name)
+
+
+def samples(facts: Facts, labels: tuple[str, ...]) -> Iterator[pb.Metric]:
+    """All that `facts` can say."""
+    for family in FAMILIES:
+        timestamp = facts.stats.timestamp_ns if family.timed else 0
+        for own, value in family.samples(facts):
+            metric = pb.Metric(
+                name=family.name, timestamp=timestamp, metric_type=family.kind, label_values=labels + own
+            )
+            metric.value.value = value
+            yield metric
