@@ -34,6 +34,7 @@ from cri.verbs import (
     stop_pod,
     streams,
     update_container,
+    update_pod,
 )
 
 # gRPC metadata of RunPodSandbox that our own command line sends: a network's name, or "none".
@@ -60,6 +61,7 @@ VERBS: dict[str, Verb] = {
     "ContainerStatus": query.container_status,
     "ListContainers": query.list_containers,
     "UpdateContainerResources": update_container.update_container,
+    "UpdatePodSandboxResources": update_pod.update_pod,
     "ReopenContainerLog": reopen_log.reopen_log,
     "ExecSync": exec_sync.exec_sync,
     "ContainerStats": container_stats.container_stats,

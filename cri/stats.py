@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from cri.api import api_pb2 as pb
 from cri.node import Node, PodLook
 from cri.records import Container, Pod
 from cri.threads import to_thread
-from cri.verbs.run_pod import cgroup_parent
+from cri.verbs.run_pod import own_cgroups
 from runtime.cgroups.manager import Manager, manager_for
 from runtime.cgroups.stats import Stats
 from runtime.errors import RuntimeFailure
@@ -75,7 +74,7 @@ class Statistics:
         self._wanted()
         ready = [pod for pod in pods if pod.ready]
         containers = {pod.id: [one for one in self._node.store.containers_of(pod.id) if one.running] for pod in ready}
-        groups = self._own_groups(ready) | {one.id: one.cgroup for some in containers.values() for one in some}
+        groups = own_cgroups(self._node, ready) | {one.id: one.cgroup for some in containers.values() for one in some}
         netns = {pod.id: Path(pod.netns) for pod in ready if pod.netns}
         read, counters = await asyncio.gather(
             to_thread(self._read, groups), self._node.parts.network.counters(list(netns.values()))
@@ -92,17 +91,6 @@ class Statistics:
     def _wanted(self) -> None:
         self._asked = time.monotonic()
         self._wake.set()
-
-    def _own_groups(self, pods: list[Pod]) -> dict[str, str]:
-        """The cgroup of each pod that has one for itself: a kubelet's pods do; those that were run without a parent, or
-        with that of another pod, do not."""
-        parents = {
-            pod.id: cgroup_parent(self._node, pod.request)
-            for pod in self._node.store.pods.values()
-            if pod.ready and pod.request.linux.cgroup_parent
-        }
-        times = Counter(parents.values())
-        return {pod.id: parents[pod.id] for pod in pods if pod.id in parents and times[parents[pod.id]] == 1}
 
     def _read(self, groups: Mapping[str, str]) -> dict[str, Stats]:
         found = {}

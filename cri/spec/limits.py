@@ -58,6 +58,17 @@ def build(resources: pb.LinuxContainerResources) -> dict[str, Any]:
     return built
 
 
+def merge(kept: pb.LinuxContainerResources, given: pb.LinuxContainerResources) -> None:
+    """Puts what `given` gives over `kept`: what is not given stays, and a page size has one limit. The OOM score is a
+    process's own and set when it starts, so an update does not change it."""
+    pages = {limit.page_size: limit.limit for limit in (*kept.hugepage_limits, *given.hugepage_limits)}
+    score = kept.oom_score_adj
+    kept.MergeFrom(given)
+    kept.oom_score_adj = score
+    del kept.hugepage_limits[:]
+    kept.hugepage_limits.extend(pb.HugepageLimit(page_size=size, limit=limit) for size, limit in pages.items())
+
+
 def oom_score_adj(resources: pb.LinuxContainerResources) -> int:
     """-1000..1000, proc_pid_oom_score_adj(5)."""
     value: int = resources.oom_score_adj

@@ -40,6 +40,8 @@ async def node_status(node: Node, request: pb.StatusRequest) -> pb.StatusRespons
         response.status.conditions.add(
             type="NetworkReady", status=False, reason="NetworkPluginNotReady", message=trouble
         )
+    # Nothing that this configuration uses is to go away.
+    response.status.conditions.add(type="ContainerRuntimeHasNoDeprecationWarnings", status=True)
     features = pb.RuntimeHandlerFeatures(recursive_read_only_mounts=True, user_namespaces=False)
     for name in ("", *node.config.runtime.handlers):
         response.runtime_handlers.add(name=name, features=features)

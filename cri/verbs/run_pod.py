@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +72,18 @@ def cgroup_parent(node: Node, config: pb.PodSandboxConfig) -> str:
     if not parts or len(asked) > 4096 or any(part in (".", "..") or not part.isprintable() for part in parts):
         raise InvalidArgument(f"linux.cgroup_parent: {asked[:80]!r} is no path of cgroup names")
     return "/" + "/".join(parts)
+
+
+def own_cgroups(node: Node, pods: Collection[Pod]) -> dict[str, str]:
+    """The cgroup of each of `pods` that has one for itself: a kubelet's do; those that were run without a parent, or
+    with that of another pod, do not. A pod that has stopped leaves its cgroup to the next one."""
+    parents = {
+        pod.id: cgroup_parent(node, pod.request)
+        for pod in node.store.pods.values()
+        if pod.ready and pod.request.linux.cgroup_parent
+    }
+    users = Counter(parents.values())
+    return {pod.id: parents[pod.id] for pod in pods if users[parents.get(pod.id, "")] == 1}
 
 
 def check_labels(config: pb.PodSandboxConfig | pb.ContainerConfig) -> None:

@@ -31,7 +31,5 @@ async def _update(node: Node, container_id: str, given: pb.LinuxContainerResourc
             raise FailedPrecondition(f"update {container.name} ({container.id[:13]}): the container has ended")
         await to_thread(node.parts.containers.update, node.sandbox_of(container), container.id, built)
         merged = pb.LinuxContainerResources.FromString(container.resources)
-        if given.hugepage_limits:
-            del merged.hugepage_limits[:]
-        merged.MergeFrom(given)
+        limits.merge(merged, given)
         await node.store.change_container(container_id, resources=merged.SerializeToString())

@@ -140,6 +140,7 @@ def test_status_says_what_there_is(tmp_path: Path) -> None:
         assert {item.type: item.status for item in answer.status.conditions} == {
             "RuntimeReady": True,
             "NetworkReady": True,
+            "ContainerRuntimeHasNoDeprecationWarnings": True,
         }
         assert [handler.name for handler in answer.runtime_handlers] == ["", "native"]
         assert "exec_output_bytes" in answer.info["config"] and answer.features.supplemental_groups_policy
@@ -325,19 +326,57 @@ def test_updates_are_merged_and_shown(tmp_path: Path) -> None:
 
         await update(memory_limit_in_bytes=1 << 30, cpu_shares=512)
         await update(cpu_quota=-1, hugepage_limits=[pb.HugepageLimit(page_size="2MB", limit=4)])
-        await update(hugepage_limits=[pb.HugepageLimit(page_size="2MB", limit=8)])
+        await update(hugepage_limits=[pb.HugepageLimit(page_size="2MB", limit=8)], oom_score_adj=500)
+        await update(hugepage_limits=[pb.HugepageLimit(page_size="1GB", limit=0)])
         asked = rig.shims.pods[pod].containers[container].resources
         assert asked[0] == {"cpu": {"shares": 512}, "memory": {"limit": 1 << 30}}
         assert asked[1]["cpu"] == {"quota": -1}
         shown = (await rig.status(container)).resources.linux
         assert (shown.memory_limit_in_bytes, shown.cpu_shares, shown.cpu_quota) == (1 << 30, 512, -1)
-        assert [limit.limit for limit in shown.hugepage_limits] == [8]
+        assert [(limit.page_size, limit.limit) for limit in shown.hugepage_limits] == [("2MB", 8), ("1GB", 0)]
+        assert shown.oom_score_adj == 0  # which no update changes
         with pytest.raises(CallFailed, match=r"resources\.cpu_period") as caught:
             await update(cpu_period=-5)
         assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
         await rig.stop(container)
         with pytest.raises(CallFailed, match="has ended"):
             await update(cpu_shares=2)
+
+    on_rig(tmp_path, body)
+
+
+def test_limits_of_a_pod_are_the_pods_alone(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        def request(pod: str, **fields: Any) -> pb.UpdatePodSandboxResourcesRequest:
+            limits = pb.LinuxContainerResources(**fields)
+            return pb.UpdatePodSandboxResourcesRequest(pod_sandbox_id=pod, resources=limits)
+
+        plain, *shared = [
+            await rig.run_pod(name, linux=pb.LinuxPodSandboxConfig(cgroup_parent=parent))
+            for name, parent in (("plain", ""), ("a", "/no-such/one"), ("b", "/no-such/one"))
+        ]
+        for pod in (plain, *shared):
+            with pytest.raises(CallFailed, match="no cgroup for itself") as caught:
+                await rig.call("UpdatePodSandboxResources", request(pod, cpu_shares=512))
+            assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
+        with pytest.raises(CallFailed, match=r"resources\.cpu_shares"):
+            await rig.call("UpdatePodSandboxResources", request(plain, cpu_shares=-1))
+        # What limits nothing is kept; a kubelet tells the overhead of a runtime class so.
+        overhead = pb.LinuxContainerResources(memory_limit_in_bytes=1 << 20)
+        await rig.call(
+            "UpdatePodSandboxResources",
+            pb.UpdatePodSandboxResourcesRequest(pod_sandbox_id=plain, overhead=overhead),
+        )
+        assert rig.node.store.pods[plain].request.linux.overhead == overhead
+        await rig.stop_pod(shared[1])
+        with pytest.raises(CallFailed, match="/no-such/one is not there before its first container"):
+            await rig.call("UpdatePodSandboxResources", request(shared[0], cpu_shares=512))
+        assert not rig.node.store.pods[shared[0]].request.linux.resources.cpu_shares
+        await rig.stop_pod(plain)
+        with pytest.raises(CallFailed, match="not ready"):
+            await rig.call("UpdatePodSandboxResources", request(plain, cpu_shares=512))
+        with pytest.raises(CallFailed, match="not found"):
+            await rig.call("UpdatePodSandboxResources", request("f" * 64))
 
     on_rig(tmp_path, body)
 
