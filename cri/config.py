@@ -44,6 +44,14 @@ def _absolute(value: Any) -> str:
     return "" if Path(value).is_absolute() else "an absolute path"
 
 
+def _absolute_or_none(value: Any) -> str:
+    return "" if not value or Path(value).is_absolute() else 'an absolute path or ""'
+
+
+def _port(value: Any) -> str:
+    return "" if value < 65536 else "a port"
+
+
 def _absolute_all(values: Any) -> str:
     return "" if all(Path(value).is_absolute() for value in values) else "absolute paths"
 
@@ -135,8 +143,13 @@ class ImageSection:
 class StreamSection:
     """[stream]"""
 
-    address: str = _key("127.0.0.1", "Where the streaming server listens.")
-    port: int = _key(0, "Its port; 0 takes any free one.", least=0)
+    address: str = _key(
+        "127.0.0.1",
+        "Where the streaming server listens. The kubelet passes on what others ask for: loopback is enough.",
+    )
+    port: int = _key(0, "Its port; 0 takes any free one.", least=0, check=_port)
+    tls_cert: str = _key("", 'PEM file of its certificate and chain; "" serves without TLS.', check=_absolute_or_none)
+    tls_key: str = _key("", 'PEM file of its key; "" where tls_cert holds it, too.', check=_absolute_or_none)
     sessions: int = _key(512, "Most exec, attach and port-forward sessions at once.", least=1)
     idle_s: float = _key(4 * 3600.0, "Seconds without a byte after which a session is ended.", least=1)
 

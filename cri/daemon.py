@@ -33,6 +33,8 @@ from cri.service import Metadata, Service
 from cri.stats import Statistics
 from cri.store import Store as Records
 from cri.store import open_database, open_sound
+from cri.streaming.server import Server as StreamServer
+from cri.streaming.sessions import Sessions
 from imagestore.config import StoreConfig
 from imagestore.model import Usage
 from imagestore.store import Store
@@ -63,6 +65,7 @@ class Built:
     feed: Feed
     statistics: Statistics
     service: Service
+    streams: StreamServer
     network: Cni
     snapshots: Overlay
     images: Store
@@ -152,7 +155,8 @@ def build(config: Config, *, direct: bool) -> Built:
     node.statistics = statistics
     node.feed = feed = Feed(records)
     service = Service(node, Intercept(RECOVERING))
-    return Built(node, events, feed, statistics, service, network, snapshots, images, databases)
+    streams = StreamServer(config.stream, Sessions(shims, node.exec_threads))
+    return Built(node, events, feed, statistics, service, streams, network, snapshots, images, databases)
 
 
 def _lost(node: Node, pod_id: str) -> None:
@@ -196,6 +200,8 @@ async def serve(config: Config) -> None:
         built = build(config, direct=False)
         server = _server(config, built.service)
         ended = _ending(built.node)
+        await built.streams.start()
+        built.node.streams = built.streams
         await server.start()
         config.socket.chmod(0o600)
         log.info("serving the CRI on %s", config.listen)
@@ -214,6 +220,7 @@ async def serve(config: Config) -> None:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
             await server.stop(GRACE_S)
+            await built.streams.close()
             await built.close()
 
 

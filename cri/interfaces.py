@@ -1,6 +1,6 @@
 """The parts as `cri` sees them. Read this first.
 
-Five Protocols, each a page of promises; the real parts and the fakes in tests/fakes pass one contract suite
+Six Protocols, each a page of promises; the real parts and the fakes in tests/fakes pass one contract suite
 (tests/contract). Nothing here does anything. Unless a docstring says otherwise a method blocks and is called through
 `cri.threads.to_thread`; it may be called from several threads at once; after a crash half-way the same call, made
 again, ends the same way.
@@ -22,6 +22,7 @@ from runtime.shim.model import (
     ContainerSpec,
     ExecResult,
     ExecSpec,
+    ExecStream,
     Sandbox,
     SandboxSpec,
     ShimUnresponsive,
@@ -36,6 +37,7 @@ __all__ = [
     "Containers",
     "ExecResult",
     "ExecSpec",
+    "ExecStream",
     "FsMount",
     "Images",
     "InterfaceCounters",
@@ -49,6 +51,7 @@ __all__ = [
     "Sandboxes",
     "ShimUnresponsive",
     "Snapshots",
+    "Streams",
 ]
 
 # ---------------------------------------------------------------------------------------------------------- images
@@ -182,10 +185,33 @@ class Containers(Protocol):
         """Opens `log_path` anew; no line is lost or split over the two files."""
         ...
 
+
+class Streams(Protocol):
+    """runtime.shim.client.Shims, third part: fds that bytes of a pod pass through, and never the shim."""
+
+    def exec_stream(
+        self,
+        sandbox: Sandbox,
+        container_id: str,
+        process: Mapping[str, object],
+        fds: Sequence[int] = (),
+        *,
+        terminal: bool = False,
+    ) -> ExecStream:
+        """Runs a command on copies of `fds` (stdin, stdout, stderr; they stay the caller's), or on a terminal of its
+        own whose master comes back: once that is closed it hangs up. The control fd tells the exit code, also when the
+        container ends; closing it leaves the command alone. Raises ContainerError when the command cannot start."""
+        ...
+
     def attach(self, sandbox: Sandbox, container_id: str, fds: Sequence[int], *, stdin: bool, terminal: bool) -> int:
         """Hands the caller's fds (stdin, stdout, stderr as present) to the shim, which copies the container's streams
         to them as well as to the log. Returns a CLOEXEC control fd: write JSON {"resize":[rows,cols]} frames to it,
         read EOF when the container's output has ended; closing it detaches."""
+        ...
+
+    def connect(self, sandbox: Sandbox, port: int) -> int:
+        """A TCP connection to `port` of the pod's loopback, IPv4 first, made inside its network namespace: a CLOEXEC
+        socket that the caller owns. Raises ContainerError when nobody listens there."""
         ...
 
 

@@ -21,6 +21,7 @@ from cri.errors import FailedPrecondition, InvalidArgument, NotFound
 from cri.interfaces import Containers, Images, InterfaceCounters, Network, Sandbox, Sandboxes, Snapshots
 from cri.records import Container, Pod
 from cri.store import Store
+from cri.streaming.sessions import Request
 from cri.threads import Threads
 from runtime.cgroups.stats import Stats
 
@@ -124,6 +125,14 @@ class Telling(Protocol):
         ...
 
 
+class Offers(Protocol):
+    """cri.streaming.server.Server, as the verbs see it."""
+
+    def offer(self, request: Request) -> str:
+        """A URL that works once and soon. Raises LimitExceeded."""
+        ...
+
+
 class Stopping(Protocol):
     """One stopping of one container (cri.verbs.stop_container)."""
 
@@ -161,6 +170,7 @@ class Node:
     events: Watcher = field(init=False)
     statistics: Reader = field(init=False)
     feed: Telling = field(init=False)
+    streams: Offers | None = None
     tasks: Tasks = field(default_factory=Tasks)
     locks: Locks = field(default_factory=Locks)
     exits: Exits = field(default_factory=Exits)
@@ -191,6 +201,12 @@ class Node:
     def sandbox_of(self, container: Container) -> Sandbox:
         """The shim of the container's pod."""
         return self.sandbox(self.store.pods[container.pod_id])
+
+    def streaming(self) -> Offers:
+        """Where streams are served. Raises FailedPrecondition where this process serves none."""
+        if self.streams is None:
+            raise FailedPrecondition("streams are served by a daemon only (ocid serve)")
+        return self.streams
 
     def handler(self, name: str) -> tuple[str, str]:
         """The handler of a request: its name, and the path of its binary or "" for native. Raises InvalidArgument."""

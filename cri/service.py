@@ -17,13 +17,16 @@ from cri.errors import CallFailed, Unimplemented
 from cri.intercept import Intercept
 from cri.node import Begun, Node
 from cri.verbs import (
+    attach,
     container_events,
     container_stats,
     create_container,
+    exec,
     exec_sync,
     images,
     pod_metrics,
     pod_stats,
+    port_forward,
     query,
     remove_container,
     remove_pod,
@@ -64,6 +67,9 @@ VERBS: dict[str, Verb] = {
     "UpdatePodSandboxResources": update_pod.update_pod,
     "ReopenContainerLog": reopen_log.reopen_log,
     "ExecSync": exec_sync.exec_sync,
+    "Exec": exec.exec_stream,
+    "Attach": attach.attach,
+    "PortForward": port_forward.port_forward,
     "ContainerStats": container_stats.container_stats,
     "ListContainerStats": container_stats.list_container_stats,
     "PodSandboxStats": pod_stats.pod_stats,

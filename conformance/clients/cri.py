@@ -16,6 +16,7 @@ from typing import Any
 from conformance import daemons
 from conformance.clients.steps import Surprise, eventually, expect, holds, same
 from conformance.crictl import scenario
+from conformance.crictl.steps import Scenario
 from conformance.crictl.tool import Crictl
 from conformance.images import BUSYBOX
 from conformance.registry import Registry
@@ -26,7 +27,7 @@ HOST = {"security_context": {"namespace_options": {"network": NODE, "pid": NODE,
 
 
 @dataclass(slots=True)
-class Cri(scenario.Scenario):
+class Cri(Scenario):
     """Adds pods and containers made by one call each."""
 
     runtime: str = ""
@@ -221,6 +222,7 @@ def cri(runtime: str, directory: Path, images: Registry, crictl: Path) -> Iterat
         with daemons.containerd(directory, images.address, runtime=binary) as daemon:
             tool = Crictl(crictl, daemon.socket, config)
             it = Cri(tool, images.reference(BUSYBOX), directory, f"/{cgroup}", runtime=runtime)
+            it.on_containerd()
             tool.ok("pull", it.image)
             yield it
     finally:

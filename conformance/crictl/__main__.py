@@ -15,7 +15,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from conformance import daemons
-from conformance.crictl.scenario import STEPS, Scenario
+from conformance.clients.steps import Surprise
+from conformance.crictl.scenario import STEPS
+from conformance.crictl.steps import Scenario
 from conformance.crictl.tool import CheckFailed, Crictl, built
 from conformance.images import BUSYBOX, layouts, push
 from conformance.isolated import reenter
@@ -41,6 +43,8 @@ def run(runtime: str, base: Path, binary: Path) -> int:
             else:
                 daemon = stack.enter_context(daemons.containerd(directory, images.address))
             it = Scenario(Crictl(binary, daemon.socket, config), images.reference(BUSYBOX), directory, f"/{cgroup}")
+            if runtime == "containerd":
+                it.on_containerd()
             failed = _steps(it)
             if failed:
                 print(f"--- the end of {daemon.log.name}:\n{daemon.log.read_text()[-4000:]}")
@@ -54,7 +58,7 @@ def _steps(it: Scenario) -> int:
         try:
             step(it)
             outcome = "ok"
-        except (CheckFailed, OSError, KeyError, IndexError, ValueError) as error:
+        except (CheckFailed, Surprise, OSError, KeyError, IndexError, ValueError) as error:
             outcome = f"FAILED: {type(error).__name__}: {error}"
             failed += 1
         print(f"  {step.__name__:14} {(time.perf_counter() - began) * 1000:6.0f} ms  {outcome}", flush=True)

@@ -5,55 +5,13 @@ from __future__ import annotations
 
 import json
 import os
-import time
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conformance.crictl.tool import CheckFailed, Crictl
-
-PAGE_PATH = "/index.html"
-WAIT_S = 20.0
-
-
-@dataclass(slots=True)
-class Scenario:
-    """`image` is a reference of the busybox image; the other fields are filled by the steps."""
-
-    crictl: Crictl
-    image: str
-    directory: Path
-    cgroup: str
-    pod: str = ""
-    container: str = ""
-    pid: int = 0
-
-    @property
-    def pod_file(self) -> Path:
-        return self.directory / "pod.json"
-
-    @property
-    def container_file(self) -> Path:
-        return self.directory / "container.json"
-
-    @property
-    def logs(self) -> Path:
-        return self.directory / "logs"
-
-
-def check(condition: object, what: str) -> None:
-    if not condition:
-        raise CheckFailed(what)
-
-
-def eventually(probe: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not probe():
-        if time.monotonic() > deadline:
-            raise CheckFailed(f"not within {WAIT_S:.0f} s: {what}")
-        time.sleep(0.02)
+from conformance.crictl import streams
+from conformance.crictl.steps import PAGE_PATH, Scenario, check, eventually
 
 
 def version(it: Scenario) -> None:
@@ -241,6 +199,7 @@ STEPS: tuple[Callable[[Scenario], None], ...] = (
     inspect,
     inspectp,
     exec_sync,
+    *streams.STEPS,
     logs,
     stats,
     stop,

@@ -32,13 +32,25 @@ class Crictl:
     socket: Path
     config: Path
 
-    def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+    def command(self, *arguments: object) -> list[str]:
+        """The words to run it with."""
         endpoint = f"unix://{self.socket}"
         command = [str(self.binary), "--config", str(self.config), "--runtime-endpoint", endpoint]
-        command += ["--image-endpoint", endpoint, "--timeout", "60s", *map(str, arguments)]
+        return [*command, "--image-endpoint", endpoint, "--timeout", "60s", *map(str, arguments)]
+
+    def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CALL_S, check=False
+            self.command(*arguments),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=CALL_S,
+            check=False,
         )
+
+    def piped(self, data: bytes, *arguments: object) -> subprocess.CompletedProcess[bytes]:
+        """With `data` as its input."""
+        return subprocess.run(self.command(*arguments), input=data, capture_output=True, timeout=CALL_S, check=False)
 
     def ok(self, *arguments: object) -> str:
         """What it prints on success."""

@@ -224,6 +224,18 @@ class Shims:
             connection.settimeout(None)
             return connection.detach()
 
+    def connect(self, sandbox: Sandbox, port: int) -> int:
+        """Streams.connect."""
+        message = protocol.ConnectMessage(port)
+        with _sentences(f"connect to port {port} of pod {sandbox.id}"), self._living(sandbox):
+            with contextlib.closing(self._connect(sandbox, _CALL_TIMEOUT)) as connection:
+                send_frame(connection, protocol.request("connect", message))
+                received = recv_frame(connection, want_fds=True)
+                if received is None:
+                    raise FrameError("the shim closed the connection")
+                protocol.parse_reply(received[0])
+                return received[1][0]
+
     # ------------------------------------------------------------------------------------------------------ the wire
 
     def _connect(self, sandbox: Sandbox, timeout: float | None) -> socket.socket:

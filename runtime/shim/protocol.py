@@ -13,6 +13,10 @@
       │ ◀─ {} · {"event": "exit", "facts": {…}} · … · EOF ─── │
       │ ── attach + fds (SCM_RIGHTS) ───────────────────────▶ │ the connection becomes the control fd:
       │ ◀─ {} ··· {"resize": [rows, cols]} ··▶ ··· EOF ────── │ EOF = output ended, or the caller detaches
+      │ ── stream StreamMessage + fds ──────────────────────▶ │ a command on the caller's fds, or on a terminal
+      │ ◀─ {pid} + terminal ···················· {exit_code} ─│ once it has ended
+      │ ── connect ConnectMessage ──────────────────────────▶ │ in the pod's network namespace
+      │ ◀─ {} + socket ────────────────────────────────────── │
 
 A connection carries one request. Frames are those of runtime.linux.sockets: a length, then JSON (two replies
 excepted, as drawn). Refuses requests over MAX_REQUEST, unknown operations and unknown fields, each by name. Invariant:
@@ -113,6 +117,12 @@ class StreamMessage(Record):
     id: str
     process: dict[str, Any]
     terminal: bool
+
+
+class ConnectMessage(Record):
+    """A TCP connection to `port` of the pod's loopback; the socket travels with the answer."""
+
+    port: int
 
 
 class SweepMessage(Record):

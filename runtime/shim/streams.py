@@ -14,6 +14,7 @@ from runtime.linux.sockets import FrameError, recv_frame
 from runtime.shim import protocol
 from runtime.shim.commands import run_on_fds, run_to_end
 from runtime.shim.handler import ANSWERED, Handler
+from runtime.shim.netns import connected, enter
 from runtime.shim.reaper import exit_code
 from runtime.shim.records import be_as_expendable_as
 
@@ -60,7 +61,19 @@ class StreamHandler(Handler):
         be_as_expendable_as(held.facts.pid)
         started = run_on_fds(self._engine(held.handler), message, self._fds)
         self._send(protocol.reply({"pid": started.pid}), (started.console,) if started.console >= 0 else ())
+        if started.console >= 0:
+            os.close(started.console)  # the caller's copy is the last: closing that hangs up the terminal
         self._send(protocol.reply({"exit_code": exit_code(self._status(started.pid))[0]}))
+        return ANSWERED
+
+    def _do_connect(self, body: object) -> object:
+        message = protocol.parse(protocol.ConnectMessage, body)
+        if not 0 < message.port < 65536:
+            raise RuntimeFailure(f"port {message.port} does not exist", code="invalid_argument")
+        if self._pod.netns:
+            enter(self._pod.netns)
+        with connected(message.port) as inside:
+            self._send(protocol.reply({}), (inside.fileno(),))
         return ANSWERED
 
     def _do_attach(self, body: object) -> object:

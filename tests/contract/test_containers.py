@@ -26,6 +26,7 @@ from cri.interfaces import (
     Sandbox,
     Sandboxes,
     SandboxSpec,
+    Streams,
 )
 from runtime.linux.sockets import recv_frame
 from tests.fakes.containers import MemoryContainers
@@ -33,8 +34,8 @@ from tests.shims import Lab, process
 from tests.support import eventually, needs
 
 
-class Both(Sandboxes, Containers, Protocol):
-    """Shims is both."""
+class Both(Sandboxes, Containers, Streams, Protocol):
+    """Shims is all three."""
 
 
 class Ground:
@@ -268,6 +269,67 @@ def test_attach_copies_output_and_ends_with_it(ground: Ground) -> None:
         over.settimeout(20)
         assert over.recv(1) == b""
         assert (stdout.read(), stderr.read()) == (b"out\n", b"err\n")
+
+
+def test_a_command_on_fds_writes_to_them_and_its_code_comes_by_the_control_fd(ground: Ground) -> None:
+    sandbox = ground.start()
+    spec = ground.run(sandbox, "sleep 1000")
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    (out, out_write), (err, err_write) = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
+    command = process(["sh", "-c", "echo to out; echo to err >&2; exit 3"])
+    stream = ground.part.exec_stream(sandbox, spec.id, command, [null, out_write, err_write])
+    for fd in (null, out_write, err_write):
+        os.close(fd)
+    with open(out, "rb") as stdout, open(err, "rb") as stderr:
+        assert (stdout.read(), stderr.read()) == (b"to out\n", b"to err\n")
+    assert stream.console == -1 and _code(stream.control) == 3
+
+
+def test_a_command_on_a_terminal_gives_its_master(ground: Ground) -> None:
+    sandbox = ground.start()
+    spec = ground.run(sandbox, "sleep 1000")
+    stream = ground.part.exec_stream(
+        sandbox, spec.id, process(["sh", "-c", "echo shown; exit 2"], terminal=True), terminal=True
+    )
+    assert os.isatty(stream.console) and not os.get_inheritable(stream.console)
+    assert _code(stream.control) == 2
+    assert os.read(stream.console, 100) == b"shown\r\n"
+    os.close(stream.console)
+
+
+def test_a_command_on_fds_needs_a_running_container_and_all_three(ground: Ground) -> None:
+    sandbox = ground.start()
+    spec = ground.run(sandbox, "exit 0")
+    ground.ended(sandbox, spec.id)
+    with pytest.raises(ContainerError) as caught:
+        ground.part.exec_stream(sandbox, spec.id, process(["true"]), [0, 1, 2])
+    assert caught.value.code == "failed_precondition"
+    running = ground.run(sandbox, "sleep 1000")
+    with pytest.raises(ContainerError) as caught:
+        ground.part.exec_stream(sandbox, running.id, process(["true"]), [0])
+    assert caught.value.code == "invalid_argument"
+
+
+def _code(control: int) -> object:
+    with socket.socket(fileno=control) as end:
+        end.settimeout(10)
+        received = recv_frame(end)
+        assert received is not None and recv_frame(end) is None
+        return json.loads(received[0])["ok"]["exit_code"]
+
+
+def test_a_connection_is_made_to_a_port_of_the_pod(ground: Ground) -> None:
+    sandbox = ground.start()
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # the pod has the host's network
+        port = listener.getsockname()[1]
+        fd = ground.part.connect(sandbox, port)
+        with socket.socket(fileno=fd) as near, listener.accept()[0] as far:
+            assert not near.get_inheritable()
+            near.sendall(b"in")
+            assert far.recv(10) == b"in"
+    with pytest.raises(ContainerError) as caught:
+        ground.part.connect(sandbox, port)
+    assert caught.value.code == "unavailable"
 
 
 def test_calls_may_come_from_several_threads(ground: Ground) -> None:

@@ -25,6 +25,7 @@ from runtime.shim.model import (
     ContainerSpec,
     ExecResult,
     ExecSpec,
+    ExecStream,
     Sandbox,
     SandboxSpec,
 )
@@ -253,6 +254,45 @@ class MemoryContainers:
             if outcome.runs_on:
                 return ExecResult(137, stdout, stderr, True, truncated)
             return ExecResult(outcome.code, stdout, stderr, False, truncated)
+
+    def exec_stream(
+        self,
+        sandbox: Sandbox,
+        container_id: str,
+        process: Mapping[str, object],
+        fds: Sequence[int] = (),
+        *,
+        terminal: bool = False,
+    ) -> ExecStream:
+        with self._lock:
+            self._called("exec_stream", container_id)
+            _, container = self._container(sandbox, container_id)
+            if not container.facts.started_ns or container.facts.finished_ns:
+                raise ContainerError(f"container {container_id} is not running", code="failed_precondition")
+            if not terminal and len(fds) != 3:
+                raise ContainerError("expected stdin, stdout and stderr", code="invalid_argument")
+            outcome = interpret(process)
+            master, slave = os.openpty() if terminal else (-1, -1)
+            for fd, data in zip((slave, slave) if terminal else fds[1:], (outcome.stdout, outcome.stderr), strict=True):
+                os.write(fd, data)
+            ours, theirs = socket.socketpair()
+            if outcome.runs_on:
+                container.attached.append(([slave] if terminal else [], ours))
+            else:
+                send_frame(ours, json.dumps({"ok": {"exit_code": outcome.code}}).encode())
+                ours.close()
+                if terminal:
+                    os.close(slave)
+            return ExecStream(next(self._pids), theirs.detach(), master)
+
+    def connect(self, sandbox: Sandbox, port: int) -> int:
+        with self._lock:
+            self._called("connect", f"{sandbox.id} {port}")
+            self._pod(sandbox)
+        try:
+            return socket.create_connection(("127.0.0.1", port), 5).detach()
+        except OSError as error:
+            raise ContainerError(f"connect to port {port}: {error}", code="unavailable") from error
 
     def update(self, sandbox: Sandbox, container_id: str, resources: Mapping[str, object]) -> None:
         with self._lock:

@@ -26,6 +26,8 @@ from cri.recovery import lost, recover
 from cri.service import Metadata, Service
 from cri.stats import Statistics
 from cri.store import Store, open_sound
+from cri.streaming.server import Server
+from cri.streaming.sessions import Sessions
 from imagestore.model import Image, ImageConfig
 from tests.fakes.containers import MemoryContainers
 from tests.fakes.images import MemoryImages, make_image
@@ -76,6 +78,7 @@ class Rig:
         node.events = self.events
         node.statistics = self.statistics = Statistics(node)
         node.feed = self.feed = Feed(node.store)
+        node.streams = self.streams = Server(self.config.stream, Sessions(self.shims, node.exec_threads))
         self.service = Service(node, Intercept("" if ready else "recovering"))
 
     async def restart(self) -> None:
