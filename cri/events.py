@@ -46,7 +46,9 @@ def keep_facts(node: Node, facts: ContainerFacts) -> Container | None:
     changed = {key: value for key, value in facts_of(facts).items() if getattr(container, key) != value}
     if changed:
         container = node.store.note_container(facts.id, **changed)
-    if facts.finished_ns:
+    if facts.finished_ns and container is not None:
+        how = (container.name, container.id[:13], container.exit_code, container.exit_reason)
+        log.info("container %s (%s) ended: code %d, %s", *how)
         node.exits.happened(facts.id)
     return container
 
@@ -119,12 +121,8 @@ class Events:
     def _happened(self, payload: bytes) -> None:
         message = json.loads(payload)
         facts = parse_facts(message["facts"])
-        container = keep_facts(self._node, facts)
-        if container is not None and message.get("event") == "exit":
-            log.info(
-                "container %s (%s) ended: code %d, %s",
-                container.name,
-                container.id[:13],
-                container.exit_code,
-                container.exit_reason,
-            )
+        starting = self._node.starting.get(facts.id)
+        if starting is not None:
+            starting.append(facts)
+        else:
+            keep_facts(self._node, facts)

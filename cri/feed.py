@@ -143,7 +143,7 @@ def _happened(old: Pod | Container, new: Pod | Container | None) -> Iterator[pb.
         return
     if not old.made_ns:
         yield pb.CONTAINER_CREATED_EVENT
-    if _started(new) and not (old.made_ns and _started(old)):
+    if _started(new) and not (old.made_ns and (_started(old) or _stopped(old))):
         yield pb.CONTAINER_STARTED_EVENT
     if _stopped(new) and not (old.made_ns and _stopped(old)):
         yield pb.CONTAINER_STOPPED_EVENT

@@ -18,7 +18,7 @@ from cri.api import api_pb2 as pb
 from cri.calls import Locks, Reservations, Tasks
 from cri.config import NATIVE, Config
 from cri.errors import FailedPrecondition, InvalidArgument, NotFound
-from cri.interfaces import Containers, Images, InterfaceCounters, Network, Sandbox, Sandboxes, Snapshots
+from cri.interfaces import ContainerFacts, Containers, Images, InterfaceCounters, Network, Sandbox, Sandboxes, Snapshots
 from cri.records import Container, Pod
 from cri.store import Store
 from cri.streaming.sessions import Request
@@ -175,6 +175,8 @@ class Node:
     locks: Locks = field(default_factory=Locks)
     exits: Exits = field(default_factory=Exits)
     stopping: dict[str, Stopping] = field(default_factory=dict)
+    # What shims say of containers whose start has not been answered yet: first it has started, then it has ended.
+    starting: dict[str, list[ContainerFacts]] = field(default_factory=dict)
     processes: dict[str, dict[str, object]] = field(default_factory=dict)
     exec_threads: Threads = field(default_factory=lambda: Threads("exec", EXEC_THREADS))
     pod_names: Reservations[str] = field(init=False)

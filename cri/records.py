@@ -149,8 +149,9 @@ def facts_of(facts: ContainerFacts) -> dict[str, int | str]:
     changed: dict[str, int | str] = {
         "pid": facts.pid,
         "started_ticks": facts.started_ticks,
-        "started_ns": facts.started_ns,
     }
+    if facts.started_ns:  # an exit may be told before its start: that does not undo what is known of it
+        changed["started_ns"] = facts.started_ns
     if facts.finished_ns:
         changed |= {
             "finished_ns": facts.finished_ns,

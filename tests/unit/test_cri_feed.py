@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cri.api import api_pb2_grpc
 from cri.records import Container, Pod
 from cri.verbs import streams
 from tests.fakes.node import Rig, connected_to, on_rig
+from tests.support import eventually
 
 CREATED, STARTED = pb.CONTAINER_CREATED_EVENT, pb.CONTAINER_STARTED_EVENT
 STOPPED, DELETED = pb.CONTAINER_STOPPED_EVENT, pb.CONTAINER_DELETED_EVENT
@@ -112,6 +114,28 @@ def test_what_ends_at_once_and_what_never_starts_are_told_too(tmp_path: Path) ->
                 ("waits", STOPPED),
                 ("pod", STOPPED),
             ]
+            call.cancel()
+
+    on_rig(tmp_path, body)
+
+
+def test_an_exit_that_is_told_before_its_start_was_answered_comes_second(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        def start(sandbox: Any, container_id: str) -> Any:
+            pod, container = rig.shims._container(sandbox, container_id)
+            rig.shims._end(pod, container, 3, 0)
+            eventually(lambda: rig.node.starting[container_id], what="the daemon has read of the exit")
+            return replace(container.facts, started_ns=container.facts.finished_ns, finished_ns=0)
+
+        pod = await rig.run_pod()
+        rig.shims.start_container = start  # type: ignore[method-assign]
+        async with serving(rig) as (stub, _):
+            call = await listening(stub)
+            one = await rig.run(pod, "one")
+            events = await _take(call, 3)
+            assert _kinds(events, {one: "one"}) == [("one", CREATED), ("one", STARTED), ("one", STOPPED)]
+            (status,) = events[2].containers_statuses
+            assert (status.exit_code, status.started_at > 0) == (3, True) and rig.node.starting == {}
             call.cancel()
 
     on_rig(tmp_path, body)

@@ -1,0 +1,236 @@
+"""Statistics, events and limits of pods on the real kernel, through gRPC on the daemon's socket."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from conformance.cri_client import connected, container
+from conformance.daemons import remove_cgroup
+from cri.api import api_pb2 as pb
+from runtime.cgroups.hierarchy import detect
+from tests.e2e import Node, node, stocked
+from tests.fakes.registry import FakeRegistry
+from tests.support import eventually, needs
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def registry() -> Iterator[FakeRegistry]:
+    needs("root", "overlay", "busybox")
+    with stocked() as made:
+        yield made
+
+
+@pytest.fixture
+def here(tmp_path: Path, registry: FakeRegistry) -> Iterator[Node]:
+    with node(tmp_path / "n") as made:
+        made.client.pull(f"{registry.name}/busybox:1")
+        made.image = f"{registry.name}/busybox:1"
+        # One pod before anything is counted: zygote, bridge and the cached seccomp program stay.
+        made.drop(made.run(made.image, ["true"], network=True)[0])
+        yield made
+        remove_cgroup(f"/{made.tag}p")
+
+
+def _pod(here: Node, *, network: bool = False) -> tuple[str, Any, str]:
+    """A pod as a kubelet makes it, with a cgroup of its own: id, configuration, cgroup."""
+    config = here.pod_config(network=network)
+    config.linux.cgroup_parent = f"/{here.tag}p/{config.metadata.name}"
+    return here.client.run_pod(config), config, config.linux.cgroup_parent
+
+
+def _run(here: Node, pod: str, config: Any, name: str, script: str) -> str:
+    one = here.client.create(pod, container(name, here.image, ["sh", "-c", script]), config)
+    here.client.start(one)
+    return str(one)
+
+
+def _pod_stats(here: Node, pod: str) -> Any:
+    return here.client.runtime.PodSandboxStats(pb.PodSandboxStatsRequest(pod_sandbox_id=pod)).stats
+
+
+def _file(cgroup: str, *names: str) -> str:
+    """The first of these files that there is in any hierarchy."""
+    paths = [Path(f"{place.mount}{cgroup}/{name}") for name in names for place in detect()]
+    return next(path for path in paths if path.exists()).read_text().strip()
+
+
+def test_a_pods_figures_are_its_cgroups_and_its_interfaces(here: Node) -> None:
+    before = here.held()
+    pod, config, _ = _pod(here, network=True)
+    one = _run(here, pod, config, "one", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; exec sleep 1000")
+    two = _run(here, pod, config, "two", "exec sleep 1000")
+    address = here.client.pod_status(pod).network.ip
+    before_ping = _pod_stats(here, pod).linux.network.default_interface
+    namespace = os.stat("/proc/self/ns/net").st_ino
+    gateway = address.rsplit(".", 1)[0] + ".1"
+    code, output, _ = here.client.exec_sync(one, ["ping", "-c", "3", "-s", "1000", gateway])
+    assert code == 0, output
+    linux = _pod_stats(here, pod).linux
+    assert {item.attributes.id for item in linux.containers} == {one, two}
+    assert linux.memory.working_set_bytes.value > 0 and linux.cpu.usage_nano_cores.value > 0
+    assert linux.process.process_count.value == 2
+    # What containers have used is the pod's use: with a little of who set them up, and never less.
+    assert linux.cpu.usage_core_nano_seconds.value >= sum(
+        item.cpu.usage_core_nano_seconds.value for item in linux.containers
+    )
+    eth0 = linux.network.default_interface
+    assert eth0.name == "eth0" and not linux.network.interfaces
+    assert eth0.tx_bytes.value - before_ping.tx_bytes.value >= 3000
+    assert eth0.rx_bytes.value - before_ping.rx_bytes.value >= 3000
+    assert (eth0.rx_errors.value, eth0.tx_errors.value) == (0, 0)
+    assert here.process is not None
+    for task in Path(f"/proc/{here.process.pid}/task").iterdir():
+        assert (task / "ns" / "net").stat().st_ino == namespace, "a thread of the daemon is in the pod's network"
+    if Path("/proc/pressure/io").exists():
+        assert linux.io.HasField("psi") and linux.cpu.psi.HasField("Some") and linux.memory.psi.HasField("Full")
+    (listed,) = here.client.runtime.ListPodSandboxStats(pb.ListPodSandboxStatsRequest()).stats
+    assert listed.attributes.id == pod and len(listed.linux.containers) == 2
+    here.drop(pod)
+    assert here.held() - before == set()
+
+
+def test_o42_lists_of_statistics_are_whole_while_everything_comes_and_goes(here: Node) -> None:
+    stays, config, _ = _pod(here)
+    one = _run(here, stays, config, "stays", "exec sleep 1000")
+    ended = threading.Event()
+    failures: list[Exception] = []
+
+    def churn() -> None:
+        try:
+            with connected(here.socket) as client:
+                while not ended.is_set():
+                    pod_config = here.pod_config()
+                    pod_config.linux.cgroup_parent = f"/{here.tag}p/{pod_config.metadata.name}"
+                    pod = client.run_pod(pod_config)
+                    brief = client.create(pod, container("brief", here.image, ["sleep", "1000"]), pod_config)
+                    client.start(brief)
+                    client.stop_pod(pod)
+                    client.remove_pod(pod)
+        except Exception as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    slowest, sizes = 0.0, set()
+    try:
+        for _ in range(60):
+            begun = time.monotonic()
+            stats = here.client.list_stats()
+            pods = here.client.runtime.ListPodSandboxStats(pb.ListPodSandboxStatsRequest()).stats
+            metrics = here.client.runtime.ListPodSandboxMetrics(pb.ListPodSandboxMetricsRequest()).pod_metrics
+            slowest = max(slowest, time.monotonic() - begun)
+            assert one in {item.attributes.id for item in stats}
+            assert stays in {item.attributes.id for item in pods} & {item.pod_sandbox_id for item in metrics}
+            sizes.add(len(stats))
+    finally:
+        ended.set()
+        thread.join()
+    assert not failures, failures
+    assert sizes == {1, 2}, "the other pod was never seen coming and going"
+    assert slowest < 1.0
+    here.drop(stays)
+
+
+def test_o55_events_of_real_containers_come_in_order_and_none_is_lost(here: Node) -> None:
+    stream = here.client.runtime.GetContainerEvents(pb.GetEventsRequest())
+    stream.initial_metadata()  # from here on, nothing is missed
+    pod, config, _ = _pod(here)
+    quick = [_run(here, pod, config, f"quick{number}", f"exit {number}") for number in range(5)]
+    for one in quick:
+        here.client.wait_exit(one)
+        here.client.remove(one)
+    here.drop(pod)
+    seen: dict[str, list[Any]] = {}
+    for event in stream:
+        seen.setdefault(event.container_id, []).append(event)
+        if event.container_id == pod and event.container_event_type == pb.CONTAINER_DELETED_EVENT:
+            break
+    stream.cancel()
+    life = [
+        pb.CONTAINER_CREATED_EVENT,
+        pb.CONTAINER_STARTED_EVENT,
+        pb.CONTAINER_STOPPED_EVENT,
+        pb.CONTAINER_DELETED_EVENT,
+    ]
+    assert seen.keys() == {pod, *quick}
+    assert {id_: [event.container_event_type for event in events] for id_, events in seen.items()} == dict.fromkeys(
+        seen, life
+    )
+    for number, one in enumerate(quick):
+        (status,) = [item for item in seen[one][2].containers_statuses if item.id == one]
+        assert (status.state, status.exit_code) == (pb.CONTAINER_EXITED, number)
+    begun = time.monotonic()
+    idle = here.client.runtime.GetContainerEvents(pb.GetEventsRequest())
+    idle.initial_metadata()
+    assert here.process is not None
+    here.process.terminate()
+    with pytest.raises(grpc.RpcError, match="stopping") as caught:
+        next(iter(idle))
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    here.process.wait(5)  # a reader does not hold up the end
+    assert time.monotonic() - begun < 5
+
+
+def test_limits_of_a_pod_are_in_force_as_a_whole_or_not_at_all(here: Node) -> None:
+    pod, config, cgroup = _pod(here)
+
+    def update(**fields: Any) -> None:
+        resources = pb.LinuxContainerResources(**fields)
+        request = pb.UpdatePodSandboxResourcesRequest(pod_sandbox_id=pod, resources=resources)
+        here.client.runtime.UpdatePodSandboxResources(request)
+
+    def limits() -> tuple[str, str]:
+        return _file(cgroup, "memory.limit_in_bytes", "memory.max"), _file(cgroup, "cpu.shares", "cpu.weight")
+
+    one = _run(here, pod, config, "one", "exec sleep 1000")
+    cpus = _file("", "cpuset.effective_cpus", "cpuset.cpus.effective")  # v1 takes none away that a container may use
+    update(memory_limit_in_bytes=256 * MIB, cpu_shares=512, cpuset_cpus=cpus)
+    memory, shares = limits()
+    assert memory == str(256 * MIB) and shares in ("512", "20")
+    assert _file(cgroup, "cpuset.cpus") == cpus
+    # The last of these cannot be: no machine has such a processor.
+    with pytest.raises(grpc.RpcError, match="cpus"):
+        update(memory_limit_in_bytes=128 * MIB, cpu_shares=1024, cpuset_cpus="4000")
+    assert limits() == (memory, shares)
+    with pytest.raises(grpc.RpcError, match="memory") as caught:
+        update(memory_limit_in_bytes=4096)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert limits() == (memory, shares) and here.client.status(one).state == pb.CONTAINER_RUNNING
+    here.end()
+    here.start()
+    update(cpu_shares=2048)
+    assert limits()[0] == memory and limits()[1] != shares
+    here.drop(pod)
+
+
+def test_o56_an_oom_is_told_with_its_reason_in_the_event(here: Node) -> None:
+    stream = here.client.runtime.GetContainerEvents(pb.GetEventsRequest())
+    stream.initial_metadata()
+    pod, config, _ = _pod(here)
+    greedy = container("greedy", here.image, ["sh", "-c", "tail /dev/zero"])
+    greedy.linux.resources.memory_limit_in_bytes = 16 * MIB
+    one = here.client.create(pod, greedy, config)
+    here.client.start(one)
+    stopped = next(
+        event
+        for event in stream
+        if event.container_id == one and event.container_event_type == pb.CONTAINER_STOPPED_EVENT
+    )
+    stream.cancel()
+    (status,) = stopped.containers_statuses
+    assert (status.reason, status.exit_code != 0) == ("OOMKilled", True)
+    metrics = here.client.runtime.ListPodSandboxMetrics(pb.ListPodSandboxMetricsRequest()).pod_metrics[0].metrics
+    counted = {item.name: item.value.value for item in metrics}
+    eventually(lambda: here.client.status(one).reason == "OOMKilled", what="the reason")
+    assert counted["container_oom_events_total"] >= 0
+    here.drop(pod)
