@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conformance.crictl import streams
+from conformance.crictl import observe, streams
 from conformance.crictl.steps import PAGE_PATH, Scenario, check, eventually
 
 
@@ -202,6 +202,7 @@ STEPS: tuple[Callable[[Scenario], None], ...] = (
     *streams.STEPS,
     logs,
     stats,
+    *observe.STEPS,
     stop,
     rm,
     stopp,
