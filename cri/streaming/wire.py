@@ -81,6 +81,8 @@ class Connection:
         try:
             if self._writer.can_write_eof():
                 self._writer.write_eof()
+            else:  # TLS has no half-close: a client that waits for our end would wait for all of it
+                seconds = min(seconds, 1.0)
             async with asyncio.timeout(seconds):
                 while await self._reader.read(1 << 16):
                     pass
