@@ -100,8 +100,8 @@ class Reader(Protocol):
         """The use of each pod, in the same order."""
         ...
 
-    async def look(self, pods: list[Pod]) -> list[PodLook]:
-        """What there is to see of each pod, in the same order."""
+    async def look(self, pods: list[Pod], *, full: bool = False) -> list[PodLook]:
+        """What there is to see of each pod, in the same order; `full`: with what only metrics tell."""
         ...
 
     def layer(self, container_id: str) -> pb.FilesystemUsage:

@@ -69,15 +69,16 @@ class Statistics:
         """The use of each pod with its running containers."""
         return [self._pod(look) for look in await self.look(pods)]
 
-    async def look(self, pods: list[Pod]) -> list[PodLook]:
-        """What there is to see of each pod: one thread hop for all cgroups, and one for all networks."""
+    async def look(self, pods: list[Pod], *, full: bool = False) -> list[PodLook]:
+        """What there is to see of each pod: one thread hop for all cgroups, and one for all networks. `full`: with what
+        only metrics tell."""
         self._wanted()
         ready = [pod for pod in pods if pod.ready]
         containers = {pod.id: [one for one in self._node.store.containers_of(pod.id) if one.running] for pod in ready}
         groups = own_cgroups(self._node, ready) | {one.id: one.cgroup for some in containers.values() for one in some}
         netns = {pod.id: Path(pod.netns) for pod in ready if pod.netns}
         read, counters = await asyncio.gather(
-            to_thread(self._read, groups), self._node.parts.network.counters(list(netns.values()))
+            to_thread(self._read, groups, full), self._node.parts.network.counters(list(netns.values()))
         )
         now = time.time_ns()
         looks = []
@@ -92,14 +93,14 @@ class Statistics:
         self._asked = time.monotonic()
         self._wake.set()
 
-    def _read(self, groups: Mapping[str, str]) -> dict[str, Stats]:
+    def _read(self, groups: Mapping[str, str], full: bool = False) -> dict[str, Stats]:
         found = {}
         for id_, cgroup in groups.items():
             try:
                 manager = self._managers.get(id_)
                 if manager is None:
                     manager = self._managers[id_] = manager_for(cgroup, id_)
-                found[id_] = manager.stats()
+                found[id_] = manager.stats(full=full)
             except (OSError, RuntimeFailure, ValueError) as error:
                 log.debug("stats of %s: %s", id_[:13], error)
         return found

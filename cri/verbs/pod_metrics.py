@@ -42,7 +42,7 @@ async def pod_metrics(node: Node) -> AsyncGenerator[list[pb.PodSandboxMetrics], 
 
 
 async def _of(node: Node, pods: list[Pod]) -> list[pb.PodSandboxMetrics]:
-    looks = await node.statistics.look(pods)
+    looks = await node.statistics.look(pods, full=True)
     layers = {one.id: node.statistics.layer(one.id) for look in looks for one, _ in look.containers}
     return await to_thread(lambda: [_message(node, look, layers) for look in looks if look.stats is not None])
 

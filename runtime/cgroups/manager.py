@@ -255,11 +255,11 @@ class Manager:
 
     # ------------------------------------------------------------------------------------------------------- figures
 
-    def stats(self) -> Stats:
-        """What the container uses. Never fails: what cannot be read is zero."""
+    def stats(self, *, full: bool = True) -> Stats:
+        """What the container uses; see `stats.collect`. Never fails: what cannot be read is zero."""
         directories = {name: place.directory for name, place in self.by_controller.items()}
         v2 = self.v2.directory if self.v2 is not None else ""
-        return stats.collect(directories, v2 if self.pure_v2() else "", v2)
+        return stats.collect(directories, v2 if self.pure_v2() else "", v2, full)
 
     def oom_kills(self) -> int:
         """How many processes of the container the kernel has killed for want of memory since the cgroup was made. One

@@ -117,16 +117,26 @@ def table(raw: bytes) -> dict[bytes, int]:
         return {}
 
 
-def of_v1(directories: dict[str, str]) -> dict[str, object]:
+def of_v1(directories: dict[str, str], full: bool = True) -> dict[str, object]:
     """The fields of Stats that v1 hierarchies hold, from {controller: directory}."""
     found: dict[str, object] = {}
     if path := directories.get("cpuacct"):
+        found["cpu_usage_ns"] = number(read(f"{path}/cpuacct.usage"))
+    if path := directories.get("memory"):
+        found.update(_memory_v1(path))
+    if path := directories.get("pids"):
+        found["pids"] = number(read(f"{path}/pids.current"))
+    if full:
+        found.update(_more_v1(directories))
+    return found
+
+
+def _more_v1(directories: dict[str, str]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    if path := directories.get("cpuacct"):
         times = table(read(f"{path}/cpuacct.stat"))
-        found.update(
-            cpu_usage_ns=number(read(f"{path}/cpuacct.usage")),
-            cpu_user_ns=times.get(b"user", 0) * _TICK_NS,
-            cpu_system_ns=times.get(b"system", 0) * _TICK_NS,
-        )
+        found["cpu_user_ns"] = times.get(b"user", 0) * _TICK_NS
+        found["cpu_system_ns"] = times.get(b"system", 0) * _TICK_NS
     if path := directories.get("cpu"):
         cpu = table(read(f"{path}/cpu.stat"))
         found.update(
@@ -135,9 +145,10 @@ def of_v1(directories: dict[str, str]) -> dict[str, object]:
             throttled_ns=cpu.get(b"throttled_time", 0),
         )
     if path := directories.get("memory"):
-        found.update(_memory_v1(path))
+        found["memory_peak"] = number(read(f"{path}/memory.max_usage_in_bytes"))
+        found["oom_kills"] = oom_kills_v1(path)
     if path := directories.get("pids"):
-        found.update(pids=number(read(f"{path}/pids.current")), pids_limit=number(read(f"{path}/pids.max"), -1))
+        found["pids_limit"] = number(read(f"{path}/pids.max"), -1)
     if path := directories.get("blkio"):
         found.update(io=_io_v1(path))
     return found
@@ -150,7 +161,6 @@ def _memory_v1(path: str) -> dict[str, object]:
     both = number(read(f"{path}/memory.memsw.limit_in_bytes"), -1)
     return {
         "memory_usage": usage,
-        "memory_peak": number(read(f"{path}/memory.max_usage_in_bytes")),
         "memory_limit": limit,
         "memory_rss": memory.get(b"total_rss", 0),
         "memory_cache": memory.get(b"total_cache", 0),
@@ -160,7 +170,6 @@ def _memory_v1(path: str) -> dict[str, object]:
         "major_page_faults": memory.get(b"total_pgmajfault", 0),
         "swap_usage": memory.get(b"total_swap", 0),
         "swap_limit": both - limit if both >= 0 and limit >= 0 else -1,
-        "oom_kills": oom_kills_v1(path),
     }
 
 
@@ -207,7 +216,7 @@ def _device(name: bytes, values: dict[bytes, int]) -> DeviceIo:
     )
 
 
-def of_v2(path: str) -> dict[str, object]:
+def of_v2(path: str, full: bool = True) -> dict[str, object]:
     """The fields of Stats that a v2 cgroup holds; only those of controllers that are on here."""
     found: dict[str, object] = {}
     cpu = table(read(f"{path}/cpu.stat"))
@@ -223,7 +232,6 @@ def of_v2(path: str) -> dict[str, object]:
     if memory := table(read(f"{path}/memory.stat")):
         found.update(
             memory_usage=number(read(f"{path}/memory.current")),
-            memory_peak=number(read(f"{path}/memory.peak")),
             memory_limit=number(read(f"{path}/memory.max"), -1),
             memory_rss=memory.get(b"anon", 0),
             memory_cache=memory.get(b"file", 0),
@@ -233,12 +241,15 @@ def of_v2(path: str) -> dict[str, object]:
             major_page_faults=memory.get(b"pgmajfault", 0),
             swap_usage=number(read(f"{path}/memory.swap.current")),
             swap_limit=number(read(f"{path}/memory.swap.max"), -1),
-            oom_kills=oom_kills_v2(path),
         )
+        if full:
+            found.update(memory_peak=number(read(f"{path}/memory.peak")), oom_kills=oom_kills_v2(path))
     if raw := read(f"{path}/pids.current"):
-        found.update(pids=number(raw), pids_limit=number(read(f"{path}/pids.max"), -1))
-    if raw := read(f"{path}/io.stat"):
-        found.update(io=_io_v2(raw))
+        found["pids"] = number(raw)
+        if full:
+            found["pids_limit"] = number(read(f"{path}/pids.max"), -1)
+    if full and (raw := read(f"{path}/io.stat")):
+        found["io"] = _io_v2(raw)
     return found
 
 
@@ -270,12 +281,13 @@ def pressure(path: str) -> Pressure | None:
     return Pressure(found.get(b"some"), found.get(b"full")) if found else None
 
 
-def collect(directories: dict[str, str], v2: str, stalls: str = "") -> Stats:
+def collect(directories: dict[str, str], v2: str, stalls: str = "", full: bool = True) -> Stats:
     """Stats of a container from its v1 directories by controller, its v2 one, and the v2 one that knows its pressure,
-    which is there where v1 has the controllers, too ("" without)."""
+    which is there where v1 has the controllers, too ("" without). Not `full`: without block devices, OOM kills, peaks,
+    limits of processes, and v1's throttling and kinds of CPU time, which is a third less to read."""
     now = time.time_ns()
-    values = of_v2(v2) if v2 else {}
+    values = of_v2(v2, full) if v2 else {}
     if stalls:
         values.update({f"{name}_pressure": pressure(f"{stalls}/{name}.pressure") for name in ("cpu", "memory", "io")})
-    values.update(of_v1(directories))
+    values.update(of_v1(directories, full))
     return Stats(now, **values)  # type: ignore[arg-type]

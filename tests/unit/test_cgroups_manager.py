@@ -155,6 +155,9 @@ def test_v2_stats(v2: Manager) -> None:
         (8, 16, 5, 0, 0, 0),
     ]
     assert v2.oom_kills() == 2
+    short = v2.stats(full=False)
+    assert short.memory_working_set == 800 and (short.pids, short.cpu_usage_ns) == (3, 5_000_000)
+    assert (short.io, short.oom_kills, short.memory_peak) == ((), 0, 0)
     assert found.cpu_pressure is None
     for name in ("cpu", "io"):
         Path(v2.paths()[""], f"{name}.pressure").write_text(

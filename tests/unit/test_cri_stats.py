@@ -81,7 +81,8 @@ def test_pods_are_looked_at_whole_and_only_while_ready(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         read: dict[str, str] = {}
 
-        def figures(groups: dict[str, str]) -> dict[str, Stats]:
+        def figures(groups: dict[str, str], full: bool) -> dict[str, Stats]:
+            assert not full
             read.update(groups)
             return {id_: Stats(50 * S, cpu_usage_ns=10, memory_usage=100) for id_ in groups if id_ != gone}
 
@@ -155,7 +156,7 @@ def test_metrics_have_cadvisors_names_and_the_labels_that_they_describe(tmp_path
             io=(DeviceIo(8, 0, 1, 2, 3, 4),),
             cpu_pressure=Pressure(Stall(3_000_000), None),
         )
-        rig.statistics._read = lambda groups: dict.fromkeys(groups, stats)  # type: ignore[method-assign,assignment]
+        rig.statistics._read = lambda groups, full: dict.fromkeys(groups, stats if full else None)  # type: ignore[method-assign,assignment]
         described = {item.name: list(item.label_keys) for item in metrics.descriptors()}
         assert len(described) == len(metrics.FAMILIES)
         answer = await rig.call("ListMetricDescriptors", pb.ListMetricDescriptorsRequest())
