@@ -100,7 +100,10 @@ class Statistics:
                 manager = self._managers.get(id_)
                 if manager is None:
                     manager = self._managers[id_] = manager_for(cgroup, id_)
-                found[id_] = manager.stats(full=full)
+                stats = manager.stats(full=full)
+                # What is gone reads as zero: a counter that seems to go back would be a lie.
+                if stats.cpu_usage_ns or manager.exists():
+                    found[id_] = stats
             except (OSError, RuntimeFailure, ValueError) as error:
                 log.debug("stats of %s: %s", id_[:13], error)
         return found

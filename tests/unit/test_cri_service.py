@@ -24,6 +24,7 @@ from cri.undo import Undo, both
 from cri.verbs.images import credentials
 from cri.verbs.stop_container import signal_number
 from imagestore.model import ImageConfig, RegistryUnavailable
+from runtime.cgroups.stats import Stats
 from tests.fakes.images import make_image
 from tests.fakes.node import IMAGE, Rig, on_rig
 
@@ -405,6 +406,7 @@ def test_stats_hold_what_is_known_and_filters(tmp_path: Path) -> None:
         await rig.create(two, "created")
         ended = await rig.run(two, "ended", "exit 0")
         await rig.ended(ended)
+        rig.statistics._read = lambda groups, full=False: dict.fromkeys(groups, Stats(1))  # type: ignore[method-assign]
 
         async def listed(**fields: Any) -> set[str]:
             request = pb.ListContainerStatsRequest(filter=pb.ContainerStatsFilter(**fields))

@@ -119,6 +119,19 @@ def test_pods_are_looked_at_whole_and_only_while_ready(tmp_path: Path) -> None:
     on_rig(tmp_path, body)
 
 
+def test_o42_a_container_whose_cgroup_is_gone_already_is_named_and_has_no_figures(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        pod = await rig.run_pod()
+        one = await rig.run(pod, "one")
+        (stats,) = (await rig.call("ListContainerStats", pb.ListContainerStatsRequest())).stats
+        assert stats.attributes.id == one and stats.HasField("writable_layer")
+        assert not stats.HasField("cpu") and not stats.HasField("memory")
+        (shown,) = (await rig.call("ListPodSandboxStats", pb.ListPodSandboxStatsRequest())).stats
+        assert shown.attributes.id == pod and not shown.linux.containers
+
+    on_rig(tmp_path, body)
+
+
 def test_stats_stream_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "LOOK_ITEMS", 2)
 
