@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -210,6 +211,55 @@ def test_limits_of_a_pod_are_in_force_as_a_whole_or_not_at_all(here: Node) -> No
     here.start()
     update(cpu_shares=2048)
     assert limits()[0] == memory and limits()[1] != shares
+    here.drop(pod)
+
+
+def test_limits_of_a_container_are_in_force_as_a_whole_or_not_at_all(here: Node) -> None:
+    pod, config, _ = _pod(here)
+    wanted = container("one", here.image, ["sleep", "1000"])
+    wanted.linux.resources.hugepage_limits.add(page_size="2MB", limit=8 * MIB)
+    one = here.client.create(pod, wanted, config)
+    here.client.start(one)
+    request = pb.ContainerStatusRequest(container_id=one, verbose=True)
+    cgroup = json.loads(here.client.runtime.ContainerStatus(request).info["info"])["cgroup"]
+
+    def update(**fields: Any) -> None:
+        resources = pb.LinuxContainerResources(**fields)
+        here.client.runtime.UpdateContainerResources(
+            pb.UpdateContainerResourcesRequest(container_id=one, linux=resources)
+        )
+
+    def limits() -> list[str]:
+        files = (
+            ("memory.limit_in_bytes", "memory.max"),
+            ("memory.memsw.limit_in_bytes", "memory.swap.max"),
+            ("cpu.cfs_quota_us", "cpu.max"),
+            ("cpu.shares", "cpu.weight"),
+            ("cpuset.cpus",),
+            ("hugetlb.2MB.limit_in_bytes", "hugetlb.2MB.max"),
+        )
+        return [_file(cgroup, *names) for names in files]
+
+    before = limits()
+    pages = [pb.HugepageLimit(page_size="2MB", limit=2 * MIB)]
+    update(
+        memory_limit_in_bytes=64 * MIB,
+        memory_swap_limit_in_bytes=96 * MIB,
+        cpu_period=100_000,
+        cpu_quota=50_000,
+        cpu_shares=256,
+        cpuset_cpus="0",
+        hugepage_limits=pages,
+    )
+    after = limits()
+    assert after[0] == str(64 * MIB) and after[1] in (str(96 * MIB), str(32 * MIB))
+    assert after[2].split()[0] == "50000" and after[4:] == ["0", str(2 * MIB)]
+    assert all(old != new for old, new in zip(before[:4], after[:4], strict=True))
+    with pytest.raises(grpc.RpcError, match="cpus"):
+        update(memory_limit_in_bytes=32 * MIB, cpu_quota=10_000, cpuset_cpus="4000")
+    assert limits() == after
+    shown = here.client.status(one).resources.linux
+    assert (shown.memory_limit_in_bytes, shown.cpu_quota, shown.cpuset_cpus) == (64 * MIB, 50_000, "0")
     here.drop(pod)
 
 
