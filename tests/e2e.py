@@ -209,6 +209,7 @@ class Node:
 
     def settles(self, before: frozenset[str]) -> None:
         """Fails unless all is as `before` within a moment: a background worker empties the trash."""
+        before = frozenset(thing for thing in before if "/snapshots/trash/" not in thing)  # on its way out then
         with contextlib.suppress(AssertionError):
             eventually(lambda: self.held() == before, 5)
         now = self.held()
