@@ -206,7 +206,8 @@ class Streams(Protocol):
     def attach(self, sandbox: Sandbox, container_id: str, fds: Sequence[int], *, stdin: bool, terminal: bool) -> int:
         """Hands the caller's fds (stdin, stdout, stderr as present) to the shim, which copies the container's streams
         to them as well as to the log. Returns a CLOEXEC control fd: write JSON {"resize":[rows,cols]} frames to it,
-        read EOF when the container's output has ended; closing it detaches."""
+        read EOF when the container's output has ended, and an error before it where a reader was so far behind that
+        it was let go; closing it detaches."""
         ...
 
     def connect(self, sandbox: Sandbox, port: int) -> int:

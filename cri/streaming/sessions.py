@@ -31,6 +31,7 @@ from cri.threads import Threads
 
 _MAX_ANSWER = 64 << 10
 _CHUNK = 64 << 10
+_LAST_WORD_S = 2.0
 _HEADER = struct.Struct("=I")
 
 P = ParamSpec("P")
@@ -213,7 +214,7 @@ class Sessions:
                 os.set_blocking(number, False)
             with socket.socket(fileno=fd) as control:
                 await self._attached(request, peer, ends, control)
-        return Status()
+                return await _let_go(control)
 
     async def _attached(self, request: Attach, peer: Peer, ends: _Ends, control: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -316,19 +317,41 @@ async def _feed(stream: Stream, ends: _Ends, name: str, *, keep: bool) -> None:
         ends.close_one(name)
 
 
-async def _exit_code(control: socket.socket, over: asyncio.Event) -> Status:
-    """What the shim says once the command has ended; sets `over` then."""
+async def _let_go(control: socket.socket) -> Status:
+    """Success, unless the shim says that its reader was too slow: then output is missing, and its client must know."""
+    try:
+        async with asyncio.timeout(_LAST_WORD_S):
+            answer = await _frame(control)
+    except (TimeoutError, OSError, ValueError):
+        return Status()
+    if answer is None or "error" not in answer:
+        return Status()
+    return Status(failure=str(answer["error"].get("message", "")))
+
+
+async def _frame(control: socket.socket) -> dict[str, Any] | None:
+    """The next frame; None at the end. Raises OSError, ValueError."""
     loop = asyncio.get_running_loop()
     received = b""
+    while len(received) < 4 or len(received) < 4 + _HEADER.unpack_from(received)[0]:
+        if len(received) > _MAX_ANSWER:
+            raise ValueError("an answer without end")
+        piece = await loop.sock_recv(control, 4096)
+        if not piece:
+            return None
+        received += piece
+    answer = json.loads(received[4:])
+    if not isinstance(answer, dict):
+        raise ValueError("an answer that is no object")
+    return answer
+
+
+async def _exit_code(control: socket.socket, over: asyncio.Event) -> Status:
+    """What the shim says once the command has ended; sets `over` then."""
     try:
-        while len(received) < 4 or len(received) < 4 + _HEADER.unpack_from(received)[0]:
-            if len(received) > _MAX_ANSWER:
-                raise ValueError
-            piece = await loop.sock_recv(control, 4096)
-            if not piece:
-                return Status(failure="the exit code is lost: the pod's shim ended before the command did")
-            received += piece
-        answer = json.loads(received[4:])
+        answer = await _frame(control)
+        if answer is None:
+            return Status(failure="the exit code is lost: the pod's shim ended before the command did")
         if "error" in answer:
             return Status(failure=str(answer["error"].get("message", answer["error"])))
         return Status(exit_code=int(answer["ok"]["exit_code"]))

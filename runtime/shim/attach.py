@@ -23,10 +23,10 @@ _CHUNK = 65536
 
 
 class Attachment:
-    """One of them."""
+    """One of them. `on_end` is told whether a reader was let go before the output was over."""
 
     def __init__(
-        self, loop: Loop, stdio: Stdio, take_fds: Sequence[int], *, stdin: bool, on_end: Callable[[], None]
+        self, loop: Loop, stdio: Stdio, take_fds: Sequence[int], *, stdin: bool, on_end: Callable[[bool], None]
     ) -> None:
         self._loop = loop
         self._stdio = stdio
@@ -35,6 +35,7 @@ class Attachment:
         self._sinks: list[Sink] = []
         self.had_input = stdin
         self._closed = False
+        self._let_go = False
         fds = list(take_fds)
         if stdin and fds:
             self._in = _own(fds.pop(0), os.O_RDONLY)
@@ -85,6 +86,7 @@ class Attachment:
             os.close(fd)
 
     def _sink_broken(self) -> None:
+        self._let_go = True
         if not any(sink.open for sink in self._sinks):
             self.close()
 
@@ -106,7 +108,7 @@ class Attachment:
             sink.on_drained = None
             sink.close()
         self._stdio.detached(self)
-        self._on_end()
+        self._on_end(self._let_go)
 
 
 def _own(take_fd: int, flags: int) -> int:

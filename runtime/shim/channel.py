@@ -79,6 +79,14 @@ class Channel:
             os.close(fd)
         return received[0]
 
+    def hear(self) -> Any:
+        """What the shim says of itself, after an answer that said that it will; None when it is gone."""
+        try:
+            received = receive(self._end)
+        except ConnectionError:
+            return None
+        return None if received is None else received[0]
+
     def set_timeout(self, seconds: float | None) -> None:
         """`ask` raises TimeoutError after so long without an answer."""
         self._end.settimeout(seconds)

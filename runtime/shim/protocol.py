@@ -13,6 +13,7 @@
       │ ◀─ {} · {"event": "exit", "facts": {…}} · … · EOF ─── │
       │ ── attach + fds (SCM_RIGHTS) ───────────────────────▶ │ the connection becomes the control fd:
       │ ◀─ {} ··· {"resize": [rows, cols]} ··▶ ··· EOF ────── │ EOF = output ended, or the caller detaches
+      │ ◀─ an error, before EOF ───────────────────────────── │ one of the readers lagged, and was let go
       │ ── stream StreamMessage + fds ──────────────────────▶ │ a command on the caller's fds, or on a terminal
       │ ◀─ {pid} + terminal ···················· {exit_code} ─│ once it has ended
       │ ── connect ConnectMessage ──────────────────────────▶ │ in the pod's network namespace

@@ -290,10 +290,10 @@ class Resident:
         return True
 
     def _attach(self, helper: Helper, fds: list[int], container_id: str, stdin: bool) -> object:
-        """Streams are copied until the helper ends; it hears an end of its own when the output is over."""
+        """Streams are copied until the helper ends; once the output is over it hears whether a reader was let go."""
         stdio = self.containers[container_id].stdio
         self._reply(helper, True)
-        helper.attachment = stdio.attach(fds, stdin=stdin, on_end=lambda: self._reply(helper, None))
+        helper.attachment = stdio.attach(fds, stdin=stdin, on_end=lambda let_go: self._reply(helper, let_go))
         return _LATER
 
     def _told(self, helper: Helper, _fds: list[int], container_id: str) -> object:

@@ -134,9 +134,9 @@ class Stdio:
         self.log.release()
         self.log = new
 
-    def attach(self, take_fds: Sequence[int], *, stdin: bool, on_end: Callable[[], None]) -> Attachment:
+    def attach(self, take_fds: Sequence[int], *, stdin: bool, on_end: Callable[[bool], None]) -> Attachment:
         """Copies the streams to and from the fds until the output ends, the reader is gone or too far behind, or
-        `Attachment.close`; then `on_end`."""
+        `Attachment.close`; then `on_end`, with whether a reader was let go."""
         attachment = Attachment(self._loop, self, take_fds, stdin=stdin, on_end=on_end)
         self._attached.append(attachment)
         if self.ended:

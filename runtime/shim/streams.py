@@ -12,6 +12,7 @@ import select
 from runtime.errors import RuntimeFailure
 from runtime.linux.sockets import FrameError, recv_frame
 from runtime.shim import protocol
+from runtime.shim.attach import MAX_LAG
 from runtime.shim.commands import run_on_fds, run_to_end
 from runtime.shim.handler import ANSWERED, Handler
 from runtime.shim.netns import connected, enter
@@ -97,6 +98,9 @@ class StreamHandler(Handler):
                 break
             if console >= 0:
                 protocol.resize(console, received[0])
+        if any(fd == self._channel.fileno() for fd, _ in poll.poll(0)) and self._channel.hear():
+            words = f"attach to container {message.id}: the reader was more than {MAX_LAG} bytes behind and was let go"
+            self._send(protocol.failure(RuntimeFailure(words, code="unavailable", hint="the log has all of it")))
         return ANSWERED
 
     def _do_events(self, _body: object) -> object:

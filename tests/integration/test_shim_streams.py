@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.linux.sockets import send_frame
+from runtime.linux.sockets import recv_frame, send_frame
 from runtime.shim.model import ContainerError
 from tests.shims import Lab, Pod, lab
 from tests.support import eventually, needs
@@ -271,7 +271,10 @@ def test_o30_slow_and_dead_readers_do_not_hold_up_the_log(pods: Lab) -> None:
     pods.shims.start_container(pod.sandbox, container)
     assert pod.ended(container, 60).exit_code == 0
     assert pod.log("c").stat().st_size > 2_000_000 * 50
-    assert slow.over()  # it fell too far behind and was let go
+    slow.control.settimeout(10)
+    told = recv_frame(slow.control)  # it fell too far behind, was let go, and is told so
+    assert told is not None and "was let go" in json.loads(told[0])["error"]["message"]
+    assert slow.over()
     slow.close()
     dead.close()
 
