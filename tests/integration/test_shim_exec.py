@@ -6,6 +6,8 @@ import errno
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -255,6 +257,45 @@ def test_a_stream_with_a_terminal_gives_its_master(running: tuple[Pod, str]) -> 
     os.close(stream.console)
     with pytest.raises(ContainerError, match="stdin, stdout and stderr"):
         pod.shims.exec_stream(pod.sandbox, container, process(["true"]), [0])
+
+
+def test_closing_the_master_hangs_up_the_command_at_the_terminal(running: tuple[Pod, str]) -> None:
+    pod, container = running
+    command = process(["sh", "-c", "echo ready; exec sleep 10000"], terminal=True)
+    stream = pod.shims.exec_stream(pod.sandbox, container, command, terminal=True)
+    assert os.read(stream.console, 100) == b"ready\r\n"
+    os.close(stream.console)
+    with socket.socket(fileno=stream.control) as control:
+        control.settimeout(10)
+        received = recv_frame(control)
+        assert received is not None and protocol.parse_reply(received[0]) == {"exit_code": 128 + signal.SIGHUP}
+
+
+def test_a_connection_is_made_in_the_network_of_the_pod_and_the_shim_stays_where_it_is(
+    pods: Lab, tmp_path: Path
+) -> None:
+    netns = tmp_path / "netns"
+    netns.touch()
+    subprocess.run(["unshare", f"--net={netns}", "ip", "link", "set", "lo", "up"], check=True)
+    try:
+        pod = pods.pod(netns=netns)
+        with pytest.raises(ContainerError, match="ECONNREFUSED") as caught:
+            pod.shims.connect(pod.sandbox, 7)
+        assert caught.value.code == "unavailable"
+        listen = (
+            "import socket; s = socket.create_server(('127.0.0.1', 7)); print(flush=True); s.accept()[0].send(b'yes')"
+        )
+        words = ["nsenter", f"--net={netns}", sys.executable, "-c", listen]
+        with subprocess.Popen(words, stdout=subprocess.PIPE) as listener:
+            assert listener.stdout is not None and listener.stdout.readline() == b"\n"
+            with pytest.raises(ConnectionRefusedError):  # the port is the pod's, and not ours
+                socket.create_connection(("127.0.0.1", 7), 5)
+            with socket.socket(fileno=pod.shims.connect(pod.sandbox, 7)) as inside:
+                inside.settimeout(10)
+                assert inside.recv(10) == b"yes"
+        assert os.readlink(f"/proc/{pod.sandbox.pid}/ns/net") == os.readlink("/proc/self/ns/net")
+    finally:
+        subprocess.run(["umount", str(netns)], check=True)
 
 
 def test_a_filter_that_notifies_confines_and_asks_in_an_exec_too(pods: Lab, tmp_path: Path) -> None:
