@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import os
 import shutil
 import subprocess
@@ -36,7 +37,7 @@ SETTLE_S = 5.0
 COMMAND_S = 60.0
 # A process that belongs to this run carries this in its environment, whoever its parent is by now.
 MARK = "OCID_DEMO"
-BRIDGE, TABLE, LEASES = "ocid0", "table inet ocid", Path("/var/lib/cni/networks/ocid")
+TABLE, LEASES = "table inet ocid", Path("/var/lib/cni/networks")
 FETCHER = 'echo "fetching from $(hostname)"; until wget -q -O- http://127.0.0.1/; do sleep 0.1; done; exec sleep 3600'
 
 
@@ -222,19 +223,31 @@ def _fetch(ocid: CommandLine) -> str:
         return ""
 
 
+def networks() -> dict[str, str]:
+    """Bridges by network: ocid's default one, and those of the machine's own configuration, such as Debian's podman
+    brings along: `ocid run` takes the first of these."""
+    found = {"ocid": "ocid0"}
+    for file in Path("/etc/cni/net.d").glob("*.conflist"):
+        document = json.loads(file.read_text())
+        for plugin in document["plugins"]:
+            if plugin["type"] == "bridge":
+                found[document["name"]] = plugin.get("bridge", "cni0")
+    return found
+
+
 def take_away_node(before: Machine) -> None:
-    """Removes what stays by design as long as a node lives, if this run brought it: bridge, table, lease directory."""
+    """Removes what stays by design as long as a node lives, if this run brought it: bridges, table, leases' places."""
     now = Machine.now()
-    if BRIDGE in before.links:
-        return
-    if BRIDGE in now.links:
-        subprocess.run(["ip", "link", "delete", BRIDGE], capture_output=True, check=False)
     if TABLE in now.tables - before.tables:
         subprocess.run(["nft", *f"delete {TABLE}".split()], capture_output=True, check=False)
-    for name in ("lock", "last_reserved_ip.0"):
-        (LEASES / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        LEASES.rmdir()
+    for name, bridge in networks().items():
+        if bridge not in now.links - before.links:
+            continue
+        subprocess.run(["ip", "link", "delete", bridge], capture_output=True, check=False)
+        for file in ("lock", "last_reserved_ip.0"):
+            (LEASES / name / file).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (LEASES / name).rmdir()
 
 
 def leftovers(before: Machine, marks: Sequence[str]) -> list[str]:
