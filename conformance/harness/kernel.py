@@ -138,10 +138,19 @@ def cgroup(controller: str, path: str) -> Path:
     return top / path.lstrip("/")
 
 
+def own_cgroups() -> set[str]:
+    """Where this process is in the hierarchies, without "/" (cgroups(7), /proc/PID/cgroup): a path that does not begin
+    with a slash is taken from there."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    return {line.split(":", 2)[2].strip("/") for line in lines} - {""}
+
+
 def remove_cgroup(path: str) -> list[str]:
-    """Removes a cgroup and those below it in every hierarchy; which of them could not be removed."""
+    """Removes a cgroup and those below it in every hierarchy, and below the caller's own cgroups; which of them could
+    not be removed."""
     left = []
-    for top in hierarchies():
+    tops = [top / own for top in hierarchies() for own in ("", *own_cgroups())]
+    for top in tops:
         for directory, _, _ in os.walk(top / path.lstrip("/"), topdown=False):
             try:
                 os.rmdir(directory)
