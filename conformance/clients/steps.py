@@ -118,9 +118,13 @@ def _played(client: C, step: Callable[[C], str | None]) -> tuple[str, str]:
     try:
         client.tidy()
     except (Surprise, *FAILURES) as error:
-        # The client's own affair: podman 4.3 loses a race over a pod's /dev/shm now and then, with runc as well. It
-        # tidies up again after the next step, and what is left at the end counts.
-        remark = f"{remark} (the client could not tidy up: {str(error)[:200]})"
+        # podman 4.3 loses a race over a pod's /dev/shm now and then, with runc as well: once more, and said. What
+        # cannot be tidied up then either has failed.
+        remark = f"{remark} (tidied up twice: {str(error)[:200]})"
+        try:
+            client.tidy()
+        except (Surprise, *FAILURES) as again:
+            surprise = surprise or f"to tidy up: {again}"
     return surprise, remark
 
 
