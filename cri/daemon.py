@@ -28,7 +28,7 @@ from cri.feed import Feed
 from cri.intercept import Intercept
 from cri.network.cni import Cni, NetworkConfig
 from cri.node import Node, Parts
-from cri.recovery import lost, recover
+from cri.recovery import check_networks, lost, recover
 from cri.service import Metadata, Service
 from cri.stats import Statistics
 from cri.store import Store as Records
@@ -231,6 +231,7 @@ async def _become_ready(built: Built) -> None:
     gc.collect()
     gc.freeze()
     built.service.intercept.why_not = ""
+    built.node.tasks.background(check_networks(built.node), "check networks")
     log.info("ready")
 
 

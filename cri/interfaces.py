@@ -9,7 +9,7 @@ again, ends the same way.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -231,7 +231,8 @@ class PortMapping:
 
 @dataclass(frozen=True, slots=True)
 class PodNetwork:
-    """A pod as CNI sees it. `network` is "" for the default conflist or the name of one."""
+    """A pod as CNI sees it. `network` is "" for the default conflist or the name of one; `capabilities` are what a
+    plugin may ask to be told besides ports, by the names of CNI's conventions (dns, bandwidth …)."""
 
     id: str
     name: str
@@ -240,6 +241,7 @@ class PodNetwork:
     netns: Path
     ports: tuple[PortMapping, ...] = ()
     network: str = ""
+    capabilities: Mapping[str, object] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +284,11 @@ class Network(Protocol):
 
     async def delete(self, pod: PodNetwork) -> None:
         """CNI DEL, with the netns gone too. Idempotent. Raises NetworkError: the caller keeps it and retries."""
+        ...
+
+    async def check(self, pod: PodNetwork) -> str | None:
+        """CNI CHECK of every plugin: None when the pod is connected as `add` left it, else what is not, in one sentence
+        that names network and plugin. Rules of ocid's own that are gone (a flushed ruleset) are put back."""
         ...
 
     async def counters(self, paths: Sequence[Path]) -> Mapping[Path, Sequence[InterfaceCounters]]:

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from cri.api import api_pb2 as pb
+from cri.capabilities import capabilities
 from cri.interfaces import ContainerFacts, PodNetwork, PortMapping, Sandbox
 
 NO_EXIT = -1
@@ -76,7 +77,16 @@ class Pod:
             for port in self.request.port_mappings
             if port.host_port
         )
-        return PodNetwork(self.id, self.name, self.namespace, self.uid, Path(self.netns), ports, self.network)
+        return PodNetwork(
+            self.id,
+            self.name,
+            self.namespace,
+            self.uid,
+            Path(self.netns),
+            ports,
+            self.network,
+            capabilities(self.request),
+        )
 
 
 @dataclass(frozen=True)

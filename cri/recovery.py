@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Sequence
 
 from cri.ends import end_orphan
 from cri.events import Events, keep_facts
-from cri.interfaces import ContainerError, ContainerFacts, Sandbox, ShimUnresponsive
+from cri.interfaces import ContainerError, ContainerFacts, NetworkError, Sandbox, ShimUnresponsive
 from cri.node import Node, now_ns
 from cri.records import Container, Pod
 from cri.threads import to_thread
@@ -26,6 +26,7 @@ from runtime.linux.files import remove_tree
 log = logging.getLogger(__name__)
 
 AT_ONCE = 32
+CHECKS_AT_ONCE = 4
 RETRY_S = 5.0
 
 
@@ -205,6 +206,25 @@ async def _sweep(node: Node) -> None:
     )
     valid = frozenset(pod.id for pod in node.store.pods.values() if not pod.stopped_ns)
     await _all(node, [node.parts.network.collect(valid)])
+
+
+async def check_networks(node: Node) -> None:
+    """Looks whether the pods are still connected, and puts back host ports and other rules of ocid's own that were
+    flushed meanwhile. What else is wrong is said: a kubelet must not lose a pod over it."""
+    gate = asyncio.Semaphore(CHECKS_AT_ONCE)
+
+    async def one(pod: Pod) -> None:
+        async with gate:
+            try:
+                trouble = await node.parts.network.check(pod.pod_network())
+            except NetworkError as error:
+                trouble = str(error)
+        current = node.store.pods.get(pod.id)
+        if trouble is not None and current is not None and current.ready:
+            log.warning("pod %s (%s): %s", pod.label, pod.id[:13], trouble)
+
+    pods = [pod for pod in node.store.pods.values() if pod.ready and pod.netns and pod.network != LOOPBACK_ONLY]
+    await asyncio.gather(*(one(pod) for pod in pods))
 
 
 async def _sweep_pod(node: Node, name: str) -> None:

@@ -122,6 +122,11 @@ def host_name(pod: str, interface: str, attempt: int) -> str:
     return PREFIX + hashlib.sha256(f"veth\0{pod}\0{interface}\0{attempt}".encode()).hexdigest()[:10]
 
 
+def host_names(pod: str, interface: str) -> list[str]:
+    """All that it may have."""
+    return [host_name(pod, interface, attempt) for attempt in range(_NAME_TRIES)]
+
+
 def is_host_name(name: str) -> bool:
     return len(name) == len(PREFIX) + 10 and name.startswith(PREFIX) and not name[2:].strip("0123456789abcdef")
 
@@ -172,7 +177,7 @@ class Bridge:
         """DEL, whatever an ADD got to, and also without the namespace. Raises PluginError."""
         try:
             with Netlink() as netlink:
-                for name in self._candidates(call):
+                for name in host_names(call.pod.id, call.interface):
                     link = nl.get_link(netlink, name)
                     if link is None:
                         break
@@ -185,10 +190,6 @@ class Bridge:
         # The lease goes last: from then on the address may be another pod's.
         if self.ipam is not None:
             self.ipam.release(call, result)
-
-    @staticmethod
-    def _candidates(call: Call) -> list[str]:
-        return [host_name(call.pod.id, call.interface, attempt) for attempt in range(_NAME_TRIES)]
 
     def _complete(self, granted: Allocation) -> Allocation:
         """Gateways where the bridge is one, the default routes that isDefaultGateway asks for, and dns."""
@@ -257,7 +258,7 @@ class Bridge:
         """The veth pair; its name on the host. An own leftover is replaced, another's name avoided."""
         host_mac, pod_mac = (mac(call.pod.id, call.interface, end) for end in ("host", "pod"))
         mtu = self.settings.mtu
-        for name in self._candidates(call):
+        for name in host_names(call.pod.id, call.interface):
             request = nl.new_veth(name, host_mac, bridge.index, mtu, call.interface, pod_mac, netns)
             try:
                 netlink.run([request])

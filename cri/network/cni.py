@@ -7,6 +7,7 @@ caller was cancelled; whatever `delete` raises, the record is still there and th
     add     lock pod -> record -> plugin 1 ADD -> … -> plugin n ADD -> record with the result
             a failure: plugin n DEL -> … -> plugin 1 DEL -> record removed (kept when a DEL failed)
     delete  lock pod -> plugin n DEL -> … -> plugin 1 DEL -> record removed
+    check   lock pod -> plugin 1 CHECK -> … -> plugin n CHECK, each with the chain's result
 """
 
 from __future__ import annotations
@@ -231,6 +232,26 @@ class Cni:
         path = self._records.path(record.pod.id)
         return Call(record.pod, conflist.name, conflist.version, record.interface, netns, deadline, path, cancel)
 
+    # ---------------------------------------------------------------------------------------------------------- CHECK
+
+    async def check(self, pod: PodNetwork) -> str | None:
+        return await self._threads.run(self._check, pod)
+
+    def _check(self, pod: PodNetwork) -> str | None:
+        doing = "no plugin"
+        with self._only_one(pod.id):
+            record = self._records.read(pod.id)
+            if record is None or record.result is None:
+                return f"pod {_shown(pod)}: nothing is recorded of its network"
+            netns = record.pod.netns if _identity(record.pod.netns) == record.namespace else None
+            try:
+                for step in self._plan(record.conflist).steps:
+                    doing = step.describe
+                    step.check(self._call(record, netns, None), record.result)
+            except Exception as error:
+                return f"network {record.conflist.name}: {doing}: check pod {_shown(record.pod)}: {_cause(error)}"
+        return None
+
     # --------------------------------------------------------------------------------------------------------- status
 
     async def counters(self, paths: Sequence[Path]) -> Mapping[Path, Sequence[InterfaceCounters]]:
@@ -428,15 +449,8 @@ def _shown(pod: PodNetwork) -> str:
 
 
 def _answer(result: Result) -> NetworkResult:
-    """The pod's own addresses: of `ips` those whose interface is in a sandbox, or that name none."""
-    interfaces, ips = result.raw.get("interfaces") or [], []
-    for entry, address in zip(result.raw.get("ips") or [], result.addresses, strict=True):
-        index = entry.get("interface")
-        if isinstance(index, int) and 0 <= index < len(interfaces) and not interfaces[index].get("sandbox"):
-            continue
-        ip = str(address.interface.ip)
-        if ip not in ips:
-            ips.append(ip)
+    """The pod's own addresses, each once."""
+    ips = dict.fromkeys(str(address.interface.ip) for address in result.pod_addresses())
     return NetworkResult(tuple(ips), result.raw)
 
 

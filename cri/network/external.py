@@ -257,6 +257,11 @@ class External:
         """DEL. Raises PluginError."""
         self._run("DEL", call, result)
 
+    def check(self, call: Call, result: Result) -> None:
+        """CHECK, with the chain's result. A list before 0.4.0 has none. Raises PluginError."""
+        if call.version >= "0.4.0" and not self.conflist.disable_check:
+            self._run("CHECK", call, result)
+
     def status(self, timeout: float) -> str | None:
         """STATUS (CNI 1.1): None or why it cannot add pods now."""
         environment = self._environment("STATUS", None)
@@ -291,8 +296,8 @@ class External:
         extra: dict[str, Any] = {}
         if previous is not None:
             extra["prevResult"] = previous.raw
-        if "portMappings" in self.plugin.capabilities and call.pod.ports:
-            extra["runtimeConfig"] = {"portMappings": _port_mappings(call)}
+        if offered := _runtime_config(call, self.plugin.capabilities):
+            extra["runtimeConfig"] = offered
         environment, data = self._environment(command, call), self._stdin(call.version, extra)
         outcome = run(program, environment, data, timeout=call.left(), cancel=call.cancel)
         if outcome.code != 0:
@@ -327,6 +332,14 @@ def _arguments(call: Call) -> str:
         if not _ARGUMENT.match(value):  # it would become further arguments
             raise PluginError(f"{key}: {value[:60]!r} holds a character that CNI_ARGS cannot")
     return ";".join(f"{key}={value}" for key, value in pairs)
+
+
+def _runtime_config(call: Call, capabilities: frozenset[str]) -> dict[str, Any]:
+    """What the plugin asked for by its capabilities, as far as the pod has it."""
+    offered = {name: value for name, value in call.pod.capabilities.items() if name in capabilities}
+    if "portMappings" in capabilities and (ports := _port_mappings(call)):
+        offered["portMappings"] = ports
+    return offered
 
 
 def _port_mappings(call: Call) -> list[dict[str, Any]]:

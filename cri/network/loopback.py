@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import os
 
-from cri.network.netlink import Netlink, set_link
+from cri.network.netlink import IFF_UP, Netlink, get_link, set_link
 from cri.network.netns import inside, open_netns
 from cri.network.values import Address, Allocation, Call, PluginError, Result, make_result
 
@@ -32,6 +32,25 @@ def add(call: Call, previous: Result | None) -> Result:
 
 def delete(call: Call, result: Result | None) -> None:
     """DEL: lo goes with its namespace."""
+
+
+def check(call: Call, result: Result) -> None:
+    """CHECK. Raises PluginError."""
+    if call.netns is None or (netns := open_netns(call.netns)) is None:
+        raise PluginError(f"{call.pod.netns} is no pinned network namespace")
+    try:
+        inside(netns, _look)
+    except OSError as error:
+        raise PluginError(str(error)) from error
+    finally:
+        os.close(netns)
+
+
+def _look() -> None:
+    with Netlink() as netlink:
+        link = get_link(netlink, "lo")
+    if link is None or not link.flags & IFF_UP:
+        raise PluginError("lo of the pod is down")
 
 
 def _up() -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from cri.network import bridge, host_local, loopback, portmap
+from cri.network import bridge, bridge_check, host_local, loopback, portmap
 from cri.network.conflist import VERSIONS, ConfigError, Conflist, Plugin, field
 from cri.network.external import Binaries, External
 from cri.network.firewall import Firewall
@@ -73,7 +74,7 @@ def make(conflist: Conflist, tools: Tools) -> Plan:
         if found is None:
             program = External(tools.binaries, conflist, plugin, plugin.type, _refusal(plugin))
             programs.append(program)
-            found = Step(f"plugin {plugin.type}", program.add, program.delete), None
+            found = Step(f"plugin {plugin.type}", program.add, program.delete, program.check, external=True), None
         step, native = found
         steps.append(step)
         if native is not None:
@@ -89,16 +90,16 @@ def _native(conflist: Conflist, plugin: Plugin, tools: Tools) -> tuple[Step, bri
     """The in-process form of a plugin, or None when the program is to be called."""
     describe = f"plugin {plugin.type} (native)"
     if plugin.type == "loopback":
-        return Step(describe, loopback.add, loopback.delete), None
+        return Step(describe, loopback.add, loopback.delete, loopback.check), None
     if plugin.type == "portmap" and portmap.not_native(plugin.config) is None:
         # Without the capability a runtime hands no ports over, and the plugin has nothing to do.
         asked = "portMappings" in plugin.capabilities
         mapper = portmap.Portmap(tools.firewall, portmap.parse_settings(plugin.config), asked)
-        return Step(describe, mapper.add, mapper.delete), None
+        return Step(describe, mapper.add, mapper.delete, mapper.check), None
     if plugin.type == "bridge" and bridge.not_native(plugin.config) is None:
         ipam = _ipam(conflist, plugin, tools)
         native = bridge.Bridge(bridge.parse_settings(plugin.config), ipam, tools.firewall, tools.retire)
-        return Step(describe, native.add, native.delete), native
+        return Step(describe, native.add, native.delete, partial(bridge_check.check, native)), native
     return None
 
 

@@ -92,6 +92,10 @@ class Portmap:
             raise PluginError(str(error)) from error
         return previous
 
+    def check(self, call: Call, result: Result) -> None:
+        """CHECK: what is gone of the rules, which are ocid's own, is put back. Raises PluginError."""
+        self.add(call, result)
+
     def delete(self, call: Call, result: Result | None) -> None:
         """DEL. A pod that never asked for ports costs one look. Raises PluginError."""
         if not call.pod.ports:

@@ -42,6 +42,7 @@ class Record:
 def _encode(record: Record) -> bytes:
     pod = asdict(record.pod)
     pod["netns"] = str(record.pod.netns)
+    pod["capabilities"] = dict(record.pod.capabilities)
     document = {
         "version": _VERSION,
         "pod": pod,
@@ -64,7 +65,9 @@ def _pod(document: dict[str, Any]) -> PodNetwork:
         )
         for item in field(document, "ports", list, [], "pod.")
     )
-    return PodNetwork(**words, netns=Path(field(document, "netns", str, "", "pod.")), ports=ports)
+    capabilities = field(document, "capabilities", dict, {}, "pod.")
+    netns = Path(field(document, "netns", str, "", "pod."))
+    return PodNetwork(**words, netns=netns, ports=ports, capabilities=capabilities)
 
 
 def _decode(data: bytes, source: str) -> Record:

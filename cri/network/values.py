@@ -107,6 +107,16 @@ class Result:
     addresses: tuple[Address, ...]
     routes: tuple[PodRoute, ...]
 
+    def pod_addresses(self) -> tuple[Address, ...]:
+        """Those whose interface is in a sandbox, or that name none."""
+        interfaces, found = self.raw.get("interfaces") or [], []
+        for entry, address in zip(self.raw.get("ips") or [], self.addresses, strict=True):
+            index = entry.get("interface")
+            known = isinstance(index, int) and 0 <= index < len(interfaces)
+            if not known or interfaces[index].get("sandbox"):
+                found.append(address)
+        return tuple(found)
+
     def allocation(self) -> Allocation:
         return Allocation(self.addresses, self.routes, field(self.raw, "dns", dict, {}))
 
@@ -193,6 +203,7 @@ def make_result(version: str, interfaces: Sequence[Json], granted: Allocation, i
 # A native or exec'd plugin, bound to its configuration. `delete` gets the chain's whole result, where there was one.
 AddFunction = Callable[[Call, Result | None], Result]
 DeleteFunction = Callable[[Call, Result | None], None]
+CheckFunction = Callable[[Call, Result], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,4 +213,5 @@ class Step:
     describe: str
     add: AddFunction
     delete: DeleteFunction
+    check: CheckFunction
     external: bool = False

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cri.api import api_pb2 as pb
+from cri.capabilities import capabilities
 from cri.cgroups import first_missing, is_within, remove_made
 from cri.errors import AlreadyExists, InvalidArgument, Unimplemented
 from cri.interfaces import NetworkResult, Sandbox, Sandboxes, SandboxSpec
@@ -110,6 +111,7 @@ def check(node: Node, config: pb.PodSandboxConfig) -> None:
     if config.HasField("dns_config"):
         dns = config.dns_config
         etc.resolv_conf(dns.servers, dns.searches, dns.options)
+    capabilities(config)
     for index, port in enumerate(config.port_mappings):
         if not (0 <= port.host_port <= 65535 and 0 < port.container_port <= 65535):
             raise InvalidArgument(f"port_mappings[{index}]: ports go from 1 to 65535")

@@ -119,6 +119,21 @@ def test_add_without_namespace_or_network_is_refused_by_name(subject: Subject) -
     asyncio.run(scenario())
 
 
+def test_a_check_finds_a_pod_as_it_was_added_and_names_what_is_gone(subject: Subject) -> None:
+    async def scenario() -> None:
+        pod = await _pod(subject.network)
+        assert await subject.network.check(pod)
+        await subject.network.add(pod)
+        assert await subject.network.check(pod) is None
+        await subject.network.remove_netns(pod.netns)
+        said = await subject.network.check(pod)
+        assert said is not None and "is no pinned network namespace" in said
+        await subject.network.delete(pod)
+        assert await subject.network.check(pod)
+
+    asyncio.run(scenario())
+
+
 def test_status_of_a_good_network_is_none(subject: Subject) -> None:
     assert asyncio.run(subject.network.status()) is None
 

@@ -92,6 +92,12 @@ class FakeNetwork:
             raise NetworkError(f"{pod.id!r} is not a pod's id")
         self.pods.pop(pod.id, None)
 
+    async def check(self, pod: PodNetwork) -> str | None:
+        self.calls.append("check")
+        if pod.id not in self.pods:
+            return f"pod {pod.id}: nothing is recorded of its network"
+        return None if pod.netns.exists() else f"{pod.netns} is no pinned network namespace"
+
     async def counters(self, paths: Sequence[Path]) -> dict[Path, list[InterfaceCounters]]:
         return {path: [InterfaceCounters("eth0", 1, 2, 3, 4, 5, 6, 7, 8)] for path in paths if path.exists()}
 

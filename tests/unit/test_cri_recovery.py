@@ -16,6 +16,7 @@ from cri.errors import CallFailed
 from cri.interfaces import ContainerError, Sandbox, SandboxSpec, ShimUnresponsive
 from cri.node import now_ns
 from cri.records import Container, Pod
+from cri.recovery import check_networks
 from tests.fakes.node import Rig, on_rig
 
 
@@ -46,6 +47,30 @@ def test_what_ran_is_known_and_goes_on(tmp_path: Path) -> None:
         with pytest.raises(CallFailed, match="the name is taken"):
             await rig.run_pod()
         await rig.remove_pod(pod)
+        assert rig.leftovers() == []
+
+    on_rig(tmp_path, body)
+
+
+def test_pods_that_are_not_connected_any_more_are_named_and_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(rig: Rig) -> None:
+        good, bad, stopped = await rig.run_pod("good"), await rig.run_pod("bad"), await rig.run_pod("stopped")
+        alone = await rig.run_pod("alone", metadata=(("ocid-network", "none"),))
+        await rig.call("StopPodSandbox", pb.StopPodSandboxRequest(pod_sandbox_id=stopped))
+        await rig.restart()
+        del rig.network.pods[bad]
+        rig.network.calls.clear()
+        await check_networks(rig.node)
+        assert rig.network.calls == ["check", "check"], (
+            "the stopped pod and the one without a network are not looked at"
+        )
+        said = [record.message for record in caplog.records if "nothing is recorded of its network" in record.message]
+        assert len(said) == 1 and said[0].startswith(f"pod default/bad ({bad[:13]}): ")
+        assert (await rig.pod_status(bad)).state == pb.SANDBOX_READY
+        for pod in (good, bad, stopped, alone):
+            await rig.remove_pod(pod)
         assert rig.leftovers() == []
 
     on_rig(tmp_path, body)
