@@ -125,6 +125,26 @@ class ImageSection:
         "Where hosts.toml directories of registries lie; the first one that has a registry decides.",
         check=_absolute_all,
     )
+    registries_conf: Path = _key(
+        Path("/etc/containers/registries.conf"),
+        "containers-registries.conf(5), with its .d directory: asked where hosts_dirs say nothing of a registry. What "
+        "it blocks is blocked.",
+        check=_absolute,
+    )
+    auth_files: tuple[Path, ...] = _key(
+        (),
+        "Files with logins (docker's config.json, podman's auth.json) for pulls that bring none; the first that has "
+        'one for an image decides. [] means where docker and podman put theirs; ["/dev/null"] means none.',
+        check=_absolute_all,
+    )
+    credential_providers: str = _key(
+        "",
+        'A CredentialProviderConfig, as a kubelet has it: its programs are asked before auth_files. "" means none.',
+        check=_absolute_or_none,
+    )
+    credential_provider_dir: str = _key(
+        "", 'Where those programs lie; "" means beside that file.', check=_absolute_or_none
+    )
     pinned: tuple[str, ...] = _key((), "References of images that are reported as pinned: a kubelet keeps those.")
     concurrent_pulls: int = _key(16, "Images that are pulled at once.", least=1)
     concurrent_downloads: int = _key(4, "Layers that one pull downloads at once.", least=1)

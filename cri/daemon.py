@@ -36,6 +36,7 @@ from cri.store import open_database, open_sound
 from cri.streaming.server import Server as StreamServer
 from cri.streaming.sessions import Sessions
 from imagestore.config import StoreConfig
+from imagestore.keyring import KeyringConfig
 from imagestore.model import Usage
 from imagestore.store import Store
 from runtime.linux.sockets import connect_unix
@@ -172,6 +173,12 @@ def _image_config(config: Config, snapshots: Overlay) -> StoreConfig:
 
     return StoreConfig(
         hosts_directories=section.hosts_dirs,
+        registries_conf=section.registries_conf,
+        keyring=KeyringConfig(
+            section.auth_files or None,
+            Path(section.credential_providers) if section.credential_providers else None,
+            Path(section.credential_provider_dir) if section.credential_provider_dir else None,
+        ),
         pinned=frozenset(section.pinned),
         layers_usage=layers_usage,
         concurrent_pulls=section.concurrent_pulls,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from imagestore.keyring import KeyringConfig
 from imagestore.model import Usage
 from imagestore.platforms import Platform, host_platform
 
@@ -26,6 +27,10 @@ class StoreConfig:
     """References whose images are reported as pinned: the kubelet's image collection leaves those alone."""
     layers_usage: Callable[[], Usage] | None = None
     """Asked by `usage` for what the unpacked layers take: only the snapshotter knows its own directories."""
+    registries_conf: Path | None = None
+    """containers-registries.conf(5): read after `hosts_directories`, but what it blocks is blocked."""
+    keyring: KeyringConfig = KeyringConfig()
+    """Logins that lie on this machine, for callers who bring none."""
     user_agent: str = "ocid/0.1"
 
     # how much at once

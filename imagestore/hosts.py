@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from imagestore import durations
 from imagestore.model import ImageError, ReferenceInvalid
 from imagestore.reference import DEFAULT_DOMAIN, is_loopback, split_port
 from runtime.linux.files import AT_FDCWD, read_bounded
 from runtime.linux.libc import KernelError
 
 _FILE_LIMIT = 1 << 20
-_DOCKER_HUB = "registry-1.docker.io"
+DOCKER_HUB = "registry-1.docker.io"
+_LONGEST_S = 3600.0
 _CAPABILITIES = frozenset({"pull", "resolve", "push", "referrers"})
 
 
@@ -37,6 +39,19 @@ class Host:
     ca: tuple[Path, ...] = ()
     client: tuple[tuple[Path, Path | None], ...] = ()
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    push: bool = False
+    dial_s: float | None = None
+    """How long connecting may take, where the file says."""
+    path: str = ""
+    """The repository's path there, where it is another than the reference's (registries.conf)."""
+    asks_namespace: bool = True
+    """Whether a mirror is told which registry is meant (`ns=`), as containerd's mirrors are."""
+
+    def repository(self, path: str) -> str:
+        """What this host calls the repository `path`: its own prefix, and a path of its own, are before it."""
+        prefix = urlsplit(self.base).path.rpartition("/v2/")[2] if "/v2/" in self.base else ""
+        own = self.path or path
+        return f"{prefix}/{own}" if prefix else own
 
     @property
     def origin(self) -> str:
@@ -50,13 +65,18 @@ def hosts_for(domain: str, directories: tuple[Path, ...], limit: int) -> tuple[H
 
     Raises ImageError when a hosts.toml cannot be read or says something that cannot be meant.
     """
+    return configured(domain, directories, limit) or (upstream_host(domain),)
+
+
+def configured(domain: str, directories: tuple[Path, ...], limit: int) -> tuple[Host, ...] | None:
+    """As `hosts_for`; None where no directory says anything of this registry."""
     for directory in directories:
         for name in _names(domain):
             path = directory / name / "hosts.toml"
             document = _read(path)
             if document is not None:
                 return _File(path, domain).hosts(document, limit)
-    return (_upstream(domain),)
+    return None
 
 
 def _names(domain: str) -> tuple[str, ...]:
@@ -80,13 +100,15 @@ def _read(path: Path) -> dict[str, object] | None:
         raise ImageError(f"registry hosts {path}: not valid TOML ({error})") from None
 
 
-def _default_scheme(authority: str) -> str:
+def default_scheme(authority: str) -> str:
+    """How a registry is spoken to where nobody says so."""
     return "http" if is_loopback(split_port(authority)[0]) else "https"
 
 
-def _upstream(domain: str) -> Host:
-    authority = _DOCKER_HUB if domain == DEFAULT_DOMAIN else domain
-    return Host(f"{_default_scheme(authority)}://{authority}/v2", upstream=True)
+def upstream_host(domain: str) -> Host:
+    """The registry itself, as its name alone says."""
+    authority = DOCKER_HUB if domain == DEFAULT_DOMAIN else domain
+    return Host(f"{default_scheme(authority)}://{authority}/v2", upstream=True, push=True)
 
 
 class _File:
@@ -99,7 +121,7 @@ class _File:
     def hosts(self, document: dict[str, object], limit: int) -> tuple[Host, ...]:
         server = document.get("server")
         if server is None or server == "":
-            server = _upstream(self._domain).origin
+            server = upstream_host(self._domain).origin
         table = document.get("host", {})
         if not isinstance(table, dict):
             raise self._wrong("host", "a table for each host")
@@ -119,7 +141,10 @@ class _File:
         return ImageError(f"registry hosts {self._path}: {key}: expected {expected}")
 
     def _host(self, url: str, options: dict[str, object], where: str, *, upstream: bool) -> Host:
-        capabilities = self._strings(options, "capabilities", where) or ("pull", "resolve")
+        # A mirror is pushed to only where the file says so by name; the registry itself may be.
+        capabilities = self._strings(options, "capabilities", where) or (
+            ("pull", "resolve", "push") if upstream else ("pull", "resolve")
+        )
         unknown = set(capabilities) - _CAPABILITIES
         if unknown:
             raise self._wrong(f"{where}capabilities", f"some of {', '.join(sorted(_CAPABILITIES))}")
@@ -132,12 +157,14 @@ class _File:
             ca=tuple(self._path.parent / name for name in self._strings(options, "ca", where)),
             client=self._client(options, where),
             headers=self._headers(options, where),
+            push="push" in capabilities,
+            dial_s=self._duration(options, "dial_timeout", where),
         )
 
     def _base(self, url: str, where: str, *, override: bool) -> str:
         key = where.rstrip(".") or "server"
         try:
-            full = url if "://" in url else f"{_default_scheme(url.partition('/')[0])}://{url}"
+            full = url if "://" in url else f"{default_scheme(url.partition('/')[0])}://{url}"
             parts = urlsplit(full)
         except (ReferenceInvalid, ValueError) as error:
             raise self._wrong(key, f"a host ({error})") from None
@@ -145,7 +172,7 @@ class _File:
             raise self._wrong(key, "http://host[:port][/path] or https://host[:port][/path]")
         if "@" in parts.netloc:
             raise self._wrong(key, "a URL without user and password: put them into [host.….header]")
-        authority = _DOCKER_HUB if parts.netloc == DEFAULT_DOMAIN else parts.netloc
+        authority = DOCKER_HUB if parts.netloc == DEFAULT_DOMAIN else parts.netloc
         try:
             split_port(authority)  # the same strict pattern as in references
         except ReferenceInvalid as error:
@@ -160,6 +187,20 @@ class _File:
         if not isinstance(value, bool):
             raise self._wrong(where + key, "true or false")
         return value
+
+    def _duration(self, options: dict[str, object], key: str, where: str) -> float | None:
+        """Go's spelling ("500ms", "1m30s"), or a number of seconds."""
+        value = options.get(key)
+        if value is None:
+            return None
+        found: float | None = None
+        if isinstance(value, str):
+            found = durations.seconds(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found = float(value)
+        if found is None or not 0 < found <= _LONGEST_S:
+            raise self._wrong(where + key, 'a duration such as "5s" or "500ms"')
+        return found
 
     def _strings(self, options: dict[str, object], key: str, where: str) -> tuple[str, ...]:
         value = options.get(key, [])

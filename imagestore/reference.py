@@ -88,10 +88,16 @@ def _split_tag(text: str) -> tuple[str, str | None]:
     return (head, tail) if colon and "/" not in tail else (text, None)
 
 
+def is_qualified(text: str) -> bool:
+    """True when the text names its registry. The first part is a domain when it could not be a path: a dot, a colon,
+    a capital, or "localhost"."""
+    first, slash, _ = text.partition("/")
+    return bool(slash) and bool(set(first) & set(".:[") or first == "localhost" or first != first.lower())
+
+
 def _split_domain(text: str) -> tuple[str, str]:
-    """The first part is a domain when it could not be a path: a dot, a colon, a capital, or "localhost"."""
-    first, slash, rest = text.partition("/")
-    if not slash or not (set(first) & set(".:[") or first == "localhost" or first != first.lower()):
+    first, _, rest = text.partition("/")
+    if not is_qualified(text):
         first, rest = DEFAULT_DOMAIN, text
     if first == "index.docker.io":
         first = DEFAULT_DOMAIN

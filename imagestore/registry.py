@@ -15,7 +15,7 @@ import asyncio
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -58,25 +58,27 @@ class Document:
 
 
 class Repository:
-    """`reference`'s repository on `host`. `credentials` only for the host that the reference itself names."""
+    """`reference`'s repository on `host`, which is logged in to with the first of `credentials` that it takes."""
 
     def __init__(
         self,
         host: Host,
         reference: Reference,
-        credentials: Credentials | None,
+        credentials: Sequence[Credentials],
         transport: Transport,
         threads: Threads,
         config: StoreConfig,
+        actions: str = "pull",
     ) -> None:
         self.host = host
         self._transport = transport
         self._threads = threads
         self._config = config
-        self._login = Login(host, reference.path, credentials if host.upstream else None)
-        self._base = f"{host.base}/{reference.path}"
+        path = host.path or reference.path
+        self._login = Login(host, host.repository(reference.path), credentials, actions)
+        self._base = f"{host.base}/{path}"
         # A mirror of many registries must know which one is meant (as containerd asks its mirrors).
-        self._query = "" if host.upstream else f"?ns={reference.domain}"
+        self._query = "" if host.upstream or not host.asks_namespace else f"?ns={reference.domain}"
         # A mirror is only a shortcut: it is not waited for as patiently as the registry itself.
         self._retries = config.retries if host.upstream else min(1, config.retries)
 
@@ -195,7 +197,8 @@ class Repository:
         """The answer with status 200, 206 or 416 after logging in where that was asked for."""
         for attempt in (1, 2):
             secret = self._login.headers()
-            request = Request(method, f"{self._base}{path}{self._query}", headers, secret, tls=Tls(self.host))
+            url = f"{self._base}{path}{self._query}"
+            request = Request(method, url, headers, secret, tls=Tls(self.host), connect_s=self.host.dial_s)
             async with self._transport.send(request) as answer:
                 if answer.response.status == 401 and answer.home and attempt == 1:
                     challenges = parse_challenges(answer.response.headers.getall("WWW-Authenticate", []))

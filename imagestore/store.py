@@ -18,10 +18,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from imagestore.auth import applicable
 from imagestore.config import StoreConfig
 from imagestore.content import Blobs, errno_text
-from imagestore.hosts import hosts_for
 from imagestore.layout import Layout
 from imagestore.leases import Leases
 from imagestore.local import DirectoryFiles, DockerArchive, LocalSource, TarFiles
@@ -46,7 +44,7 @@ from imagestore.model import (
 from imagestore.pull import Held, Pulled, Puller
 from imagestore.records import ImageRecord, Records
 from imagestore.reference import DEFAULT_TAG, Reference, id_prefix, parse
-from imagestore.registry import Repository
+from imagestore.remotes import Remotes
 from imagestore.reserve import Reserve
 from imagestore.shared import SharedWork, Slots
 from imagestore.source import RegistrySource
@@ -99,6 +97,7 @@ class Store:
         self._whole: set[str] = set()
         self._threads = Threads(config.concurrent_downloads + 2, config.concurrent_unpacks + config.concurrent_pulls)
         self._transport = Transport(config)
+        self._remotes = Remotes(self._transport, self._threads, config)
         self._puller = Puller(self._blobs, self._leases, unpacker, self._threads, config)
         self._pulls = Slots(config.concurrent_pulls)
         self._shared: SharedWork[Image, Progress] = SharedWork(config.cancel_wait_s)
@@ -108,8 +107,25 @@ class Store:
     async def pull(
         self, reference: str, credentials: Credentials | None = None, progress: ProgressFunction | None = None
     ) -> Image:
-        """See cri.interfaces.Images.pull."""
-        wanted = parse(reference)
+        """See cri.interfaces.Images.pull. A short name that may mean several images is the first that there is."""
+        candidates = self._remotes.candidates(reference)
+        said: list[str] = []
+        for wanted in candidates[:-1]:
+            try:
+                return await self._pull_one(wanted, credentials, progress)
+            except (ImageNotFound, AccessDenied, RegistryUnavailable) as error:
+                said.append(str(error))
+        try:
+            return await self._pull_one(candidates[-1], credentials, progress)
+        except ImageError as error:
+            if not said:
+                raise
+            kind = next(kind for kind in _KINDS if isinstance(error, kind))
+            raise kind("; ".join([*said[:8], str(error)])) from error
+
+    async def _pull_one(
+        self, wanted: Reference, credentials: Credentials | None, progress: ProgressFunction | None
+    ) -> Image:
         # Who asks is part of what is asked: nobody joins a pull that somebody else's password opened.
         key = (str(wanted), credentials)
         try:
@@ -120,14 +136,8 @@ class Store:
     async def _pull(self, wanted: Reference, credentials: Credentials | None, tell: ProgressFunction) -> Image:
         async def work(held: Held) -> Image:
             await self._threads.io(preload)
-            hosts = await self._threads.io(
-                hosts_for, wanted.domain, self._config.hosts_directories, self._config.mirrors
-            )
-            given = applicable(credentials, wanted.domain)
-            async with self._transport.open() as transport:
-                source = RegistrySource(
-                    wanted, [Repository(host, wanted, given, transport, self._threads, self._config) for host in hosts]
-                )
+            async with self._transport.open():
+                source = RegistrySource(wanted, await self._remotes.repositories(wanted, credentials))
                 image = await self._unchanged(wanted, source)
                 if image is None:
                     pulled = await self._puller.run(source, held, tell)
@@ -236,13 +246,20 @@ class Store:
         "cafe" may be both of the latter."""
         digits = id_prefix(name)
         if digits is None or len(digits) < 64:
-            try:
-                record = self._records.by_name(parse(name))
-            except ReferenceInvalid:
-                record = None
+            record = next((found for found in map(self._records.by_name, self._meanings(name)) if found), None)
             if record is not None:
                 return record, False
         return (self._records.by_id(digits), True) if digits is not None else (None, False)
+
+    def _meanings(self, name: str) -> tuple[Reference, ...]:
+        try:
+            return self._remotes.candidates(name)
+        except ImageError:
+            pass  # of a file that cannot be read a pull tells; what is here is found by its whole name all the same
+        try:
+            return (parse(name),)
+        except ReferenceInvalid:
+            return ()
 
     def _image(self, record: ImageRecord, *, again: bool = False) -> Image | None:
         """The image of a record, None when something of it is missing; `again` looks at the disk once more."""
@@ -295,7 +312,8 @@ class Store:
         if record is not None and is_id:
             self._records.remove_image(record.id)
         elif record is not None:
-            self._records.remove_name(parse(name))
+            own = next(found for found in self._meanings(name) if self._records.by_name(found) is not None)
+            self._records.remove_name(own)
 
     def tag(self, name: str, new: str) -> None:
         """See cri.interfaces.Images.tag. Raises ImageNotFound, ReferenceInvalid."""

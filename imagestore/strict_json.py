@@ -101,6 +101,10 @@ class Fields:
         """True when the field is there and not null."""
         return self._get(key) is not None
 
+    def names(self) -> tuple[str, ...]:
+        """The keys of an object that is a table."""
+        return tuple(self._document)
+
     def string(self, key: str, default: str = "") -> str:
         value = self._get(key)
         if value is None:

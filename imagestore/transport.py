@@ -80,6 +80,8 @@ class Request:
     body: bytes | None = field(default=None, repr=False)
     tls: Tls = Tls()
     redirects: int | None = None
+    connect_s: float | None = None
+    """How long connecting to the host itself may take, where hosts.toml says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,7 @@ class Transport:
         limit = self._config.redirects if request.redirects is None else request.redirects
         for _ in range(limit + 1):
             headers = {**request.headers, **(request.secret if home else {})}
-            response = await self._once(request, url, headers, request.tls if home else Tls())
+            response = await self._once(request, url, headers, home=home)
             if response.status not in _REDIRECTS:
                 return response, home
             location = response.headers.get("Location", "")
@@ -155,14 +157,17 @@ class Transport:
             url = following
         raise ContentInvalid(f"{place(request.url)} redirects more than {limit} times")
 
-    async def _once(self, request: Request, url: str, headers: Mapping[str, str], tls: Tls) -> aiohttp.ClientResponse:
+    async def _once(
+        self, request: Request, url: str, headers: Mapping[str, str], *, home: bool
+    ) -> aiohttp.ClientResponse:
         import aiohttp
         import yarl
 
         proxy = proxy_for(url, os.environ)
         verify: ssl.SSLContext | bool = True
         if url.startswith("https:"):
-            verify = await self._context(tls)
+            verify = await self._context(request.tls if home else Tls())
+        timeout = _timeout(self._config, request.connect_s if home else None)
         try:
             # encoded=True: a signed URL must be sent as it was given, byte by byte.
             return await self._pool().request(
@@ -172,6 +177,7 @@ class Transport:
                 data=request.body,
                 ssl=verify,
                 proxy=proxy,
+                timeout=timeout,
                 allow_redirects=False,
             )
         except (aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError) as error:
@@ -253,6 +259,14 @@ def _redirect(url: str, location: str) -> str:
     return following
 
 
+def _timeout(config: StoreConfig, connect_s: float | None) -> aiohttp.ClientTimeout:
+    import aiohttp
+
+    return aiohttp.ClientTimeout(
+        total=None, sock_connect=connect_s or config.connect_timeout_s, sock_read=config.stall_timeout_s
+    )
+
+
 def _session(config: StoreConfig) -> aiohttp.ClientSession:
     import aiohttp
     from aiohttp.resolver import ThreadedResolver
@@ -281,9 +295,6 @@ def _session(config: StoreConfig) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(resolver=Resolver(), limit=64, ttl_dns_cache=10, keepalive_timeout=10),
         cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(
-            total=None, sock_connect=config.connect_timeout_s, sock_read=config.stall_timeout_s
-        ),
         headers={"User-Agent": config.user_agent, "Accept-Encoding": "identity"},
         auto_decompress=False,
         trust_env=False,

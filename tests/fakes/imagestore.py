@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from imagestore.config import StoreConfig
+from imagestore.keyring import KeyringConfig
 from imagestore.model import Credentials, Image, Unpacker
 from imagestore.platforms import Platform
 from imagestore.store import Store
@@ -21,6 +22,7 @@ T = TypeVar("T")
 QUICK = StoreConfig(
     platform=Platform("linux", "amd64"),
     hosts_directories=(),
+    keyring=KeyringConfig(()),
     retries=2,
     backoff_s=0.01,
     backoff_limit_s=0.02,

@@ -22,7 +22,7 @@ def ask(
     host: Host, credentials: Credentials | None, realm: str, answer: bytes = b'{"token":"t0k"}'
 ) -> tuple[Login, list[Request]]:
     """Lets a Login react to a bearer challenge; returns it with the token requests it made."""
-    login, requests = Login(host, "team/app", credentials), []
+    login, requests = Login(host, "team/app", [credentials] if credentials else []), []
 
     async def fetch(request: Request, secrets: list[str]) -> bytes:
         requests.append(request)
@@ -77,7 +77,7 @@ def test_identity_token_goes_by_post() -> None:
 
 
 def test_registry_token_is_sent_at_once() -> None:
-    assert Login(HTTPS, "a", Credentials(registry_token="abc")).headers() == {"Authorization": "Bearer abc"}
+    assert Login(HTTPS, "a", [Credentials(registry_token="abc")]).headers() == {"Authorization": "Bearer abc"}
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_registry_token_is_sent_at_once() -> None:
     ],
 )
 def test_s29_realms_that_get_nothing(realm: str) -> None:
-    login, requests = Login(HTTPS, "a", ANNA), []
+    login, requests = Login(HTTPS, "a", [ANNA]), []
 
     async def fetch(request: Request, secrets: list[str]) -> bytes:
         requests.append(request)
@@ -144,7 +144,7 @@ def test_bad_tokens(answer: bytes) -> None:
 
 
 def test_basic_once() -> None:
-    login = Login(HTTPS, "a", ANNA)
+    login = Login(HTTPS, "a", [ANNA])
 
     async def fetch(request: Request, secrets: list[str]) -> bytes:
         raise AssertionError
@@ -153,7 +153,7 @@ def test_basic_once() -> None:
         assert await login.answer([Challenge("basic")], "", fetch)
         assert login.headers()["Authorization"] == basic("anna", "hunter2!")
         assert not await login.answer([Challenge("basic")], login.headers()["Authorization"], fetch)
-        assert not await Login(HTTPS, "a", None).answer([Challenge("basic")], "", fetch)
+        assert not await Login(HTTPS, "a", []).answer([Challenge("basic")], "", fetch)
 
     asyncio.run(scenario())
 

@@ -36,7 +36,7 @@ def bases(hosts: tuple[Host, ...]) -> list[str]:
     ],
 )
 def test_s28_without_files(tmp_path: Path, domain: str, base: str) -> None:
-    assert hosts_for(domain, (tmp_path,), 16) == (Host(base, upstream=True),)
+    assert hosts_for(domain, (tmp_path,), 16) == (Host(base, upstream=True, push=True),)
 
 
 def test_order_capabilities_and_options(tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""The repositories that a reference leads to: hosts from hosts.toml or registries.conf, each with what it may be sent.
+
+Refuses registries that registries.conf blocks, whatever hosts.toml says of them. Invariant: what a caller gave goes to
+the registry that the reference names and to nobody else; what lies on this machine goes to the host that its entry
+names (threats R9, S27).
+"""
+
+from __future__ import annotations
+
+from imagestore.auth import applicable
+from imagestore.config import StoreConfig
+from imagestore.hosts import Host, configured, upstream_host
+from imagestore.keyring import Keyring
+from imagestore.model import Credentials
+from imagestore.reference import Reference
+from imagestore.registries_conf import RegistriesFiles
+from imagestore.registry import Repository
+from imagestore.threads import Threads
+from imagestore.transport import Transport
+
+
+class Remotes:
+    """What one store or one copy knows of registries."""
+
+    def __init__(self, transport: Transport, threads: Threads, config: StoreConfig) -> None:
+        self._transport = transport
+        self._threads = threads
+        self._config = config
+        self._keyring = Keyring(config.keyring)
+        self._files = RegistriesFiles(config.registries_conf)
+
+    def candidates(self, text: str) -> tuple[Reference, ...]:
+        """What `text` may mean, in the order in which to try. Blocks. Raises ReferenceInvalid, ImageError."""
+        return self._files.now().candidates(text)
+
+    async def repositories(
+        self, wanted: Reference, credentials: Credentials | None, actions: str = "pull"
+    ) -> list[Repository]:
+        """In the order in which to ask; the registry itself comes last. Raises ImageError and its kinds."""
+        found = await self._threads.io(self._hosts, wanted, credentials)
+        return [
+            Repository(host, wanted, logins, self._transport, self._threads, self._config, actions)
+            for host, logins in found
+        ]
+
+    def _hosts(self, wanted: Reference, given: Credentials | None) -> list[tuple[Host, tuple[Credentials, ...]]]:
+        config = self._config
+        listed = self._files.now().hosts(wanted)  # first of all: it may say that the registry is blocked
+        hosts = configured(wanted.domain, config.hosts_directories, config.mirrors) or listed
+        hosts = hosts or (upstream_host(wanted.domain),)
+        return [(host, self._logins(host, wanted, applicable(given, wanted.domain))) for host in hosts]
+
+    def _logins(self, host: Host, wanted: Reference, given: Credentials | None) -> tuple[Credentials, ...]:
+        if host.upstream and given is not None:
+            return (given,)
+        # A registry that a file has moved elsewhere is logged in to under the name that it has there.
+        moved = bool(host.path) or not host.upstream
+        domain = host.origin.partition("://")[2] if moved else wanted.domain
+        found = self._keyring.find(domain, host.repository(wanted.path) if moved else wanted.path)
+        return (found, Credentials()) if found is not None else ()
