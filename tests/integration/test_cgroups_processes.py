@@ -17,6 +17,7 @@ from runtime.cgroups.manager import Manager, manager_for
 from runtime.errors import RuntimeFailure
 from runtime.linux.process import process_state
 from runtime.resources import Resources
+from tests.costs import soon
 from tests.integration.cgroup_child import Child, fork, own_path, sleeper, spawn, wish
 from tests.support import eventually, needs
 
@@ -147,11 +148,10 @@ def test_freeze_during_a_storm_of_forks(path: str) -> None:
 def test_o61_a_frozen_container_can_be_killed_and_removed(manager: Manager) -> None:
     children = [two(manager), sleeper(manager)]
     manager.freeze(True)
-    start = time.monotonic()
-    assert manager.kill() and manager.pids() == []
-    assert [child.wait() for child in children] == [-9, -9]
-    manager.destroy()
-    assert time.monotonic() - start < 1
+    with soon():
+        assert manager.kill() and manager.pids() == []
+        assert [child.wait() for child in children] == [-9, -9]
+        manager.destroy()
 
 
 def test_a_signal_to_the_frozen_waits_for_the_thaw(manager: Manager) -> None:
@@ -191,10 +191,9 @@ def test_o35_removal_waits_for_those_who_are_just_leaving(manager: Manager) -> N
 
 def test_o35_removal_with_processes_names_them_and_can_be_repeated(manager: Manager) -> None:
     child = sleeper(manager)
-    start = time.monotonic()
-    with pytest.raises(RuntimeFailure, match=f"EBUSY it still holds process {child.pid}$") as caught:
+    with soon(), pytest.raises(RuntimeFailure, match=f"EBUSY it still holds process {child.pid}$") as caught:
         manager.destroy(deadline_s=0.05)
-    assert time.monotonic() - start < 2 and caught.value.code == "failed_precondition"
+    assert caught.value.code == "failed_precondition"
     assert manager.exists() and manager.pids() == [child.pid]
     manager.kill()
     manager.destroy()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from conformance.cri_client import connected, container
 from conformance.daemons import remove_cgroup
 from cri.api import api_pb2 as pb
 from runtime.cgroups.hierarchy import detect
+from tests.costs import SOON_S
 from tests.e2e import Node, node, stocked
 from tests.fakes.registry import FakeRegistry
 from tests.support import needs
@@ -122,14 +122,12 @@ def test_o42_lists_of_statistics_are_whole_while_everything_comes_and_goes(here:
 
     thread = threading.Thread(target=churn)
     thread.start()
-    slowest, sizes = 0.0, set()
+    sizes = set()
     try:
         for _ in range(60):
-            begun = time.monotonic()
             stats = here.client.list_stats()
             pods = here.client.runtime.ListPodSandboxStats(pb.ListPodSandboxStatsRequest()).stats
             metrics = here.client.runtime.ListPodSandboxMetrics(pb.ListPodSandboxMetricsRequest()).pod_metrics
-            slowest = max(slowest, time.monotonic() - begun)
             assert one in {item.attributes.id for item in stats}
             assert stays in {item.attributes.id for item in pods} & {item.pod_sandbox_id for item in metrics}
             sizes.add(len(stats))
@@ -138,7 +136,6 @@ def test_o42_lists_of_statistics_are_whole_while_everything_comes_and_goes(here:
         thread.join()
     assert not failures, failures
     assert sizes == {1, 2}, "the other pod was never seen coming and going"
-    assert slowest < 1.0
     here.drop(stays)
 
 
@@ -170,7 +167,6 @@ def test_o55_events_of_real_containers_come_in_order_and_none_is_lost(here: Node
     for number, one in enumerate(quick):
         (status,) = [item for item in seen[one][2].containers_statuses if item.id == one]
         assert (status.state, status.exit_code) == (pb.CONTAINER_EXITED, number)
-    begun = time.monotonic()
     idle = here.client.runtime.GetContainerEvents(pb.GetEventsRequest())
     idle.initial_metadata()
     assert here.process is not None
@@ -178,8 +174,7 @@ def test_o55_events_of_real_containers_come_in_order_and_none_is_lost(here: Node
     with pytest.raises(grpc.RpcError, match="stopping") as caught:
         next(iter(idle))
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    here.process.wait(5)  # a reader does not hold up the end
-    assert time.monotonic() - begun < 5
+    here.process.wait(SOON_S)  # a reader does not hold up the end
 
 
 def test_limits_of_a_pod_are_in_force_as_a_whole_or_not_at_all(here: Node) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from imagestore.model import (
     ImageNotFound,
     RegistryUnavailable,
 )
+from tests.costs import soon
 from tests.fakes.imagestore import Bench, run
 from tests.fakes.registry import (
     OCI_INDEX,
@@ -71,15 +71,13 @@ def fails(
     bench: Bench, reference: str, kind: type[ImageError], says: str, credentials: Credentials | None = None
 ) -> str:
     """The pull fails so, in one sentence, and leaves no record, no stray file and no thread."""
-    began = time.monotonic()
-    with pytest.raises(kind, match=says) as raised:
+    with soon(), pytest.raises(kind, match=says) as raised:
         bench.pull(reference, credentials)
     assert type(raised.value) in (ImageNotFound, AccessDenied, RegistryUnavailable, ContentInvalid, ImageError)
     text = str(raised.value)
     assert text.startswith(f"pull {reference}: ") and "\n" not in text and len(text) < 1500
     assert "pa55word" not in text and "SECRET" not in text
     assert list(bench.store.list()) == [] and bench.strays() == set()
-    assert time.monotonic() - began < 20
     return text
 
 
@@ -232,17 +230,15 @@ def test_s35_index_chain(bench: Bench, registry: FakeRegistry) -> None:
         index = as_json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry]})
         reference = registry.put("app", "1", index, OCI_INDEX)
         entry = {"mediaType": OCI_INDEX, "digest": sha256(index), "size": len(index)}
-    began = time.monotonic()
     fails(bench, reference, ContentInvalid, "indexes within indexes, deeper than 4")
-    assert time.monotonic() - began < 2 and len(registry.seen) <= 6
+    assert len(registry.seen) <= 6
 
 
 def test_s35_wide_index_asks_for_nothing(bench: Bench, registry: FakeRegistry) -> None:
     entry = {"mediaType": OCI_INDEX, "digest": "sha256:" + "a" * 64, "size": 10}
     index = as_json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry] * 10_000})
-    began = time.monotonic()
     fails(bench, registry.put("app", "1", index, OCI_INDEX), ContentInvalid, "10000 entries, the limit is")
-    assert time.monotonic() - began < 2 and len(registry.seen) == 1
+    assert len(registry.seen) == 1
 
 
 def test_s35_shared_fan_out_follows_one_path(bench: Bench, registry: FakeRegistry) -> None:
@@ -829,9 +825,8 @@ def test_s41_damaged_stream_holds_no_lock(bench: Bench, registry: FakeRegistry, 
     registry.blobs[sha256(bad_blob)] = bad_blob
     reference = registry.add("app", "bad", bad)
     fails(bench, reference, ContentInvalid, "unpack layer sha256:")
-    began = time.monotonic()
-    assert bench.pull(registry.add("app", "good", good)).repo_tags
-    assert time.monotonic() - began < 2
+    with soon():
+        assert bench.pull(registry.add("app", "good", good)).repo_tags
     bench.store.collect()
     assert sha256(bad_blob) not in bench.blobs() and bad.digest not in bench.blobs()
 

@@ -11,7 +11,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import pytest
 
 from imagestore.manifest import chain_ids
 from imagestore.model import ContentInvalid, Image, ImageError, ImageNotFound, RegistryUnavailable
+from tests.costs import SOON_S, soon
 from tests.fakes.imagestore import Bench, run
 from tests.fakes.registry import (
     OCI_INDEX,
@@ -172,10 +172,9 @@ def test_a_layer_above_a_failed_download_is_given_up(bench: Bench, registry: Fak
     built = build_image([{"a": b"1"}, {"b": b"2" * 5000}])
     reference = registry.add("app", "1", built)
     registry.rule("GET", f"/blobs/{built.layer_digests[0]}", Stall(5))
-    began = time.monotonic()
-    with pytest.raises(RegistryUnavailable):
+    with soon(), pytest.raises(RegistryUnavailable):
         bench.pull(reference)
-    assert time.monotonic() - began < 4 and bench.unpacker.running == 0  # type: ignore[attr-defined]
+    assert bench.unpacker.running == 0  # type: ignore[attr-defined]
     assert len(bench.unpacker.calls) == 1  # type: ignore[attr-defined]
     registry.heal()
     assert bench.pull(reference).repo_tags == (reference,)
@@ -451,17 +450,16 @@ def test_r14_questions_are_answered_during_a_long_collection(bench: Bench, regis
 
     def stuck(keep: frozenset[str]) -> int:
         entered.set()
-        leave.wait(20)
+        assert leave.wait(SOON_S)
         return 0
 
     bench.unpacker.remove_layers_except = stuck  # type: ignore[method-assign]
     thread = threading.Thread(target=bench.store.collect)
     thread.start()
-    assert entered.wait(5)
-    began = time.monotonic()
+    assert entered.wait(SOON_S)
     assert list(bench.store.list()) == [image] and bench.store.get(image.id) == image
     assert bench.pull(image.repo_tags[0]) == image
-    assert time.monotonic() - began < 1
+    assert thread.is_alive()
     leave.set()
     thread.join()
 

@@ -9,7 +9,6 @@ import os
 import resource
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 
 from cri.interfaces import NetworkError, PodNetwork, PortMapping
 from runtime.linux.process import start_time
+from tests.costs import soon
 from tests.fakes.network import (
     Corner,
     connect,
@@ -56,17 +56,15 @@ def _calls(corner: Corner, name: str = "spy") -> list[str]:
     return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _failure(corner: Corner, script: str, timeout: float = 20.0) -> str:
+def _failure(corner: Corner, script: str) -> str:
     """The sentence of an add whose only plugin is `script`; the pod is gone afterwards and DEL was called."""
     corner.program("bad", f'echo "$CNI_COMMAND" >> "$0.calls"\nif [ "$CNI_COMMAND" = ADD ]; then\n{script}\nfi')
     corner.conflist("net", [{"type": "bad"}])
 
     async def scenario() -> str:
         pod = await make_pod(corner)
-        before = time.monotonic()
-        with pytest.raises(NetworkError) as caught:
+        with soon(), pytest.raises(NetworkError) as caught:
             await corner.cni.add(pod)
-        assert time.monotonic() - before < timeout
         assert _calls(corner, "bad") == ["ADD", "DEL"]
         assert not list(corner.records.glob(f"{pod.id}*"))
         await remove_pod(corner, pod)
@@ -188,7 +186,7 @@ def test_an_option_only_a_program_has_is_named_when_the_program_is_missing(tmp_p
 def test_a_plugin_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     needs("root")
     with network_corner(tmp_path, plugin_timeout_s=1.0) as corner:
-        said = _failure(corner, 'echo working >&2; sleep 1000 & echo $! > "$0.child"; wait', timeout=6)
+        said = _failure(corner, 'echo working >&2; sleep 1000 & echo $! > "$0.child"; wait')
         assert "no end after 1 s, killed; it said: working" in said
         child = int((corner.config.bin_dirs[0] / "bad.child").read_text())
 
@@ -204,7 +202,7 @@ def test_a_plugin_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None
 
 def test_r05_a_plugin_that_prints_without_end_is_stopped(corner: Corner) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert "printed more than 1048576 bytes, killed" in _failure(corner, "cat /dev/zero", timeout=10)
+    assert "printed more than 1048576 bytes, killed" in _failure(corner, "cat /dev/zero")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 << 10  # KiB
 
 
@@ -389,10 +387,10 @@ def test_r14_a_hanging_plugin_holds_up_no_other_pod(corner: Corner) -> None:
         began = corner.config.bin_dirs[0] / "slow.began"
         while not began.exists() or len(began.read_text()) < len(stuck):
             await asyncio.sleep(0.005)
-        before = time.monotonic()
-        async with running_pod(corner):
-            assert await corner.cni.status() is None
-        assert time.monotonic() - before < 2
+        with soon():
+            async with running_pod(corner):
+                assert await corner.cni.status() is None
+        assert not any(task.done() for task in tasks)
         corner.program("slow", "exit 0")
         for task in tasks:
             task.cancel()

@@ -415,15 +415,16 @@ def test_o62_an_exec_waits_for_no_disk(home: Bundles) -> None:
         writer = subprocess.Popen([*enter, *command])
         eventually(lambda: target.exists() and target.stat().st_size >= 2 << 20, what="the writer to be at its limit")
         took = []
-        for index in range(10):
+        for index in range(9):
             pid_file = str(home.directory / f"pid{index}")
             began = time.monotonic()
-            subprocess.run(
-                [*enter, *home.command("exec", "--pid-file", pid_file, one.id, "true")], check=True, timeout=60
-            )
+            subprocess.run([*enter, *home.command("exec", "--pid-file", pid_file, one.id, "true")], check=True)
             took.append(time.monotonic() - began)
         assert writer.poll() is None, "the disk was not slow"
-        assert max(took) < 1.0, took
+        began = time.monotonic()
+        sync = ["dd", "if=/dev/zero", f"of={target}.synced", "bs=64k", "count=1", "conv=fsync", "status=none"]
+        subprocess.run([*enter, *sync], check=True)
+        assert sorted(took)[4] < (time.monotonic() - began) / 2, took  # whoever syncs waits for a second or more
     finally:
         if writer is not None:
             writer.kill()

