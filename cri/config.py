@@ -145,6 +145,22 @@ class ImageSection:
     credential_provider_dir: str = _key(
         "", 'Where those programs lie; "" means beside that file.', check=_absolute_or_none
     )
+    signature_policy: str = _key(
+        "",
+        'Which images may be pulled and run: a policy.json (containers-policy.json(5)), which must be there. "" means '
+        "/etc/containers/policy.json; where that is not there either, everything is accepted.",
+        check=_absolute_or_none,
+    )
+    registries_d: Path = _key(
+        Path("/etc/containers/registries.d"),
+        "Where files say which registries have their signatures elsewhere (containers-registries.d(5)).",
+        check=_absolute,
+    )
+    accept_unnamed_bundles: bool = _key(
+        False,
+        "Take sigstore bundles that name no repository, as cosign 3 makes them, for signatures of the repository that "
+        "they are found in: whoever may write there may then bring in a signed image from elsewhere.",
+    )
     pinned: tuple[str, ...] = _key((), "References of images that are reported as pinned: a kubelet keeps those.")
     concurrent_pulls: int = _key(16, "Images that are pulled at once.", least=1)
     concurrent_downloads: int = _key(4, "Layers that one pull downloads at once.", least=1)
@@ -287,6 +303,8 @@ def _value(kind: Any, raw: Any, where: str) -> Any:
         return raw
     if kind is Path and isinstance(raw, str):
         return Path(raw)
+    if kind is bool and isinstance(raw, bool):
+        return raw
     if kind is int and isinstance(raw, int) and not isinstance(raw, bool):
         return raw
     if kind is float and isinstance(raw, int | float) and not isinstance(raw, bool):
@@ -301,7 +319,7 @@ def _value(kind: Any, raw: Any, where: str) -> Any:
 
 
 def _words(kind: Any) -> str:
-    names = {str: "a string", Path: "a path", int: "an integer", float: "a number"}
+    names = {bool: "true or false", str: "a string", Path: "a path", int: "an integer", float: "a number"}
     lists = {tuple[Path, ...]: "a list of paths", tuple[str, ...]: "a list of strings"}
     return names.get(kind) or lists.get(kind) or "a table of strings"
 

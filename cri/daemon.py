@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 
 RECOVERING = "ocid is starting and recovers its pods; try again in a moment"
 STOPPING = "ocid is stopping"
+# Where everybody looks who reads such policies: podman, skopeo, CRI-O.
+DEFAULT_POLICY = Path("/etc/containers/policy.json")
 # How long calls under way may take once the daemon is to end; what they work on is recovered at the next start.
 GRACE_S = 10.0
 _LOCK_WAIT_S = 60.0
@@ -181,6 +183,10 @@ def _image_config(config: Config, snapshots: Overlay) -> StoreConfig:
         ),
         pinned=frozenset(section.pinned),
         layers_usage=layers_usage,
+        policy=Path(section.signature_policy) if section.signature_policy else None,
+        policy_defaults=(DEFAULT_POLICY,),
+        registries_d=(section.registries_d,),
+        accept_unnamed_bundles=section.accept_unnamed_bundles,
         concurrent_pulls=section.concurrent_pulls,
         concurrent_downloads=section.concurrent_downloads,
         concurrent_unpacks=section.concurrent_unpacks,

@@ -74,6 +74,11 @@ class Images(Protocol):
         """By image id ("sha256:…", or an unambiguous prefix of ≥ 3 hex digits), tag or digest reference, normalised."""
         ...
 
+    def permit(self, image: Image, name: str) -> None:
+        """Raises SignatureRefused unless the signature policy of today accepts `image`, called `name` by whoever wants
+        to run it (a reference, or its id), with the signatures that it came with. No network. PolicyInvalid."""
+        ...
+
     def list(self) -> Sequence[Image]:
         """All whole images."""
         ...

@@ -31,6 +31,13 @@ class StoreConfig:
     """containers-registries.conf(5): read after `hosts_directories`, but what it blocks is blocked."""
     keyring: KeyringConfig = KeyringConfig()
     """Logins that lie on this machine, for callers who bring none."""
+    policy: Path | None = None
+    """The signature policy; it must be there."""
+    policy_defaults: tuple[Path, ...] = ()
+    """Where one is looked for otherwise; where none is, everything is accepted."""
+    registries_d: tuple[Path, ...] = ()
+    accept_unnamed_bundles: bool = False
+    """Take sigstore bundles that name no repository, as cosign 3 makes them, for ones of the repository they are in."""
     user_agent: str = "ocid/0.1"
 
     # how much at once
@@ -52,6 +59,9 @@ class StoreConfig:
     index_manifests: int = 2048
     index_depth: int = 4
     json_values: int = 200_000
+    signature_bytes: int = 1 * _MIB
+    signatures: int = 128
+    """Of one manifest, in one place."""
     redirects: int = 5
     mirrors: int = 16
 

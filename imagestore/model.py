@@ -147,3 +147,13 @@ class RegistryUnavailable(ImageError):
 
 class ContentInvalid(ImageError):
     """What came is not what was announced: digest, size, media type, JSON or limits."""
+
+
+class PolicyInvalid(ImageError):
+    """The signature policy, or a key or certificate that it names, cannot be used: nothing is accepted by it."""
+
+
+class SignatureRefused(ImageError):
+    """The signature policy does not accept the image. `str()` begins with the word by which a kubelet knows this."""
+
+    WORD = "SignatureValidationFailed"

@@ -1,8 +1,8 @@
 """From a source to a whole image: manifest, config, then all layers at once, each unpacked while others still come.
 
-    top ─> choose platform ─> config ─┬─ layer 0: download ─> unpack ─┐
-                                      ├─ layer 1: download ─> unpack ─┤ commit in order, by the unpacker
-                                      └─ layer n: download ─> unpack ─┴─> Pulled
+    top ─> choose platform ─> admit ─> config ─┬─ layer 0: download ─> unpack ─┐
+                                               ├─ layer 1: download ─> unpack ─┤ commit in order, by the unpacker
+                                               └─ layer n: download ─> unpack ─┴─> Pulled
 
 Refuses to hand anything unverified to the unpacker. Invariant: when `run` returns, every blob is durable and every
 layer committed, and all of them are leased until the caller has recorded the image; when it raises, what is left is
@@ -12,7 +12,7 @@ whole blobs, committed layers and resumable ingests, which the next `collect` or
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from imagestore.config import StoreConfig
@@ -38,6 +38,7 @@ from imagestore.unpacking import Unpacking
 # Another process writes the same blob: how often to look whether it has finished. There is no lock to wait on that a
 # dead process would not also leave, and flock(2) without NB would hold a thread for as long.
 _LOOK_AGAIN_S = 0.1
+Admit = Callable[[str, str], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +74,12 @@ class Puller:
         self._downloads = Slots(config.concurrent_downloads)
         self.unpacks = Slots(config.concurrent_unpacks)
 
-    async def run(self, source: Source, held: Held, tell: ProgressFunction) -> Pulled:
-        """Raises ImageError and its kinds."""
+    async def run(self, source: Source, held: Held, tell: ProgressFunction, admit: Admit) -> Pulled:
+        """`admit` is asked with the digests of what the name led to and of the manifest, before anything is fetched
+        that they name, and refuses by raising. Raises ImageError and its kinds."""
         top = await source.top()
         chosen, manifest = await self._choose(source, top)
+        await admit(top.digest, chosen.digest)
         for document in (top, chosen):
             self.leases.lease_blob(document.digest, held.blobs)
             await self.threads.io(self._keep_document, document)

@@ -18,7 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from imagestore import origins
 from imagestore.model import Descriptor, ImageError
+from imagestore.origins import Origin
 from imagestore.reference import Reference
 from runtime.linux.failpoint import failpoint
 
@@ -98,7 +100,7 @@ class Records:
             db.execute("PRAGMA synchronous=FULL")
             db.execute("PRAGMA foreign_keys=ON")
             db.execute("PRAGMA busy_timeout=15000")
-            db.executescript(_SCHEMA)
+            db.executescript(_SCHEMA + origins.SCHEMA)
 
     # ------------------------------------------------------------------------------------------------- questions
 
@@ -154,9 +156,22 @@ class Records:
             )
             return ImageRecord(row[0], Descriptor(row[1], row[2], row[3]), row[4], tuple(map(_name, names)))
 
+    def origins(self, image_id: str) -> tuple[Origin, ...]:
+        """Where the image came from; what was pulled before origins were recorded came from what its names say."""
+        with self._lock, _worded():
+            found = origins.of(self._db, image_id)
+        record = None if found else self._one(image_id)
+        return found or tuple(
+            Origin("docker", name.name, tuple(dict.fromkeys((name.manifest.digest, name.served))), "[]")
+            for name in (record.names if record else ())
+            if name.served
+        )
+
     # --------------------------------------------------------------------------------------------------- changes
 
-    def put(self, reference: Reference, image_id: str, manifest: Descriptor, served: str) -> ImageRecord:
+    def put(
+        self, reference: Reference, image_id: str, manifest: Descriptor, served: str, origin: Origin | None = None
+    ) -> ImageRecord:
         """Records a whole image and gives it `reference`; `served` is "" when no registry stands behind the name.
 
         A tag that moves away from an image leaves that its digest, so that it can still be asked for by it.
@@ -170,6 +185,8 @@ class Records:
                 (image_id, manifest.media_type, manifest.digest, manifest.size, time.time_ns()),
             )
             _give(db, NameRecord(str(reference), reference.repository, image_id, manifest, served))
+            if origin is not None:
+                origins.put(db, image_id, origin)
             record = self._one(image_id)
             assert record is not None  # inserted above, in this transaction
             return record

@@ -118,6 +118,17 @@ class Repository:
 
         return await self._retrying(head, what)
 
+    async def small(self, path: str, what: str, limit: int, accept: str = "*/*") -> bytes:
+        """What `path` of the repository answers, at most `limit` bytes, unverified: signatures, referrers.
+        Raises as `manifest` does."""
+
+        async def get() -> bytes:
+            async with asyncio.timeout(self._config.answer_timeout_s):
+                async with self._open("GET", path, {"Accept": accept}, what) as answer:
+                    return await self._read(answer, limit, what)
+
+        return await self._retrying(get, what)
+
     async def blob(self, blob: Descriptor, ingest: Ingest, report: Report) -> None:
         """All of `blob` into `ingest`, which was loaded and may hold its beginning; verified, not yet finished.
         Raises as `manifest` does, and ImageError when the disk refuses."""

@@ -54,6 +54,10 @@ class RegistrySource:
     async def manifest(self, wanted: Descriptor) -> Document:
         return await self._first(lambda host: host.manifest(wanted.digest))
 
+    async def small(self, path: str, what: str, limit: int, accept: str = "*/*") -> bytes:
+        """What one path of the repository answers, unverified."""
+        return await self._first(lambda host: host.small(path, what, limit, accept))
+
     async def blob(self, wanted: Descriptor, ingest: Ingest, report: Report) -> None:
         await self._first(lambda host: host.blob(wanted, ingest, report))
 

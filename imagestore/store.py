@@ -34,10 +34,12 @@ from imagestore.model import (
     ImageError,
     ImageNotFound,
     Layer,
+    PolicyInvalid,
     Progress,
     ProgressFunction,
     ReferenceInvalid,
     RegistryUnavailable,
+    SignatureRefused,
     Unpacker,
     Usage,
 )
@@ -46,10 +48,12 @@ from imagestore.records import ImageRecord, Records
 from imagestore.reference import DEFAULT_TAG, Reference, id_prefix, parse
 from imagestore.remotes import Remotes
 from imagestore.reserve import Reserve
+from imagestore.scopes import Subject, in_file, in_registry
 from imagestore.shared import SharedWork, Slots
 from imagestore.source import RegistrySource
 from imagestore.threads import Threads
 from imagestore.transport import Transport, preload
+from imagestore.trust import Finder, Gate, Trust
 from imagestore.usage import disk_usage
 
 __all__ = ["Store", "StoreConfig"]
@@ -60,6 +64,8 @@ _KINDS: tuple[type[ImageError], ...] = (
     AccessDenied,
     RegistryUnavailable,
     ContentInvalid,
+    SignatureRefused,
+    PolicyInvalid,
     ImageError,
 )
 
@@ -98,6 +104,7 @@ class Store:
         self._threads = Threads(config.concurrent_downloads + 2, config.concurrent_unpacks + config.concurrent_pulls)
         self._transport = Transport(config)
         self._remotes = Remotes(self._transport, self._threads, config)
+        self._trust = Trust(config)
         self._puller = Puller(self._blobs, self._leases, unpacker, self._threads, config)
         self._pulls = Slots(config.concurrent_pulls)
         self._shared: SharedWork[Image, Progress] = SharedWork(config.cancel_wait_s)
@@ -135,13 +142,17 @@ class Store:
 
     async def _pull(self, wanted: Reference, credentials: Credentials | None, tell: ProgressFunction) -> Image:
         async def work(held: Held) -> Image:
+            subject = in_registry(wanted)
+            requirements = await self._threads.io(self._trust.before, subject)
             await self._threads.io(preload)
             async with self._transport.open():
                 source = RegistrySource(wanted, await self._remotes.repositories(wanted, credentials))
                 image = await self._unchanged(wanted, source)
                 if image is None:
-                    pulled = await self._puller.run(source, held, tell)
-                    image = await self._threads.io(self._record, wanted, pulled, pulled.served)
+                    finder = Finder(wanted, source, self._transport, self._config)
+                    gate = Gate(self._trust, subject, requirements, finder)
+                    pulled = await self._puller.run(source, held, tell, gate.admit)
+                    image = await self._threads.io(self._record, wanted, pulled, pulled.served, gate)
                 return image
 
         return await self._session(work)
@@ -158,7 +169,17 @@ class Store:
             return None  # some registries know no HEAD: then the manifest itself tells
         if digest not in served:
             return None
-        return await self._threads.io(lambda: self._image(record, again=True))
+        return await self._threads.io(self._still_permitted, record, str(wanted))
+
+    def _still_permitted(self, record: ImageRecord, name: str) -> Image | None:
+        """The image of a record, if it is whole and the policy of today accepts it with the signatures it came with."""
+        image = self._image(record, again=True)
+        try:
+            if image is not None:
+                self.permit(image, name)
+        except SignatureRefused:
+            return None  # there may be other signatures by now
+        return image
 
     async def import_layout(
         self, directory: Path, tag: str = "", name: str = "", progress: ProgressFunction | None = None
@@ -166,7 +187,7 @@ class Store:
         """The image of an OCI layout directory: the one named `tag` there, or its only one. It is called `name` here,
         by default what it is called there, or "localhost/DIRECTORY:TAG". Raises ImageError and its kinds."""
         source = LocalSource(DirectoryFiles(directory), f"layout {directory}", tag, self._threads, self._config)
-        return await self._import(source, directory, tag, name, progress)
+        return await self._import(source, in_file("oci", directory), directory, tag, name, progress)
 
     async def import_archive(
         self,
@@ -180,18 +201,26 @@ class Store:
         """As `import_layout`, from a tar of an OCI layout, or with `docker` from what `docker save` writes."""
         kind = DockerArchive if docker else LocalSource
         source = kind(TarFiles(path), f"archive {path}", tag, self._threads, self._config)
-        return await self._import(source, path, tag, name, progress)
+        subject = in_file("docker-archive" if docker else "oci-archive", path)
+        return await self._import(source, subject, path, tag, name, progress)
 
     async def _import(
-        self, source: LocalSource, path: Path, tag: str, name: str, progress: ProgressFunction | None
+        self,
+        source: LocalSource,
+        subject: Subject,
+        path: Path,
+        tag: str,
+        name: str,
+        progress: ProgressFunction | None,
     ) -> Image:
         if name and parse(name).digest:
             raise ReferenceInvalid(f"import {path}: {name!r} is a digest, expected a tag")
 
         async def work(held: Held) -> Image:
-            pulled = await self._puller.run(source, held, progress or (lambda _: None))
+            gate = Gate(self._trust, subject, await self._threads.io(self._trust.before, subject), None)
+            pulled = await self._puller.run(source, held, progress or (lambda _: None), gate.admit)
             called = parse(name) if name else _local_name(path, tag or source.name)
-            return await self._threads.io(self._record, called, pulled, "")
+            return await self._threads.io(self._record, called, pulled, "", gate)
 
         try:
             return await self._session(work)
@@ -223,8 +252,9 @@ class Store:
         if not entering.cancelled() and entering.exception() is None:
             self._leases.leave(set(), set())
 
-    def _record(self, called: Reference, pulled: Pulled, served: str) -> Image:
-        image = self._image(self._records.put(called, pulled.image_id, pulled.manifest, served), again=True)
+    def _record(self, called: Reference, pulled: Pulled, served: str, gate: Gate) -> Image:
+        record = self._records.put(called, pulled.image_id, pulled.manifest, served, gate.origin())
+        image = self._image(record, again=True)
         if image is None:
             raise ImageError(f"image {pulled.image_id}: something outside removed parts of it; pull it again")
         return image
@@ -235,6 +265,13 @@ class Store:
         """See cri.interfaces.Images.get."""
         record, _ = self._find(name)
         return self._image(record) if record else None
+
+    def permit(self, image: Image, name: str) -> None:
+        """See cri.interfaces.Images.permit."""
+        try:
+            self._trust.permit(image, name, self._records.origins(image.id))
+        except ImageError as error:
+            raise _told(f"use image {name}", error) from error
 
     def list(self) -> Sequence[Image]:
         """See cri.interfaces.Images.list."""
@@ -383,7 +420,12 @@ class Store:
 def _told(doing: str, error: ImageError) -> ImageError:
     """A failure as the caller sees it: what was being done in front, and one of the public kinds."""
     kind = next(kind for kind in _KINDS if isinstance(error, kind))
-    return kind(f"{doing}: {error}")
+    # A kubelet knows a refusal by the first word.
+    word = f"{SignatureRefused.WORD}: " if kind is SignatureRefused else ""
+    told = kind(f"{word}{doing}: {error}")
+    for note in getattr(error, "__notes__", ()):
+        told.add_note(note)
+    return told
 
 
 def _local_name(path: Path, tag: str) -> Reference:

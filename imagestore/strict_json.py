@@ -97,6 +97,13 @@ class Fields:
     def _wrong(self, key: str, expected: str, value: object) -> ContentInvalid:
         return ContentInvalid(f"{self.path}.{key}: expected {expected}, got {_kind(value)}")
 
+    def only(self, *known: str) -> Fields:
+        """Itself. Raises ContentInvalid for a key that is none of `known`, which somebody may have meant seriously."""
+        for name in self._document:
+            if name not in known:
+                raise ContentInvalid(f"{self.path}: unknown key {name[:60]!r}; known here: {', '.join(known)}")
+        return self
+
     def has(self, key: str) -> bool:
         """True when the field is there and not null."""
         return self._get(key) is not None

@@ -137,6 +137,8 @@ def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
     """All that blocks, in one go. What it leaves when it fails is `take_away`'s to remove."""
     config = container.request
     image = find_image(node, config.image.image)
+    # By the name that the pod asked for: a kubelet asks by id, and policies are about names.
+    node.parts.images.permit(image, config.image.user_specified_image or config.image.image)
     stop_signal = stop_signal_of(config, image)
     user = _user(node, config, image)
     spec = build(

@@ -1,7 +1,7 @@
 """`cri.interfaces.Images` in memory: what `offer` was given can be pulled, tagged, removed as from the real store.
 
-Passes tests/contract/test_images.py. For unit tests of `cri`: `failures` makes a pull of a reference fail, `gate` holds
-pulls until it is set, `fetches` says what was really fetched.
+Passes tests/contract/test_images.py. For unit tests of `cri`: `failures` makes a pull of a reference fail, `refused`
+its use, `gate` holds pulls until it is set, `fetches` says what was really fetched.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class MemoryImages:
         self.offered: dict[str, Image] = {}
         self.passwords: dict[str, tuple[str, str]] = {}
         self.failures: dict[str, ImageError] = {}
+        self.refused: dict[str, ImageError] = {}
         self.gate: asyncio.Event | None = None
         self.fetches: list[str] = []
         self.pinned: set[str] = set()
@@ -177,6 +178,11 @@ class MemoryImages:
             for name in self._names.values()
             if name.reference.repository == wanted.repository and name.served == wanted.digest
         ]
+
+    def permit(self, image: Image, name: str) -> None:
+        refused = self.refused.get(name)
+        if refused is not None:
+            raise refused
 
     def list(self) -> Sequence[Image]:
         return [self._shown(image_id) for image_id in self._images]

@@ -1,0 +1,315 @@
+"""Signatures made with openssl and gpg alone, for tests of what verifies them: no code of ours signs here.
+
+`Maker(directory)` keeps keys and certificates there, each made once. Logs (Rekor) and authorities (Fulcio) are keys of
+openssl's, too: what they sign is put together here from the published formats, by hand.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import hashlib
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from imagestore.signatures import BUNDLE_TYPE, CERTIFICATE, CHAIN, ENTRY, SIGNATURE, Bundle, Cosign, Simple
+
+GENERATE = {
+    "p256": ("EC", "ec_paramgen_curve:P-256"),
+    "p384": ("EC", "ec_paramgen_curve:P-384"),
+    "rsa": ("RSA", "rsa_keygen_bits:2048"),
+    "rsa-pss": ("RSA", "rsa_keygen_bits:2048"),
+    "small": ("RSA", "rsa_keygen_bits:1024"),
+    "ed25519": ("ED25519", ""),
+}
+ISSUER = "https://accounts.example.com"
+
+
+def compact(document: object) -> bytes:
+    return json.dumps(document, separators=(",", ":"), sort_keys=True).encode()
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def payload(kind: str, digest: str, name: str, optional: object = None) -> bytes:
+    image, identity = {"docker-manifest-digest": digest}, {"docker-reference": name}
+    return json.dumps({"critical": {"type": kind, "image": image, "identity": identity}, "optional": optional}).encode()
+
+
+def pae(kind: str, data: bytes) -> bytes:
+    return f"DSSEv1 {len(kind)} {kind} {len(data)} ".encode() + data
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A leaf with its key's name; `chain` is what a signer sends along, PEM."""
+
+    key: str
+    pem: bytes
+    chain: bytes
+
+
+class Maker:
+    """Keys by name. `now` is when a log takes what is signed."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        # A certificate that is made later during a test must be good at this time, too.
+        self.now = int(datetime.datetime.now(datetime.UTC).timestamp()) + 900
+        self._gpg = directory / "gpg"
+        self._gpg.mkdir(mode=0o700)
+        self._certificates: dict[str, Certificate] = {}
+        self._made: dict[tuple[object, ...], bytes] = {}
+
+    def _openssl(self, *words: str, data: bytes = b"") -> bytes:
+        return subprocess.run(
+            ["openssl", *words], input=data, capture_output=True, check=True, cwd=self.directory
+        ).stdout
+
+    # ---------------------------------------------------------------------------------------------------------- keys
+
+    def private(self, name: str, kind: str = "p256") -> Path:
+        path = self.directory / f"{name}.key"
+        if not path.exists():
+            algorithm, option = GENERATE[kind]
+            options = ("-pkeyopt", option) if option else ()
+            self._openssl("genpkey", "-algorithm", algorithm, *options, "-out", str(path))
+        return path
+
+    def public(self, name: str, kind: str = "p256") -> Path:
+        path = self.directory / f"{name}.pub"
+        if not path.exists():
+            self._openssl("pkey", "-in", str(self.private(name, kind)), "-pubout", "-out", str(path))
+        return path
+
+    def sign(self, name: str, data: bytes, kind: str = "p256") -> bytes:
+        """A signature; the same one when the same is signed again: processes are what this costs."""
+        wanted = (name, data, kind)
+        if wanted not in self._made:
+            self._made[wanted] = self._sign(name, data, kind)
+        return self._made[wanted]
+
+    def _sign(self, name: str, data: bytes, kind: str) -> bytes:
+        key = str(self.private(name, kind))
+        if kind == "ed25519":
+            (self.directory / "data").write_bytes(data)
+            return self._openssl("pkeyutl", "-sign", "-rawin", "-inkey", key, "-in", "data")
+        pss = ("-sigopt", "rsa_padding_mode:pss") if kind == "rsa-pss" else ()
+        return self._openssl("dgst", "-sha256", "-sign", key, *pss, data=data)
+
+    # -------------------------------------------------------------------------------------------------- certificates
+
+    def authority(self, name: str) -> Path:
+        """A root, self-signed, for ten years."""
+        path = self.directory / f"{name}.ca.pem"
+        if not path.exists():
+            self._openssl(
+                "req", "-x509", "-new", "-key", str(self.private(name)), "-subj", f"/CN={name}", "-days", "3650",
+                "-addext", "keyUsage=critical,keyCertSign", "-out", str(path),
+            )  # fmt: skip
+        return path
+
+    def between(self, name: str, root: str) -> Path:
+        """An intermediate below `root`."""
+        path = self.directory / f"{name}.ca.pem"
+        if not path.exists():
+            extensions = "basicConstraints=critical,CA:true,pathlen:0\nkeyUsage=critical,keyCertSign\n"
+            path.write_bytes(self._issue(name, root, f"/CN={name}", extensions, "3650"))
+        return path
+
+    def _issue(self, name: str, issuer: str, subject: str, extensions: str, days: str) -> bytes:
+        request = self._openssl("req", "-new", "-key", str(self.private(name)), "-subj", subject)
+        (self.directory / "ext").write_text(extensions)
+        return self._openssl(
+            "x509", "-req", "-CA", str(self.directory / f"{issuer}.ca.pem"), "-CAkey", str(self.private(issuer)),
+            "-extfile", "ext", "-days", days, data=request,
+        )  # fmt: skip
+
+    def leaf(
+        self, name: str, root: str, san: str, *, issuer: str = ISSUER, usage: str = "codeSigning", subject: str = "/"
+    ) -> Certificate:
+        """A signer's certificate for one day, through an intermediate that is sent along."""
+        if name not in self._certificates:
+            self.authority(root)
+            middle = self.between(f"{root}-between", root)
+            extensions = (
+                f"keyUsage=critical,digitalSignature\nextendedKeyUsage={usage}\nsubjectAltName=critical,{san}\n"
+            )
+            if issuer:
+                extensions += f"1.3.6.1.4.1.57264.1.1=DER:{issuer.encode().hex()}\n"
+                extensions += f"1.3.6.1.4.1.57264.1.8=ASN1:UTF8String:{issuer}\n"
+            pem = self._issue(name, f"{root}-between", subject, extensions, "1")
+            chain = middle.read_bytes() + self.authority(root).read_bytes()
+            self._certificates[name] = Certificate(name, pem, chain)
+        return self._certificates[name]
+
+    # ------------------------------------------------------------------------------------------------------ the log
+
+    def entry(self, log: str, body: bytes, at: int | None = None) -> dict[str, object]:
+        """A log's promise, as cosign keeps it in an annotation."""
+        promised = {
+            "body": b64(body), "integratedTime": self.now if at is None else at,
+            "logID": hashlib.sha256(self._der(self.public(log))).hexdigest(), "logIndex": 7,
+        }  # fmt: skip
+        return {"SignedEntryTimestamp": b64(self.sign(log, compact(promised))), "Payload": promised}
+
+    def _der(self, path: Path) -> bytes:
+        return _der_of(path.read_bytes())
+
+    def record(self, signature: bytes, data: bytes, signer: bytes) -> bytes:
+        """A hashedrekord."""
+        digest = {"hash": {"algorithm": "sha256", "value": hashlib.sha256(data).hexdigest()}}
+        made = {"content": b64(signature), "publicKey": {"content": b64(signer)}}
+        return compact({"apiVersion": "0.0.1", "kind": "hashedrekord", "spec": {"data": digest, "signature": made}})
+
+    def envelope_record(self, signature: bytes, data: bytes, signer: bytes) -> bytes:
+        """A dsse entry."""
+        digest = {"algorithm": "sha256", "value": hashlib.sha256(data).hexdigest()}
+        made = [{"signature": b64(signature), "verifier": b64(signer)}]
+        spec = {"envelopeHash": digest, "payloadHash": digest, "signatures": made}
+        return compact({"apiVersion": "0.0.1", "kind": "dsse", "spec": spec})
+
+    def proof(self, log: str, body: bytes, *, others: int = 6, index: int = 3) -> dict[str, object]:
+        """A path to the root of a tree with `others` more leaves, and the log's checkpoint (RFC 9162, signed note)."""
+        leaves = [hashlib.sha256(b"\x00other %d" % number).digest() for number in range(others)]
+        leaves.insert(index, hashlib.sha256(b"\x00" + body).digest())
+        root = _root(leaves)
+        note = f"log.example - 1\n{len(leaves)}\n{b64(root)}\n"
+        line = b64(b"\x01\x02\x03\x04" + self.sign(log, note.encode()))
+        return {
+            "logIndex": str(index), "treeSize": str(len(leaves)), "rootHash": b64(root),
+            "hashes": [b64(item) for item in _path(index, leaves)],
+            "checkpoint": {"envelope": f"{note}\n\u2014 log.example {line}\n"},
+        }  # fmt: skip
+
+    # ---------------------------------------------------------------------------------------------------- signatures
+
+    def cosign(
+        self,
+        key: str,
+        data: bytes,
+        *,
+        kind: str = "p256",
+        certificate: Certificate | None = None,
+        log: str = "",
+        at: int | None = None,
+    ) -> Cosign:
+        signature = self.sign(key, data, kind)
+        notes = {SIGNATURE: b64(signature)}
+        signer = certificate.pem if certificate else self.public(key, kind).read_bytes()
+        if certificate:
+            notes |= {CERTIFICATE: certificate.pem.decode(), CHAIN: certificate.chain.decode()}
+        if log:
+            notes[ENTRY] = compact(self.entry(log, self.record(signature, data, signer), at)).decode()
+        return Cosign(data, notes, "test")
+
+    def bundle(
+        self,
+        key: str,
+        digest: str,
+        name: str,
+        *,
+        certificate: Certificate | None = None,
+        log: str = "",
+        promise: bool = True,
+        proof: bool = False,
+        at: int | None = None,
+        predicate: str = "https://sigstore.dev/cosign/sign/v1",
+    ) -> Bundle:
+        subject = {"digest": {"sha256": digest.removeprefix("sha256:")}, **({"name": name} if name else {})}
+        statement = compact(
+            {"_type": "https://in-toto.io/Statement/v1", "subject": [subject], "predicateType": predicate}
+        )
+        kind = "application/vnd.in-toto+json"
+        signature = self.sign(key, pae(kind, statement))
+        material: dict[str, object] = {"publicKey": {"hint": ""}}
+        signer = self.public(key).read_bytes()
+        if certificate:
+            material = {"certificate": {"rawBytes": b64(_der_of(certificate.pem))}}
+            signer = certificate.pem
+        if log:
+            body = self.envelope_record(signature, statement, signer)
+            entry = self.entry(log, body, at)
+            promised = entry["Payload"]
+            assert isinstance(promised, dict)
+            item = {
+                "logIndex": "7", "logId": {"keyId": b64(bytes.fromhex(promised["logID"]))},
+                "kindVersion": {"kind": "dsse", "version": "0.0.1"}, "integratedTime": str(promised["integratedTime"]),
+                "canonicalizedBody": b64(body),
+            }  # fmt: skip
+            if promise:
+                item["inclusionPromise"] = {"signedEntryTimestamp": entry["SignedEntryTimestamp"]}
+            if proof:
+                item["inclusionProof"] = self.proof(log, body)
+            material["tlogEntries"] = [item]
+        envelope = {"payload": b64(statement), "payloadType": kind, "signatures": [{"sig": b64(signature)}]}
+        document = {"mediaType": BUNDLE_TYPE, "verificationMaterial": material, "dsseEnvelope": envelope}
+        return Bundle(compact(document), "test")
+
+    # ----------------------------------------------------------------------------------------------------------- gpg
+
+    def _gpg_run(self, *words: str, data: bytes = b"", at: str = "") -> bytes:
+        faked = ("--faked-system-time", at) if at else ()
+        command = ["gpg", "--batch", "--quiet", "--no-permission-warning", "--passphrase", "", *faked, *words]
+        environment = {**os.environ, "GNUPGHOME": str(self._gpg)}
+        return subprocess.run(command, input=data, capture_output=True, check=True, env=environment).stdout
+
+    def gpg_key(self, email: str, *, algorithm: str = "ed25519", expires: str = "never", at: str = "") -> Path:
+        """A key pair; the file of its public half."""
+        path = self.directory / f"{email}.asc"
+        if not path.exists():
+            self._gpg_run("--quick-gen-key", email, algorithm, "sign", expires, at=at)
+            path.write_bytes(self._gpg_run("--armor", "--export", email))
+        return path
+
+    def simple(self, email: str, data: bytes, *, at: str = "") -> Simple:
+        wanted = (email, data, at)
+        if wanted not in self._made:
+            self._made[wanted] = self._gpg_run("--local-user", email, "--sign", data=data, at=at)
+        return Simple(self._made[wanted], "test")
+
+    def close(self) -> None:
+        """Ends the agent that gpg has started."""
+        subprocess.run(
+            ["gpgconf", "--homedir", str(self._gpg), "--kill", "gpg-agent"], capture_output=True, check=False
+        )
+
+
+def _der_of(pem: bytes) -> bytes:
+    return base64.b64decode(b"".join(line for line in pem.splitlines() if not line.startswith(b"-----")))
+
+
+def _split(count: int) -> int:
+    """The largest power of two below `count`."""
+    return 1 << ((count - 1).bit_length() - 1)
+
+
+def _root(leaves: list[bytes]) -> bytes:
+    if len(leaves) == 1:
+        return leaves[0]
+    at = _split(len(leaves))
+    return hashlib.sha256(b"\x01" + _root(leaves[:at]) + _root(leaves[at:])).digest()
+
+
+def _path(index: int, leaves: list[bytes]) -> list[bytes]:
+    if len(leaves) == 1:
+        return []
+    at = _split(len(leaves))
+    if index < at:
+        return [*_path(index, leaves[:at]), _root(leaves[at:])]
+    return [*_path(index - at, leaves[at:]), _root(leaves[:at])]
+
+
+def tree_root(leaves: list[bytes]) -> bytes:
+    """RFC 9162 2.1.1, over leaf hashes."""
+    return _root(leaves)
+
+
+def tree_path(index: int, leaves: list[bytes]) -> list[bytes]:
+    """RFC 9162 2.1.3.1."""
+    return _path(index, leaves)
