@@ -90,6 +90,11 @@ class RuntimeSection:
         "cgroupfs", "How cgroups are made. The kubelet must say the same.", check=_one_of("cgroupfs")
     )
     cgroup_parent: str = _key("/ocid", "The parent cgroup of pods whose request names none.", check=_cgroup)
+    unset_seccomp: str = _key(
+        "unconfined",
+        "The seccomp profile of a container whose request names none: unconfined, as a kubelet expects, or default.",
+        check=_one_of("unconfined", "default"),
+    )
     shm_bytes: int = _key(64 << 20, "Size of a pod's /dev/shm in bytes.", least=4096)
 
 

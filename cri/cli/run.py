@@ -232,6 +232,7 @@ def _container_config(args: argparse.Namespace, name: str, image: str) -> pb.Con
     context = config.linux.security_context
     context.privileged, context.readonly_rootfs = args.privileged, args.read_only
     context.namespace_options.pid = pb.CONTAINER
+    context.seccomp.profile_type = pb.SecurityProfile.RuntimeDefault
     if args.net == "host":
         context.namespace_options.network = pb.NODE
     if args.user:

@@ -51,6 +51,7 @@ class SpecInputs:
     image: ImageConfig
     user: User
     pod: PodFacts
+    unset_seccomp: str = "unconfined"  # or "default": what it means that a request names no seccomp profile
 
 
 def user_request(config: pb.ContainerConfig, image: ImageConfig) -> UserRequest:
@@ -104,7 +105,7 @@ def build(inputs: SpecInputs) -> dict[str, Any]:
         # its own way here, so none means the defaults.
         linux["maskedPaths"] = list(context.masked_paths) or list(security.masked_paths())
         linux["readonlyPaths"] = list(context.readonly_paths) or list(security.READONLY_PATHS)
-    profile = _seccomp(context, capabilities["bounding"])
+    profile = _seccomp(context, capabilities["bounding"], inputs.unset_seccomp)
     if profile is not None:
         linux["seccomp"] = profile
     return {
@@ -204,13 +205,15 @@ def _namespaces(inputs: SpecInputs) -> list[dict[str, str]]:
     return namespaces
 
 
-def _seccomp(context: pb.LinuxContainerSecurityContext, granted: list[str]) -> dict[str, Any] | None:
+def _seccomp(context: pb.LinuxContainerSecurityContext, granted: list[str], unset: str) -> dict[str, Any] | None:
     if context.seccomp_profile_path:
         raise InvalidRequest("security_context.seccomp_profile_path: gone from Kubernetes; say seccomp instead")
     if context.privileged:
         return None
     profile = context.seccomp
-    if not context.HasField("seccomp") or profile.profile_type == pb.SecurityProfile.RuntimeDefault:
+    if not context.HasField("seccomp") and unset == "unconfined":
+        return None
+    if profile.profile_type == pb.SecurityProfile.RuntimeDefault:
         return _default_seccomp(tuple(granted))
     if profile.profile_type == pb.SecurityProfile.Localhost:
         return security.localhost_seccomp(profile.localhost_ref)

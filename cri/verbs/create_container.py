@@ -149,6 +149,7 @@ def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
             image=image.config,
             user=user,
             pod=_pod_facts(node, pod, config),
+            unset_seccomp=node.config.runtime.unset_seccomp,
         )
     )
     rootfs = node.parts.snapshots.prepare(container.id, image.chain_id if image.layers else None)

@@ -287,6 +287,13 @@ def test_read_only_root(cli: Node) -> None:
     assert done.returncode == 1 and "Read-only file system" in done.stderr
 
 
+def test_the_default_filter_unless_privileged(cli: Node) -> None:
+    # proc_pid_status(5): 2 is a filter, 0 none.
+    asked = ("grep", "Seccomp:", "/proc/self/status")
+    assert once(cli, "IMAGE", *asked).split() == ["Seccomp:", "2"]
+    assert once(cli, "--privileged", "IMAGE", *asked).split() == ["Seccomp:", "0"]
+
+
 def test_memory_limit_kills(cli: Node) -> None:
     script = "x=0123456789abcdef; while :; do x=$x$x; done"
     assert once(cli, "-m", "16m", "IMAGE", "sh", "-c", script, code=137) == ""

@@ -21,14 +21,18 @@ POD = build.PodFacts("pod1", "web-0", "/kubepods/pod1", network="/run/netns/p", 
 
 
 def spec(
-    config: pb.ContainerConfig | None = None, image: ImageConfig | None = None, privileged_pod: bool = False, **pod: Any
+    config: pb.ContainerConfig | None = None,
+    image: ImageConfig | None = None,
+    privileged_pod: bool = False,
+    unset_seccomp: str = "unconfined",
+    **pod: Any,
 ) -> dict[str, Any]:
     config = config or pb.ContainerConfig()
     sandbox = pb.PodSandboxConfig()
     sandbox.linux.security_context.privileged = privileged_pod
     facts = build.PodFacts(**{**{name: getattr(POD, name) for name in POD.__slots__}, **pod})
     image = image or ImageConfig(cmd=("sh",))
-    return build.build(build.SpecInputs("c1", config, sandbox, image, ROOT, facts))
+    return build.build(build.SpecInputs("c1", config, sandbox, image, ROOT, facts, unset_seccomp))
 
 
 @pytest.mark.parametrize(
@@ -117,11 +121,22 @@ def test_s73_a_bad_localhost_profile_is_an_error(ref: str) -> None:
         spec(config)
 
 
-def test_seccomp_default_unless_asked_otherwise() -> None:
-    assert spec()["linux"]["seccomp"]["defaultAction"] == "SCMP_ACT_ERRNO"
+@pytest.mark.parametrize("unset", ["unconfined", "default"])
+def test_seccomp_profiles_by_their_type(unset: str) -> None:
     config = pb.ContainerConfig()
+    config.linux.security_context.seccomp.profile_type = pb.SecurityProfile.RuntimeDefault
+    assert spec(config, unset_seccomp=unset)["linux"]["seccomp"]["defaultAction"] == "SCMP_ACT_ERRNO"
     config.linux.security_context.seccomp.profile_type = pb.SecurityProfile.Unconfined
-    assert "seccomp" not in spec(config)["linux"]
+    assert "seccomp" not in spec(config, unset_seccomp=unset)["linux"]
+
+
+def test_no_seccomp_profile_is_what_the_configuration_says() -> None:
+    assert "seccomp" not in spec()["linux"]
+    assert spec(unset_seccomp="default")["linux"]["seccomp"]["defaultAction"] == "SCMP_ACT_ERRNO"
+    # A message with nothing in it is the zero of its type, not a message that is missing.
+    config = pb.ContainerConfig()
+    config.linux.security_context.seccomp.SetInParent()
+    assert spec(config)["linux"]["seccomp"]["defaultAction"] == "SCMP_ACT_ERRNO"
 
 
 def test_namespaces_follow_the_pod() -> None:
