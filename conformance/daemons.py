@@ -163,10 +163,15 @@ state = "{directory}/state"
 
 @contextmanager
 def containerd(
-    directory: Path, registry: str, subnet: str = "10.202.0.0/16", bridge: str = "peer0", runtime: str = "runc"
+    directory: Path,
+    registry: str,
+    subnet: str = "10.202.0.0/16",
+    bridge: str = "peer0",
+    runtime: str = "runc",
+    pause: str = "",
 ) -> Iterator[Daemon]:
-    """Debian's containerd below `directory`, with the pause image from `registry` ("host:port"); `runtime` is the
-    binary that its shims call."""
+    """Debian's containerd below `directory`, with the pause image from `registry` ("host:port") unless another is
+    named; `runtime` is the binary that its shims call."""
     networks, hosts = directory / "net.d", directory / "certs.d" / registry
     networks.mkdir(parents=True, exist_ok=True)
     hosts.mkdir(parents=True, exist_ok=True)
@@ -176,7 +181,11 @@ def containerd(
     configuration = directory / "config.toml"
     configuration.write_text(
         CONTAINERD.format(
-            directory=directory, socket=socket, pause=f"{registry}/pause:1", plugins=PLUGINS, runtime=runtime
+            directory=directory,
+            socket=socket,
+            pause=pause or f"{registry}/pause:1",
+            plugins=PLUGINS,
+            runtime=runtime,
         )
     )
     command = ["containerd", "--config", str(configuration), "--log-level", "warn"]

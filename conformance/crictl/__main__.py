@@ -7,7 +7,6 @@ step fails; the steps after it still run, so that one run shows everything.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ from conformance.crictl.steps import Scenario
 from conformance.crictl.tool import CheckFailed, Crictl, built
 from conformance.images import BUSYBOX, layouts, push
 from conformance.isolated import reenter
-from conformance.leaks import SETTLE_S, Machine, left_over
+from conformance.leaks import Machine, settled
 from conformance.registry import registry
 
 
@@ -66,15 +65,8 @@ def _steps(it: Scenario) -> int:
 
 
 def _leaks(before: Machine) -> int:
-    """Counts what is left when the daemon is gone too. The nftables table stays as long as a node lives."""
-    deadline = time.monotonic() + SETTLE_S
-    while True:
-        found = [line for line in left_over(before, Machine.now()) if not line.startswith("nftables table")]
-        # cgroups are the one thing here that has no namespace: others on this machine may make some meanwhile.
-        found = [line for line in found if not line.startswith("cgroup") or os.environ.get("OCID_REQUIRE_ALL")]
-        if not found or time.monotonic() > deadline:
-            break
-        time.sleep(0.1)
+    """Counts what is left when the daemon is gone too."""
+    found = settled(before)
     for line in found:
         print(f"  left over: {line}")
     return len(found)

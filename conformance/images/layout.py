@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +71,18 @@ class Layout:
         path.mkdir(exist_ok=True)
         return path
 
+    def keep(self, layer: Layer) -> Layer:
+        """The layer among the blobs, where several images can have it."""
+        kept = replace(layer, path=self._blob(layer.digest))
+        if layer.path != kept.path:
+            os.replace(layer.path, kept.path)
+        return kept
+
     def add_image(
         self, tag: str, layers: Sequence[Layer], config: Config, *, docker: bool = False, architecture: str = "amd64"
     ) -> dict[str, Any]:
         """Adds an image; with an empty `tag` only its blobs, for an index to point at. Returns its descriptor."""
-        for layer in layers:
-            target = self._blob(layer.digest)
-            if layer.path != target:
-                os.replace(layer.path, target)
+        layers = [self.keep(layer) for layer in layers]
         config_type = DOCKER_CONFIG if docker else OCI_CONFIG
         manifest_type = DOCKER_MANIFEST if docker else OCI_MANIFEST
         manifest = {

@@ -27,7 +27,6 @@ from conformance.images.layer import (
     NONE,
     ZSTD,
     Entry,
-    Layer,
     directory,
     file,
     hardlink,
@@ -51,6 +50,7 @@ PASSWD = (
     "nobody:x:65534:65534:nobody:/home:/bin/false\n"
 )
 GROUP = "root:x:0:\ndaemon:x:1:\nwww-data:x:33:\nstaff:x:50:operator\noperator:x:1000:\nnogroup:x:65534:\n"
+# With the port in place of PORT.
 NGINX_CONF = """\
 daemon off;
 user www-data;
@@ -62,7 +62,7 @@ http {
     access_log /dev/stdout;
     types { text/html html; }
     server {
-        listen 80 default_server;
+        listen PORT default_server;
         root /usr/share/nginx/html;
     }
 }
@@ -73,8 +73,8 @@ PAGE = "<!doctype html><title>ocid</title><p>Hello from a pod.\n"
 class Packages:
     """The downloaded packages and where they are."""
 
-    def __init__(self, cache: Path) -> None:
-        self.files = download(sorted({"busybox-static", *LIBC, *NGINX, *SHELL}), cache / "debs")
+    def __init__(self, cache: Path, others: Sequence[str] = ()) -> None:
+        self.files = download(sorted({"busybox-static", *LIBC, *NGINX, *SHELL, *others}), cache / "debs")
 
     @property
     def key(self) -> str:
@@ -102,7 +102,7 @@ def accounts() -> list[Entry]:
     ]
 
 
-def _applets(binary: bytes, work: Path) -> list[str]:
+def applets(binary: bytes, work: Path) -> list[str]:
     """What this busybox can do, as it says itself."""
     program = work / "busybox-probe"
     program.write_bytes(binary)
@@ -115,7 +115,7 @@ def _applets(binary: bytes, work: Path) -> list[str]:
 def busybox_entries(packages: Packages, work: Path) -> list[Entry]:
     binary = next(entry.data for entry in packages.entries("busybox-static") if entry.path == "usr/bin/busybox")
     first = "bin/["
-    others = [name for name in _applets(binary, work) if name != "["]
+    others = [name for name in applets(binary, work) if name != "["]
     return [
         directory("bin"),
         file(first, binary, 0o755),
@@ -140,23 +140,17 @@ def busybox_entries(packages: Packages, work: Path) -> list[Entry]:
 
 
 def _busybox(packages: Packages, layout: Layout) -> None:
-    base = write_layer(busybox_entries(packages, layout.scratch()), layout.scratch() / "0")
+    base = layout.keep(write_layer(busybox_entries(packages, layout.scratch()), layout.scratch() / "0"))
     layout.add_image("busybox:1", [base], Config(cmd=["sh"], exposed_ports=["80/tcp"]))
-    layout.add_image("pause:1", [_moved(base, layout)], Config(entrypoint=["/bin/sleep", "2147483647"]))
-    here = layout.add_image("", [_moved(base, layout)], Config(cmd=["sh"]))
+    layout.add_image("pause:1", [base], Config(entrypoint=["/bin/sleep", "2147483647"]))
+    here = layout.add_image("", [base], Config(cmd=["sh"]))
     marker = write_layer([file("wrong-platform", "arm64\n")], layout.scratch() / "1")
-    other = layout.add_image("", [_moved(base, layout), marker], Config(cmd=["sh"]), architecture="arm64")
+    other = layout.add_image("", [base, marker], Config(cmd=["sh"]), architecture="arm64")
     platforms = [
         (other, {"os": "linux", "architecture": "arm64", "variant": "v8"}),
         (here, {"os": "linux", "architecture": "amd64"}),
     ]
     layout.add_index("multi:1", platforms)
-
-
-def _moved(layer: Layer, layout: Layout) -> Layer:
-    """The same layer, where `add_image` put it."""
-    path = layout.root / "blobs" / "sha256" / layer.digest.removeprefix("sha256:")
-    return Layer(path, layer.media_type, layer.digest, layer.size, layer.diff_id)
 
 
 def _dynamic(packages: Packages, layout: Layout) -> None:
@@ -169,15 +163,22 @@ def _dynamic(packages: Packages, layout: Layout) -> None:
     layout.add_image("dynamic:1", docker, Config(cmd=["/bin/bash"], env=["PATH=/usr/bin:/bin"]), docker=True)
 
 
+def nginx_state() -> list[Entry]:
+    """The directories that its package makes when it is installed."""
+    names = ("body", "fastcgi", "proxy", "scgi", "uwsgi")
+    return [directory(f"var/lib/nginx/{name}", 0o700, uid=33) for name in names]
+
+
+def nginx_site(port: int) -> list[Entry]:
+    configuration = NGINX_CONF.replace("PORT", str(port))
+    return [file("etc/nginx/nginx.conf", configuration), file("usr/share/nginx/html/index.html", PAGE)]
+
+
 def _nginx(packages: Packages, layout: Layout) -> None:
     base = [*base_directories(), *accounts(), *packages.entries(*LIBC)]
-    server = [
-        *packages.entries(*NGINX),
-        *(directory(f"var/lib/nginx/{name}", 0o700, uid=33) for name in ("body", "fastcgi", "proxy", "scgi", "uwsgi")),
-    ]
+    server = [*packages.entries(*NGINX), *nginx_state()]
     configuration = [
-        file("etc/nginx/nginx.conf", NGINX_CONF),
-        file("usr/share/nginx/html/index.html", PAGE),
+        *nginx_site(80),
         whiteout("usr/share/doc"),
         opaque("etc/nginx/sites-enabled"),
     ]
@@ -259,17 +260,20 @@ def _locked(cache: Path) -> Iterator[None]:
 
 def layouts(recipes: Sequence[str] = tuple(RECIPES), cache: Path = CACHE) -> list[Path]:
     """The layouts of these recipes, built now or earlier."""
+    return [layout(name, RECIPES[name], cache=cache) for name in recipes]
+
+
+def layout(
+    name: str, recipe: Callable[[Packages, Layout], None], others: Sequence[str] = (), cache: Path = CACHE
+) -> Path:
+    """The layout that `recipe` makes, from packages of `others` too, built now or earlier."""
     with _locked(cache):
-        packages = Packages(cache)
-        return [_built(name, packages, cache / "images" / f"{name}-{packages.key}") for name in recipes]
-
-
-def _built(name: str, packages: Packages, target: Path) -> Path:
-    if target.is_dir():
+        packages = Packages(cache, others)
+        target = cache / "images" / f"{name}-{packages.key}"
+        if not target.is_dir():
+            work = target.with_name(f"{target.name}.{os.getpid()}")
+            made = Layout(work)
+            recipe(packages, made)
+            made.finish()
+            os.rename(work, target)
         return target
-    work = target.with_name(f"{target.name}.{os.getpid()}")
-    layout = Layout(work)
-    RECIPES[name](packages, layout)
-    layout.finish()
-    os.rename(work, target)
-    return target
