@@ -8,6 +8,8 @@ is imported in the ordinary way. Invariant: what runs is what the sources say; o
     index: modules {name: (offset, length, is package, path, mtime in ns, size)}, and
            groups {command: chunks (names, offset, length), each a tuple of code objects in the order of execution}
 
+Code of a group is thinned for its command (runtime/thinned.py); `thaw` is what its stubs call.
+
 Runs before anything else is imported, so it is written with what every interpreter has at its start.
 """
 
@@ -16,6 +18,7 @@ import sys
 
 gc.disable()  # one command is over in milliseconds
 
+import builtins  # noqa: E402
 import marshal  # noqa: E402
 import posix  # noqa: E402  (os is one of the modules that come out of the file)
 
@@ -24,10 +27,11 @@ from _frozen_importlib import ModuleSpec  # noqa: E402
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import CodeType, ModuleType
+    from types import CodeType, FunctionType, ModuleType
     from typing import Any, NoReturn
 else:
-    CodeType, ModuleType, Any, NoReturn = None, type(sys), None, None
+    ModuleType, FunctionType = type(sys), type(lambda: None)
+    CodeType = Any = NoReturn = None
 
 HEADER = 16  # the length of the index in decimal digits
 
@@ -117,6 +121,17 @@ class Bundle:
         exec(code, module.__dict__)  # noqa: S102
 
 
+def thaw(frozen: bytes) -> FunctionType:
+    """The function whose stub calls this, with its own code from here on. Reads nothing but memory."""
+    stub = sys._getframe(1).f_code
+    code = marshal.loads(frozen)
+    for found in gc.get_referrers(stub):
+        if type(found) is FunctionType and found.__code__ is stub:
+            found.__code__ = code
+            return found
+    raise SystemError(f"no function has the code of {stub.co_qualname}")
+
+
 def main(tree: str, bundle: str) -> NoReturn:
     """Never returns: taking the interpreter apart at the end would be a tenth of a command's time, and whatever a
     command writes it writes unbuffered."""
@@ -127,6 +142,10 @@ def main(tree: str, bundle: str) -> NoReturn:
         pass  # none there, or of another Python: the ordinary way
     else:
         sys.meta_path.insert(0, modules)  # type: ignore[arg-type]
+        setattr(builtins, "__ocirun_thaw__", thaw)  # noqa: B010
+        from runtime import lean_os
+
+        lean_os.install()
         modules.preload(sys.argv[1:])
     from runtime.cli import main as ocirun
 

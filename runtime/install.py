@@ -11,6 +11,7 @@ Invariant: each file is whole or the old one; the command works, at an ordinary 
 from __future__ import annotations
 
 import importlib.util
+import json
 import marshal
 import os
 import shlex
@@ -22,12 +23,18 @@ from types import CodeType
 
 from runtime import boot, sealed
 from runtime.cli import COMMANDS
+from runtime.thinned import compile_thin
 
 ROOT = Path(__file__).resolve().parent.parent
+# {command: {module: functions that it calls in a usual container}}, written by hack/usual.py
+USUAL = ROOT / "runtime/usual.json"
 # What ocirun never imports: the shim's side, and this.
-_NOT_OCIRUN = ("runtime.shim", "runtime.install", "runtime.boot")
+_NOT_OCIRUN = ("runtime.shim", "runtime.install", "runtime.boot", "runtime.thinned")
 # What is imported on demand, and nearly every container demands, by the command's module.
-_USUAL = {"make": ("runtime.rootfs_cgroup", "runtime.cgroups.limits", "runtime.cgroups.killer")}
+_USUAL = {
+    "make": ("runtime.rootfs_cgroup", "runtime.cgroups.limits", "runtime.cgroups.killer"),
+    "enter": ("runtime.linux.cgroup",),
+}
 _PT_INTERP = 3
 _CHUNK = 120_000  # below malloc's threshold for mapping, M_MMAP_THRESHOLD
 # Prints name and source of each module as its execution ends.
@@ -62,7 +69,7 @@ def main(arguments: list[str]) -> int:
 
 def sources() -> dict[str, Path]:
     """Module names and source files of all that ocirun can import and that the interpreter does not have inside."""
-    ours = {_name(path): path for path in sorted((ROOT / "runtime").rglob("*.py"))}
+    ours = {module_name(path): path for path in sorted((ROOT / "runtime").rglob("*.py"))}
     ours = {name: path for name, path in ours.items() if not name.startswith(_NOT_OCIRUN)}
     return ours | {name: path for name, path in _imported(list(ours)).items() if name not in ours}
 
@@ -73,7 +80,9 @@ def groups() -> dict[str, list[str]]:
     found = {}
     for command, (module, _, enters) in COMMANDS.items():
         if enters:
-            names = _imported(["runtime.cli", f"runtime.commands.{module}", *_USUAL.get(module, ())])
+            names = _imported(
+                ["runtime.cli", "runtime.sealed", "runtime.linux.exe", f"runtime.commands.{module}", *_USUAL[module]]
+            )
             found[command] = [name for name in names if name.partition(".")[0] == "runtime"]
     return found
 
@@ -86,14 +95,16 @@ def _imported(names: list[str]) -> dict[str, Path]:
     return {name: Path(path) for name, _, path in (line.partition(" ") for line in listed)}
 
 
-def _name(path: Path) -> str:
+def module_name(path: Path) -> str:
+    """Of a source file of ours."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def bundle(modules: dict[str, Path], preloads: dict[str, list[str]]) -> bytes:
     """The file that runtime/boot.py describes."""
-    rest, index, code = bytearray(), {}, {}
+    usual: dict[str, dict[str, list[str]]] = json.loads(USUAL.read_bytes())
+    rest, index, text = bytearray(), {}, {}
 
     def add(thing: CodeType | tuple[CodeType, ...]) -> tuple[int, int]:
         data = marshal.dumps(thing)
@@ -102,36 +113,42 @@ def bundle(modules: dict[str, Path], preloads: dict[str, list[str]]) -> bytes:
 
     for name, path in modules.items():
         status = path.stat()  # before the source is read: one that changes meanwhile does not match
-        code[name] = compile(path.read_bytes(), path, "exec", dont_inherit=True, optimize=2)
-        index[name] = (*add(code[name]), path.name == "__init__.py", str(path), status.st_mtime_ns, status.st_size)
-    groups = {
-        command: [(chunk, *add(tuple(code[name] for name in chunk))) for chunk in _chunks(names, index)]
-        for command, names in preloads.items()
-    }
+        text[name] = path.read_bytes(), str(path)
+        code = compile_thin(*text[name], None)
+        index[name] = (*add(code), path.name == "__init__.py", str(path), status.st_mtime_ns, status.st_size)
+    groups = {}
+    for command, names in preloads.items():
+        functions = usual.get(command, {})
+        thin = {name: compile_thin(*text[name], set(functions[name]) if name in functions else None) for name in names}
+        chunks = _chunks({name: len(marshal.dumps(code)) for name, code in thin.items()})
+        groups[command] = [(chunk, *add(tuple(thin[name] for name in chunk))) for chunk in chunks]
     header = marshal.dumps((index, groups))
     return f"{len(header):0{boot.HEADER}}".encode() + header + bytes(rest)
 
 
-def _chunks(names: list[str], index: dict[str, tuple[int, int, bool, str, int, int]]) -> list[list[str]]:
+def _chunks(sizes: dict[str, int]) -> list[list[str]]:
     """In order, each of at most _CHUNK bytes: code objects of one chunk share their strings, and the memory that one
     chunk is read into serves the next (malloc maps anew what is larger, and each page of that costs a fault)."""
     chunks: list[list[str]] = []
     size = _CHUNK
-    for name in names:
-        size += index[name][1]
+    for name, length in sizes.items():
+        size += length
         if size > _CHUNK:
             chunks.append([])
-            size = index[name][1]
+            size = length
         chunks[-1].append(name)
     return chunks
 
 
 def _boot(modules: Path) -> bytes:
     """A .pyc (PEP 552, one that is not checked against a source) of runtime/boot.py that ends in a call of its main."""
-    path = ROOT / "runtime/boot.py"
-    source = f"{path.read_text()}\n\nmain({str(ROOT)!r}, {str(modules)!r})\n"
-    code = compile(source, path, "exec", dont_inherit=True, optimize=2)
+    code = compile(boot_source(modules), ROOT / "runtime/boot.py", "exec", dont_inherit=True, optimize=2)
     return importlib.util.MAGIC_NUMBER + struct.pack("<IQ", 1, 0) + marshal.dumps(code)
+
+
+def boot_source(modules: Path) -> str:
+    """runtime/boot.py, and a call of its main."""
+    return f"{(ROOT / 'runtime/boot.py').read_text()}\n\nmain({str(ROOT)!r}, {str(modules)!r})\n"
 
 
 def loader(program: str) -> list[str]:

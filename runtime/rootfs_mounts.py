@@ -212,7 +212,7 @@ def filesystem_options(mount: Mount, label: str, mode: int | None) -> tuple[tupl
 def _is_unmapped_gid(option: tuple[str, str | None]) -> bool:
     if option[0] != "gid" or not (option[1] or "").isdigit():
         return False
-    with open("/proc/self/gid_map", encoding="ascii") as lines:
+    with open("/proc/self/gid_map", "rb") as lines:
         ranges = [[int(word) for word in line.split()] for line in lines]
     return not any(first <= int(option[1] or "") < first + size for first, _, size in ranges)
 

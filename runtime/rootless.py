@@ -22,8 +22,8 @@ _MAX_MESSAGE = 4096
 
 def in_user_namespace() -> bool:
     """True in any user namespace but the first, whose one mapping is every id to itself."""
-    with open("/proc/self/uid_map", encoding="ascii") as file:
-        return file.readline().split() != ["0", "0", "4294967295"]
+    with open("/proc/self/uid_map", "rb", buffering=0) as file:
+        return file.read(256).split(b"\n")[0].split() != [b"0", b"0", b"4294967295"]
 
 
 def is_rootless(asked: bool | None) -> bool:

@@ -21,7 +21,6 @@ import sys
 
 from runtime.linux.files import OVERLAYFS_SUPER_MAGIC, fstatfs_type, sealed_memfd
 from runtime.linux.libc import KernelError
-from runtime.linux.mount import MOUNT_ATTR_NODEV, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY, FsMount
 from runtime.linux.process import execveat
 
 TYPE_CHECKING = False
@@ -57,6 +56,9 @@ def interpreter_fd() -> int:
 
 
 def _overlay_fd(path: str) -> int:
+    # Imported here: an interpreter that seals itself in place needs none of it.
+    from runtime.linux.mount import MOUNT_ATTR_NODEV, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY, FsMount
+
     attributes = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
     # overlayfs wants two lower layers where there is no upper one; the second only lies below.
     layers = (os.path.dirname(path), os.path.dirname(os.path.abspath(__file__)))
