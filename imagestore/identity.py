@@ -128,15 +128,16 @@ def parse_identity(fields: Fields) -> Identity:
 
 
 def _prefix(fields: Fields, key: str) -> str:
-    """A host, or a repository or namespace in full: "docker.io/library", never "library"."""
+    """A host, a namespace or a repository. One that is short ("library") fits nothing, since names are compared in
+    full; it is no error, as elsewhere."""
     text = fields.string(key)
-    host, slash, _ = text.partition("/")
     try:
-        split_port(host)
-        whole = parse(text).repository if slash else host
+        if "/" in text:
+            bare = (found := named(text)) is not None and not found.rest
+        else:
+            bare = bool(split_port(text)[0])
     except ReferenceInvalid:
-        whole = ""
-    shown = named(text) if slash else None
-    if not text or whole != text or (shown is not None and shown.rest):
-        raise ContentInvalid(f"{fields.path}.{key}: {text[:120]!r} is no host, namespace or repository in full")
+        bare = False
+    if not bare:
+        raise ContentInvalid(f"{fields.path}.{key}: {text[:120]!r} is no host, namespace or repository")
     return text

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from imagestore.config import StoreConfig
 from imagestore.content import Blobs, Ingest, errno_text
 from imagestore.leases import Leases
-from imagestore.manifest import Index, Manifest, check_platform, choose, parse_config, parse_document
+from imagestore.manifest import check_platform, parse_config
 from imagestore.model import (
     ContentInvalid,
     Descriptor,
@@ -30,6 +30,7 @@ from imagestore.model import (
     Unpacker,
 )
 from imagestore.registry import Document
+from imagestore.resolve import resolve
 from imagestore.shared import Flights, Slots
 from imagestore.source import Source
 from imagestore.threads import Threads
@@ -78,7 +79,7 @@ class Puller:
         """`admit` is asked with the digests of what the name led to and of the manifest, before anything is fetched
         that they name, and refuses by raising. Raises ImageError and its kinds."""
         top = await source.top()
-        chosen, manifest = await self._choose(source, top)
+        chosen, manifest = await resolve(source, top, self.threads, self.config)
         await admit(top.digest, chosen.digest)
         for document in (top, chosen):
             self.leases.lease_blob(document.digest, held.blobs)
@@ -91,28 +92,6 @@ class Puller:
         await _Layers(self, source, layers, held, tell).run()
         descriptor = Descriptor(manifest.media_type, chosen.digest, len(chosen.data))
         return Pulled(manifest.config.digest, descriptor, top.digest, config, layers)
-
-    async def _choose(self, source: Source, top: Document) -> tuple[Document, Manifest]:
-        """Follows indexes to the one manifest for this platform: a single path, never a walk (threats S35)."""
-        document, expected = top, ""
-        for _ in range(self.config.index_depth):
-            what = f"manifest {document.digest}"
-            parsed = await self.threads.io(
-                parse_document, document.data, document.content_type, expected, what, self.config
-            )
-            if isinstance(parsed, Manifest):
-                return document, parsed
-            document, expected = await self._enter(source, parsed, what)
-        raise ContentInvalid(f"manifest {top.digest}: indexes within indexes, deeper than {self.config.index_depth}")
-
-    async def _enter(self, source: Source, index: Index, what: str) -> tuple[Document, str]:
-        entry = choose(index, self.config.platform, what)
-        document = await source.manifest(entry.descriptor)
-        if len(document.data) != entry.descriptor.size:
-            raise ContentInvalid(
-                f"manifest {document.digest}: {len(document.data)} bytes, the index says {entry.descriptor.size}"
-            )
-        return document, entry.descriptor.media_type
 
     def _keep_document(self, document: Document) -> None:
         if not self.blobs.is_sound(Descriptor("", document.digest, len(document.data))):

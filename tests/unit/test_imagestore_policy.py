@@ -122,7 +122,7 @@ def test_files_are_known_by_their_path_and_what_is_above(tmp_path: Path) -> None
         ({"default": [{**KEY, "signedIdentity": {"type": "matchExact", "dockerReference": "a"}}]}, "unknown key"),
         ({"default": [{**KEY, "signedIdentity": {"type": "exactReference", "dockerReference": "a/b"}}]}, "tag or dig"),
         ({"default": [{**KEY, "signedIdentity": {"type": "exactRepository", "dockerRepository": "a/b:1"}}]}, "without"),
-        ({"default": [{**KEY, "signedIdentity": {"type": "remapIdentity", "prefix": "busybox"}}]}, "in full"),
+        ({"default": [{**KEY, "signedIdentity": {"type": "remapIdentity", "prefix": "busybox"}}]}, "no host"),
         ({"default": [{"type": "sigstoreSigned", "fulcio": {"caPath": "/ca"}}]}, "needs one of rekorPublicKeyPath"),
     ],
 )  # fmt: skip
