@@ -27,7 +27,7 @@ from runtime.shim.model import (
     SandboxSpec,
     ShimUnresponsive,
 )
-from snapshotter.model import SnapshotInfo
+from snapshotter.model import IdMap, SnapshotInfo
 from snapshotter.model import Usage as SnapshotUsage
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "ExecSpec",
     "ExecStream",
     "FsMount",
+    "IdMap",
     "Images",
     "InterfaceCounters",
     "Network",
@@ -104,9 +105,10 @@ class Images(Protocol):
 class Snapshots(Protocol):
     """snapshotter.overlay.Overlay."""
 
-    def prepare(self, key: str, parent: str | None) -> FsMount:
+    def prepare(self, key: str, parent: str | None, ids: IdMap | None = None) -> FsMount:
         """A writable view of layer chain `parent`, as a mount description: nothing is mounted here, the runtime does
-        that. Raises AlreadyExists, NotFound (parent)."""
+        that, and maps the layers' ids where `ids` says whose the root directory will be on the host.
+        Raises AlreadyExists, NotFound (parent)."""
         ...
 
     def mount(self, key: str) -> FsMount:
@@ -275,8 +277,9 @@ class InterfaceCounters:
 class Network(Protocol):
     """cri.network.cni.Cni. All of it is async."""
 
-    async def new_netns(self, pod_id: str) -> Path:
-        """A fresh, pinned network namespace with `lo` up; from the warm pool where there is one. Name = pod id."""
+    async def new_netns(self, pod_id: str, source: Path | None = None) -> Path:
+        """A fresh, pinned network namespace with `lo` up; from the warm pool where there is one. Name = pod id.
+        With `source` the one that is pinned there, which a user namespace may own, pinned once more."""
         ...
 
     async def remove_netns(self, path: Path) -> None:

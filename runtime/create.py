@@ -44,9 +44,10 @@ SECCOMP_CACHE = ".seccomp"
 
 
 class CreateRequest(Record):
-    """What create is asked for. `rootfs` is mounted by the container on its root path, in its own mount namespace;
-    None: the bundle has it there. `stdio` stays the caller's. `console_socket` gets the terminal's master; "" leaves it
-    to the caller (Created.console). `systemd_cgroup`: the cgroup is a unit, and spec.cgroups_path its name.
+    """What create is asked for. `rootfs` is mounted by the container on its root path, in its own mount namespace, with
+    the ids of a user namespace if it has one; None: the bundle has it there. `stdio` stays the caller's.
+    `console_socket` gets the terminal's master; "" leaves it to the caller (Created.console). `systemd_cgroup`: the
+    cgroup is a unit, and spec.cgroups_path its name.
     `pidfd_socket` gets a pidfd of the init; `notify` makes the directory that runtime.notify has mounted. `rootless`:
     cgroups are best-effort; None: where the rights of root are missing. `hold`: the caller starts it, too, with
     Created.start, and its init ends if the caller ends before."""
@@ -327,7 +328,16 @@ class _Birth:
         return lambda: memory_policy.apply(policy)
 
     def _make_root(self) -> int:
-        return rootfs.open_root(self._request.rootfs, self._root_path, self._spec.rootfs_propagation)
+        spec, mounted = self._spec, self._request.rootfs
+        if mounted is None or not spec.has("user"):
+            return rootfs.open_root(mounted, self._root_path, spec.rootfs_propagation)
+        from runtime.rootfs_sources import IdSpaces
+
+        spaces = IdSpaces(spec)
+        try:
+            return rootfs.open_root(mounted, self._root_path, spec.rootfs_propagation, spaces.own())
+        finally:
+            spaces.close()
 
     def _sources(self) -> dict[int, int]:
         from runtime.rootfs_sources import open_sources

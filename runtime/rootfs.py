@@ -159,11 +159,18 @@ def _verify_null(fd: int) -> None:
 # ------------------------------------------------------------------------------------------------------- the root
 
 
-def open_root(rootfs: FsMount | None, path: str, propagation: tuple[int, bool] | None = None) -> int:
+def open_root(
+    rootfs: FsMount | None, path: str, propagation: tuple[int, bool] | None = None, user_namespace: int = -1
+) -> int:
     """The root as a detached mount: the snapshot's filesystem, or a copy of what is mounted at `path`. What is mounted
     on it does not reach the host; where linux.rootfsPropagation asks for a slave, what the host mounts there arrives.
+    The ids of a snapshot's layers are mapped by the `user_namespace` behind that fd, if there is one.
     """
-    if rootfs is not None:
+    if rootfs is not None and user_namespace >= 0:
+        from runtime.rootfs_idmap import make_mapped  # few containers have a user namespace
+
+        fd = make_mapped(rootfs, user_namespace)
+    elif rootfs is not None:
         fd = rootfs.make()
     else:
         fd = open_tree(AT_FDCWD, path, OPEN_TREE_CLONE | AT_RECURSIVE)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def open_sources(spec: Spec, bundle: str, root: str) -> dict[int, int]:
     """Detached mounts by index in `spec.mounts`; the caller's to close. Raises RuntimeFailure."""
     found: dict[int, int] = {}
-    namespaces = _IdSpaces(spec)
+    namespaces = IdSpaces(spec)
     in_user_namespace = spec.has("user")
     try:
         for index, mount in enumerate(spec.mounts):
@@ -67,7 +67,7 @@ def _is_made_later(mount: Mount, earlier: tuple[Mount, ...], bundle: str, root: 
     return any(source.startswith(f"{root}{os.path.normpath(entry.destination)}/") for entry in earlier)
 
 
-def _open(mount: Mount, bundle: str, spec: Spec, namespaces: _IdSpaces) -> int:
+def _open(mount: Mount, bundle: str, spec: Spec, namespaces: IdSpaces) -> int:
     try:
         tree = open_source(mount, bundle)
         try:
@@ -89,7 +89,7 @@ def _open(mount: Mount, bundle: str, spec: Spec, namespaces: _IdSpaces) -> int:
         raise RuntimeFailure.of(error, step="mounts", what=mount.describe(), code=code) from None
 
 
-def _map_ids(tree: int, mount: Mount, idmap: IdMap, namespaces: _IdSpaces) -> None:
+def _map_ids(tree: int, mount: Mount, idmap: IdMap, namespaces: IdSpaces) -> None:
     flags = AT_EMPTY_PATH | (AT_RECURSIVE if idmap.recursive else 0)
     try:
         mount_setattr(tree, "", flags, set_=MOUNT_ATTR_IDMAP, userns_fd=namespaces.of(idmap))
@@ -102,7 +102,7 @@ def _map_ids(tree: int, mount: Mount, idmap: IdMap, namespaces: _IdSpaces) -> No
         raise RuntimeFailure(words, step="mounts", errno=error.errno or 0, hint=hint, code=code) from None
 
 
-class _IdSpaces:
+class IdSpaces:
     """User namespaces that stand for mappings, one for each set of them."""
 
     def __init__(self, spec: Spec) -> None:
@@ -115,11 +115,18 @@ class _IdSpaces:
             raise RuntimeFailure(
                 "id-mapped mounts are not supported for rootless containers", step="mounts", code="invalid_argument"
             )
-        uids, gids = idmap.uids, idmap.gids
-        if not uids:
-            uids, gids = self._spec.uid_mappings, self._spec.gid_mappings
+        if not idmap.uids:
+            return self.own()
+        key = idmap.uids, idmap.gids
+        if key not in self._fds:
+            self._fds[key] = _with_mappings(*key)
+        return self._fds[key]
+
+    def own(self) -> int:
+        """The fd of the container's own, or of one with its mappings."""
+        uids, gids = self._spec.uid_mappings, self._spec.gid_mappings
         if (uids, gids) not in self._fds:
-            joined = "" if idmap.uids else self._joined()
+            joined = self._joined()
             self._fds[uids, gids] = (
                 os.open(joined, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK) if joined else _with_mappings(uids, gids)
             )

@@ -25,6 +25,25 @@ class SnapshotInfo:
     created_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class IdMap:
+    """The ids of a user namespace on the host: lines of (inside, outside, count), as uid_map and gid_map have."""
+
+    uids: tuple[tuple[int, int, int], ...]
+    gids: tuple[tuple[int, int, int], ...]
+
+    def outside(self, uid: int, gid: int) -> tuple[int, int]:
+        """The owner on the host of what belongs to `uid` and `gid` inside; who is not mapped becomes the first one."""
+        return _outside(self.uids, uid), _outside(self.gids, gid)
+
+
+def _outside(lines: tuple[tuple[int, int, int], ...], number: int) -> int:
+    for inside, outside, count in lines:
+        if inside <= number < inside + count:
+            return outside + number - inside
+    return lines[0][1]
+
+
 class SnapshotError(Exception):
     """Any failure of the snapshotter. `str()` is one sentence with the cause."""
 

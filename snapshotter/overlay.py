@@ -19,7 +19,7 @@ from runtime.linux.mount import FsMount
 from snapshotter.layers import Layers
 from snapshotter.layout import DIRECTORY, Layout, make_root
 from snapshotter.looks import copy_looks
-from snapshotter.model import AlreadyExists, Config, NotFound, SnapshotInfo, Usage
+from snapshotter.model import AlreadyExists, Config, IdMap, NotFound, SnapshotInfo, Usage
 from snapshotter.mounts import boot_id, has_lowerdir_plus, overlay_mount, settle_volatile
 from snapshotter.records import ActiveRecord, LayerRecord, Records
 from snapshotter.trash import Trash
@@ -58,7 +58,7 @@ class Overlay:
 
     # ------------------------------------------------------------------------------------------------- snapshots
 
-    def prepare(self, key: str, parent: str | None) -> FsMount:
+    def prepare(self, key: str, parent: str | None, ids: IdMap | None = None) -> FsMount:
         """See cri.interfaces.Snapshots.prepare."""
         with self._changed:
             if key in self._records.active or key in self._making:
@@ -72,7 +72,7 @@ class Overlay:
             mount = self._mount(record)
             hidden.mkdir(0o700)
             (hidden / "work").mkdir(0o700)
-            self._make_upper(hidden / "upper", top)
+            self._make_upper(hidden / "upper", top, ids)
             hidden.rename(final)
             failpoint("snapshots.prepare.renamed")
             with self._changed:
@@ -166,7 +166,7 @@ class Overlay:
             raise NotFound(f"snapshot {key} does not exist")
         return record
 
-    def _make_upper(self, upper: Path, top: LayerRecord | None) -> None:
+    def _make_upper(self, upper: Path, top: LayerRecord | None, ids: IdMap | None) -> None:
         """The upper directory is the container's "/" itself, so it looks as the chain's root does."""
         target = make_root(upper)
         try:
@@ -176,6 +176,9 @@ class Overlay:
                     copy_looks(source, target, os.fstat(source))
                 finally:
                     os.close(source)
+            if ids is not None:
+                status = os.fstat(target)
+                os.fchown(target, *ids.outside(status.st_uid, status.st_gid))
         finally:
             os.close(target)
 

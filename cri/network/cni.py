@@ -96,8 +96,8 @@ class Cni:
         """Makes the spare namespaces, so that the first pod finds one."""
         self._namespaces.warm()
 
-    async def new_netns(self, pod_id: str) -> Path:
-        work = asyncio.ensure_future(self._threads.run(self._namespaces.create, pod_id))
+    async def new_netns(self, pod_id: str, source: Path | None = None) -> Path:
+        work = asyncio.ensure_future(self._threads.run(self._namespaces.create, pod_id, source))
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:

@@ -114,6 +114,13 @@ def open_netns(path: Path) -> int | None:
     return None
 
 
+def _existing(source: Path) -> int:
+    fd = open_netns(source)
+    if fd is None:
+        raise ValueError(f"{source} is no pinned network namespace")
+    return fd
+
+
 class Namespaces:
     """The pinned namespaces in `directory` and a pool of `size` spare ones. Thread-safe."""
 
@@ -124,15 +131,15 @@ class Namespaces:
         self._lock = threading.Lock()
         self._ready = self._refilling = self._closed = False
 
-    def create(self, name: str) -> Path:
-        """A fresh namespace pinned as `name`; one that a crashed attempt left there is let go first.
-        Raises KernelError, ValueError (name)."""
+    def create(self, name: str, source: Path | None = None) -> Path:
+        """A fresh namespace pinned as `name`, or the one at `source`; one that a crashed attempt left there is let go
+        first. Raises OSError, ValueError (name, or a source that is no namespace)."""
         if not is_name(name):
             raise ValueError(f"{name[:60]!r} cannot name a network namespace")
         self._prepare()
         path = self._directory / name
         self.remove(path)
-        fd = self._take()
+        fd = self._take() if source is None else _existing(source)
         try:
             os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
             try:

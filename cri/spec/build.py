@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cri.api import api_pb2 as pb
-from cri.spec import devices, limits, mounts, security, validate
+from cri.interfaces import IdMap
+from cri.spec import devices, limits, mounts, security, userns, validate
 from cri.spec.mounts import PodFiles
 from cri.spec.users import User, UserRequest
 from cri.spec.validate import InvalidRequest
@@ -28,7 +29,7 @@ MAX_ENVIRONMENT = 1 << 20
 @dataclass(frozen=True, slots=True)
 class PodFacts:
     """What of the pod a container joins. Namespace paths are "" for the host's; `pid` "" means one of its own unless
-    `host_pid`. `cgroup_parent` is absolute."""
+    `host_pid`. `cgroup_parent` is absolute. `ids` are those of the user namespace, if there is one."""
 
     id: str
     hostname: str
@@ -39,6 +40,8 @@ class PodFacts:
     pid: str = ""
     host_pid: bool = False
     files: PodFiles = PodFiles()
+    user: str = ""
+    ids: IdMap | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ def build(inputs: SpecInputs) -> dict[str, Any]:
         raise InvalidRequest("security_context.privileged: the pod sandbox is not privileged")
     if len(config.CDI_devices):
         raise InvalidRequest("CDI_devices: not supported")
+    userns.check_container(inputs.pod.ids, context.namespace_options)
     mounts.check_volumes(inputs.image.volumes)
     all_mounts, propagation = mounts.build(
         config.mounts,
@@ -82,6 +86,7 @@ def build(inputs: SpecInputs) -> dict[str, Any]:
         privileged=privileged,
         private_ipc=bool(inputs.pod.ipc),
         readonly_rootfs=context.readonly_rootfs,
+        host_sysfs=bool(inputs.pod.user and not inputs.pod.network),
     )
     nodes, rules = devices.build(config.devices, privileged=privileged)
     resources = limits.build(config.linux.resources)
@@ -98,6 +103,9 @@ def build(inputs: SpecInputs) -> dict[str, Any]:
         "cgroupsPath": f"{inputs.pod.cgroup_parent.rstrip('/')}/{inputs.container_id}",
         "devices": nodes,
     }
+    if inputs.pod.ids is not None:
+        linux["uidMappings"] = userns.as_oci(inputs.pod.ids.uids)
+        linux["gidMappings"] = userns.as_oci(inputs.pod.ids.gids)
     if propagation:
         linux["rootfsPropagation"] = propagation
     if not privileged:
@@ -196,7 +204,7 @@ def working_directory(path: str) -> str:
 
 def _namespaces(inputs: SpecInputs) -> list[dict[str, str]]:
     pod = inputs.pod
-    joined = (("network", pod.network), ("ipc", pod.ipc), ("uts", pod.uts), ("pid", pod.pid))
+    joined = (("user", pod.user), ("network", pod.network), ("ipc", pod.ipc), ("uts", pod.uts), ("pid", pod.pid))
     namespaces = [{"type": "mount"}, *({"type": kind, "path": path} for kind, path in joined if path)]
     if not pod.pid and not pod.host_pid:
         namespaces.append({"type": "pid"})

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cri.api import api_pb2 as pb
+from cri.spec import userns
 from cri.spec.validate import InvalidRequest
 from runtime.linux.files import PROC_SUPER_MAGIC, SYSFS_MAGIC, fstatfs_type
 from runtime.linux.mount import MountPoint, mountinfo
@@ -51,7 +52,7 @@ class PodFiles:
     resolv_conf: str = ""
 
 
-def _default_mounts(*, privileged: bool, private_ipc: bool) -> list[dict[str, Any]]:
+def _default_mounts(*, privileged: bool, private_ipc: bool, host_sysfs: bool) -> list[dict[str, Any]]:
     sys_mode = "rw" if privileged else "ro"
     mounts: list[dict[str, Any]] = [
         {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
@@ -86,9 +87,12 @@ def _default_mounts(*, privileged: bool, private_ipc: bool) -> list[dict[str, An
                 "options": ["rbind", "nosuid", "noexec", "nodev"],
             }
         )
-    mounts.append(
-        {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", sys_mode]}
-    )
+    how = ["nosuid", "noexec", "nodev", sys_mode]
+    if host_sysfs:
+        # sysfs shows a network namespace, and only who owns that may mount it (sysfs_init_fs_context()).
+        mounts.append({"destination": "/sys", "type": "bind", "source": "/sys", "options": ["rbind", *how, "rro"]})
+    else:
+        mounts.append({"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": how})
     mounts.append(
         {
             "destination": "/sys/fs/cgroup",
@@ -101,9 +105,16 @@ def _default_mounts(*, privileged: bool, private_ipc: bool) -> list[dict[str, An
 
 
 def build(
-    requested: Sequence[pb.Mount], files: PodFiles, *, privileged: bool, private_ipc: bool, readonly_rootfs: bool
+    requested: Sequence[pb.Mount],
+    files: PodFiles,
+    *,
+    privileged: bool,
+    private_ipc: bool,
+    readonly_rootfs: bool,
+    host_sysfs: bool = False,
 ) -> tuple[list[dict[str, Any]], str]:
-    """runtime-spec `mounts` and `linux.rootfsPropagation` ("" for the default). Raises InvalidRequest."""
+    """runtime-spec `mounts` and `linux.rootfsPropagation` ("" for the default). `host_sysfs`: the container may mount
+    no sysfs of its own. Raises InvalidRequest."""
     if len(requested) > MAX_MOUNTS:
         raise InvalidRequest(f"mounts: {len(requested)} of them, at most {MAX_MOUNTS}")
     asked = [_bind(index, mount) for index, mount in enumerate(requested)]
@@ -129,7 +140,7 @@ def build(
     ]
     defaults = [
         mount
-        for mount in _default_mounts(privileged=privileged, private_ipc=private_ipc)
+        for mount in _default_mounts(privileged=privileged, private_ipc=private_ipc, host_sysfs=host_sysfs)
         if mount["destination"] not in targets
     ]
     # Stable, so that equal depths keep the order of the request, as the kubelet relies on.
@@ -145,10 +156,8 @@ def build(
 
 def _bind(index: int, mount: pb.Mount) -> dict[str, Any]:
     field = f"mounts[{index}]"
-    for refused in ("image", "uidMappings", "gidMappings"):
-        value = getattr(mount, refused)
-        if (refused == "image" and mount.HasField("image")) or (refused != "image" and len(value)):
-            raise InvalidRequest(f"{field}.{refused}: not supported")
+    if mount.HasField("image"):
+        raise InvalidRequest(f"{field}.image: not supported")
     if mount.image_sub_path:
         raise InvalidRequest(f"{field}.image_sub_path: needs an image mount")
     target = destination(field, mount.container_path)
@@ -164,7 +173,11 @@ def _bind(index: int, mount: pb.Mount) -> dict[str, Any]:
                 f"{field}.mount_options: {option[:40]!r} is not one of {', '.join(sorted(_PASSED_OPTIONS))}"
             )
         options.append(option)
-    return {"destination": target, "type": "bind", "source": source, "options": options}
+    made: dict[str, Any] = {"destination": target, "type": "bind", "source": source, "options": options}
+    ids = userns.of_mount(field, mount)
+    if ids is not None:
+        made |= {"uidMappings": userns.as_oci(ids.uids), "gidMappings": userns.as_oci(ids.gids)}
+    return made
 
 
 def destination(field: str, path: str) -> str:

@@ -152,7 +152,8 @@ def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
             unset_seccomp=node.config.runtime.unset_seccomp,
         )
     )
-    rootfs = node.parts.snapshots.prepare(container.id, image.chain_id if image.layers else None)
+    ids = namespaces(pod.request).ids
+    rootfs = node.parts.snapshots.prepare(container.id, image.chain_id if image.layers else None, ids)
     failpoint("create_container.prepared")
     bundle = node.paths.bundle(container.id)
     os.mkdir(bundle, 0o700)
@@ -231,6 +232,8 @@ def _pod_facts(node: Node, pod: Pod, config: pb.ContainerConfig) -> PodFacts:
         uts=str(directory / "ns" / "uts") if own.network else "",
         pid=pid,
         host_pid=host_pid,
+        user=str(directory / "ns" / "user") if own.ids else "",
+        ids=own.ids,
         files=PodFiles(
             shm=str(directory / "shm") if own.ipc else "/dev/shm",
             hosts=str(directory / "hosts"),

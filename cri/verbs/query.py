@@ -6,8 +6,10 @@ Refuses to wait: all of it is read from memory, and what is verbose about one ob
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 
 from cri.api import api_pb2 as pb
@@ -42,10 +44,13 @@ async def node_status(node: Node, request: pb.StatusRequest) -> pb.StatusRespons
         )
     # Nothing that this configuration uses is to go away.
     response.status.conditions.add(type="ContainerRuntimeHasNoDeprecationWarnings", status=True)
-    features = pb.RuntimeHandlerFeatures(recursive_read_only_mounts=True, user_namespaces=False)
+    with_users = has_user_namespaces()
     for name in ("", *node.config.runtime.handlers):
+        native = not node.handler(name)[1]
+        features = pb.RuntimeHandlerFeatures(recursive_read_only_mounts=True, user_namespaces=native and with_users)
         response.runtime_handlers.add(name=name, features=features)
     response.features.supplemental_groups_policy = True
+    response.features.user_namespaces_host_network = with_users
     response.features.mount_options = True
     if request.verbose:
         from cri.config import as_toml
@@ -53,6 +58,17 @@ async def node_status(node: Node, request: pb.StatusRequest) -> pb.StatusRespons
         facts = {"config": as_toml(node.config), "pods": len(node.store.pods), "containers": len(node.store.containers)}
         response.info["config"] = json.dumps(facts)
     return response
+
+
+@functools.cache
+def has_user_namespaces() -> bool:
+    """True where pods can have user namespaces: the kernel makes them, and overlayfs takes id-mapped layers (5.19)."""
+    try:
+        allowed = int(read_bounded(AT_FDCWD, "/proc/sys/user/max_user_namespaces", 32)) > 0
+    except (OSError, ValueError):
+        return False
+    major, minor = os.uname().release.split(".")[:2]
+    return allowed and (int(major), int("".join(c for c in minor if c.isdigit()) or 0)) >= (5, 19)
 
 
 async def runtime_config(node: Node, request: pb.RuntimeConfigRequest) -> pb.RuntimeConfigResponse:

@@ -17,11 +17,11 @@ from pathlib import Path
 from cri.api import api_pb2 as pb
 from cri.capabilities import capabilities
 from cri.cgroups import first_missing, is_within, remove_made
-from cri.errors import AlreadyExists, InvalidArgument, Unimplemented
-from cri.interfaces import NetworkResult, Sandbox, Sandboxes, SandboxSpec
+from cri.errors import AlreadyExists, InvalidArgument
+from cri.interfaces import IdMap, NetworkResult, Sandbox, Sandboxes, SandboxSpec
 from cri.node import Node, new_id, now_ns
 from cri.records import Pod
-from cri.spec import etc, validate
+from cri.spec import etc, userns, validate
 from cri.threads import to_thread
 from cri.undo import Undo, both
 from runtime.linux.failpoint import failpoint
@@ -34,25 +34,30 @@ LOOPBACK_ONLY = "none"
 
 @dataclass(frozen=True, slots=True)
 class Namespaces:
-    """Which namespaces a pod has of its own."""
+    """Which namespaces a pod has of its own; `ids` are those of its user namespace."""
 
     network: bool
     ipc: bool
     pid: bool
     host_pid: bool
+    ids: IdMap | None
 
 
 def namespaces(config: pb.PodSandboxConfig) -> Namespaces:
-    """The pod's namespaces as asked for. Raises InvalidArgument, Unimplemented."""
+    """The pod's namespaces as asked for. Raises InvalidArgument, InvalidRequest."""
     options = config.linux.security_context.namespace_options
-    if options.HasField("userns_options") and options.userns_options.mode != pb.NODE:
-        raise Unimplemented("namespace_options.userns_options: user namespaces are not supported")
     for field, value in (("network", options.network), ("ipc", options.ipc)):
         if value not in (pb.POD, pb.NODE):
             raise InvalidArgument(f"namespace_options.{field}: a pod's is POD or NODE")
     if options.pid not in (pb.POD, pb.CONTAINER, pb.NODE):
         raise InvalidArgument("namespace_options.pid: a pod's is POD, CONTAINER or NODE")
-    return Namespaces(options.network == pb.POD, options.ipc == pb.POD, options.pid == pb.POD, options.pid == pb.NODE)
+    return Namespaces(
+        network=options.network == pb.POD,
+        ipc=options.ipc == pb.POD,
+        pid=options.pid == pb.POD,
+        host_pid=options.pid == pb.NODE,
+        ids=userns.of_pod(options),
+    )
 
 
 def hostname(config: pb.PodSandboxConfig) -> str:
@@ -121,7 +126,12 @@ async def run_pod(node: Node, request: pb.RunPodSandboxRequest, network: str = "
     """`network` is "" for the default network, "none" for loopback alone, else the name of a conflist."""
     config = request.config
     check(node, config)
-    handler, _ = node.handler(request.runtime_handler)
+    handler, binary = node.handler(request.runtime_handler)
+    if binary and namespaces(config).ids is not None:
+        raise InvalidArgument(
+            f"namespace_options.userns_options: runtime handler {handler!r} runs no pods with user namespaces; "
+            "the native one does"
+        )
     metadata = config.metadata
     key = (metadata.name, metadata.namespace, metadata.uid, metadata.attempt)
     what = f"run pod {metadata.namespace}/{metadata.name}"
@@ -166,14 +176,25 @@ async def _make(node: Node, pod: Pod) -> str:
             directory=directory,
             hostname=hostname(config),
             netns=netns,
+            new_netns=own.network and netns is None,
             private_ipc=own.ipc,
             private_uts=own.network,
             shared_pid=own.pid,
             shm_bytes=node.config.runtime.shm_bytes if own.ipc else 0,
             sysctls=validate.sysctls(config.linux.sysctls, private_network=own.network, private_ipc=own.ipc),
             cgroup_parent=parent,
+            uids=own.ids.uids if own.ids else (),
+            gids=own.ids.gids if own.ids else (),
         )
-        sandbox, network = await both(_start(node, spec, undo), _connect(node, pod, undo, own))
+        if own.ids is None:
+            sandbox, network = await both(_start(node, spec, undo), _connect(node, pod, undo, own))
+        else:
+            # The network namespace belongs to the user namespace, so the shim makes both before anything is connected.
+            sandbox = await _start(node, spec, undo)
+            if own.network:
+                netns = await _pinned(node, pod, undo, directory / "ns" / "net")
+                pod = await node.store.change_pod(pod.id, netns=str(netns))
+            network = await _connect(node, pod, undo, own)
         failpoint("run_pod.connected")
         await node.store.change_pod(
             pod.id,
@@ -219,9 +240,13 @@ async def _forget(node: Node, pod: Pod, undo: Undo) -> None:
 
 
 async def _new_netns(node: Node, pod: Pod, undo: Undo, own: Namespaces) -> Path | None:
-    if not own.network:
+    if not own.network or own.ids is not None:
         return None
-    netns = await node.parts.network.new_netns(pod.id)
+    return await _pinned(node, pod, undo)
+
+
+async def _pinned(node: Node, pod: Pod, undo: Undo, source: Path | None = None) -> Path:
+    netns = await node.parts.network.new_netns(pod.id, source)
     undo.did("remove the network namespace", lambda: node.parts.network.remove_netns(netns))
     return netns
 
@@ -268,3 +293,5 @@ def _write_files(directory: Path, config: pb.PodSandboxConfig, own: Namespaces, 
     }
     for file, text in texts.items():
         write_durable(directory / file, text.encode("utf-8", "surrogateescape"), 0o644, sync=False)
+        if own.ids is not None:
+            os.chown(directory / file, *own.ids.outside(0, 0))

@@ -66,12 +66,15 @@ class Shims:
             state=str(self._state),
             hostname=spec.hostname,
             netns="" if spec.netns is None else str(spec.netns),
+            new_netns=spec.new_netns,
             private_ipc=spec.private_ipc,
             private_uts=spec.private_uts,
             shared_pid=spec.shared_pid,
             shm_bytes=spec.shm_bytes,
             sysctls=dict(spec.sysctls),
             cgroup_parent=spec.cgroup_parent,
+            uids=[list(line) for line in spec.uids],
+            gids=[list(line) for line in spec.gids],
         )
         with _sentences(f"start pod {spec.id}"), self._launcher.open() as connection:
             value = _ask(connection, "start", pod, _CALL_TIMEOUT)

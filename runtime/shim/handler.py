@@ -20,7 +20,15 @@ from runtime.shim.logfile import LogFile
 from runtime.shim.oom import OomSource
 from runtime.shim.pipes import Pipes
 from runtime.shim.protocol import Facts, PodMessage
-from runtime.shim.records import be_as_expendable_as, check_id, engine_for, read_record, save_record, ticks
+from runtime.shim.records import (
+    be_as_expendable_as,
+    check_id,
+    engine_for,
+    read_record,
+    runtime_root,
+    save_record,
+    ticks,
+)
 from runtime.shim.resident import report
 from runtime.shim.sandbox import end_process, tear_down, unmount
 
@@ -86,6 +94,10 @@ class Handler:
         return held
 
     def _engine(self, handler: str) -> Engine:
+        if self._pod.uids and not handler:
+            from runtime.shim.userns_engine import MappedEngine  # few pods have a user namespace
+
+            return MappedEngine(runtime_root(self._pod.state, handler), self._pod)
         return engine_for(self._pod.state, self._pod.directory, handler)
 
     def _lock(self, container_id: str) -> dict[str, Any] | None:

@@ -20,6 +20,8 @@ class SandboxSpec:
 
     The shim makes what is asked for and pins it as `directory`/ns/{ipc,uts} (bind mounts); `netns` is a path that is
     pinned already, or None for the host's. `shm_bytes` > 0: a tmpfs of that size at `directory`/shm.
+    `uids` and `gids`, of (container, host, size) each: the pod has a user namespace, at `directory`/ns/user, that owns
+    its others; a network namespace of its own is made with it then (`new_netns`) and is at `directory`/ns/net.
     `sysctls` were validated and belong to the namespaces that are the pod's own.
     """
 
@@ -27,12 +29,15 @@ class SandboxSpec:
     directory: Path
     hostname: str
     netns: Path | None
+    new_netns: bool = False
     private_ipc: bool = True
     private_uts: bool = True
     shared_pid: bool = False
     shm_bytes: int = 64 << 20
     sysctls: Mapping[str, str] = field(default_factory=dict)
     cgroup_parent: str = ""
+    uids: tuple[tuple[int, int, int], ...] = ()
+    gids: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

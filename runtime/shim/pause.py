@@ -26,6 +26,8 @@ from runtime.linux.mount import (
 from runtime.linux.process import (
     CLONE_NEWNS,
     CLONE_NEWPID,
+    CLONE_NEWUSER,
+    CLONE_PARENT,
     cap_ambient_clear,
     capbset_drop,
     capset,
@@ -35,6 +37,7 @@ from runtime.linux.process import (
     set_comm,
     set_dumpable,
     set_no_new_privs,
+    setns,
     unshare,
 )
 
@@ -42,15 +45,21 @@ _NOBODY = 65534
 _READY = b"ready"
 
 
-def start_pause(directory: str) -> int:
+def start_pause(directory: str, user_namespace: str = "") -> int:
     """Starts it in a new PID namespace; `directory` is an empty one that its root is mounted on in its own mount
-    namespace. Its pid, a child of ours. Raises OSError."""
+    namespace. `user_namespace`: where that is pinned that the PID namespace shall belong to, "" for ours. Its pid, a
+    child of ours. Raises OSError."""
     reader, writer = os.pipe2(os.O_CLOEXEC)
-    pid, pidfd = clone3(CLONE_NEWPID)
-    if pid == 0:
-        _become_pause(directory, writer)
-    os.close(pidfd)
-    os.close(writer)
+    try:
+        if user_namespace:
+            pid = _start_inside(user_namespace, directory, writer)
+        else:
+            pid, pidfd = clone3(CLONE_NEWPID)
+            if pid == 0:
+                _become_pause(directory, writer)
+            os.close(pidfd)
+    finally:
+        os.close(writer)
     try:
         said = os.read(reader, 4096)
     finally:
@@ -60,6 +69,32 @@ def start_pause(directory: str) -> int:
         os.waitpid(pid, 0)
         raise OSError(0, f"start the pause process: {said.decode('utf-8', 'replace') or 'it died'}")
     return pid
+
+
+def _start_inside(user_namespace: str, directory: str, ready: int) -> int:
+    """By a process between, which joins the user namespace and clones pause as its own sibling (CLONE_PARENT)."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    between, between_fd = clone3(0)
+    if between == 0:
+        try:
+            fd = os.open(user_namespace, os.O_RDONLY | os.O_CLOEXEC)
+            setns(fd, CLONE_NEWUSER)
+            pid, _ = clone3(CLONE_NEWPID | CLONE_PARENT)
+            if pid == 0:
+                _become_pause(directory, ready)
+            os.write(writer, str(pid).encode())
+        finally:
+            os._exit(0)
+    os.close(between_fd)
+    os.close(writer)
+    try:
+        told = os.read(reader, 32)
+    finally:
+        os.close(reader)
+        os.waitpid(between, 0)
+    if not told:
+        raise OSError(0, f"start the pause process: cannot join the user namespace {user_namespace}")
+    return int(told)
 
 
 def _become_pause(directory: str, ready: int) -> None:
@@ -100,8 +135,11 @@ def _drop_privileges() -> None:
             break
     set_no_new_privs()
     os.setgroups([])
-    os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-    os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+    for become in (os.setresgid, os.setresuid):
+        try:
+            become(_NOBODY, _NOBODY, _NOBODY)
+        except OSError:  # EINVAL: a user namespace that is too small to have it
+            become(0, 0, 0)
     cap_ambient_clear()
     capset(0, 0, 0)
     set_dumpable(False)

@@ -43,19 +43,23 @@ _HEADER = struct.Struct("=I")
 
 
 class PodMessage(Record):
-    """runtime.shim.model.SandboxSpec, and where the daemon keeps its state."""
+    """runtime.shim.model.SandboxSpec, and where the daemon keeps its state. `uids` and `gids`, of [container, host,
+    size] each, are those of the pod's user namespace: none, no namespace."""
 
     id: str
     directory: str
     state: str
     hostname: str
     netns: str
+    new_netns: bool
     private_ipc: bool
     private_uts: bool
     shared_pid: bool
     shm_bytes: int
     sysctls: dict[str, str]
     cgroup_parent: str
+    uids: list[list[int]]
+    gids: list[list[int]]
 
 
 class IdMessage(Record):

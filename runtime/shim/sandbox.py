@@ -4,6 +4,7 @@ The shim unshares the namespaces in itself and pins them by bind mounts, so that
 process is needed for that. Layout, all below SandboxSpec.directory, all gone after `tear_down`:
 
     ns/{ipc,uts,pid}    nsfs bind mounts         shm/         the pod's tmpfs
+    ns/{user,net}       the same, of a pod with a user namespace (runtime.shim.userns)
     containers/ID.json  what is to be cleaned    shim.json    pids with start times, for a cleaner
     scratch/            pid files, console sockets of runtime binaries
     shim.sock, shim.log
@@ -49,7 +50,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_KINDS = ("ipc", "uts", "pid")
+_KINDS = ("ipc", "uts", "pid", "net", "user")
 _MAX_SYSCTL = 4096
 _DEATH = 30.0  # seconds for a killed process to end
 _KEY_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.:@")
@@ -84,7 +85,12 @@ def set_up(pod: PodMessage) -> int:
             os.makedirs(f"{pod.directory}/{name}", mode=0o700, exist_ok=True)
         undo.add("remove directories", lambda: _remove_directories(pod.directory))
         step = "namespaces"
-        unshare((CLONE_NEWIPC if pod.private_ipc else 0) | (CLONE_NEWUTS if pod.private_uts else 0))
+        if pod.uids:
+            from runtime.shim import userns  # few pods have one
+
+            userns.enter_owned(pod, lambda source, kind: _pin(source, f"{pod.directory}/ns/{kind}", undo))
+        else:
+            unshare((CLONE_NEWIPC if pod.private_ipc else 0) | (CLONE_NEWUTS if pod.private_uts else 0))
         if pod.private_uts and pod.hostname:
             sethostname(pod.hostname)
         if pod.netns:
@@ -92,16 +98,16 @@ def set_up(pod: PodMessage) -> int:
         step = "sysctls"
         write_sysctls(pod)
         step = "pin"
-        for kind, wanted in (("ipc", pod.private_ipc), ("uts", pod.private_uts)):
+        for kind, wanted in (("ipc", pod.private_ipc), ("uts", pod.private_uts), ("net", pod.new_netns)):
             if wanted:
                 _pin(f"/proc/self/ns/{kind}", f"{pod.directory}/ns/{kind}", undo)
         step = "shm"
         if pod.shm_bytes > 0:
-            _mount_shm(f"{pod.directory}/shm", pod.shm_bytes, undo)
+            _mount_shm(pod, undo)
         step = "pause"
         if not pod.shared_pid:
             return 0
-        pid = start_pause(f"{pod.directory}/scratch")
+        pid = start_pause(f"{pod.directory}/scratch", f"{pod.directory}/ns/user" if pod.uids else "")
         undo.add("kill pause", lambda: end_child(pid))
         _pin(f"/proc/{pid}/ns/pid", f"{pod.directory}/ns/pid", undo)
         return pid
@@ -157,9 +163,14 @@ def _pin(source: str, target: str, undo: Undo) -> None:
     undo.add(f"unmount {target}", lambda: unmount(target))
 
 
-def _mount_shm(target: str, size: int, undo: Undo) -> None:
+def _mount_shm(pod: PodMessage, undo: Undo) -> None:
+    target, options = f"{pod.directory}/shm", f"mode=1777,size={pod.shm_bytes}"
+    if pod.uids:
+        from runtime.shim import userns
+
+        options += ",uid={},gid={}".format(*userns.root_of(pod))
     os.makedirs(target, mode=0o700, exist_ok=True)
-    mount("shm", target, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, f"mode=1777,size={size}")
+    mount("shm", target, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
     undo.add(f"unmount {target}", lambda: unmount(target))
 
 
@@ -205,7 +216,7 @@ def write_sysctls(pod: PodMessage) -> None:
     """Writes the pod's sysctls through a procfs of our own, which nobody can have mounted anything over (R2)."""
     planned = []
     for key, value in pod.sysctls.items():
-        path = sysctl_path(key, private_ipc=pod.private_ipc, private_net=bool(pod.netns))
+        path = sysctl_path(key, private_ipc=pod.private_ipc, private_net=bool(pod.netns) or pod.new_netns)
         if len(value) > _MAX_SYSCTL or not value.isprintable():
             raise RuntimeFailure(f"sysctl {key}: {value[:80]!r} is no printable value", code="invalid_argument")
         planned.append((key, path, value))
@@ -215,18 +226,27 @@ def write_sysctls(pod: PodMessage) -> None:
     try:
         for key, path, value in planned:
             try:
-                _write_sysctl(proc, path, value)
+                _write_sysctl(proc, path, value, pod)
             except OSError as error:
                 raise RuntimeFailure.of(error, what=f"write sysctl {key}={value}", code="invalid_argument") from error
     finally:
         os.close(proc)
 
 
-def _write_sysctl(proc: int, path: str, value: str) -> None:
-    fd = open_beneath(proc, f"sys/{path}", os.O_WRONLY)
+def _write_sysctl(proc: int, path: str, value: str, pod: PodMessage) -> None:
+    if pod.uids and not path.startswith("net/"):
+        from runtime.shim import userns
+
+        # Those of an IPC namespace are its root's, and no capability makes up for that (ipc_permissions()); those of a
+        # network namespace are for who has CAP_NET_ADMIN over it (net_ctl_permissions()).
+        os.seteuid(userns.root_of(pod)[0])
+    fd = -1
     try:
+        fd = open_beneath(proc, f"sys/{path}", os.O_WRONLY)
         if fstatfs_type(fd) != PROC_SUPER_MAGIC:
             raise OSError(errno.EXDEV, "is not on procfs")
         os.write(fd, value.encode())
     finally:
-        os.close(fd)
+        os.seteuid(os.getuid())
+        if fd >= 0:
+            os.close(fd)

@@ -71,8 +71,8 @@ class StreamHandler(Handler):
         message = protocol.parse(protocol.ConnectMessage, body)
         if not 0 < message.port < 65536:
             raise RuntimeFailure(f"port {message.port} does not exist", code="invalid_argument")
-        if self._pod.netns:
-            enter(self._pod.netns)
+        if self._pod.netns or self._pod.new_netns:
+            enter(self._pod.netns or f"{self._pod.directory}/ns/net")
         with connected(message.port) as inside:
             self._send(protocol.reply({}), (inside.fileno(),))
         return ANSWERED

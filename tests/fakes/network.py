@@ -53,10 +53,12 @@ class FakeNetwork:
             self.failures[verb] -= 1
             raise NetworkError(f"network fake: plugin fake: {verb}: told to fail")
 
-    async def new_netns(self, pod_id: str) -> Path:
+    async def new_netns(self, pod_id: str, source: Path | None = None) -> Path:
         self._fail("new_netns")
         if not is_name(pod_id):
             raise NetworkError(f"network namespace for pod {pod_id[:64]}: no name")
+        if source is not None and not source.exists():
+            raise NetworkError(f"network namespace for pod {pod_id[:64]}: {source} is no pinned network namespace")
         self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / pod_id
         path.write_bytes(b"")

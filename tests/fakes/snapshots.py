@@ -19,7 +19,7 @@ from pathlib import Path
 import zstandard
 
 from runtime.linux.mount import FsMount
-from snapshotter.model import AlreadyExists, NotFound, SnapshotInfo, UnpackError, Usage
+from snapshotter.model import AlreadyExists, IdMap, NotFound, SnapshotInfo, UnpackError, Usage
 
 GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
 ZSTD = "application/vnd.oci.image.layer.v1.tar+zstd"
@@ -129,7 +129,7 @@ class MemorySnapshots:
         self._unpacking: set[str] = set()
         self._active: dict[str, SnapshotInfo] = {}
 
-    def prepare(self, key: str, parent: str | None) -> FsMount:
+    def prepare(self, key: str, parent: str | None, ids: IdMap | None = None) -> FsMount:
         with self._changed:
             if key in self._active:
                 raise AlreadyExists(f"snapshot {key} exists already")
