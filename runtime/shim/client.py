@@ -270,14 +270,18 @@ class Shims:
         with contextlib.closing(self._connect(sandbox, timeout)) as connection:
             try:
                 return _ask(connection, name, message, timeout)
-            except (OSError, FrameError) as error:
+            except (OSError, FrameError, RuntimeFailure) as error:
                 self._raise_if_gone(sandbox, error)
                 raise
 
     def _raise_if_gone(self, sandbox: Sandbox, error: BaseException) -> None:
         if isinstance(error, TimeoutError):
             raise _unresponsive(sandbox) from error
-        if isinstance(error, OSError | FrameError) and not self._is_alive(sandbox, patience=RECONNECT_TIMEOUT):
+        # A helper outlives its shim, and answers that it is gone: a pod's end does not wait for other calls on it.
+        told = isinstance(error, RuntimeFailure) and error.code == "unavailable"
+        if (told or isinstance(error, OSError | FrameError)) and not self._is_alive(
+            sandbox, patience=RECONNECT_TIMEOUT
+        ):
             raise _ShimGone from None
 
     @contextlib.contextmanager

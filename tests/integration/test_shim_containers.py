@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -258,6 +259,21 @@ def test_stop_takes_running_containers_with_it(pods: Lab) -> None:
         pids.append((pod.facts(container).pid, pod.facts(container).started_ticks))
     pod.stop()
     assert not any(is_running(*pid) for pid in pids)
+
+
+def test_o16_a_container_is_deleted_while_its_pod_ends(native: Lab) -> None:
+    """A kubelet removes a pod's containers and stops the pod from two workers: neither is the other's failure."""
+    pod = native.pod()
+    first, *_ = [pod.run(f"c{number}", ["sleep", "1000"]) for number in range(8)]
+    pid = pod.facts(first).pid
+    stopping = threading.Thread(target=pod.shims.stop, args=[pod.sandbox])
+    stopping.start()
+    # The stop has this one's lock from here to the end of the shim, and seven others to delete.
+    eventually(lambda: not os.path.exists(f"/proc/{pid}"), what="the first to be killed")
+    pod.shims.delete(pod.sandbox, first)
+    stopping.join()
+    assert not is_running(pod.sandbox.pid, pod.sandbox.started_ticks)
+    assert native.machine.mounts() == native.machine.cgroups() == []
 
 
 def test_a_restarted_daemon_knows_everything(pods: Lab) -> None:
