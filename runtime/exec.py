@@ -41,6 +41,10 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 _SIGKILL = 9
+_STOPPED = "cannot exec in a stopped container"
+# What joining says of an init that has ended, cloning of a pid namespace that is being emptied (pid_namespaces(7)), and
+# writing to a process that went with it.
+_ENDING = (errno.ESRCH, errno.ENOMEM, errno.EPIPE)
 _MAX_FILTER = 4096 * 8  # BPF_MAXINSNS of linux/filter.h, eight bytes each
 
 
@@ -80,7 +84,7 @@ def execute(request: ExecRequest) -> Executed:
     facts = state.load(request.root, request.id)
     now = state.status(request.root, facts)
     if now == "stopped":
-        raise RuntimeFailure("cannot exec in a stopped container", code="failed_precondition")
+        raise RuntimeFailure(_STOPPED, code="failed_precondition")
     if now == "paused" and not request.ignore_paused:
         words = "cannot exec in a paused container (use --ignore-paused to override)"
         raise RuntimeFailure(words, hint="resume it first", code="failed_precondition")
@@ -90,18 +94,31 @@ def execute(request: ExecRequest) -> Executed:
     try:
         with exec_cgroup.manager(facts, request.cgroups).gate() as gate:
             return _Entry(request, facts, init_fd, gate, program).run()
+    except (RuntimeFailure, OSError) as error:
+        if (isinstance(error, sync.Closed) or error.errno in _ENDING) and _ends(init_fd):
+            raise RuntimeFailure(_STOPPED, code="failed_precondition") from None
+        raise
     finally:
         os.close(init_fd)
+
+
+def _ends(init_fd: int) -> bool:
+    """Whether the init has ended, or does so now: the last of it is to wait for what else its pid namespace holds."""
+    import select  # imported here: an exec that succeeds has no need of it
+
+    poll = select.poll()
+    poll.register(init_fd, select.POLLIN)
+    return bool(poll.poll(1000))
 
 
 def _hold(facts: State) -> int:
     try:
         fd = pidfd_open(facts.pid)
     except KernelError:
-        raise RuntimeFailure("cannot exec in a stopped container", code="failed_precondition") from None
+        raise RuntimeFailure(_STOPPED, code="failed_precondition") from None
     if not is_running(facts.pid, facts.started):
         os.close(fd)
-        raise RuntimeFailure("cannot exec in a stopped container", code="failed_precondition")
+        raise RuntimeFailure(_STOPPED, code="failed_precondition")
     return fd
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from cri.api import api_pb2 as pb
 from cri.errors import DeadlineExceeded, InvalidArgument, LimitExceeded
-from cri.interfaces import ExecSpec
+from cri.interfaces import ContainerError, ExecSpec
 from cri.node import Node
 from cri.records import Container
 from cri.spec.build import exec_process
@@ -31,9 +31,14 @@ async def exec_sync(node: Node, request: pb.ExecSyncRequest) -> pb.ExecSyncRespo
     limit = node.config.limits.exec_output_bytes
     spec = ExecSpec(process, timeout_s=float(min(request.timeout, MAX_TIMEOUT_S)), output_limit=limit)
     # Threads of their own: commands that hang must not keep anybody but other commands waiting (threats O30).
-    result = await node.exec_threads.run(
-        node.parts.containers.exec_sync, node.sandbox_of(container), container.id, spec
-    )
+    try:
+        result = await node.exec_threads.run(
+            node.parts.containers.exec_sync, node.sandbox_of(container), container.id, spec
+        )
+    except ContainerError:
+        # Its end, or its pod's, may have come between: then that is what there is to say.
+        node.running(node.container(container.id), "exec in")
+        raise
     what = f"exec {request.cmd[0][:80]!r} in {container.name} ({container.id[:13]})"
     too_much = ""
     if result.truncated or len(result.stdout) + len(result.stderr) > limit:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -121,6 +124,19 @@ def test_a_failing_exec_leaves_no_process(home: Bundles, action: str) -> None:
     assert result.code == (1 if action == "error" else -9)
     eventually(lambda: home.processes(one.id) == before, what="the half-made exec to end")
     one.exec("true").ok()
+
+
+def test_an_exec_into_a_container_that_ends_meanwhile_says_so(home: Bundles, tmp_path: Path) -> None:
+    one = home.make().up()
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    before = home.processes(one.id)
+    child = home.popen("exec", one.id, "true", env={"OCID_FAILPOINTS": f"exec.cloned=pause:{fifo}"}, stderr=PIPE)
+    eventually(lambda: len(home.processes(one.id)) > len(before), what="the exec to be on its way")
+    os.kill(one.pid(), signal.SIGKILL)
+    with open(fifo, "wb"):
+        _, said = child.communicate(timeout=30)
+    assert child.returncode == 255 and b"cannot exec in a stopped container" in said, said
 
 
 def test_state_that_is_damaged_is_said_and_can_be_deleted(home: Bundles) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import struct
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cri.api import api_pb2 as pb
 from cri.api import api_pb2_grpc
 from cri.daemon import _server
 from cri.errors import CODES, CallFailed, code_of
+from cri.interfaces import ContainerError, ExecResult
 from cri.service import STREAMS, VERBS
 from cri.undo import Undo, both
 from cri.verbs.images import credentials
@@ -295,6 +297,28 @@ def test_exec_sync(tmp_path: Path) -> None:
         await rig.stop(running)
         with pytest.raises(CallFailed, match="has ended"):
             await _exec(rig, running, "true")
+
+    on_rig(tmp_path, body)
+
+
+def test_an_exec_that_the_containers_end_comes_between_says_that_it_has_ended(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        running = await rig.run(await rig.run_pod())
+        begun, ended = threading.Event(), threading.Event()
+
+        def dies(*_: object) -> ExecResult:
+            begun.set()
+            ended.wait(20)
+            raise ContainerError("the shim died during the call", code="unavailable")
+
+        rig.shims.exec_sync = dies  # type: ignore[method-assign]
+        call = asyncio.create_task(_exec(rig, running, "true"))
+        await asyncio.to_thread(begun.wait, 20)
+        await rig.node.store.change_container(running, finished_ns=1, exit_code=137)
+        ended.set()
+        with pytest.raises(CallFailed, match="has ended") as caught:
+            await call
+        assert caught.value.code is grpc.StatusCode.FAILED_PRECONDITION
 
     on_rig(tmp_path, body)
 
