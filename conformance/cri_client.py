@@ -4,6 +4,7 @@ in and out. Refuses to know which runtime answers."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,6 +85,11 @@ class Cri:
     def status(self, container: str) -> Any:
         request = api_pb2.ContainerStatusRequest(container_id=container)
         return self.runtime.ContainerStatus(request, timeout=CALL_S).status
+
+    def info(self, container: str) -> dict[str, Any]:
+        """The verbose part of a container's status: pid, the OCI spec and what else a runtime tells."""
+        request = api_pb2.ContainerStatusRequest(container_id=container, verbose=True)
+        return dict(json.loads(self.runtime.ContainerStatus(request, timeout=CALL_S).info["info"]))
 
     def pod_status(self, pod: str) -> Any:
         return self.runtime.PodSandboxStatus(api_pb2.PodSandboxStatusRequest(pod_sandbox_id=pod), timeout=CALL_S).status

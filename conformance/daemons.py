@@ -97,9 +97,9 @@ def command_path(name: str) -> str:
     return str(beside) if beside.exists() else shutil.which(name) or name
 
 
-@contextmanager
-def ocid(directory: Path, subnet: str = "10.201.0.0/16", bridge: str = "") -> Iterator[Daemon]:
-    """`ocid serve` below `directory`; with a `bridge` its network comes from a conflist, else from its own default."""
+def ocid_command(directory: Path, subnet: str = "10.201.0.0/16", bridge: str = "") -> tuple[list[str], Path]:
+    """What starts `ocid serve` below `directory`, and its socket; with a `bridge` its network comes from a conflist,
+    else from its own default."""
     root, state, networks = directory / "root", directory / "state", directory / "net.d"
     networks.mkdir(parents=True, exist_ok=True)
     if bridge:
@@ -108,13 +108,19 @@ def ocid(directory: Path, subnet: str = "10.201.0.0/16", bridge: str = "") -> It
     configuration.write_text(
         f'[network]\nconf_dir = "{networks}"\nlease_dir = "{directory}/leases"\ndefault_subnets = ["{subnet}"]\n'
     )
-    socket = state / "ocid.sock"
     command = [command_path("ocid"), "--config", str(configuration), "--root", str(root), "--state", str(state)]
+    return [*command, "serve"], state / "ocid.sock"
+
+
+@contextmanager
+def ocid(directory: Path, subnet: str = "10.201.0.0/16", bridge: str = "") -> Iterator[Daemon]:
+    """`ocid serve` below `directory`, as `ocid_command` has it."""
+    command, socket = ocid_command(directory, subnet, bridge)
     try:
-        with _running("ocid", [*command, "serve"], directory, socket, bridge or "ocid0") as daemon:
+        with _running("ocid", command, directory, socket, bridge or "ocid0") as daemon:
             yield daemon
     finally:
-        retire(state)
+        retire(socket.parent)
 
 
 def retire(state: Path) -> None:

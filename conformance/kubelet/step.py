@@ -1,0 +1,56 @@
+"""A step: what is to be so, and the pods it is seen on. The pods of all steps are applied at once, as on a node that
+comes up; then the steps are played one after the other, so that their waiting is shared."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import grpc
+
+from conformance.clients.steps import Score, Surprise
+from conformance.kubelet.node import Node
+from conformance.kubelet.pods import Document
+
+FAILURES = (OSError, LookupError, ValueError, subprocess.SubprocessError, RuntimeError, grpc.RpcError)
+
+
+def _none(node: Node) -> list[Document]:
+    return []
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    check: Callable[[Node], None]
+    pods: Callable[[Node], list[Document]] = _none
+
+    @property
+    def name(self) -> str:
+        return self.check.__name__
+
+
+def play(node: Node, steps: Sequence[Step]) -> Score:
+    """Applies, checks and withdraws, and prints each step with its time."""
+    applied = [document for step in steps for document in step.pods(node)]
+    for document in applied:
+        node.apply(document)
+    score = Score()
+    for step in steps:
+        began = time.perf_counter()
+        failure = ""
+        try:
+            step.check(node)
+        except Surprise as error:
+            failure = str(error)
+        except FAILURES as error:
+            failure = f"{type(error).__name__}: {error}"
+        score.add(Score(passed=int(not failure), failed=int(bool(failure))))
+        print(
+            f"  {step.name:24} {time.perf_counter() - began:6.1f} s  {failure and 'FAILED: '}{failure or 'ok'}",
+            flush=True,
+        )
+    for document in applied:
+        node.withdraw(document["metadata"]["name"])
+    return score

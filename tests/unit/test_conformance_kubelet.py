@@ -1,0 +1,35 @@
+"""The reading of a kubelet's log: what counts as an error, and what explains one."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from conformance.kubelet.log_scan import Absence, scan
+
+NOON = datetime(datetime.now().year, 11, 26, 12)
+
+
+def line(severity: str, message: str, when: datetime = NOON) -> str:
+    return f"{severity}{when:%m%d %H:%M:%S}.000000      49 remote_runtime.go:567] {message}\n"
+
+
+def test_errors_are_found_once_with_their_count() -> None:
+    text = line("E", 'failed err="it is broken" pod="a1b2c3d4e5"') + line("I", "fine")
+    text += line("E", 'failed err="it is broken" pod="ffffffff00"') + "a line of something else\n"
+    assert scan(text, []) == ['2 × E remote_runtime.go failed err="it is broken" pod="a1b2c3d4e5"']
+
+
+def test_an_error_of_a_call_counts_at_any_severity() -> None:
+    assert len(scan(line("I", 'hm err="rpc error: code = Internal desc = no"'), [])) == 1
+
+
+def test_what_is_allowed_is_allowed() -> None:
+    assert scan(line("E", 'Failed to read data from checkpoint err="checkpoint is not found"'), []) == []
+
+
+def test_a_runtime_that_is_away_may_not_answer_and_nothing_else() -> None:
+    away = Absence(NOON, NOON + timedelta(seconds=5))
+    unanswered = 'x err="rpc error: code = Unavailable desc = connection error: connect: connection refused"'
+    assert scan(line("E", unanswered), [away]) == []
+    assert scan(line("E", unanswered, NOON + timedelta(seconds=6)), [away])
+    assert scan(line("E", 'x err="rpc error: code = Internal desc = no"'), [away])
