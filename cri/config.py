@@ -173,6 +173,12 @@ class ImageSection:
     unpack_processes: int = _key(
         0, "Processes that unpack layers, over all pulls; 0 means as many as there are CPUs.", least=0
     )
+    unpack_idle_s: float = _key(10.0, "Seconds without work after which such a process ends.", least=0.1)
+    keep_blobs: bool = _key(
+        True,
+        "Whether layers stay as the registry has them once they are unpacked: `ocid save`, pushes and repairs need "
+        "them. false saves that space.",
+    )
     stall_s: float = _key(30.0, "Seconds in which a download must move, or it is broken off and resumed.", least=1)
     retries: int = _key(4, "How often a request to a registry is tried again.", least=0)
     blob_bytes: int = _key(64 << 30, "Largest layer accepted, as the registry stores it.", least=1)

@@ -15,7 +15,7 @@ import os
 import signal
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ import grpc
 from cri.config import Config
 from cri.events import Events
 from cri.feed import Feed
+from cri.image_config import store_config
 from cri.intercept import Intercept
 from cri.network.cni import Cni, NetworkConfig
 from cri.node import Node, Parts
+from cri.own import Own
 from cri.recovery import check_networks, lost, recover
 from cri.service import Metadata, Service
 from cri.stats import Statistics
@@ -35,8 +37,6 @@ from cri.store import Store as Records
 from cri.store import open_database, open_sound
 from cri.streaming.server import Server as StreamServer
 from cri.streaming.sessions import Sessions
-from imagestore.config import StoreConfig
-from imagestore.keyring import KeyringConfig
 from imagestore.model import Usage
 from imagestore.store import Store
 from runtime.linux.sockets import connect_unix
@@ -48,8 +48,6 @@ log = logging.getLogger(__name__)
 
 RECOVERING = "ocid is starting and recovers its pods; try again in a moment"
 STOPPING = "ocid is stopping"
-# Where everybody looks who reads such policies: podman, skopeo, CRI-O.
-DEFAULT_POLICY = Path("/etc/containers/policy.json")
 # How long calls under way may take once the daemon is to end; what they work on is recovered at the next start.
 GRACE_S = 10.0
 _LOCK_WAIT_S = 60.0
@@ -68,6 +66,7 @@ class Built:
     feed: Feed
     statistics: Statistics
     service: Service
+    own: Own
     streams: StreamServer
     network: Cni
     snapshots: Overlay
@@ -136,9 +135,12 @@ def build(config: Config, *, direct: bool) -> Built:
     snapshots = Overlay(
         config.root / "snapshots",
         databases[0],
-        SnapshotConfig(workers=config.image.unpack_processes or min(os.cpu_count() or 1, 4)),
+        SnapshotConfig(
+            workers=config.image.unpack_processes or min(os.cpu_count() or 1, 4),
+            worker_idle_s=config.image.unpack_idle_s,
+        ),
     )
-    images = Store(config.root / "images", databases[1], snapshots, _image_config(config, snapshots))
+    images = Store(config.root / "images", databases[1], snapshots, store_config(config, _layers_usage(snapshots)))
     shims = Shims(config.state, direct=direct)
     network = Cni(
         NetworkConfig(
@@ -157,45 +159,22 @@ def build(config: Config, *, direct: bool) -> Built:
     statistics = Statistics(node)
     node.statistics = statistics
     node.feed = feed = Feed(records)
-    service = Service(node, Intercept(RECOVERING))
+    intercept = Intercept(RECOVERING)
+    service, own = Service(node, intercept), Own(images, intercept)
     streams = StreamServer(config.stream, Sessions(shims, node.exec_threads))
-    return Built(node, events, feed, statistics, service, streams, network, snapshots, images, databases)
+    return Built(node, events, feed, statistics, service, own, streams, network, snapshots, images, databases)
+
+
+def _layers_usage(snapshots: Overlay) -> Callable[[], Usage]:
+    def measure() -> Usage:
+        usage = snapshots.layers_usage()
+        return Usage(usage.bytes, usage.inodes)
+
+    return measure
 
 
 def _lost(node: Node, pod_id: str) -> None:
     node.tasks.spawn(lost(node, pod_id), f"lost {pod_id[:13]}")
-
-
-def _image_config(config: Config, snapshots: Overlay) -> StoreConfig:
-    section = config.image
-
-    def layers_usage() -> Usage:
-        usage = snapshots.layers_usage()
-        return Usage(usage.bytes, usage.inodes)
-
-    return StoreConfig(
-        hosts_directories=section.hosts_dirs,
-        registries_conf=section.registries_conf,
-        keyring=KeyringConfig(
-            section.auth_files or None,
-            Path(section.credential_providers) if section.credential_providers else None,
-            Path(section.credential_provider_dir) if section.credential_provider_dir else None,
-        ),
-        pinned=frozenset(section.pinned),
-        layers_usage=layers_usage,
-        policy=Path(section.signature_policy) if section.signature_policy else None,
-        policy_defaults=(DEFAULT_POLICY,),
-        registries_d=(section.registries_d,),
-        accept_unnamed_bundles=section.accept_unnamed_bundles,
-        concurrent_pulls=section.concurrent_pulls,
-        concurrent_downloads=section.concurrent_downloads,
-        concurrent_unpacks=section.concurrent_unpacks,
-        stall_timeout_s=section.stall_s,
-        retries=section.retries,
-        blob_bytes=section.blob_bytes,
-        image_bytes=section.image_bytes,
-        layers=section.layers,
-    )
 
 
 # ------------------------------------------------------------------------------------------------------- the daemon
@@ -211,7 +190,7 @@ async def serve(config: Config) -> None:
     )
     with owned(config, wait_s=0):
         built = build(config, direct=False)
-        server = _server(config, built.service)
+        server = _server(config, built.service, built.own.handler())
         ended = _ending(built.node)
         await built.streams.start()
         built.node.streams = built.streams
@@ -275,7 +254,7 @@ def _dump(node: Node) -> None:
     log.warning("%d fds, %d threads", len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")))
 
 
-def _server(config: Config, service: Service) -> grpc.aio.Server:
+def _server(config: Config, service: Service, *more: grpc.GenericRpcHandler) -> grpc.aio.Server:
     path = config.socket
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if _answers(path):
@@ -289,7 +268,7 @@ def _server(config: Config, service: Service) -> grpc.aio.Server:
             ("grpc.so_reuseport", 0),
         ),
     )
-    server.add_generic_rpc_handlers(service.handlers())
+    server.add_generic_rpc_handlers((*service.handlers(), *more))
     before = os.umask(0o177)  # never a moment in which another user could connect
     try:
         server.add_insecure_port(config.listen)
@@ -314,6 +293,7 @@ class Local:
 
     def __init__(self, built: Built) -> None:
         self._service = built.service
+        self.own = built.own
         self.images = built.images
 
     async def call(self, name: str, request: Any, metadata: Metadata = ()) -> Any:

@@ -81,6 +81,8 @@ class StoreConfig:
     """How long a cancelled caller waits for the worker threads to let go of what they hold."""
 
     # what stays on disk
+    keep_blobs: bool = True
+    """Whether layers stay as the registry has them, too, once they are unpacked: for `save`, pushes and repairs."""
     ingest_age_s: float = 86400.0
     batch_bytes: int = 1 * _MIB
     """Downloaded bytes are hashed and written in pieces of about this size, in a worker thread."""

@@ -99,6 +99,26 @@ class Blobs:
             if is_digest(f"sha256:{entry.name}"):
                 yield f"sha256:{entry.name}"
 
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """Every blob with a proper name, and what it takes on disk."""
+        for digest in self.digests():
+            try:
+                yield digest, os.lstat(self.path(digest)).st_blocks * 512
+            except FileNotFoundError:
+                continue
+
+    def old_ingests(self, age_s: float) -> Iterator[tuple[str, int, float]]:
+        """Name, space and age of the partial files that `remove_old_ingests` would take if nobody writes them."""
+        now = time.time()
+        for entry in os.scandir(self._ingest):
+            if entry.name.startswith(".") and entry.name.endswith(".part"):
+                try:
+                    found = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                if found.st_mtime <= now - age_s:
+                    yield entry.name, found.st_blocks * 512, now - found.st_mtime
+
     def remove(self, digest: str) -> None:
         """Unlinks a blob; gone is gone."""
         self.path(digest).unlink(missing_ok=True)

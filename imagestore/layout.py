@@ -46,20 +46,33 @@ class Layout:
     def publish(self, entries: Iterable[tuple[str, Descriptor]]) -> None:
         """Makes index.json tell exactly these (name, manifest) pairs; name "" for a manifest without one. Sorted: the
         same state gives the same bytes. Raises OSError, ImageError."""
+        entries = list(entries)
+        for _, manifest in entries:
+            shown = self.shown(manifest)
+            if shown is not None and shown.digest != manifest.digest and not self._blobs.has(shown):
+                self._blobs.put(shown.digest, self._twins[manifest.digest])
+        self._write("oci-layout", VERSION_FILE)
+        self._write("index.json", self._index(entries))
+
+    def is_published(self, entries: Iterable[tuple[str, Descriptor]]) -> bool:
+        """True when index.json tells exactly these."""
+        try:
+            return (self._root / "index.json").read_bytes() == self._index(entries)
+        except OSError:
+            return False
+
+    def _index(self, entries: Iterable[tuple[str, Descriptor]]) -> bytes:
         manifests = []
         for name, manifest in sorted(entries, key=lambda pair: (pair[0], pair[1].digest)):
             shown = self.shown(manifest)
             if shown is None:
                 continue
-            if shown.digest != manifest.digest and not self._blobs.has(shown):
-                self._blobs.put(shown.digest, self._twins[manifest.digest])
             item: dict[str, object] = {"mediaType": OCI_MANIFEST, "digest": shown.digest, "size": shown.size}
             if name:
                 item["annotations"] = {REF_NAME: name}
             manifests.append(item)
         index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests}
-        self._write("oci-layout", VERSION_FILE)
-        self._write("index.json", json.dumps(index, separators=(",", ":"), ensure_ascii=False).encode())
+        return json.dumps(index, separators=(",", ":"), ensure_ascii=False).encode()
 
     def shown(self, manifest: Descriptor) -> Descriptor | None:
         """The manifest by which the layout shows an image. A Docker manifest gets an OCI twin with the same blobs:

@@ -21,8 +21,8 @@ from imagestore.config import StoreConfig
 from imagestore.content import Ingest, errno_text
 from imagestore.layout import REF_NAME
 from imagestore.manifest import OCI_CONFIG, OCI_MANIFEST, descriptor, digest_of
-from imagestore.model import ContentInvalid, Descriptor, ImageError, ImageNotFound
-from imagestore.reference import is_digest
+from imagestore.model import ContentInvalid, Descriptor, ImageError, ImageNotFound, ReferenceInvalid
+from imagestore.reference import is_digest, parse
 from imagestore.registry import Document, Report
 from imagestore.strict_json import parse_array, parse_object
 from imagestore.tarfiles import TarIndex
@@ -87,7 +87,7 @@ class TarFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class Found:
     """The image that was asked for: its manifest, and what it is called where it comes from."""
 
     document: Document
@@ -101,6 +101,7 @@ class LocalSource:
         self._files = files
         self._what = what
         self._tag = tag
+        self._spellings: tuple[str, ...] = (tag,) if tag else ()
         self._threads = threads
         self._config = config
         self.name = ""
@@ -120,7 +121,7 @@ class LocalSource:
 
     # ---------------------------------------------------------------------------------------- what layouts have
 
-    def _find(self) -> _Found:
+    def _find(self) -> Found:
         """The entry of index.json named `tag`, or the only one."""
         data = self._read("index.json", self._config.manifest_bytes)
         document = parse_object(data, f"{self._what}: index.json", self._config.json_values)
@@ -130,11 +131,13 @@ class LocalSource:
         ]
         names = [item.annotations.get(REF_NAME, "") for item in found]
         number = self._choose([(name,) for name in names])
-        return _Found(self._manifest(found[number]), names[number])
+        return Found(self._manifest(found[number]), names[number])
 
     def _choose(self, names: list[tuple[str, ...]]) -> int:
         """The number of the image that has the name asked for, or of the only image."""
-        fitting = [number for number, own in enumerate(names) if not self._tag or self._tag in own]
+        fitting = [
+            number for number, own in enumerate(names) if not self._tag or not set(self._spellings).isdisjoint(own)
+        ]
         if len(fitting) == 1:
             return fitting[0]
         wanted = f"named {self._tag!r}" if self._tag else "without a name to choose it by"
@@ -192,12 +195,13 @@ class DockerArchive(LocalSource):
 
     def __init__(self, files: Files, what: str, tag: str, threads: Threads, config: StoreConfig) -> None:
         super().__init__(files, what, tag, threads, config)
+        self._spellings = _spellings((tag,)) if tag else ()
         self._members: dict[str, str] = {}
 
-    def _find(self) -> _Found:
+    def _find(self) -> Found:
         data = self._read("manifest.json", self._config.manifest_bytes)
         entries = parse_array(data, f"{self._what}: manifest.json", self._config.json_values)
-        names = [entry.strings("RepoTags") for entry in entries]
+        names = [_spellings(entry.strings("RepoTags")) for entry in entries]
         number = self._choose(names)
         entry = entries[number]
         layers = entry.strings("Layers")
@@ -212,7 +216,7 @@ class DockerArchive(LocalSource):
         }
         made = json.dumps(document, separators=(",", ":")).encode()
         name = self._tag or (names[number][0] if names[number] else "")
-        return _Found(Document(made, OCI_MANIFEST, digest_of(made)), name)
+        return Found(Document(made, OCI_MANIFEST, digest_of(made)), name)
 
     def _describe(self, media_type: str, name: str, limit: int) -> dict[str, object]:
         """A descriptor for a member, which is hashed for it. A layer that was compressed is told by its magic."""
@@ -237,3 +241,14 @@ class DockerArchive(LocalSource):
         if not is_digest(wanted.digest) or wanted.digest not in self._members:
             raise ContentInvalid(f"{self._what}: there is no {wanted.digest}")
         return self._members[wanted.digest]
+
+
+def _spellings(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names as they stand there, then in full: docker writes "busybox:1", others docker.io/library/busybox:1."""
+    found = dict.fromkeys(names)
+    for name in names:
+        try:
+            found[str(parse(name))] = None
+        except ReferenceInvalid:
+            continue
+    return tuple(found)

@@ -5,7 +5,7 @@ No I/O here. Invariant: an `Image` that exists is whole: its manifest, config an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -122,6 +122,19 @@ class Unpacker(Protocol):
 
     def remove_layers_except(self, keep: frozenset[str]) -> int:
         """Removes the committed layers outside `keep` that no active snapshot stands on; returns how many."""
+        ...
+
+    def removable_layers(self, keep: frozenset[str]) -> Sequence[tuple[str, int]]:
+        """What `remove_layers_except` would remove now: chain ids, and the bytes that they take."""
+        ...
+
+    def damaged_layers(self) -> Sequence[tuple[str, str]]:
+        """Committed layers whose files are not what was recorded: chain ids, and what is wrong."""
+        ...
+
+    def forget_layers(self, chain_ids: frozenset[str]) -> Sequence[str]:
+        """Removes these layers and those above them, so that they can be unpacked again; returns those that an active
+        snapshot stands on, which stay."""
         ...
 
 

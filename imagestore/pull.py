@@ -177,14 +177,20 @@ class _Layers:
 
     async def _layer(self, number: int) -> None:
         layer = self._layers[number]
-        await self._puller.fetch(self._source, layer.blob, self._held, self._tell)
-        await self._leased.wait()
+        has = self._puller.unpacker.has_layer
+        if self._puller.config.keep_blobs:
+            await self._puller.fetch(self._source, layer.blob, self._held, self._tell)
+            await self._leased.wait()
+        else:
+            await self._leased.wait()  # or what is here now might go while nothing is fetched in its place
+            if not await self._puller.threads.io(has, layer.chain_id):
+                await self._puller.fetch(self._source, layer.blob, self._held, self._tell)
         if number and not self._puller.unpacking.can_cancel:
             # An unpack waits for its parent's commit. Where that wait cannot be ended, it must not begin before all
             # below have arrived: a download may fail.
             await self._arrived[number - 1].wait()
         self._arrived[number].set()
-        if await self._puller.threads.io(self._puller.unpacker.has_layer, layer.chain_id):
+        if await self._puller.threads.io(has, layer.chain_id):
             self._report(layer, "exists")
         else:
             await self._unpack(number, layer)

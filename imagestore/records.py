@@ -167,6 +167,18 @@ class Records:
             if name.served
         )
 
+    def entries(self) -> list[tuple[str, Descriptor]]:
+        """Every (name, manifest), as `publish` is handed them."""
+        with self._lock, _worded():
+            return self._entries()
+
+    def damage(self) -> list[str]:
+        """What SQLite finds wrong with its file and with the references between its tables."""
+        with self._lock, _worded():
+            said = [str(row[0]) for row in self._db.execute("PRAGMA integrity_check(20)")]
+            lost = [str(row[0]) for row in self._db.execute("PRAGMA foreign_key_check")]
+        return [what for what in said if what != "ok"] + [f"{table}: a row refers to nothing" for table in lost]
+
     # --------------------------------------------------------------------------------------------------- changes
 
     def put(

@@ -15,7 +15,7 @@ import asyncio
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -36,7 +36,17 @@ from imagestore.model import (
 )
 from imagestore.reference import Reference, is_digest
 from imagestore.threads import Threads
-from imagestore.transport import Answer, Request, Tls, Transient, Transport, place, worded
+from imagestore.transport import (
+    Answer,
+    Request,
+    SendBody,
+    Tls,
+    Transient,
+    Transport,
+    origin_of,
+    place,
+    worded,
+)
 from imagestore.wording import registry_words
 
 T = TypeVar("T")
@@ -89,13 +99,13 @@ class Repository:
 
         async def get() -> Document:
             async with asyncio.timeout(self._config.answer_timeout_s):
-                async with self._open("GET", f"/manifests/{target}", {"Accept": ACCEPT}, what) as answer:
-                    data = await self._read(answer, self._config.manifest_bytes, what)
+                async with self.open("GET", f"/manifests/{target}", {"Accept": ACCEPT}, what) as answer:
+                    data = await self.read(answer, self._config.manifest_bytes, what)
                     content_type = answer.header("Content-Type")
                     told = answer.header("Docker-Content-Digest")
             return self._document(data, content_type, told, target, what)
 
-        return await self._retrying(get, what)
+        return await self.retrying(get, what)
 
     def _document(self, data: bytes, content_type: str, told: str, target: str, what: str) -> Document:
         digest = digest_of(data)
@@ -112,11 +122,11 @@ class Repository:
 
         async def head() -> str | None:
             async with asyncio.timeout(self._config.answer_timeout_s):
-                async with self._open("HEAD", f"/manifests/{tag}", {"Accept": ACCEPT}, what) as answer:
+                async with self.open("HEAD", f"/manifests/{tag}", {"Accept": ACCEPT}, what) as answer:
                     told = answer.header("Docker-Content-Digest")
             return told if is_digest(told) else None
 
-        return await self._retrying(head, what)
+        return await self.retrying(head, what)
 
     async def small(self, path: str, what: str, limit: int, accept: str = "*/*") -> bytes:
         """What `path` of the repository answers, at most `limit` bytes, unverified: signatures, referrers.
@@ -124,10 +134,10 @@ class Repository:
 
         async def get() -> bytes:
             async with asyncio.timeout(self._config.answer_timeout_s):
-                async with self._open("GET", path, {"Accept": accept}, what) as answer:
-                    return await self._read(answer, limit, what)
+                async with self.open("GET", path, {"Accept": accept}, what) as answer:
+                    return await self.read(answer, limit, what)
 
-        return await self._retrying(get, what)
+        return await self.retrying(get, what)
 
     async def blob(self, blob: Descriptor, ingest: Ingest, report: Report) -> None:
         """All of `blob` into `ingest`, which was loaded and may hold its beginning; verified, not yet finished.
@@ -155,8 +165,8 @@ class Repository:
 
     async def _stream(self, blob: Descriptor, ingest: Ingest, report: Report) -> None:
         what = f"blob {blob.digest}"
-        headers = {"Range": f"bytes={ingest.offset}-"} if ingest.offset else {}
-        async with self._open("GET", f"/blobs/{blob.digest}", headers, what) as answer:
+        headers: Mapping[str, str] = {"Range": f"bytes={ingest.offset}-"} if ingest.offset else {}
+        async with self.open("GET", f"/blobs/{blob.digest}", headers, what) as answer:
             await self._align(answer, blob, ingest, what)
             await self._copy(answer, blob, ingest, report)
         if ingest.offset < blob.size:
@@ -204,31 +214,47 @@ class Repository:
     # ------------------------------------------------------------------------------------------------------ requests
 
     @asynccontextmanager
-    async def _open(self, method: str, path: str, headers: dict[str, str], what: str) -> AsyncIterator[Answer]:
-        """The answer with status 200, 206 or 416 after logging in where that was asked for."""
+    async def open(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        what: str,
+        *,
+        accept: frozenset[int] = frozenset({200, 206, 416}),
+        body: bytes | SendBody | None = None,
+    ) -> AsyncIterator[Answer]:
+        """The answer with a status of `accept`, after logging in where that was asked for. `path` is below the
+        repository, or a whole URL that this registry gave us: it gets our secrets where it is the registry's own."""
+        url = path if "://" in path else f"{self._base}{path}{self._query}"
+        own = origin_of(url) == origin_of(self._base)
         for attempt in (1, 2):
-            secret = self._login.headers()
-            url = f"{self._base}{path}{self._query}"
-            request = Request(method, url, headers, secret, tls=Tls(self.host), connect_s=self.host.dial_s)
+            secret = self._login.headers() if own else {}
+            tls = Tls(self.host) if own else Tls()
+            request = Request(method, url, headers, secret, body=body, tls=tls, connect_s=self.host.dial_s)
             async with self._transport.send(request) as answer:
-                if answer.response.status == 401 and answer.home and attempt == 1:
+                if answer.response.status == 401 and answer.home and own and attempt == 1:
                     challenges = parse_challenges(answer.response.headers.getall("WWW-Authenticate", []))
                     answer.response.release()
                     if await self._login.answer(challenges, secret.get("Authorization", ""), self._token):
                         continue
-                if answer.response.status not in (200, 206, 416):
+                if answer.response.status not in accept:
                     raise await self._refusal(answer, what, self.host.origin, self._login.secrets())
                 yield answer
                 return
+
+    def also_pull(self, path: str) -> None:
+        """Blobs of the repository `path` of this registry are going to be mounted: tokens must allow it."""
+        self._login.also_pull(self.host.repository(path))
 
     async def _token(self, request: Request, secrets: list[str]) -> bytes:
         where = f"token server {place(request.url)}"
         async with self._transport.send(request) as answer:
             if answer.response.status != 200:
                 raise await self._refusal(answer, "token", where, secrets)
-            return await self._read(answer, self._config.token_bytes, where)
+            return await self.read(answer, self._config.token_bytes, where)
 
-    async def _read(self, answer: Answer, limit: int, what: str) -> bytes:
+    async def read(self, answer: Answer, limit: int, what: str) -> bytes:
         """A small body. Raises ContentInvalid beyond `limit`."""
         import aiohttp
 
@@ -250,7 +276,7 @@ class Repository:
         """The error for an answer that is none of what was asked for, in the registry's words where it has some."""
         status = answer.response.status
         try:
-            words = registry_words(await self._read(answer, self._config.error_bytes, "error body"), secrets)
+            words = registry_words(await self.read(answer, self._config.error_bytes, "error body"), secrets)
         except ImageError:
             words = ""
         text = f"{where} answered {status} for {what}" + (f" ({words})" if words else "")
@@ -274,7 +300,8 @@ class Repository:
 
     # ------------------------------------------------------------------------------------------------------- patience
 
-    async def _retrying(self, ask: Callable[[], Awaitable[T]], what: str) -> T:
+    async def retrying(self, ask: Callable[[], Awaitable[T]], what: str) -> T:
+        """What `ask` answers, asked again after failures that may pass. Raises what it raised last."""
         for failures in range(1, self._retries + 2):
             try:
                 return await ask()

@@ -14,12 +14,16 @@ from __future__ import annotations
 import asyncio
 import re
 import sqlite3
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from imagestore.collector import Collector, Garbage
 from imagestore.config import StoreConfig
 from imagestore.content import Blobs, errno_text
+from imagestore.doctor import Doctor, Problem
 from imagestore.layout import Layout
 from imagestore.leases import Leases
 from imagestore.local import DirectoryFiles, DockerArchive, LocalSource, TarFiles
@@ -57,6 +61,8 @@ from imagestore.trust import Finder, Gate, Trust
 from imagestore.usage import disk_usage
 
 __all__ = ["Store", "StoreConfig"]
+
+T = TypeVar("T")
 
 _KINDS: tuple[type[ImageError], ...] = (
     ReferenceInvalid,
@@ -99,6 +105,10 @@ class Store:
         self._records.publish()
         self._reserve.fill()
         self._leases = Leases(root / "ingest")
+        self._collector = Collector(
+            self._blobs, self._leases, self._records, self._layout, unpacker, self._contents, config
+        )
+        self._doctor = Doctor(self._blobs, self._records, self._layout, unpacker, self._contents, config.keep_blobs)
         self._known: dict[str, _Contents] = {}
         self._whole: set[str] = set()
         self._threads = Threads(config.concurrent_downloads + 2, config.concurrent_unpacks + config.concurrent_pulls)
@@ -106,6 +116,7 @@ class Store:
         self._remotes = Remotes(self._transport, self._threads, config)
         self._trust = Trust(config)
         self._puller = Puller(self._blobs, self._leases, unpacker, self._threads, config)
+        self._watchers: list[Callable[[str, Progress], None]] = []
         self._pulls = Slots(config.concurrent_pulls)
         self._shared: SharedWork[Image, Progress] = SharedWork(config.cancel_wait_s)
 
@@ -136,7 +147,12 @@ class Store:
         # Who asks is part of what is asked: nobody joins a pull that somebody else's password opened.
         key = (str(wanted), credentials)
         try:
-            return await self._shared.join(key, lambda tell: self._pull(wanted, credentials, tell), progress)
+            image = await self._shared.join(
+                key, lambda tell: self._pull(wanted, credentials, self._also(wanted, tell)), progress
+            )
+            if not self._config.keep_blobs:
+                await asyncio.to_thread(self._drop_layers, image)
+            return image
         except ImageError as error:
             raise _told(f"pull {wanted}", error) from error
 
@@ -156,6 +172,27 @@ class Store:
                 return image
 
         return await self._session(work)
+
+    @contextmanager
+    def watched(self, listener: Callable[[str, Progress], None]) -> Iterator[None]:
+        """While the block lasts, `listener` is told of every step of every pull, on the pulls' event loop."""
+        self._watchers.append(listener)
+        try:
+            yield
+        finally:
+            self._watchers.remove(listener)
+
+    def _also(self, wanted: Reference, tell: ProgressFunction) -> ProgressFunction:
+        def both(step: Progress) -> None:
+            tell(step)
+            for listener in tuple(self._watchers):
+                listener(str(wanted), step)
+
+        return both
+
+    def _drop_layers(self, image: Image) -> None:
+        for layer in image.layers:
+            self._collector.remove_blob(layer.blob.digest)
 
     async def _unchanged(self, wanted: Reference, source: RegistrySource) -> Image | None:
         """The image when the registry still means by `wanted` what is here, whole."""
@@ -227,7 +264,7 @@ class Store:
         except ImageError as error:
             raise _told(f"import {path}", error) from error
 
-    async def _session(self, work: Callable[[Held], Awaitable[Image]]) -> Image:
+    async def _session(self, work: Callable[[Held], Awaitable[T]]) -> T:
         """A pull's frame: its leases and worker threads exist as long as it does."""
         async with self._pulls.here():
             held = Held()
@@ -336,7 +373,9 @@ class Store:
         return known
 
     def _is_whole(self, contents: _Contents) -> bool:
-        blobs = (contents.config_blob, *(layer.blob for layer in contents.layers))
+        # Without keep_blobs a layer is whole when it is unpacked.
+        layers = contents.layers if self._config.keep_blobs else ()
+        blobs = (contents.config_blob, *(layer.blob for layer in layers))
         return all(self._blobs.has(blob) for blob in blobs) and all(
             self._unpacker.has_layer(layer.chain_id) for layer in contents.layers
         )
@@ -349,8 +388,10 @@ class Store:
         if record is not None and is_id:
             self._records.remove_image(record.id)
         elif record is not None:
-            own = next(found for found in self._meanings(name) if self._records.by_name(found) is not None)
-            self._records.remove_name(own)
+            for meaning in self._meanings(name):
+                if self._records.by_name(meaning) is not None:
+                    self._records.remove_name(meaning)
+                    break
 
     def tag(self, name: str, new: str) -> None:
         """See cri.interfaces.Images.tag. Raises ImageNotFound, ReferenceInvalid."""
@@ -364,51 +405,65 @@ class Store:
     def collect(self) -> None:
         """See cri.interfaces.Images.collect. Does nothing while another process pulls into the same root."""
         try:
-            with self._leases.collecting() as alone:
-                if alone:
-                    self._blobs.remove_old_ingests(self._config.ingest_age_s)
-                    self._collect_blobs()
-                    self._collect_layers()
-                    self._records.publish()
-                    self._reserve.fill()
+            kept = self._collector.collect()
+            if kept is None:
+                return
+            for digest in tuple(self._known):
+                if digest not in kept:
+                    self._known.pop(digest, None)
+                    self._whole.discard(digest)
+            self._layout.forget(kept)
+            self._records.publish()
+            self._reserve.fill()
         except OSError as error:
             raise ImageError(f"collect images: {errno_text(error)}") from error
 
-    def _collect_blobs(self) -> None:
-        keep = {digest for record in self._records.images() for digest in self._blobs_of(record)}
-        for digest in self._blobs.digests():
-            if digest not in keep:
-                with self._leases.removing_blob(digest) as free:
-                    if free:
-                        self._blobs.remove(digest)
-        for digest in tuple(self._known):
-            if digest not in keep:
-                self._known.pop(digest, None)
-                self._whole.discard(digest)
-        self._layout.forget(keep)
+    def garbage(self) -> Sequence[Garbage]:
+        """What `collect` would remove now, and why. Raises ImageError."""
+        try:
+            return self._collector.plan()
+        except OSError as error:
+            raise ImageError(f"look for garbage: {errno_text(error)}") from error
 
-    def _blobs_of(self, record: ImageRecord) -> set[str]:
-        found = {name.served for name in record.names} | {record.manifest.digest}
-        for manifest in (record.manifest, *(name.manifest for name in record.names)):
-            found.add(manifest.digest)
-            shown = self._layout.shown(manifest)
-            if shown is not None:
-                found.add(shown.digest)
-            contents = self._contents(manifest)
-            if contents is not None:
-                found.add(contents.config_blob.digest)
-                found.update(layer.blob.digest for layer in contents.layers)
-        return found
+    def check(self) -> Sequence[Problem]:
+        """All that is not as it is recorded; reads every blob. Changes nothing. Raises ImageError."""
+        return self._doctor.check()
 
-    def _collect_layers(self) -> None:
-        # Leases first, records second: a pull that ends in between is in one of them.
-        with self._leases.sweeping_layers() as leased:
-            keep = set(leased)
-            for record in self._records.images():
-                for manifest in (record.manifest, *(name.manifest for name in record.names)):
-                    contents = self._contents(manifest)
-                    keep.update(layer.chain_id for layer in contents.layers) if contents else None
-            self._unpacker.remove_layers_except(frozenset(keep))
+    async def repair(self, problems: Sequence[Problem], progress: ProgressFunction | None = None) -> Sequence[Problem]:
+        """Throws away what `check` found damaged and fetches it again from where it came; what is still wrong then,
+        with the reason. Raises ImageError."""
+        tell = progress or (lambda _: None)
+        left = list(await asyncio.to_thread(self._doctor.discard, problems))
+        self._known.clear()
+        self._whole.clear()
+        for image_id in dict.fromkeys(problem.image for problem in problems if problem.image):
+            why = await self._fetch_again(image_id, tell)
+            if why:
+                left.append(Problem("image", image_id, why, image_id))
+        await asyncio.to_thread(self._records.publish)
+        return left
+
+    async def _fetch_again(self, image_id: str, tell: ProgressFunction) -> str:
+        said = []
+        for origin in await asyncio.to_thread(self._doctor.origins, image_id):
+
+            async def work(held: Held, origin: Reference = origin) -> str:
+                subject = in_registry(origin)
+                requirements = await self._threads.io(self._trust.before, subject)
+                await self._threads.io(preload)
+                async with self._transport.open():
+                    source = RegistrySource(origin, await self._remotes.repositories(origin, None))
+                    finder = Finder(origin, source, self._transport, self._config)
+                    gate = Gate(self._trust, subject, requirements, finder)
+                    return (await self._puller.run(source, held, tell, gate.admit)).image_id
+
+            try:
+                if await self._session(work) == image_id:
+                    return ""
+                said.append(f"{origin} is another image now")
+            except ImageError as error:
+                said.append(str(error))
+        return "; ".join(said) or "it came from no registry, so it cannot be fetched again"
 
     def usage(self) -> Usage:
         """See cri.interfaces.Images.usage."""

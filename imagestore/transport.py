@@ -14,7 +14,7 @@ import re
 import socket
 import ssl
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -69,6 +69,10 @@ class Tls:
         return context
 
 
+# A body that is sent as it is read, begun anew for each attempt. Its length stands in the headers.
+SendBody = Callable[[], AsyncIterator[bytes]]
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One request. `secret` headers leave with the first change of scheme, host or port."""
@@ -77,7 +81,7 @@ class Request:
     url: str
     headers: Mapping[str, str] = field(default_factory=dict)
     secret: Mapping[str, str] = field(default_factory=dict, repr=False)
-    body: bytes | None = field(default=None, repr=False)
+    body: bytes | SendBody | None = field(default=None, repr=False)
     tls: Tls = Tls()
     redirects: int | None = None
     connect_s: float | None = None
@@ -152,9 +156,8 @@ class Transport:
                 return response, home
             location = response.headers.get("Location", "")
             response.release()
-            following = _redirect(url, location)
-            home = home and origin_of(following) == origin_of(request.url)
-            url = following
+            url = following(url, location)
+            home = home and origin_of(url) == origin_of(request.url)
         raise ContentInvalid(f"{place(request.url)} redirects more than {limit} times")
 
     async def _once(
@@ -174,7 +177,7 @@ class Transport:
                 request.method,
                 yarl.URL(url, encoded=True),
                 headers=headers,
-                data=request.body,
+                data=request.body() if callable(request.body) else request.body,
                 ssl=verify,
                 proxy=proxy,
                 timeout=timeout,
@@ -240,23 +243,23 @@ def worded(error: BaseException, url: str) -> RegistryUnavailable | ContentInval
     return Transient(f"{place(url)}: the connection failed ({type(error).__name__})")
 
 
-def _redirect(url: str, location: str) -> str:
+def following(url: str, location: str) -> str:
     """Where a redirect leads. Raises ContentInvalid for one that is not followed; the location is never quoted."""
     try:
-        following = urljoin(url, location)
-        parts = urlsplit(following)
+        target = urljoin(url, location)
+        parts = urlsplit(target)
         port_is_valid = parts.port is None or parts.port > 0
     except ValueError:
         raise ContentInvalid(f"{place(url)}: a redirect without a proper location") from None
     if not location or not parts.hostname or parts.scheme not in ("http", "https") or not port_is_valid:
         raise ContentInvalid(f"{place(url)}: a redirect without a proper location")
-    if any(ord(char) <= 32 or ord(char) == 127 for char in following):
+    if any(ord(char) <= 32 or ord(char) == 127 for char in target):
         raise ContentInvalid(f"{place(url)}: a redirect without a proper location")
     if "@" in parts.netloc:
         raise ContentInvalid(f"{place(url)}: a redirect with user and password in it is not followed")
     if parts.scheme == "http" and url.startswith("https:"):
         raise ContentInvalid(f"{place(url)}: a redirect from https to http is not followed")
-    return following
+    return target
 
 
 def _timeout(config: StoreConfig, connect_s: float | None) -> aiohttp.ClientTimeout:

@@ -27,6 +27,7 @@ from snapshotter.model import Config, NotFound, SnapshotError, UnpackError, Usag
 from snapshotter.pool import Pool
 from snapshotter.records import LayerRecord, Records
 from snapshotter.trash import Trash
+from snapshotter.usage import measure
 
 # Each round follows links that the round before could not know of; more than this is no image.
 _ROUNDS = 4
@@ -144,13 +145,7 @@ class Layers:
         """Removes the layers that are not in `keep` or `held` (asked for with the lock held), below one of those, or
         wanted by an unpacking under way."""
         with self._changed:
-            wanted = {*keep, *held(), *self._flights, *(flight.parent for flight in self._flights.values())}
-            kept: set[str] = set()
-            for at in wanted:
-                while at is not None and at not in kept and (layer := self._records.layers.get(at)):
-                    kept.add(at)
-                    at = layer.parent
-            gone = [layer for layer in self._records.layers.values() if layer.chain_id not in kept]
+            gone = self._beyond(keep, held)
             for layer in gone:
                 self._records.remove_layer(layer.chain_id)
         failpoint("snapshots.layers.unrecorded")
@@ -166,6 +161,54 @@ class Layers:
         if failure is not None:
             raise failure
         return len(gone)
+
+    def removable(self, keep: Iterable[str], held: Callable[[], Iterable[str | None]]) -> list[LayerRecord]:
+        """What `remove_except` would remove now."""
+        with self._changed:
+            return self._beyond(keep, held)
+
+    def damaged(self) -> list[tuple[str, str]]:
+        """Layers whose directory is gone or has another number of inodes than when it was unpacked."""
+        with self._changed:
+            layers = tuple(self._records.layers.values())
+        found = []
+        for layer in layers:
+            try:
+                fd = os.open(self._layout.layer(layer.number), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except OSError as error:
+                found.append((layer.chain_id, f"its directory: {os.strerror(error.errno or 0).lower()}"))
+                continue
+            try:
+                inodes = measure(fd).inodes
+            except OSError as error:
+                found.append((layer.chain_id, f"reading it: {os.strerror(error.errno or 0).lower()}"))
+                continue
+            finally:
+                os.close(fd)
+            if inodes != layer.inodes:
+                found.append((layer.chain_id, f"{inodes} inodes, {layer.inodes} were unpacked"))
+        return found
+
+    def forget(self, chain_ids: Iterable[str], held: Callable[[], Iterable[str | None]]) -> list[str]:
+        """Removes layers with those above them; returns the ones of `chain_ids` that are below a held one."""
+        with self._changed:
+            gone = set(chain_ids)
+            while more := {one.chain_id for one in self._records.layers.values() if one.parent in gone} - gone:
+                gone |= more
+            others = frozenset(self._records.layers) - gone
+            free = {layer.chain_id for layer in self._beyond(others, held)}
+        self.remove_except(others, held)
+        return [chain_id for chain_id in chain_ids if chain_id not in free]
+
+    def _beyond(self, keep: Iterable[str], held: Callable[[], Iterable[str | None]]) -> list[LayerRecord]:
+        """With the lock held."""
+        wanted = {*keep, *held(), *self._flights, *(flight.parent for flight in self._flights.values())}
+        kept: set[str] = set()
+        for at in wanted:
+            while at is not None and at not in kept and (layer := self._records.layers.get(at)):
+                kept.add(at)
+                at = layer.parent
+        return [layer for layer in self._records.layers.values() if layer.chain_id not in kept]
 
     # ------------------------------------------------------------------------------------------------ one unpacking
 

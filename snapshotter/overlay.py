@@ -149,6 +149,18 @@ class Overlay:
         self._trash.retry()
         return self._layers.remove_except(keep, self._parents)
 
+    def removable_layers(self, keep: frozenset[str]) -> Sequence[tuple[str, int]]:
+        """See imagestore.model.Unpacker.removable_layers."""
+        return [(layer.chain_id, layer.bytes) for layer in self._layers.removable(keep, self._parents)]
+
+    def damaged_layers(self) -> Sequence[tuple[str, str]]:
+        """See imagestore.model.Unpacker.damaged_layers."""
+        return self._layers.damaged()
+
+    def forget_layers(self, chain_ids: frozenset[str]) -> Sequence[str]:
+        """See imagestore.model.Unpacker.forget_layers."""
+        return self._layers.forget(chain_ids, self._parents)
+
     def _parents(self) -> Sequence[str | None]:
         """What snapshots stand on, those that are being made included. With the lock held."""
         return [*self._making.values(), *(record.parent for record in self._records.active.values())]

@@ -34,6 +34,7 @@ class Api:
     def __init__(self, config: Config, local: Any = None, channel: Any = None) -> None:
         self.config = config
         self.local = local
+        self._channel = channel
         self._stubs: tuple[Any, Any] | None = None
         if channel is not None:
             from cri.api import api_pb2_grpc
@@ -55,6 +56,49 @@ class Api:
         stub = self._stubs[1 if name in _IMAGE_CALLS else 0]
         try:
             return await getattr(stub, name)(request, metadata=metadata)
+        except grpc.aio.AioRpcError as error:
+            raise ApiError(error.code().name, error.details() or error.code().name) from None
+
+    async def stream(self, name: str, request: Any) -> AsyncIterator[Any]:
+        """The answers of a streaming call of a daemon. Raises ApiError."""
+        import grpc
+
+        assert self._stubs is not None
+        try:
+            async for message in getattr(self._stubs[1 if name == "StreamImages" else 0], name)(request):
+                yield message
+        except grpc.aio.AioRpcError as error:
+            raise ApiError(error.code().name, error.details() or error.code().name) from None
+
+    async def own(self, name: str, request: dict[str, Any]) -> Any:
+        """One of our own calls (cri.own). Raises ApiError."""
+        if self._channel is None:
+            from cri.errors import CallFailed
+
+            try:
+                return await self.local.own.call(name, request)
+            except CallFailed as error:
+                raise ApiError(error.code.name, str(error)) from None
+        import json
+
+        import grpc
+
+        try:
+            return json.loads(await self._channel.unary_unary(f"/ocid.v1.Node/{name}")(json.dumps(request).encode()))
+        except grpc.aio.AioRpcError as error:
+            raise ApiError(error.code().name, error.details() or error.code().name) from None
+
+    async def pulls(self) -> AsyncIterator[Any]:
+        """The steps of all pulls from now on. Raises ApiError."""
+        import json
+
+        import grpc
+
+        if self._channel is None:
+            raise CommandError("no daemon serves this state directory, so there is nobody who pulls")
+        try:
+            async for step in self._channel.unary_stream("/ocid.v1.Node/Pulls")(b"{}"):
+                yield json.loads(step)
         except grpc.aio.AioRpcError as error:
             raise ApiError(error.code().name, error.details() or error.code().name) from None
 

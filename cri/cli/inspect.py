@@ -1,4 +1,5 @@
-"""`ocid inspect`: a container's or an image's status with all its details, as JSON."""
+"""`ocid inspect`: a container's or an image's status with all its details, as JSON; an image that is elsewhere
+(docker://…, oci:…, …) in skopeo's words, without pulling it."""
 
 from __future__ import annotations
 
@@ -11,14 +12,40 @@ from cri.api import api_pb2 as pb
 from cri.cli import names, output
 from cri.cli.connect import connect
 from cri.cli.main import CommandError
+from imagestore.copying.places import KINDS
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="+", help="container name or id, or image reference")
+    parser.add_argument("name", nargs="+", help="container name or id, image reference, or docker://…, oci:…, dir:…")
+    parser.add_argument("--creds", metavar="USER:PASSWORD", help="log in to the registry with these")
+    parser.add_argument("--authfile", metavar="FILE", help="logins, as podman login and docker login write them")
+    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", help="of several, the one for this platform")
 
 
 def run(args: argparse.Namespace) -> int:
+    # A place begins with its kind and a colon; "docker:dind" is a reference, and no kind has one without slashes.
+    elsewhere = [name for name in args.name if name.partition(":")[0] in KINDS and not name.startswith("ocid:")]
+    if len(elsewhere) == len(args.name) and all("/" in name or not name.startswith("docker:") for name in elsewhere):
+        return asyncio.run(_elsewhere(args))
     return asyncio.run(_run(args))
+
+
+async def _elsewhere(args: argparse.Namespace) -> int:
+    from cri.cli.manifest import place_of
+    from cri.cli.places import copying
+    from cri.cli.pull import credentials
+    from imagestore.copying.inspect import inspect
+    from imagestore.reference import parse
+
+    found = []
+    async with copying(args, None) as session:
+        for name in args.name:
+            place = place_of(name)
+            source = await session.source(place, credentials(args.creds))
+            called = parse(place.name).repository if place.kind == "docker" else ""
+            found.append(await inspect(source, called, session.scratch, session.threads, session.config))
+    output.as_json(found[0] if len(found) == 1 else found)
+    return 0
 
 
 async def _run(args: argparse.Namespace) -> int:

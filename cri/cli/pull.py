@@ -8,9 +8,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from typing import TYPE_CHECKING
 
 from cri.api import api_pb2 as pb
 from cri.cli.connect import Api, connect
+from cri.cli.main import CommandError
+
+if TYPE_CHECKING:
+    from imagestore.model import Credentials
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +37,27 @@ async def pull(api: Api, image: str, *, creds: str | None = None) -> str:
     """Pulls and returns the image's id; shows bars on a terminal when the work is done in this process."""
     if api.local is not None and sys.stderr.isatty():
         return await _pull_with_bars(api, image, creds)
+    if sys.stderr.isatty():
+        watching = asyncio.create_task(_watch(api))
+        try:
+            return await _ask(api, image, creds)
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+    return await _ask(api, image, creds)
+
+
+async def _watch(api: Api) -> None:
+    """Bars of what a daemon pulls, whoever asked for it."""
+    from cri.cli.bars import bars
+    from imagestore.model import Progress
+
+    with bars() as show:
+        async for step in api.pulls():
+            show(Progress(step["digest"], step["phase"], step["done"], step["total"]))
+
+
+async def _ask(api: Api, image: str, creds: str | None) -> str:
     request = pb.PullImageRequest(image=pb.ImageSpec(image=image))
     if creds:
         request.auth.username, _, request.auth.password = creds.partition(":")
@@ -39,26 +65,19 @@ async def pull(api: Api, image: str, *, creds: str | None = None) -> str:
 
 
 async def _pull_with_bars(api: Api, image: str, creds: str | None) -> str:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+    from cri.cli.bars import bars
+    from imagestore.model import ImageError
 
-    from imagestore.model import Credentials, ImageError
-    from imagestore.model import Progress as Step
-
-    bars: dict[str, TaskID] = {}
-    user, _, password = (creds or "").partition(":")
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, transient=True, refresh_per_second=8) as display:
-
-        def show(step: Step) -> None:
-            name = step.digest.removeprefix("sha256:")[:12]
-            if step.digest not in bars:
-                bars[step.digest] = display.add_task(f"{name} {step.phase}", total=step.total)
-            display.update(bars[step.digest], completed=step.done, total=step.total, description=f"{name} {step.phase}")
-
+    with bars() as show:
         try:
-            pulled = await api.local.images.pull(image, Credentials(user, password) if creds else None, show)
+            return str((await api.local.images.pull(image, credentials(creds), show)).id)
         except ImageError as error:
-            from cri.cli.main import CommandError
-
             raise CommandError(str(error)) from None
-    return str(pulled.id)
+
+
+def credentials(creds: str | None) -> Credentials | None:
+    """USER:PASSWORD of an option."""
+    from imagestore.model import Credentials
+
+    user, _, password = (creds or "").partition(":")
+    return Credentials(user, password) if creds else None

@@ -26,6 +26,8 @@ from types import TracebackType
 import zstandard
 from aiohttp import web
 
+from tests.fakes.uploads import Uploads
+
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
@@ -277,6 +279,9 @@ class FakeRegistry:
         self.rules: list[Rule] = []
         self.basic: tuple[str, str] | None = None
         self.tokens: Tokens | None = None
+        self.uploads = Uploads()
+        self.strict_repositories = False
+        """Whether a blob is only in the repositories that it was added or pushed to, as in a real registry."""
         self.digest_header = True
         self.concurrent = 0
         self.most_concurrent = 0
@@ -337,6 +342,7 @@ class FakeRegistry:
     def add(self, repository: str, tag: str, image: BuiltImage) -> str:
         """Puts an image into a repository; returns its reference by tag."""
         self.blobs.update(image.blobs)
+        self.uploads.has.update((repository, digest) for digest in image.blobs)
         self.put(repository, tag, image.manifest, image.media_type)
         return f"{self.name}/{repository}:{tag}"
 
@@ -383,6 +389,13 @@ class FakeRegistry:
         refused = self._refused(request)
         if refused:
             return refused
+        if request.method in ("POST", "PUT", "PATCH", "DELETE"):
+            query, kind = request.rel_url.raw_query_string, request.headers.get("Content-Type", "")
+            body = self.seen[-1].body
+            status, headers = self.uploads.answer(
+                request.method, request.path, query, body, self.blobs, self.manifests, kind
+            )
+            return Reply(status, headers)
         manifest = re.fullmatch(r"/(?:[^/]+/)?v2/(.+)/manifests/([^/]+)", request.path)
         if manifest:
             found = self.manifests.get((manifest[1], manifest[2]))
@@ -393,6 +406,8 @@ class FakeRegistry:
                 headers["Docker-Content-Digest"] = sha256(found[0])
             return Reply(200, headers, found[0])
         blob = re.search(r"/blobs/([^/]+)$", request.path)
+        if blob and self.strict_repositories and (_repository(request.path), blob[1]) not in self.uploads.has:
+            return _error(404, "BLOB_UNKNOWN", "blob unknown to registry")
         if blob and blob[1] in self.blobs:
             return self._blob(request, self.blobs[blob[1]])
         return _error(404, "BLOB_UNKNOWN", "blob unknown to registry") if blob else Reply(200)
@@ -473,6 +488,10 @@ class FakeRegistry:
         start = max(0, len(data) - len(right.body) + action.shift)
         headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
         return web.Response(status=206, headers=headers, body=data[start:])
+
+
+def _repository(path: str) -> str:
+    return path.removeprefix("/v2/").rpartition("/blobs/")[0]
 
 
 def _basic(username: str, password: str) -> str:

@@ -26,6 +26,7 @@ class MemoryUnpacker:
         self.running = 0
         self.most_running = 0
         self.fail: dict[str, BaseException] = {}
+        self.damage: dict[str, str] = {}
         self.gate: threading.Event | None = None
         self._cancelled: set[str] = set()
         self._active: Counter[str] = Counter()
@@ -72,6 +73,20 @@ class MemoryUnpacker:
             if self._active[chain_id]:
                 self._cancelled.add(chain_id)
                 self._changed.notify_all()
+
+    def removable_layers(self, keep: frozenset[str]) -> list[tuple[str, int]]:
+        with self._changed:
+            return [(chain_id, len(tar)) for chain_id, tar in self.layers.items() if chain_id not in keep]
+
+    def damaged_layers(self) -> list[tuple[str, str]]:
+        return [(chain_id, why) for chain_id, why in self.damage.items() if chain_id in self.layers]
+
+    def forget_layers(self, chain_ids: frozenset[str]) -> list[str]:
+        with self._changed:
+            for chain_id in chain_ids:
+                self.layers.pop(chain_id, None)
+                self.damage.pop(chain_id, None)
+            return []
 
     def remove_layers_except(self, keep: frozenset[str]) -> int:
         with self._changed:

@@ -1,0 +1,80 @@
+"""`ocid copy`: an image from one place to another, byte by byte verified, without unpacking it.
+
+    docker://REF   oci:DIR[:TAG]   oci-archive:FILE[:TAG]   docker-archive:FILE[:REF]   dir:DIR   ocid:NAME (the store)
+
+Refuses options that contradict one another. Invariant: the last line is the digest that the image has at the target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from pathlib import Path
+
+from cri.cli.bars import bars
+from cri.cli.main import CommandError
+from cri.cli.places import (
+    authfile_argument,
+    copying,
+    is_store,
+    platform_argument,
+    store_root,
+    stored_digest,
+)
+from cri.cli.pull import credentials
+from imagestore.copying.copy import CopyOptions
+from imagestore.copying.places import Place, parse_place
+from imagestore.copying.session import beside
+from imagestore.model import ReferenceInvalid
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("-a", "--all", action="store_true", help="every platform of an index, and the index")
+    platform_argument(which)  # type: ignore[arg-type]
+    parser.add_argument("--format", choices=("oci", "docker"), default="", help="manifests in this format")
+    parser.add_argument("--compress", choices=("gzip", "zstd", "none"), default="", help="every layer compressed so")
+    parser.add_argument("--preserve-digests", action="store_true", help="fail if anything would have to change")
+    parser.add_argument("--src-creds", metavar="USER:PASSWORD", help="log in to the source's registry with these")
+    parser.add_argument("--dest-creds", metavar="USER:PASSWORD", help="log in to the target's registry with these")
+    authfile_argument(parser)
+    parser.add_argument("--digestfile", metavar="FILE", help="write the digest there, too")
+    parser.add_argument("source", help="from where, such as docker://docker.io/library/busybox:1 or oci:DIR:TAG")
+    parser.add_argument("target", help="to where, such as docker://localhost:5000/busybox:1 or oci-archive:FILE")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        source, target = parse_place(args.source), parse_place(args.target)
+    except ReferenceInvalid as error:
+        raise CommandError(str(error)) from None
+    digest = asyncio.run(_run(args, source, target))
+    if args.digestfile:
+        Path(args.digestfile).write_text(digest)
+    print(digest)
+    return 0
+
+
+async def _run(args: argparse.Namespace, source: Place, target: Place) -> str:
+    if is_store(target):
+        from cri.cli.load import into_store
+
+        return await into_store(args, source, target.name)
+    digest = (await stored_digest(args, source.name))[0] if is_store(source) else ""
+    async with copying(args, beside(target)) as session:
+        with bars() as show:
+            origin = (
+                session.stored(store_root(args), digest)
+                if digest
+                else await session.source(source, credentials(args.src_creds))
+            )
+            to = await session.target(target, source, credentials(args.dest_creds))
+            made = await session.copy(origin, to, _options(args, session.config.platform, target), show)
+            await to.finish()
+    return made.digest
+
+
+def _options(args: argparse.Namespace, platform: object, target: Place) -> CopyOptions:
+    # A registry is sent compressed layers, as everybody does; files are left as they are.
+    compress = args.compress or ("plain" if target.kind == "docker" and not args.preserve_digests else "")
+    return CopyOptions(platform, args.all, args.format, compress, args.preserve_digests)  # type: ignore[arg-type]

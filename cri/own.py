@@ -1,0 +1,168 @@
+"""Calls that the CRI has no words for, for our own command line: a gRPC service whose messages are JSON objects.
+
+    ocid.v1.Node/Tag      {"name", "new"}                                   {}
+    ocid.v1.Node/Load     {"kind", "path", "tag", "name"}                   {"id", "names"}
+    ocid.v1.Node/Garbage  {}                                                {"garbage": [{"kind", "name", …}]}
+    ocid.v1.Node/Collect  {}                                                {}
+    ocid.v1.Node/Check    {"repair"}                                        {"problems": [...], "left": [...]}
+    ocid.v1.Node/Pulls    {}                                                a stream of {"image", "digest", "phase", …}
+
+Whoever may connect to the daemon's socket is root and may do all of it. Refuses fields of the wrong type by name.
+Invariant: the same functions serve a daemon's socket and a command's own process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+
+from cri.errors import CallFailed, InvalidArgument, Unimplemented
+from cri.intercept import Intercept
+from cri.threads import to_thread
+from imagestore.collector import Garbage
+from imagestore.doctor import Problem
+from imagestore.model import Image, Progress
+
+SERVICE = "ocid.v1.Node"
+_MESSAGE = 1 << 20
+# What a reader of pulls may lag behind before it loses steps; the last one of each blob is sent again anyway.
+_LAG = 1000
+
+Document = Mapping[str, Any]
+
+
+class Images(Protocol):
+    """What of imagestore.store.Store these calls need; its docstrings hold."""
+
+    def tag(self, name: str, new: str) -> None: ...
+
+    async def import_layout(self, directory: Path, tag: str = "", name: str = "") -> Image: ...
+
+    async def import_archive(self, path: Path, tag: str = "", name: str = "", *, docker: bool = False) -> Image: ...
+
+    def garbage(self) -> Sequence[Garbage]: ...
+
+    def collect(self) -> None: ...
+
+    def check(self) -> Sequence[Problem]: ...
+
+    async def repair(self, problems: Sequence[Problem]) -> Sequence[Problem]: ...
+
+    def watched(self, listener: Callable[[str, Progress], None]) -> AbstractContextManager[None]: ...
+
+
+class Own:
+    """Our own calls over one store."""
+
+    def __init__(self, images: Images, intercept: Intercept) -> None:
+        self._images = images
+        self._intercept = intercept
+        self._calls: dict[str, Callable[[Document], Awaitable[Document]]] = {
+            "Tag": self._tag,
+            "Load": self._load,
+            "Garbage": self._garbage,
+            "Collect": self._collect,
+            "Check": self._check,
+        }
+
+    async def call(self, name: str, request: Document) -> Document:
+        """The answer. Raises CallFailed."""
+        return await self._intercept.run(name, self._dispatch(name, request))
+
+    async def _dispatch(self, name: str, request: Document) -> Document:
+        call = self._calls.get(name)
+        if call is None:
+            raise Unimplemented(f"{name}: ocid does not have this call")
+        return await call(request)
+
+    # ------------------------------------------------------------------------------------------------------- calls
+
+    async def _tag(self, request: Document) -> Document:
+        await to_thread(self._images.tag, _text(request, "name"), _text(request, "new"))
+        return {}
+
+    async def _load(self, request: Document) -> Document:
+        kind, path = _text(request, "kind"), Path(_text(request, "path"))
+        tag, name = _text(request, "tag", ""), _text(request, "name", "")
+        if not path.is_absolute():
+            raise InvalidArgument("path: expected an absolute path")
+        if kind == "oci":
+            image = await self._images.import_layout(path, tag, name)
+        elif kind in ("oci-archive", "docker-archive"):
+            image = await self._images.import_archive(path, tag, name, docker=kind == "docker-archive")
+        else:
+            raise InvalidArgument("kind: expected oci, oci-archive or docker-archive")
+        return {"id": image.id, "names": list(image.repo_tags)}
+
+    async def _garbage(self, request: Document) -> Document:
+        return {"garbage": [asdict(item) for item in await to_thread(self._images.garbage)]}
+
+    async def _collect(self, request: Document) -> Document:
+        await to_thread(self._images.collect)
+        return {}
+
+    async def _check(self, request: Document) -> Document:
+        problems = await to_thread(self._images.check)
+        left = await self._images.repair(problems) if request.get("repair") and problems else problems
+        return {"problems": [asdict(one) for one in problems], "left": [asdict(one) for one in left]}
+
+    async def pulls(self) -> AsyncGenerator[Document, None]:
+        """Every step of every pull from now on, until the caller leaves."""
+        steps: asyncio.Queue[Document] = asyncio.Queue(_LAG)
+
+        def tell(image: str, step: Progress) -> None:
+            if not steps.full():
+                steps.put_nowait({"image": image, **asdict(step)})
+
+        with self._images.watched(tell):
+            while True:
+                yield await steps.get()
+
+    # -------------------------------------------------------------------------------------------------------- gRPC
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The service for a grpc.aio server."""
+        methods = {name: self._method(name) for name in self._calls}
+        methods["Pulls"] = grpc.unary_stream_rpc_method_handler(self._stream)
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    def _method(self, name: str) -> grpc.RpcMethodHandler:
+        async def unary(request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+            try:
+                return json.dumps(await self.call(name, _parse(request))).encode()
+            except CallFailed as error:
+                await context.abort(error.code, str(error))
+                raise AssertionError("abort returned") from None
+
+        return grpc.unary_unary_rpc_method_handler(unary)
+
+    async def _stream(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        try:
+            async with aclosing(self._intercept.stream("Pulls", self.pulls())) as steps:
+                await context.send_initial_metadata(())
+                async for step in steps:
+                    yield json.dumps(step).encode()
+        except CallFailed as error:
+            await context.abort(error.code, str(error))
+
+
+def _parse(data: bytes) -> Document:
+    try:
+        found = json.loads(data[:_MESSAGE])
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def _text(request: Document, key: str, default: str | None = None) -> str:
+    value = request.get(key, default)
+    if not isinstance(value, str) or len(value) > 4096 or "\0" in value:
+        raise InvalidArgument(f"{key}: expected a text")
+    return value

@@ -1,0 +1,230 @@
+"""One image, or all of an index, from a source to a target.
+
+    top ─┬─ a manifest ──> its blobs, each: there already? ─no─> staged, verified ─> (recompressed) ─> handed over
+         └─ an index ──> the one for a platform, or with `all` every child, then the index itself
+
+Event loop only. Refuses indexes within indexes beyond `index_depth`, and with `preserve_digests` any change. Invariant:
+what is handed to a target has been verified here, and a manifest follows everything that it names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from imagestore.config import StoreConfig
+from imagestore.content import Blobs, errno_text
+from imagestore.copying.contents import Contents, encode, read
+from imagestore.copying.convert import FORMATS, compression, recompress, rewritten
+from imagestore.copying.targets import Target
+from imagestore.manifest import (
+    DOCKER_LIST,
+    DOCKER_MANIFEST,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    digest_of,
+)
+from imagestore.model import ContentInvalid, Descriptor, ImageError, Progress, ProgressFunction
+from imagestore.platforms import Platform
+from imagestore.registry import Document
+from imagestore.resolve import resolve
+from imagestore.source import Source
+from imagestore.threads import Threads
+
+
+@dataclass(frozen=True, slots=True)
+class CopyOptions:
+    """`format` is "oci", "docker" or "" for what it is; `compress` "gzip", "zstd", "none" for every layer, "plain" for
+    gzip where a layer is not compressed, or "" for what it is."""
+
+    platform: Platform
+    all: bool = False
+    format: str = ""
+    compress: str = ""
+    preserve_digests: bool = False
+
+
+class Copy:
+    """A copy of one image. `staging` holds a blob from its first byte until the target has it."""
+
+    def __init__(
+        self,
+        source: Source,
+        target: Target,
+        staging: Blobs,
+        threads: Threads,
+        config: StoreConfig,
+        options: CopyOptions,
+        tell: ProgressFunction = lambda _: None,
+    ) -> None:
+        self._source, self._target, self._staging = source, target, staging
+        self._threads, self._config, self._options, self._tell = threads, config, options, tell
+        self._slots = asyncio.Semaphore(config.concurrent_downloads)
+        self._done: dict[str, Descriptor] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._images = 0
+
+    async def run(self) -> Document:
+        """The top manifest as the target has it. Raises ImageError and its kinds."""
+        top = await self._source.top()
+        if read(top, self._config).is_index and not self._options.all:
+            config = replace(self._config, platform=self._options.platform)
+            top, _ = await resolve(self._source, top, self._threads, config)
+        return await self._document(top, 0)
+
+    async def _child(self, wanted: Descriptor) -> Document:
+        document = await self._source.manifest(wanted)
+        if len(document.data) != wanted.size or document.digest != wanted.digest:
+            raise ContentInvalid(f"manifest {wanted.digest}: not what its index says")
+        # What led to it says what it is; a registry may have no better word than octet-stream.
+        return Document(document.data, document.content_type or wanted.media_type, document.digest)
+
+    # --------------------------------------------------------------------------------------------------- documents
+
+    async def _document(self, document: Document, depth: int) -> Document:
+        """Copies a manifest with all that it names; what it has become at the target."""
+        contents = read(document, self._config)
+        document = Document(document.data, contents.media_type, document.digest)
+        if depth > self._config.index_depth:
+            raise ContentInvalid(f"manifest {document.digest}: indexes within indexes, too deep")
+        if contents.is_index:
+            made = await self._index(document, contents, depth)
+        else:
+            self._images += 1
+            if self._images > self._config.index_manifests:
+                raise ContentInvalid(f"more than {self._config.index_manifests} manifests")
+            made = await self._manifest(document, contents)
+        await self._target.manifest(made, depth == 0)
+        return made
+
+    async def _index(self, document: Document, contents: Contents, depth: int) -> Document:
+        made = {}
+        for child in contents.children:
+            made[child.descriptor.digest] = await self._document(await self._child(child.descriptor), depth + 1)
+        index_type = self._index_type(contents)
+        if index_type == contents.media_type and all(digest == child.digest for digest, child in made.items()):
+            return document
+        self._may_change(document)
+        # Every field but those of the children stays: annotations, platforms, what we do not know.
+        changed = json.loads(document.data)
+        changed["mediaType"] = index_type
+        for item in changed["manifests"]:
+            new = made[item["digest"]]
+            item.update(mediaType=new.content_type, digest=new.digest, size=len(new.data))
+        data = encode(changed)
+        return Document(data, index_type, digest_of(data))
+
+    def _index_type(self, contents: Contents) -> str:
+        format_type = self._target.format_type or FORMATS.get(self._options.format, "")
+        return {OCI_MANIFEST: OCI_INDEX, DOCKER_MANIFEST: DOCKER_LIST}.get(format_type, contents.media_type)
+
+    async def _manifest(self, document: Document, contents: Contents) -> Document:
+        wanted = {layer.digest: self._compression(layer) for layer in contents.layers}
+        if any(how is not None for how in wanted.values()):
+            self._may_change(document)
+        found: dict[str, Descriptor] = {}
+
+        async def carry(blob: Descriptor) -> None:
+            made = await self._blob(blob, wanted.get(blob.digest))
+            if made.digest != blob.digest:
+                found[blob.digest] = made
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for blob in contents.blobs:
+                    group.create_task(carry(blob))
+        except BaseExceptionGroup as failed:
+            raise _first(failed) from None
+        # An artifact has no words in another format: it stays what it is, unless the target insists.
+        format_type = self._target.format_type or FORMATS.get(self._options.format, "") or contents.media_type
+        made = rewritten(document, contents, format_type, found)
+        if made.digest != document.digest:
+            self._may_change(document)
+        return made
+
+    def _may_change(self, document: Document) -> None:
+        if self._options.preserve_digests:
+            raise ImageError(f"manifest {document.digest}: it would have to change, and its digest is to be preserved")
+
+    def _compression(self, layer: Descriptor) -> str | None:
+        """What the layer has to be compressed with, None when it stays as it is."""
+        has = compression(layer)
+        if has is None:
+            return None
+        if self._target.layers is not None:
+            wanted = self._target.layers
+        elif self._options.compress == "plain":
+            wanted = has or "gzip"
+        elif self._options.compress:
+            wanted = self._options.compress.replace("none", "")
+        else:
+            return None
+        return None if wanted == has else wanted
+
+    # ------------------------------------------------------------------------------------------------------- blobs
+
+    async def _blob(self, blob: Descriptor, how: str | None) -> Descriptor:
+        """Carries a blob over, once for however many manifests name it; the descriptor that it has there."""
+        async with self._locks.setdefault(blob.digest, asyncio.Lock()):
+            if blob.digest not in self._done:
+                async with self._slots:
+                    self._done[blob.digest] = await self._carry(blob, how)
+            return self._done[blob.digest]
+
+    async def _carry(self, blob: Descriptor, how: str | None) -> Descriptor:
+        if how is None and await self._target.has(blob):
+            self._tell(Progress(blob.digest, "exists", blob.size, blob.size))
+            return blob
+        await self._stage(blob, self._teller(blob, "download"))
+        path = self._staging.path(blob.digest)
+        made = blob
+        try:
+            if how is not None:
+                self._tell(Progress(blob.digest, "compress", 0, blob.size))
+                path, made = await self._threads.io(self._recompress, path, blob, how)
+            if how is None or not await self._target.has(made):
+                await self._target.put(made, path, self._teller(made, "upload"))
+        finally:
+            await self._threads.io(_unlink, path, self._staging.path(blob.digest))
+        self._tell(Progress(blob.digest, "done", blob.size, blob.size))
+        return made
+
+    def _recompress(self, path: Path, blob: Descriptor, how: str) -> tuple[Path, Descriptor]:
+        other = path.with_name(f".{path.name}.{how or 'plain'}")
+        try:
+            return other, recompress(path, blob, how, other, self._config.image_bytes)
+        except OSError as error:
+            _unlink(other)
+            raise ImageError(f"layer {blob.digest}: {errno_text(error)}") from error
+        except ContentInvalid:
+            _unlink(other)
+            raise
+
+    async def _stage(self, blob: Descriptor, report: Callable[[int], None]) -> None:
+        ingest = await self._threads.io(self._staging.ingest, blob)
+        if ingest is None:
+            raise ImageError(f"blob {blob.digest}: another process works in {self._staging.path(blob.digest).parent}")
+        try:
+            await self._threads.io(ingest.load)
+            await self._source.blob(blob, ingest, report)
+            await self._threads.io(ingest.finish)
+        finally:
+            await asyncio.wait({self._threads.start_io(ingest.close)})
+
+    def _teller(self, blob: Descriptor, phase: str) -> Callable[[int], None]:
+        return lambda done: self._tell(Progress(blob.digest, phase, done, blob.size))
+
+
+def _unlink(*paths: Path) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,148 @@
+"""The frame of copies: transport, worker threads and staging exist as long as it does; places become sources, targets.
+
+Refuses to guess: a place that cannot be written to, or that holds several images, is an error that lists what there is.
+Invariant: whatever happens, the staging directory is gone at the end.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from imagestore.config import StoreConfig
+from imagestore.content import Blobs, errno_text
+from imagestore.copying.copy import Copy, CopyOptions
+from imagestore.copying.docker_archive import DockerArchiveTarget
+from imagestore.copying.local_sources import DirSource, StoredSource
+from imagestore.copying.places import Place
+from imagestore.copying.targets import DirTarget, LayoutTarget, OciArchive, RegistryTarget, Target
+from imagestore.local import DirectoryFiles, DockerArchive, LocalSource, TarFiles
+from imagestore.model import Credentials, ImageError, ImageNotFound, ProgressFunction, ReferenceInvalid
+from imagestore.push import Pusher
+from imagestore.reference import Reference, parse
+from imagestore.registry import Document, Repository
+from imagestore.remotes import Remotes
+from imagestore.source import RegistrySource, Source
+from imagestore.threads import Threads
+from imagestore.transport import Transport, preload
+from runtime.linux.files import remove_tree
+
+
+@dataclass(frozen=True, slots=True)
+class Logins:
+    """What the caller gave for either side."""
+
+    source: Credentials | None = None
+    target: Credentials | None = None
+
+
+class Session:
+    """Made by `session`."""
+
+    def __init__(self, config: StoreConfig, scratch: Path, threads: Threads, remotes: Remotes) -> None:
+        self.config, self.scratch, self.threads, self.remotes = config, scratch, threads, remotes
+
+    async def source(self, place: Place, credentials: Credentials | None = None) -> Source:
+        """Raises ImageError and its kinds."""
+        config, threads = self.config, self.threads
+        match place.kind:
+            case "docker":
+                wanted = (await threads.io(self.remotes.candidates, place.name))[0]
+                return RegistrySource(wanted, await self.remotes.repositories(wanted, credentials))
+            case "oci":
+                return LocalSource(DirectoryFiles(place.path), f"layout {place.path}", place.name, threads, config)
+            case "oci-archive":
+                return LocalSource(TarFiles(place.path), f"archive {place.path}", place.name, threads, config)
+            case "docker-archive":
+                return DockerArchive(TarFiles(place.path), f"archive {place.path}", place.name, threads, config)
+            case "dir":
+                return DirSource(DirectoryFiles(place.path), f"directory {place.path}", "", threads, config)
+        raise ReferenceInvalid(f"{place}: nothing can be copied from there without the store")
+
+    def stored(self, root: Path, manifest_digest: str) -> Source:
+        """An image of the store in `root`, of which the caller knows that it is there."""
+        return StoredSource(DirectoryFiles(root), f"store {root}", manifest_digest, self.threads, self.config)
+
+    async def repository(self, place: Place, credentials: Credentials | None, actions: str) -> Repository:
+        """The registry itself, or for pushes the first host that hosts.toml lets push to."""
+        wanted = parse(place.name)
+        hosts = await self.remotes.repositories(wanted, credentials, actions)
+        able = [host for host in hosts if host.host.push] if "push" in actions else hosts
+        if not able:
+            raise ImageNotFound(f"no host of {wanted.domain} in hosts.toml may be pushed to")
+        return able[0 if "push" in actions else -1]
+
+    async def target(self, place: Place, source: Place, credentials: Credentials | None = None) -> Target:
+        """Raises ImageError and its kinds."""
+        config, threads = self.config, self.threads
+        match place.kind:
+            case "docker":
+                wanted = parse(place.name)
+                repository = await self.repository(place, credentials, "pull,push")
+                return RegistryTarget(Pusher(repository, threads, config), wanted, _origin(source, wanted))
+            case "oci":
+                return LayoutTarget(place.path, place.name, threads, config)
+            case "oci-archive":
+                return OciArchive(place.path, place.name, self._inner("layout"), threads, config)
+            case "docker-archive":
+                target = DockerArchiveTarget(place.path, self._inner("docker"), threads, config)
+                target.called((_full(place.name),) if place.name else ())
+                return target
+            case "dir":
+                return DirTarget(place.path, threads)
+        raise ReferenceInvalid(f"{place}: nothing can be copied there")
+
+    def _inner(self, name: str) -> Path:
+        return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.scratch))
+
+    async def copy(
+        self, source: Source, target: Target, options: CopyOptions, tell: ProgressFunction = lambda _: None
+    ) -> Document:
+        """Copies, and leaves `finish` to the caller, who may have more to copy to the same target."""
+        staging = Blobs(self._inner("staging"))
+        staging.create()
+        return await Copy(source, target, staging, self.threads, self.config, options, tell).run()
+
+
+@asynccontextmanager
+async def session(config: StoreConfig, beside: Path | None = None) -> AsyncIterator[Session]:
+    """`beside` is where the staging directory is made: on the filesystem that the target is on, so that a blob can be
+    renamed there; where temporary files go otherwise."""
+    try:
+        if beside is not None:
+            beside.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".ocid-copy-", dir=beside))
+    except OSError as error:
+        raise ImageError(f"make a staging directory: {errno_text(error)}") from error
+    threads = Threads(config.concurrent_downloads + 2, 1)
+    threads.enter()
+    try:
+        await threads.io(preload)
+        transport = Transport(config)
+        async with transport.open():
+            yield Session(config, scratch, threads, Remotes(transport, threads, config))
+    finally:
+        threads.leave()
+        remove_tree(scratch)
+
+
+def beside(target: Place) -> Path | None:
+    """Where staged blobs can be renamed from."""
+    if target.kind in ("oci", "dir"):
+        return target.path
+    return None if target.kind in ("docker", "ocid") else target.path.absolute().parent
+
+
+def _origin(source: Place, wanted: Reference) -> str:
+    """The repository that blobs may be mounted from."""
+    if source.kind != "docker":
+        return ""
+    origin = parse(source.name)
+    return origin.path if origin.domain == wanted.domain and origin.path != wanted.path else ""
+
+
+def _full(name: str) -> str:
+    return str(parse(name)) if name else ""

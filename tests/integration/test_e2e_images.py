@@ -1,0 +1,205 @@
+"""Images at the command line, without a daemon and through one: load, save, tag, copy, inspect, gc, doctor, events."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import select
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conformance.leaks import Machine
+from tests.e2e import Node, node, retired
+from tests.fakes.registry import FakeRegistry, Reply, build_image
+from tests.support import eventually, needs
+
+COMMAND_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def registry() -> Iterator[FakeRegistry]:
+    with FakeRegistry() as made:
+        yield made
+
+
+@pytest.fixture(scope="module", params=["alone", "served"])
+def cli(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    needs("root", "overlay")
+    directory = tmp_path_factory.mktemp("images")
+    image = f'auth_files = ["/dev/null"]\nregistries_conf = "{directory}/registries.conf"\nunpack_idle_s = 0.2'
+    if request.param == "served":
+        with node(directory, image=image) as made:
+            yield made
+        return
+    made, before = Node(directory, image=image), Machine.now()
+    try:
+        yield made
+    finally:
+        retired(made, before)
+
+
+@pytest.fixture(autouse=True)
+def unpackers_end(cli: Node) -> Iterator[None]:
+    """Those of a daemon outlive the pull that they were started for."""
+    yield
+    if cli.process is not None:
+        children = Path(f"/proc/{cli.process.pid}/task/{cli.process.pid}/children")
+        eventually(lambda: not any("ocid-unpack" in _name(pid) for pid in children.read_text().split()), 10, "end")
+
+
+def _name(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def ocid(cli: Node, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*cli.words, *words], input=stdin, capture_output=True, timeout=COMMAND_S, check=False)
+
+
+def said(cli: Node, *words: str, code: int = 0, stdin: bytes = b"") -> bytes:
+    done = ocid(cli, *words, stdin=stdin)
+    assert done.returncode == code, f"{words}: {done.returncode}, not {code}: {done.stderr!r} {done.stdout!r}"
+    return done.stdout
+
+
+def names(cli: Node) -> set[str]:
+    listed = json.loads(said(cli, "images", "--format", "json"))
+    return {tag for image in listed for tag in image["tags"]}
+
+
+def test_tag_save_rmi_load(cli: Node, registry: FakeRegistry, tmp_path: Path) -> None:
+    """What was saved comes back as it was: by a file, by a pipe, and compressed."""
+    image = build_image([{"saved": b"1"}])
+    reference = registry.add("saved", "1", image)
+    said(cli, "pull", reference)
+    said(cli, "tag", reference, "localhost/mine:2", "mine:3")
+    assert {reference, "localhost/mine:2", "docker.io/library/mine:3"} <= names(cli)
+    file = tmp_path / "saved.tar"
+    said(cli, "save", "-o", str(file), "localhost/mine:2", "mine:3")
+    piped = said(cli, "save", "localhost/mine:2")
+    said(cli, "save", "--format", "oci-archive", "-o", str(tmp_path / "oci.tar"), reference)
+    said(cli, "rmi", reference, "localhost/mine:2", "mine:3")
+    said(cli, "gc")
+    assert reference not in names(cli)
+    assert image.config_digest in said(cli, "load", "-i", str(file)).decode()
+    assert {"localhost/mine:2", "docker.io/library/mine:3"} <= names(cli)
+    said(cli, "rmi", "localhost/mine:2", "mine:3")
+    said(cli, "load", stdin=gzip.compress(piped))
+    assert "localhost/mine:2" in names(cli)
+    said(cli, "load", "-q", "-i", str(tmp_path / "oci.tar"))
+    assert reference in names(cli)
+    said(cli, "rmi", reference, "localhost/mine:2")
+    bad = ocid(cli, "load", stdin=b"no archive at all" * 100)
+    assert bad.returncode == 125 and len(bad.stderr.splitlines()) == 1
+
+
+def test_copy_from_and_to_the_store(cli: Node, registry: FakeRegistry, tmp_path: Path) -> None:
+    """A Docker manifest leaves the store as it came: by its own digest, not as the twin that the layout shows."""
+    image = build_image([{"copied": b"1"}], docker=True)
+    reference = registry.add("copied", "1", image)
+    said(cli, "pull", reference)
+    pushed = said(cli, "copy", f"ocid:{reference}", f"docker://{registry.name}/pushed:1").decode().strip()
+    assert pushed == image.digest and registry.manifests[("pushed", "1")][0] == image.manifest
+    digests = tmp_path / "digest"
+    said(cli, "copy", "--digestfile", str(digests), f"docker://{reference}", f"oci:{tmp_path}/layout:x")
+    assert (
+        said(cli, "copy", f"oci:{tmp_path}/layout:x", "ocid:localhost/back:1").decode().strip() == digests.read_text()
+    )
+    assert "localhost/back:1" in names(cli)
+    said(cli, "rmi", reference, "localhost/back:1")
+    wrong = ocid(cli, "copy", reference, "oci:x")
+    assert wrong.returncode == 125 and b"docker://" in wrong.stderr
+
+
+def test_inspect_without_pulling(cli: Node, registry: FakeRegistry) -> None:
+    image = build_image([{"seen": b"1"}], config={"Env": ["A=b"], "Labels": {"l": "v"}})
+    reference = registry.add("seen", "1", image)
+    assert said(cli, "manifest", "inspect", reference) == image.manifest
+    told = json.loads(said(cli, "inspect", f"docker://{reference}"))
+    theirs = json.loads(
+        subprocess.run(
+            ["skopeo", "inspect", "--no-tags", "--tls-verify=false", f"docker://{reference}"],
+            capture_output=True,
+            check=True,
+        ).stdout
+    )
+    for key in ("Name", "Digest", "Labels", "Architecture", "Os", "Layers", "Env"):
+        assert told[key] == theirs[key]
+    registry.rule("GET", "/referrers/", Reply(404))
+    assert json.loads(said(cli, "manifest", "referrers", reference)) == []
+    registry.heal()
+    assert registry.count("GET", f"/blobs/{image.layer_digests[0]}") == 0
+    assert reference not in names(cli)
+
+
+def test_gc_tells_what_and_why(cli: Node, registry: FakeRegistry) -> None:
+    image = build_image([{"garbage": b"1"}])
+    blob = cli.root / "images/blobs/sha256" / ("0" * 63 + "1")
+    said(cli, "gc")
+    blob.write_bytes(b"x" * 5000)
+    planned = json.loads(said(cli, "gc", "--dry-run", "--format", "json"))
+    assert [(item["kind"], item["name"], item["why"]) for item in planned] == [
+        ("blob", f"sha256:{blob.name}", "no image names it")
+    ]
+    assert planned[0]["bytes"] >= 5000 and blob.exists()
+    assert b"1 things" in said(cli, "gc") and not blob.exists()
+    reference = registry.add("garbage", "1", image)
+    said(cli, "pull", reference)
+    assert json.loads(said(cli, "gc", "--dry-run", "--format", "json")) == []
+    said(cli, "rmi", reference)
+
+
+def test_doctor_finds_and_repairs(cli: Node, registry: FakeRegistry) -> None:
+    image = build_image([{"sick": b"1" * 100}, {"well": b"2"}])
+    reference = registry.add("sick", "1", image)
+    said(cli, "pull", reference)
+    assert b"everything is as it is recorded" in said(cli, "doctor")
+    blob = cli.root / "images/blobs/sha256" / image.layer_digests[0][7:]
+    data = bytearray(blob.read_bytes())
+    data[20] ^= 1
+    blob.write_bytes(data)
+    (found,) = (cli.root / "snapshots/layers").glob("*/fs/well")
+    found.unlink()
+    problems = json.loads(said(cli, "doctor", "--format", "json", code=1))["problems"]
+    assert {problem["kind"] for problem in problems} == {"blob", "layer"}
+    assert blob.read_bytes() == data, "looking changed something"
+    answer = json.loads(said(cli, "doctor", "--repair", "--format", "json"))
+    assert answer["left"] == []
+    assert b"everything is as it is recorded" in said(cli, "doctor")
+    (found,) = (cli.root / "snapshots/layers").glob("*/fs/well")
+    assert found.read_bytes() == b"2"
+    said(cli, "rmi", reference)
+
+
+def test_events(cli: Node, registry: FakeRegistry) -> None:
+    if not cli.process:
+        refused = ocid(cli, "events")
+        assert refused.returncode == 125 and b"no daemon" in refused.stderr
+        return
+    image = build_image([{"events": b"1"}])
+    reference = registry.add("events", "1", image)
+    watching = subprocess.Popen([*cli.words, "events", "--format", "json"], stdout=subprocess.PIPE)
+    try:
+        assert watching.stdout is not None
+        data = b""
+        for _ in range(100):  # a watcher that is not there yet misses the first pulls
+            said(cli, "pull", reference)
+            said(cli, "rmi", reference)
+            said(cli, "gc")
+            while select.select([watching.stdout], [], [], 0.2)[0]:
+                data += os.read(watching.stdout.fileno(), 1 << 16)
+            if b'"done"' in data:
+                break
+        steps = list(map(json.loads, data.splitlines()))
+        assert {step["kind"] for step in steps} == {"pull"}
+        assert {step["image"] for step in steps} == {reference}
+        assert "done" in {step["phase"] for step in steps}
+    finally:
+        watching.kill()
+        watching.wait()
