@@ -9,6 +9,7 @@ over, or when ocid takes longer than containerd for the specs that both pass.
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
@@ -134,6 +135,7 @@ def main() -> int:
     built("critest"), built("ginkgo")
     images = critest()
     reenter("conformance.critest", sys.argv[1:])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception it takes daemons and files with it
     with tempfile.TemporaryDirectory(prefix="critest-") as base:
         lane = Lane(Path(base), args.focus, args.seed)
         with registry(Path(base) / "registry") as served:
