@@ -241,6 +241,11 @@ def _find(records: Mapping[str, Record], wanted: str, what: str) -> Record:
     return found[0]
 
 
+def volume_key(container_id: str, index: int) -> str:
+    """The snapshot of an image that mount number `index` of a container shows."""
+    return f"{container_id}.{index}"
+
+
 def new_id() -> str:
     """64 hex digits that nobody can guess."""
     return os.urandom(32).hex()

@@ -201,9 +201,9 @@ async def _sweep(node: Node) -> None:
         node, [to_thread(remove_tree, node.paths.bundle(name)) for name in bundles if name not in node.store.containers]
     )
     snapshots = [item.key for item in await to_thread(node.parts.snapshots.list)]
-    await _all(
-        node, [to_thread(node.parts.snapshots.remove, key) for key in snapshots if key not in node.store.containers]
-    )
+    # The key of a snapshot begins with the id of its container (volume_key).
+    left = [key for key in snapshots if key.partition(".")[0] not in node.store.containers]
+    await _all(node, [to_thread(node.parts.snapshots.remove, key) for key in left])
     valid = frozenset(pod.id for pod in node.store.pods.values() if not pod.stopped_ns)
     await _all(node, [node.parts.network.collect(valid)])
 

@@ -87,6 +87,7 @@ SUPERBLOCK = {
 # What only runtimes know.
 EXTENSIONS = frozenset({"bind", "rbind", "remount", "defaults", "tmpcopyup", "idmap", "ridmap"})
 PATH_MAX = 4096  # linux/limits.h
+_SUBDIR = "X-mount.subdir="  # mount(8); for new filesystems only, a bind mount has its source
 # What mount_namespaces(7) calls locked: a mount that comes from a more privileged namespace keeps these.
 _LOCKABLE = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
 _SETTABLE = _LOCKABLE | MOUNT_ATTR_NOSYMFOLLOW
@@ -119,7 +120,8 @@ class Mount(Record):
 
     `kind` is "bind", "cgroup", "filesystem" or "remount" (of what is there already). `attributes` are for this mount,
     `named` says that any option about them was given; `recursive_attributes` are for all below it too; `superblock` are
-    MS_* bits, `data` goes to the filesystem. `path` is the entry's place in config.json, for errors.
+    MS_* bits, `data` goes to the filesystem. `subdir` is the directory in a new filesystem that is mounted in its
+    place, "" for all of it. `path` is the entry's place in config.json, for errors.
     """
 
     destination: str
@@ -135,6 +137,7 @@ class Mount(Record):
     data: tuple[tuple[str, str | None], ...] = ()
     idmap: IdMap | None = None
     copy_up: bool = False
+    subdir: str = ""
     path: str = ""
 
     @property
@@ -150,6 +153,8 @@ class Mount(Record):
             flags.append("ridmap" if self.idmap.recursive else "idmap")
         if self.copy_up:
             flags.append("tmpcopyup")
+        if self.subdir:
+            flags.append(f"{_SUBDIR}{self.subdir:.80}")
         flags += [key if value is None else f"{key}={value}" for key, value in self.data]
         if self.kind == "remount":
             what = "remount"
@@ -193,6 +198,7 @@ class _Options:
         self.propagation: list[tuple[int, bool]] = []
         self.superblock = 0
         self.data: list[tuple[str, str | None]] = []
+        self.subdir = ""
         for index, option in enumerate(options):
             if option in EXTENSIONS:
                 continue
@@ -205,6 +211,8 @@ class _Options:
                 self.superblock, self.named = self.superblock & ~clear | set_, True
             elif option[:1] == "r" and option[1:] in ATTRIBUTES:
                 self.below = self.below.plus(*ATTRIBUTES[option[1:]])
+            elif option.startswith(_SUBDIR) and not bind:
+                self.subdir = option.removeprefix(_SUBDIR)
             elif bind:
                 problem = f'unknown option "{option:.80}" for a bind mount: it has no filesystem of its own to take it'
                 raise fields.error(f"options[{index}]", problem)
@@ -257,6 +265,7 @@ def parse(fields: Fields) -> Mount:
         data=tuple(found.data),
         idmap=_idmap(fields, options, bind=bind),
         copy_up="tmpcopyup" in options and fstype == "tmpfs",
+        subdir=found.subdir,
         path=fields.path,
     )
 
@@ -278,7 +287,7 @@ def _idmap(fields: Fields, options: tuple[str, ...], *, bind: bool) -> IdMap | N
     from runtime.spec_namespaces import mappings
 
     uids, gids = mappings(fields, "uidMappings"), mappings(fields, "gidMappings")
-    if not bind:
+    if not bind and fields.str("type") != "overlay":  # of an overlay the layers are mapped
         where = "options" if asked else "uidMappings"
         raise fields.error(where, "id-mapped mounts are only supported for bind-mounts")
     if bool(uids) != bool(gids):

@@ -25,6 +25,7 @@ from runtime.linux.libc import KernelError
 from runtime.linux.mount import (
     AT_EMPTY_PATH,
     AT_RECURSIVE,
+    MNT_DETACH,
     MOUNT_ATTR_RDONLY,
     MS_DIRSYNC,
     MS_I_VERSION,
@@ -36,6 +37,7 @@ from runtime.linux.mount import (
     mount_setattr,
     move_mount,
     open_tree,
+    umount2,
 )
 from runtime.linux.record import Record
 from runtime.mounts import Attributes, Mount, own_attributes
@@ -117,13 +119,18 @@ class MountOp(Record):
         mode = _mode_of(root, mount.destination) if mount.fstype == "tmpfs" else None
         target = open_target(root, mount, directory=True, procfs=mount.fstype == "proc")
         try:
-            tree = _make(root, mount, mode)
+            tree = root.sources.pop(self.index, -1)
+            if tree < 0:
+                tree = _make(root, mount, mode)
             try:
                 if mount.copy_up:
                     from runtime.rootfs_copyup import copy_up
 
                     copy_up(target, tree, keep_owner=any(key in ("uid", "gid") for key, _ in mount.data))
                 move_mount(tree, target)
+                if mount.subdir:
+                    whole, tree = tree, -1
+                    tree = _narrowed(whole, target, mount)
                 propagate(tree, mount)
                 if mount.superblock & MS_I_VERSION:
                     from runtime.rootfs_remount import remount_superblock
@@ -134,9 +141,29 @@ class MountOp(Record):
                 if root.label and mount.fstype == "mqueue":
                     os.setxattr(fd_path(tree), "security.selinux", os.fsencode(root.label))
             finally:
-                os.close(tree)
+                if tree >= 0:
+                    os.close(tree)
         finally:
             os.close(target)
+
+
+def _narrowed(take_tree: int, target: int, mount: Mount) -> int:
+    """What is mounted on `target` gives way to one directory of it. Links are followed inside of it only. By way of the
+    mounted tree, since before Linux 6.15 a mount that is in no namespace cannot be cloned."""
+    try:
+        try:
+            inside = open_in_root(take_tree, mount.subdir, os.O_PATH | os.O_DIRECTORY)
+        except KernelError as error:
+            raise RuntimeFailure.of(error, what="X-mount.subdir", code="invalid_argument") from None
+        try:
+            tree = open_tree(inside, "", OPEN_TREE_CLONE | AT_EMPTY_PATH)
+        finally:
+            os.close(inside)
+        umount2(fd_path(take_tree), MNT_DETACH)
+    finally:
+        os.close(take_tree)
+    move_mount(tree, target)
+    return tree
 
 
 def set_own_attributes(fd: int, mount: Mount, *, locked: bool, late_readonly: bool = False) -> None:

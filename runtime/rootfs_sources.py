@@ -19,6 +19,7 @@ from runtime.linux.mount import (
     AT_RECURSIVE,
     MOUNT_ATTR_IDMAP,
     MS_SLAVE,
+    FsMount,
     mount_setattr,
 )
 from runtime.linux.process import CLONE_NEWUSER, clone3
@@ -40,6 +41,9 @@ def open_sources(spec: Spec, bundle: str, root: str) -> dict[int, int]:
     in_user_namespace = spec.has("user")
     try:
         for index, mount in enumerate(spec.mounts):
+            if mount.fstype == "overlay" and mount.idmap is not None:
+                found[index] = _overlay(mount, spec, namespaces)
+                continue
             if mount.kind != "bind" or not (in_user_namespace or mount.idmap is not None):
                 continue
             if mount.idmap is None and _is_made_later(mount, spec.mounts[:index], bundle, root):
@@ -65,6 +69,20 @@ def _is_made_later(mount: Mount, earlier: tuple[Mount, ...], bundle: str, root: 
     finally:
         os.close(fd)
     return any(source.startswith(f"{root}{os.path.normpath(entry.destination)}/") for entry in earlier)
+
+
+def _overlay(mount: Mount, spec: Spec, namespaces: IdSpaces) -> int:
+    """One whose layers are mapped: they lie where the root of a user namespace may not even look."""
+    from runtime.rootfs_idmap import make_mapped
+    from runtime.rootfs_mounts import filesystem_options
+
+    assert mount.idmap is not None  # the caller looked
+    options = filesystem_options(mount, spec.mount_label, None)
+    what = FsMount("overlay", mount.source or "overlay", options, mount.attributes.set)
+    try:
+        return make_mapped(what, namespaces.of(mount.idmap))
+    except OSError as error:
+        raise RuntimeFailure.of(error, step="mounts", what=mount.describe()) from None
 
 
 def _open(mount: Mount, bundle: str, spec: Spec, namespaces: IdSpaces) -> int:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from cri.api import api_pb2 as pb
 from cri.interfaces import IdMap
 from cri.spec import devices, limits, mounts, security, userns, validate
+from cri.spec.images import ImageMount
 from cri.spec.mounts import PodFiles
 from cri.spec.users import User, UserRequest
 from cri.spec.validate import InvalidRequest
@@ -55,6 +56,7 @@ class SpecInputs:
     user: User
     pod: PodFacts
     unset_seccomp: str = "unconfined"  # or "default": what it means that a request names no seccomp profile
+    image_mounts: Mapping[int, ImageMount] = field(default_factory=dict)
 
 
 def user_request(config: pb.ContainerConfig, image: ImageConfig) -> UserRequest:
@@ -87,6 +89,7 @@ def build(inputs: SpecInputs) -> dict[str, Any]:
         private_ipc=bool(inputs.pod.ipc),
         readonly_rootfs=context.readonly_rootfs,
         host_sysfs=bool(inputs.pod.user and not inputs.pod.network),
+        image_mounts=inputs.image_mounts,
     )
     nodes, rules = devices.build(config.devices, privileged=privileged)
     resources = limits.build(config.linux.resources)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cri.api import api_pb2 as pb
-from cri.spec import userns
+from cri.spec import images, userns
+from cri.spec.images import ImageMount
 from cri.spec.validate import InvalidRequest
 from runtime.linux.files import PROC_SUPER_MAGIC, SYSFS_MAGIC, fstatfs_type
 from runtime.linux.mount import MountPoint, mountinfo
@@ -112,12 +113,14 @@ def build(
     private_ipc: bool,
     readonly_rootfs: bool,
     host_sysfs: bool = False,
+    image_mounts: Mapping[int, ImageMount] | None = None,
 ) -> tuple[list[dict[str, Any]], str]:
     """runtime-spec `mounts` and `linux.rootfsPropagation` ("" for the default). `host_sysfs`: the container may mount
     no sysfs of its own. Raises InvalidRequest."""
     if len(requested) > MAX_MOUNTS:
         raise InvalidRequest(f"mounts: {len(requested)} of them, at most {MAX_MOUNTS}")
-    asked = [_bind(index, mount) for index, mount in enumerate(requested)]
+    layers = image_mounts or {}
+    asked = [_requested(index, mount, layers.get(index)) for index, mount in enumerate(requested)]
     targets = {mount["destination"] for mount in asked}
     # A bind that is not "ro" says nothing: with "rw" it would lift what the host forbids of its source, and nosuid,
     # nodev and noexec with it (docs/decisions/0007).
@@ -154,10 +157,14 @@ def build(
     return defaults + brought + asked, propagation
 
 
-def _bind(index: int, mount: pb.Mount) -> dict[str, Any]:
+def _requested(index: int, mount: pb.Mount, layers: ImageMount | None) -> dict[str, Any]:
     field = f"mounts[{index}]"
+    if layers is not None:
+        images.check(field, mount)
+        options = _passed_options(field, mount)
+        return images.build(field, mount, destination(field, mount.container_path), options, layers)
     if mount.HasField("image"):
-        raise InvalidRequest(f"{field}.image: not supported")
+        raise InvalidRequest(f"{field}.image: not with this runtime handler; the native one mounts images")
     if mount.image_sub_path:
         raise InvalidRequest(f"{field}.image_sub_path: needs an image mount")
     target = destination(field, mount.container_path)
@@ -167,17 +174,21 @@ def _bind(index: int, mount: pb.Mount) -> dict[str, Any]:
         if not mount.readonly or mount.propagation != pb.PROPAGATION_PRIVATE:
             raise InvalidRequest(f"{field}.recursive_read_only: needs readonly and private propagation")
         options.append("rro")
-    for option in mount.mount_options:
-        if option not in _PASSED_OPTIONS:
-            raise InvalidRequest(
-                f"{field}.mount_options: {option[:40]!r} is not one of {', '.join(sorted(_PASSED_OPTIONS))}"
-            )
-        options.append(option)
+    options += _passed_options(field, mount)
     made: dict[str, Any] = {"destination": target, "type": "bind", "source": source, "options": options}
     ids = userns.of_mount(field, mount)
     if ids is not None:
         made |= {"uidMappings": userns.as_oci(ids.uids), "gidMappings": userns.as_oci(ids.gids)}
     return made
+
+
+def _passed_options(field: str, mount: pb.Mount) -> list[str]:
+    for option in mount.mount_options:
+        if option not in _PASSED_OPTIONS:
+            raise InvalidRequest(
+                f"{field}.mount_options: {option[:40]!r} is not one of {', '.join(sorted(_PASSED_OPTIONS))}"
+            )
+    return list(mount.mount_options)
 
 
 def destination(field: str, path: str) -> str:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from cri.api import api_pb2 as pb
 from cri.errors import AlreadyExists, FailedPrecondition, InvalidArgument, LimitExceeded, NotFound
-from cri.interfaces import ContainerFacts, ContainerSpec
-from cri.node import Node, new_id, now_ns
+from cri.interfaces import ContainerFacts, ContainerSpec, IdMap
+from cri.node import Node, new_id, now_ns, volume_key
 from cri.records import Container, Pod, facts_of
-from cri.spec import users, validate
+from cri.spec import images, users, validate
 from cri.spec.build import PodFacts, SpecInputs, build, user_request
+from cri.spec.images import ImageMount
 from cri.spec.mounts import PodFiles
 from cri.threads import to_thread
 from cri.undo import Undo
@@ -141,6 +142,8 @@ def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
     node.parts.images.permit(image, config.image.user_specified_image or config.image.image)
     stop_signal = stop_signal_of(config, image)
     user = _user(node, config, image)
+    _, handler = node.handler(pod.handler)
+    ids = namespaces(pod.request).ids
     spec = build(
         SpecInputs(
             container_id=container.id,
@@ -150,9 +153,9 @@ def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
             user=user,
             pod=_pod_facts(node, pod, config),
             unset_seccomp=node.config.runtime.unset_seccomp,
+            image_mounts={} if handler else _image_mounts(node, container, ids),
         )
     )
-    ids = namespaces(pod.request).ids
     rootfs = node.parts.snapshots.prepare(container.id, image.chain_id if image.layers else None, ids)
     failpoint("create_container.prepared")
     bundle = node.paths.bundle(container.id)
@@ -161,7 +164,6 @@ def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
     failpoint("create_container.bundled")
     if container.log_path:
         os.makedirs(os.path.dirname(container.log_path), 0o755, exist_ok=True)
-    _, handler = node.handler(pod.handler)
     facts = node.parts.containers.create(
         node.sandbox(pod),
         ContainerSpec(
@@ -176,6 +178,20 @@ def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
         ),
     )
     return _Made(image, user, spec["linux"]["cgroupsPath"], stop_signal, spec["process"], facts)
+
+
+def _image_mounts(node: Node, container: Container, ids: IdMap | None) -> dict[int, ImageMount]:
+    """The images that mounts show, each by a snapshot that keeps its layers; `take_away` removes those."""
+    found = {}
+    for index, mount in enumerate(container.request.mounts):
+        if not mount.HasField("image"):
+            continue
+        image = find_image(node, images.check(f"mounts[{index}]", mount))
+        node.parts.images.permit(image, mount.image.user_specified_image or mount.image.image)
+        key = volume_key(container.id, index)
+        layers = node.parts.snapshots.prepare(key, image.chain_id if image.layers else None, ids)
+        found[index] = ImageMount(layers, ids is not None)
+    return found
 
 
 def find_image(node: Node, name: str) -> Image:

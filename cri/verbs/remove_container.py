@@ -10,7 +10,7 @@ import logging
 
 from cri.api import api_pb2 as pb
 from cri.errors import NotFound
-from cri.node import Node
+from cri.node import Node, volume_key
 from cri.records import Container
 from cri.threads import to_thread
 from runtime.linux.failpoint import failpoint
@@ -50,6 +50,9 @@ def take_away(node: Node, container: Container) -> None:
     if pod is not None:
         node.parts.containers.delete(node.sandbox(pod), container.id)
     failpoint("remove_container.deleted")
+    for index, mount in enumerate(container.request.mounts):
+        if mount.HasField("image"):
+            node.parts.snapshots.remove(volume_key(container.id, index))
     node.parts.snapshots.remove(container.id)
     failpoint("remove_container.snapshot")
     remove_tree(node.paths.bundle(container.id))
