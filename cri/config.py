@@ -56,6 +56,11 @@ def _absolute_all(values: Any) -> str:
     return "" if all(Path(value).is_absolute() for value in values) else "absolute paths"
 
 
+def _endpoint(value: Any) -> str:
+    fine = not value or (value.startswith(("http://", "https://")) and value.isprintable() and " " not in value)
+    return "" if fine else '"http://HOST:PORT", "https://HOST:PORT" or ""'
+
+
 def _listen(value: Any) -> str:
     return "" if value.startswith("unix:///") else "unix:///PATH"
 
@@ -219,6 +224,34 @@ class LimitSection:
 
 
 @dataclass(frozen=True, slots=True)
+class MetricsSection:
+    """[metrics]"""
+
+    enabled: bool = _key(False, "Whether Prometheus metrics are served, at http://ADDRESS:PORT/metrics.")
+    address: str = _key(
+        "127.0.0.1", "Where they are served: whoever reaches that may read them, so loopback unless told."
+    )
+    port: int = _key(9323, "The port; 0 takes any free one.", least=0, check=_port)
+
+
+@dataclass(frozen=True, slots=True)
+class TracingSection:
+    """[tracing]"""
+
+    endpoint: str = _key(
+        "",
+        'Where OpenTelemetry spans go by OTLP over gRPC, such as "http://127.0.0.1:4317"; https is TLS; "" sends none.',
+        check=_endpoint,
+    )
+    ratio: float = _key(
+        1.0,
+        "How many of the calls whose caller does not trace are traced, from 0 to 1; of the others, the caller decides.",
+        least=0,
+        check=lambda value: "" if value <= 1 else "a number from 0 to 1",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The whole configuration."""
 
@@ -228,10 +261,17 @@ class Config:
     )
     listen: str = _key("unix:///run/ocid/ocid.sock", "Where the CRI is served.", check=_listen)
     log_level: str = _key("info", f"How much is logged: {', '.join(_LEVELS)}.", check=_one_of(*_LEVELS))
+    log_format: str = _key(
+        "text",
+        "How log lines are written: text, or json, an object a line with pod and container.",
+        check=_one_of("text", "json"),
+    )
     runtime: RuntimeSection = _section(RuntimeSection, "How containers are run.")
     network: NetworkSection = _section(NetworkSection, "How pods are connected.")
     image: ImageSection = _section(ImageSection, "How images are pulled and kept.")
     stream: StreamSection = _section(StreamSection, "Exec, attach and port-forward.")
+    metrics: MetricsSection = _section(MetricsSection, "Metrics of the daemon itself, for Prometheus.")
+    tracing: TracingSection = _section(TracingSection, "Spans of calls, for an OpenTelemetry collector.")
     limits: LimitSection = _section(LimitSection, "Limits in number, size and time.")
 
     @property

@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import sqlite3
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,16 @@ from typing import Any
 
 import grpc
 
+from cri import trace
 from cri.config import Config
+from cri.discovery import Discovery
 from cri.events import Events
 from cri.feed import Feed
 from cri.image_config import store_config
 from cri.intercept import Intercept
 from cri.network.cni import Cni, NetworkConfig
 from cri.node import Node, Parts
+from cri.observe.setup import set_up_logs, watched
 from cri.own import Own
 from cri.recovery import check_networks, lost, recover
 from cri.service import Metadata, Service
@@ -141,7 +143,7 @@ def build(config: Config, *, direct: bool) -> Built:
         ),
     )
     images = Store(config.root / "images", databases[1], snapshots, store_config(config, _layers_usage(snapshots)))
-    shims = Shims(config.state, direct=direct)
+    shims = Shims(config.state, direct=direct, tell=trace.phases if config.tracing.endpoint else None)
     network = Cni(
         NetworkConfig(
             conf_dir=config.network.conf_dir,
@@ -153,7 +155,12 @@ def build(config: Config, *, direct: bool) -> Built:
             default_subnets=config.network.default_subnets,
         )
     )
-    node = Node(config, records, Parts(images, snapshots, shims, shims, network))
+    parts = Parts(images, snapshots, shims, shims, network)
+    if config.tracing.endpoint:
+        from cri.observe.parts import traced
+
+        parts = traced(parts)
+    node = Node(config, records, parts)
     events = Events(node, lambda pod_id: _lost(node, pod_id))
     node.events = events
     statistics = Statistics(node)
@@ -182,38 +189,40 @@ def _lost(node: Node, pod_id: str) -> None:
 
 async def serve(config: Config) -> None:
     """Serves the CRI until SIGTERM or SIGINT. Raises AlreadyServed, and OSError when the socket cannot be made."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname).1s %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S%z",
-    )
+    set_up_logs(config)
     with owned(config, wait_s=0):
         built = build(config, direct=False)
-        server = _server(config, built.service, built.own.handler())
-        ended = _ending(built.node)
-        await built.streams.start()
-        built.node.streams = built.streams
-        await server.start()
-        config.socket.chmod(0o600)
-        log.info("serving the CRI on %s", config.listen)
-        background = [asyncio.create_task(_become_ready(built), name="recovery")]
-        background.append(asyncio.create_task(built.statistics.measure(), name="measure"))
-        try:
-            done, _ = await asyncio.wait({ended, background[0]}, return_when=asyncio.FIRST_COMPLETED)
-            if background[0] in done:
-                background[0].result()
-                await ended
-        finally:
-            built.service.intercept.why_not = STOPPING
-            log.info("stopping; pods run on")
-            built.feed.close()
-            for task in background:
-                task.cancel()
-            await asyncio.gather(*background, return_exceptions=True)
-            await server.stop(GRACE_S)
-            await built.streams.close()
-            await built.close()
+        async with watched(config, built.service.intercept, built.node.store):
+            await _serve(config, built)
+
+
+async def _serve(config: Config, built: Built) -> None:
+    discovery = Discovery(built.service.intercept)
+    server = _server(config, built.service, built.own.handler(), *discovery.handlers())
+    ended = _ending(built.node)
+    await built.streams.start()
+    built.node.streams = built.streams
+    await server.start()
+    config.socket.chmod(0o600)
+    log.info("serving the CRI on %s", config.listen)
+    background = [asyncio.create_task(_become_ready(built), name="recovery")]
+    background.append(asyncio.create_task(built.statistics.measure(), name="measure"))
+    try:
+        done, _ = await asyncio.wait({ended, background[0]}, return_when=asyncio.FIRST_COMPLETED)
+        if background[0] in done:
+            background[0].result()
+            await ended
+    finally:
+        built.service.intercept.why_not = STOPPING
+        log.info("stopping; pods run on")
+        built.feed.close()
+        discovery.close()
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+        await server.stop(GRACE_S)
+        await built.streams.close()
+        await built.close()
 
 
 async def _become_ready(built: Built) -> None:

@@ -13,9 +13,11 @@ import logging
 import os
 import struct
 from collections.abc import Callable
+from contextvars import Context
 from dataclasses import fields
 from typing import Any
 
+from cri import trace
 from cri.interfaces import ContainerFacts
 from cri.node import Node
 from cri.records import Container, facts_of
@@ -48,7 +50,8 @@ def keep_facts(node: Node, facts: ContainerFacts) -> Container | None:
         container = node.store.note_container(facts.id, **changed)
     if facts.finished_ns and container is not None:
         how = (container.name, container.id[:13], container.exit_code, container.exit_reason)
-        log.info("container %s (%s) ended: code %d, %s", *how)
+        with trace.scope(pod=container.pod_id, container=container.id):
+            log.info("container %s (%s) ended: code %d, %s", *how)
         node.exits.happened(facts.id)
     return container
 
@@ -66,7 +69,8 @@ class Events:
         self.unwatch(pod_id)
         os.set_blocking(take_fd, False)
         self._streams[pod_id] = (take_fd, bytearray())
-        asyncio.get_running_loop().add_reader(take_fd, self._readable, pod_id)
+        # In a context of its own: what a shim says later is no part of the call that began to listen.
+        Context().run(asyncio.get_running_loop().add_reader, take_fd, self._readable, pod_id)
 
     def unwatch(self, pod_id: str) -> None:
         """Closes the pod's stream, if there is one. What is there to read by now is read first."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable
-from contextlib import aclosing
-from typing import TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 from grpc import StatusCode
 
+from cri import trace
 from cri.errors import CallFailed, code_of, sentence
 
 log = logging.getLogger(__name__)
@@ -37,14 +39,67 @@ _EXPECTED = frozenset(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call as those see it who watch: its name in the service's, what it asks, and what came along with it."""
+
+    service: str
+    name: str
+    request: Any = None
+    metadata: Sequence[tuple[str, Any]] = ()
+    streaming: bool = False
+
+
+class Observer(Protocol):
+    """Somebody who watches calls (cri.observe)."""
+
+    def call(self, call: Call) -> AbstractContextManager[None]:
+        """Around a call. Leaves with its CallFailed where it failed, with CancelledError where its caller left."""
+        ...
+
+
 class Intercept:
-    """One per server. `why_not` is the reason for refusing calls, "" when there is none."""
+    """One per server. `observers` watch its calls, and with `subjects` it is known in there what a call is about."""
 
     def __init__(self, why_not: str = "") -> None:
-        self.why_not = why_not
+        self._why_not = why_not
+        self.told: list[Callable[[], None]] = []
+        self.observers: tuple[Observer, ...] = ()
+        self.subjects = False
 
-    async def run(self, name: str, work: Awaitable[T]) -> T:
-        """Awaits `work` for the call `name`. Raises CallFailed."""
+    @property
+    def why_not(self) -> str:
+        """Why calls are refused; who is in `told` hears of each change."""
+        return self._why_not
+
+    @why_not.setter
+    def why_not(self, reason: str) -> None:
+        self._why_not = reason
+        for tell in self.told:
+            tell()
+
+    @property
+    def watched(self) -> bool:
+        """Whether anybody looks at calls at all."""
+        return self.subjects or bool(self.observers)
+
+    @contextmanager
+    def _watch(self, call: Call) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self.subjects:
+                stack.enter_context(trace.scope(**_subject(call.request)))
+            for observer in self.observers:
+                stack.enter_context(observer.call(call))
+            yield
+
+    async def run(self, call: Call, work: Awaitable[T]) -> T:
+        """Awaits `work` for `call`. Raises CallFailed."""
+        if not self.watched:
+            return await self._run(call.name, work)
+        with self._watch(call):
+            return await self._run(call.name, work)
+
+    async def _run(self, name: str, work: Awaitable[T]) -> T:
         try:
             self._require_ready(name)
         except CallFailed:
@@ -63,8 +118,16 @@ class Intercept:
         log.log(level, "%s: %.1f ms", name, _ms(started))
         return result
 
-    async def stream(self, name: str, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-        """Passes on `items` of the streaming call `name`, whose end is not a failure of anybody. Raises CallFailed."""
+    async def stream(self, call: Call, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+        """Passes on `items` of a streaming call, whose end is not a failure of anybody. Raises CallFailed."""
+        with ExitStack() as stack:
+            for observer in self.observers:
+                stack.enter_context(observer.call(call))
+            async with aclosing(self._stream(call.name, items)) as passed:
+                async for item in passed:
+                    yield item
+
+    async def _stream(self, name: str, items: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
         self._require_ready(name)
         started = time.perf_counter()
         async with aclosing(items):
@@ -96,6 +159,11 @@ class Intercept:
             exc_info=error if unexpected else None,
         )
         return CallFailed(code, words)
+
+
+def _subject(request: Any) -> dict[str, str]:
+    """The pod and the container that a request names, as it names them."""
+    return {"pod": getattr(request, "pod_sandbox_id", ""), "container": getattr(request, "container_id", "")}
 
 
 def _ms(started: float) -> float:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from cri import trace
 from cri.api import api_pb2 as pb
 from cri.calls import Locks, Reservations, Tasks
 from cri.config import NATIVE, Config
@@ -190,11 +191,15 @@ class Node:
 
     def pod(self, id_or_prefix: str) -> Pod:
         """The pod of this id, or of this unambiguous beginning of one. Raises NotFound."""
-        return _find(self.store.pods, id_or_prefix, "pod sandbox")
+        pod = _find(self.store.pods, id_or_prefix, "pod sandbox")
+        trace.about(pod=pod.id)
+        return pod
 
     def container(self, id_or_prefix: str) -> Container:
         """The container of this id, or of this unambiguous beginning of one. Raises NotFound."""
-        return _find(self.store.containers, id_or_prefix, "container")
+        container = _find(self.store.containers, id_or_prefix, "container")
+        trace.about(pod=container.pod_id, container=container.id)
+        return container
 
     def sandbox(self, pod: Pod) -> Sandbox:
         """The pod's shim."""

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import grpc
 
 from cri.errors import CallFailed, InvalidArgument, Unimplemented
-from cri.intercept import Intercept
+from cri.intercept import Call, Intercept
 from cri.threads import to_thread
 from imagestore.collector import Garbage
 from imagestore.doctor import Problem
@@ -74,7 +74,7 @@ class Own:
 
     async def call(self, name: str, request: Document) -> Document:
         """The answer. Raises CallFailed."""
-        return await self._intercept.run(name, self._dispatch(name, request))
+        return await self._intercept.run(Call(SERVICE, name), self._dispatch(name, request))
 
     async def _dispatch(self, name: str, request: Document) -> Document:
         call = self._calls.get(name)
@@ -145,7 +145,7 @@ class Own:
 
     async def _stream(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
         try:
-            async with aclosing(self._intercept.stream("Pulls", self.pulls())) as steps:
+            async with aclosing(self._intercept.stream(Call(SERVICE, "Pulls", streaming=True), self.pulls())) as steps:
                 await context.send_initial_metadata(())
                 async for step in steps:
                     yield json.dumps(step).encode()

@@ -14,7 +14,7 @@ import grpc
 
 from cri.api import api_pb2 as pb
 from cri.errors import CallFailed, Unimplemented
-from cri.intercept import Intercept
+from cri.intercept import Call, Intercept
 from cri.node import Begun, Node
 from cri.verbs import (
     attach,
@@ -98,6 +98,12 @@ if unknown := (VERBS.keys() | STREAMS.keys()) - _METHODS.keys():
     raise AssertionError(f"no such calls in the proto: {unknown}")
 
 
+def _service(name: str) -> str:
+    """The full name of the service that has the call."""
+    full: str = _METHODS[name].containing_service.full_name if name in _METHODS else ""
+    return full
+
+
 def _missing(name: str) -> Stream:
     async def refuse(node: Node, request: Any, begun: Begun) -> AsyncGenerator[bytes, None]:
         raise Unimplemented(f"{name}: ocid does not have this call yet")
@@ -115,7 +121,8 @@ class Service:
 
     async def call(self, name: str, request: Any, metadata: Metadata = ()) -> Any:
         """The answer to a call. Raises CallFailed."""
-        return await self.intercept.run(name, self._dispatch(name, request, metadata))
+        call = Call(_service(name), name, request, metadata)
+        return await self.intercept.run(call, self._dispatch(name, request, metadata))
 
     async def _dispatch(self, name: str, request: Any, metadata: Metadata) -> Any:
         verb = VERBS.get(name)
@@ -129,7 +136,7 @@ class Service:
     def stream(self, name: str, request: Any, begun: Begun) -> AsyncGenerator[bytes, None]:
         """The encoded messages that answer a streaming call. Raises CallFailed."""
         verb = STREAMS.get(name, _missing(name))
-        return self.intercept.stream(name, verb(self.node, request, begun))
+        return self.intercept.stream(Call(_service(name), name, request, (), True), verb(self.node, request, begun))
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
         """RuntimeService and ImageService for a grpc.aio server."""
@@ -146,7 +153,8 @@ class Service:
 
         async def unary(request: Any, context: grpc.aio.ServicerContext) -> bytes:
             try:
-                metadata = context.invocation_metadata() or () if name == "RunPodSandbox" else ()
+                wanted = name == "RunPodSandbox" or self.intercept.watched
+                metadata = context.invocation_metadata() or () if wanted else ()
                 answer: bytes = (await self.call(name, request, metadata)).SerializeToString()
                 return answer
             except CallFailed as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
 from typing import ParamSpec, TypeVar
 
@@ -30,7 +31,9 @@ class Threads:
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Calls `function` in a thread of the pool and returns or raises what it does."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, partial(function, *args, **kwargs))
+        # In there it is known what the call is about (cri/trace).
+        work = partial(copy_context().run, function, *args, **kwargs)
+        return await loop.run_in_executor(self._executor, work)
 
     def close(self) -> None:
         """Takes no more calls and drops those that have not begun; waits for nobody."""

@@ -22,7 +22,7 @@ from runtime.linux.failpoint import failpoint
 from runtime.linux.files import remove_tree, write_durable
 from runtime.linux.libc import KernelError
 from runtime.linux.process import pidfd_send_signal, start_time
-from runtime.linux.progress import Progress
+from runtime.linux.progress import Progress, phase
 from runtime.linux.record import Record
 from runtime.namespaces import Joins
 from runtime.newborn import adjust_oom_score, check_mappings, write_mappings
@@ -113,6 +113,7 @@ def create(request: CreateRequest) -> Created:
     root_path = root_path_of(bundle, spec.root_path, make=request.rootfs is not None)
     state.check_id(request.id)
     filter_program = b""
+    phase("prepare")
     if spec.seccomp is not None:
         from runtime import seccomp
 
@@ -141,6 +142,7 @@ def create(request: CreateRequest) -> Created:
         failpoint("create.noted")
         if filter_program:
             write_durable(f"{directory}/{state.FILTER}", filter_program, sync=False)
+        phase("cgroup")
         manager.create(spec.resources)
         undo.append(("remove the cgroup", lambda: _remove_cgroup(manager)))
         failpoint("create.cgroup")
@@ -149,11 +151,13 @@ def create(request: CreateRequest) -> Created:
             write_durable(f"{directory}/intel_rdt.json", note, sync=False)
             rdt.join()
             undo.append(("leave the class of service", rdt.leave))
+        phase("clone")
         with _Birth(request, bundle, root_path, directory, manager, filter_program, rdt) as birth:
             undo.append(("kill the init", birth.kill))
             created = birth.run()
             undo.append(("close the console", lambda: _close(created.console)))
             failpoint("create.ready")
+            phase("record")
             state.save(request.root, created.state)
             if request.pid_file:
                 write_durable(request.pid_file, str(created.state.pid).encode(), 0o644, sync=False)
@@ -384,6 +388,7 @@ class _Birth:
 
                 net_devices.move_to(self._spec.net_devices, self._spec.namespaces, self._pid)
             failpoint("create.cloned")
+            phase("init")
             channel.send("Go")
             while True:
                 message, fds = channel.receive("Console", "Hooks", "Listener", "Ready")
@@ -399,6 +404,7 @@ class _Birth:
                 channel.send("Go")
         except (sync.Closed, BrokenPipeError):
             raise self._died(progress) from None
+        progress.keep_as_parts("init", [step.name for step in init.STEPS])
         warnings += message.text
         if self._request.pidfd_socket:
             from runtime.inherited import send_fd

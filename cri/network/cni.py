@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cri import trace
 from cri.interfaces import InterfaceCounters, NetworkError, NetworkResult, PodNetwork
 from cri.network import counters
 from cri.network import netlink as nl
@@ -163,7 +164,8 @@ class Cni:
                 doing = step.describe
                 cancel.check()
                 call = self._call(record, record.pod.netns, cancel)
-                result = step.add(call, result)
+                with trace.span(f"cni.add {step.describe}"):
+                    result = step.add(call, result)
                 failpoint("network.plugin.added")
             assert result is not None  # a list has at least one plugin
             cancel.check()
@@ -222,7 +224,8 @@ class Cni:
         for step in reversed(plan.steps):
             try:
                 failpoint("network.plugin.delete")
-                step.delete(self._call(record, netns, None), record.result)
+                with trace.span(f"cni.delete {step.describe}"):
+                    step.delete(self._call(record, netns, None), record.result)
             except Exception as error:
                 raise PluginError(f"{step.describe}: delete pod {_shown(record.pod)}: {_cause(error)}") from error
 

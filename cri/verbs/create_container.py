@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from cri import trace
 from cri.api import api_pb2 as pb
 from cri.errors import AlreadyExists, FailedPrecondition, InvalidArgument, LimitExceeded, NotFound
 from cri.interfaces import ContainerFacts, ContainerSpec, IdMap
@@ -79,6 +80,7 @@ def log_path(pod: Pod, config: pb.ContainerConfig) -> str:
 
 
 async def _make(node: Node, pod: Pod, container: Container) -> str:
+    trace.about(container=container.id)
     async with node.locks.held(container.id), Undo() as undo:
         undo.did("forget the container", lambda: _forget(node, container, undo))
         await node.store.add(container)

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Sequence
 
+from cri import trace
 from cri.api import api_pb2 as pb
 from cri.errors import InvalidArgument
 from cri.node import Node
@@ -93,7 +94,9 @@ async def pull_image(node: Node, request: pb.PullImageRequest) -> pb.PullImageRe
     name = _name(request.image)
     failpoint("pull_image.begun")
     started = time.monotonic()
-    image = await node.parts.images.pull(name, credentials(request.auth) if request.HasField("auth") else None)
+    login = credentials(request.auth) if request.HasField("auth") else None
+    with trace.pull_watched() as progress:
+        image = await node.parts.images.pull(name, login, progress)
     log.info("image %s is here as %s, after %.1f s", name, image.id, time.monotonic() - started)
     return pb.PullImageResponse(image_ref=image.id)
 

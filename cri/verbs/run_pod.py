@@ -14,6 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from cri import trace
 from cri.api import api_pb2 as pb
 from cri.capabilities import capabilities
 from cri.cgroups import first_missing, is_within, remove_made
@@ -160,6 +161,7 @@ async def _make(node: Node, pod: Pod) -> str:
     config = pod.request
     own = namespaces(config)
     directory, parent = node.paths.pod(pod.id), cgroup_parent(node, config)
+    trace.about(pod=pod.id)
     async with node.locks.held(pod.id), Undo() as undo:
         undo.did("forget the pod", lambda: _forget(node, pod, undo))
         await node.store.add(pod)

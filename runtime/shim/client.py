@@ -13,9 +13,9 @@ import contextlib
 import os
 import select
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.errors import RuntimeFailure
 from runtime.fields import decode
@@ -39,6 +39,9 @@ from runtime.shim.model import (
     ShimUnresponsive,
 )
 
+if TYPE_CHECKING:
+    from runtime.linux.progress import Phase
+
 RECONNECT_TIMEOUT = 2.0
 _CALL_TIMEOUT = 120.0
 _EXEC_GRACE = 30.0  # what an exec may take beyond its own timeout: start, kill, drain
@@ -52,8 +55,10 @@ class _ShimGone(Exception):
 class Shims:
     """Pods and containers of one state directory (/run/ocid)."""
 
-    def __init__(self, state: Path, *, direct: bool = False) -> None:
+    def __init__(self, state: Path, *, direct: bool = False, tell: Callable[[list[Phase]], None] | None = None) -> None:
+        """`tell` hears, in the caller's thread, where the time of each pod's start and container's create went."""
         self._state = state
+        self._tell = tell
         self._launcher = Launcher(state, direct=direct)
 
     # -------------------------------------------------------------------------------------------------------- pods
@@ -77,7 +82,7 @@ class Shims:
             gids=[list(line) for line in spec.gids],
         )
         with _sentences(f"start pod {spec.id}"), self._launcher.open() as connection:
-            value = _ask(connection, "start", pod, _CALL_TIMEOUT)
+            value = self._timed(lambda timed: _ask(connection, "start", pod, _CALL_TIMEOUT, timed=timed))
         return Sandbox(spec.id, spec.directory, value["pid"], value["started_ticks"], value["pause_pid"])
 
     def reconnect(self, sandbox: Sandbox) -> Sequence[ContainerFacts] | None:
@@ -150,7 +155,7 @@ class Shims:
             handler=spec.handler,
         )
         with _sentences(f"create container {spec.id}"), self._living(sandbox):
-            return ContainerFacts(**self._call(sandbox, "create", message))
+            return ContainerFacts(**self._timed(lambda timed: self._call(sandbox, "create", message, timed=timed)))
 
     def start_container(self, sandbox: Sandbox, container_id: str) -> ContainerFacts:
         """Containers.start_container."""
@@ -266,10 +271,31 @@ class Shims:
             raise
         return connection
 
-    def _call(self, sandbox: Sandbox, name: str, message: Record | None = None, timeout: float = _CALL_TIMEOUT) -> Any:
+    def _timed(self, ask: Callable[[bool], Any]) -> Any:
+        """What `ask` is answered, its phases told to whoever wants them."""
+        if self._tell is None:
+            return ask(False)
+        try:
+            answer = ask(True)
+        except RuntimeFailure as error:
+            if "unknown operation 'timed'" not in str(error):
+                raise
+            return ask(False)  # a shim of before there were phases: shims outlive the daemon that started them
+        self._tell([(name, of, since, end) for name, of, since, end in answer["phases"]])
+        return answer["value"]
+
+    def _call(
+        self,
+        sandbox: Sandbox,
+        name: str,
+        message: Record | None = None,
+        timeout: float = _CALL_TIMEOUT,
+        *,
+        timed: bool = False,
+    ) -> Any:
         with contextlib.closing(self._connect(sandbox, timeout)) as connection:
             try:
-                return _ask(connection, name, message, timeout)
+                return _ask(connection, name, message, timeout, timed=timed)
             except (OSError, FrameError, RuntimeFailure) as error:
                 self._raise_if_gone(sandbox, error)
                 raise
@@ -343,11 +369,17 @@ class Shims:
 
 
 def _ask(
-    connection: socket.socket, name: str, message: Record | None, timeout: float | None, fds: tuple[int, ...] = ()
+    connection: socket.socket,
+    name: str,
+    message: Record | None,
+    timeout: float | None,
+    fds: tuple[int, ...] = (),
+    *,
+    timed: bool = False,
 ) -> Any:
     """One request, one reply. Raises RuntimeFailure (the peer's), OSError, FrameError."""
     connection.settimeout(timeout)
-    send_frame(connection, protocol.request(name, message), fds)
+    send_frame(connection, protocol.request(name, message, timed=timed), fds)
     return protocol.parse_reply(_receive(connection))
 
 

@@ -12,7 +12,7 @@ import os
 import time
 
 from runtime.errors import RuntimeFailure
-from runtime.linux import signals
+from runtime.linux import progress, signals
 from runtime.linux.sockets import send_frame
 from runtime.shim import protocol
 from runtime.shim.engine import shares_pids
@@ -83,6 +83,12 @@ class Handler:
         except OSError:  # the daemon has gone: it will ask again when it is back
             pass
 
+    def _do_timed(self, body: object) -> object:
+        """A create, and where its time went: this helper is made for one request, and begins to keep that."""
+        body = protocol.untimed(body, "create")
+        progress.begin()
+        return {"value": self._do_create(body), "phases": progress.phases()}
+
     # -------------------------------------------------------------------------------------------------- containers
 
     def _held(self, container_id: str) -> Held:
@@ -144,10 +150,12 @@ class Handler:
     def _make(self, engine: Engine, message: protocol.ContainerMessage, pipes: Pipes, facts: Facts) -> None:
         """The process, and the shim's adoption of it."""
         be_as_expendable_as("self", least=0)
+        progress.phase("parse")
         made = engine.create(message, pipes.child)
         try:
             if made.console >= 0:
                 pipes.take_console(made.console)
+            progress.phase("adopt")
             facts.pid = made.pid
             facts.started_ticks = ticks(made.pid)
             facts.created_ns = time.time_ns()

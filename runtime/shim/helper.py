@@ -11,7 +11,7 @@ import socket
 
 from runtime.errors import RuntimeFailure
 from runtime.fields import encode
-from runtime.linux import signals
+from runtime.linux import progress, signals
 from runtime.linux.files import write_durable
 from runtime.linux.process import close_range, start_time
 from runtime.linux.sockets import FrameError, listen_unix, peer_uid, recv_frame, send_frame
@@ -78,6 +78,11 @@ def first_helper(state: str, zygote: int) -> Work:
 def _first_answer(request: bytes, channel: Channel, state: str, zygote: int) -> bytes:
     try:
         name, body = protocol.parse_request(request)
+        if name == "timed":
+            pod = protocol.parse(PodMessage, protocol.untimed(body, "start"))
+            progress.begin()
+            made = _set_up(pod, channel, protocol.request("start", pod))
+            return protocol.reply({"value": made, "phases": progress.phases()})
         if name == "start":
             return protocol.reply(_set_up(protocol.parse(PodMessage, body), channel, request))
         if name == "sweep":

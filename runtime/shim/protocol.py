@@ -18,6 +18,8 @@
       │ ◀─ {pid} + terminal ···················· {exit_code} ─│ once it has ended
       │ ── connect ConnectMessage ──────────────────────────▶ │ in the pod's network namespace
       │ ◀─ {} + socket ────────────────────────────────────── │
+      │ ── timed [operation, body] ─────────────────────────▶ │ start (of a pod) or create, for a tracer:
+      │ ◀─ {"value": …, "phases": [[name, of, begin, end] …]} │ where its time went
 
 A connection carries one request. Frames are those of runtime.linux.sockets: a length, then JSON (two replies
 excepted, as drawn). Refuses requests over MAX_REQUEST, unknown operations and unknown fields, each by name. Invariant:
@@ -195,10 +197,17 @@ def parse(kind: type[Message], body: object) -> Message:
     return kind(*(body[name] for name in fields))
 
 
-def request(operation: str, message: Record | None = None) -> bytes:
-    """The frame body of a request."""
+def request(operation: str, message: Record | None = None, *, timed: bool = False) -> bytes:
+    """The frame body of a request; `timed`: its phases are to come back with the answer."""
     body = {} if message is None else {name: getattr(message, name) for name in message._fields}
-    return encode([operation, body])
+    return encode(["timed", [operation, body]] if timed else [operation, body])
+
+
+def untimed(body: object, operation: str) -> object:
+    """The body of the `operation` inside a timed request, of which it must be one. Raises RuntimeFailure."""
+    if not isinstance(body, list) or len(body) != 2 or body[0] != operation:
+        raise RuntimeFailure(f"only {operation} can be timed here", code="invalid_argument")
+    return body[1]
 
 
 def operation(payload: bytes) -> str:

@@ -43,6 +43,7 @@ from runtime.linux.process import (
     setns,
     unshare,
 )
+from runtime.linux.progress import phase
 from runtime.shim.pause import start_pause
 from runtime.shim.protocol import PodMessage
 
@@ -79,12 +80,12 @@ def set_up(pod: PodMessage) -> int:
     """Makes all of it in this process. The pause process's pid, or 0. Raises RuntimeFailure; then nothing is left but
     this process's own namespaces."""
     undo = Undo()
-    step = "directory"
+    step = phase("directory")
     try:
         for name in ("ns", "containers", "scratch"):
             os.makedirs(f"{pod.directory}/{name}", mode=0o700, exist_ok=True)
         undo.add("remove directories", lambda: _remove_directories(pod.directory))
-        step = "namespaces"
+        step = phase("namespaces")
         if pod.uids:
             from runtime.shim import userns  # few pods have one
 
@@ -95,16 +96,16 @@ def set_up(pod: PodMessage) -> int:
             sethostname(pod.hostname)
         if pod.netns:
             _join_network(pod.netns)
-        step = "sysctls"
+        step = phase("sysctls")
         write_sysctls(pod)
-        step = "pin"
+        step = phase("pin")
         for kind, wanted in (("ipc", pod.private_ipc), ("uts", pod.private_uts), ("net", pod.new_netns)):
             if wanted:
                 _pin(f"/proc/self/ns/{kind}", f"{pod.directory}/ns/{kind}", undo)
-        step = "shm"
+        step = phase("shm")
         if pod.shm_bytes > 0:
             _mount_shm(pod, undo)
-        step = "pause"
+        step = phase("pause")
         if not pod.shared_pid:
             return 0
         pid = start_pause(f"{pod.directory}/scratch", f"{pod.directory}/ns/user" if pod.uids else "")

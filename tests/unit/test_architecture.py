@@ -146,7 +146,7 @@ def test_runtime_linux_is_a_leaf() -> None:
 
 
 def test_network_uses_the_leaf_and_its_own_package() -> None:
-    allowed = ("cri.network", "cri.interfaces", "cri.errors", "cri.threads", "runtime.linux")
+    allowed = ("cri.network", "cri.interfaces", "cri.errors", "cri.threads", "cri.trace", "runtime.linux")
     edges = [
         edge
         for edge in imports()
