@@ -33,7 +33,7 @@ IPTABLES = frozenset(
 # Names that ocid gives its processes, and the peers that tests start.
 OUR_NAMES = ("ocid", "ocirun", "shim", "containerd", "docker-registry", "runc", "crun", "crictl")
 # What a process that was just killed takes to be reaped, and its cgroup to go after it.
-SETTLE_S = 5.0
+SETTLE_S = 20.0
 # Threads of the kernel come and go on their own: their parent is kthreadd, always pid 2.
 KTHREADD = 2
 INIT = 1

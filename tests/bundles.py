@@ -23,7 +23,7 @@ from typing import Any
 
 from runtime.linux.mount import mountinfo
 from runtime.linux.process import set_child_subreaper
-from tests.support import eventually
+from tests.support import SOON_S, eventually
 
 # Another runtime takes its place where a test is to be seen to hold for that one too (hack/vm --runtime).
 OCIRUN = os.environ.get("OCID_RUNTIME") or str(Path(sys.executable).parent / "ocirun")
@@ -242,7 +242,7 @@ class Bundles:
         _mine.add(child.pid)
         return child
 
-    def ocirun(self, *words: str, timeout: float = 30.0, **changes: Any) -> Result:
+    def ocirun(self, *words: str, timeout: float = SOON_S, **changes: Any) -> Result:
         """Runs it to its end."""
         base = self._output / str(next(_numbers))
         with open(f"{base}.out", "wb+") as out, open(f"{base}.err", "wb+") as err:

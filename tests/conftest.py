@@ -25,7 +25,7 @@ MARK = "OCID_TEST_SESSION"
 # Those of vm/ look after themselves and are compared at the end: two looks at /proc take seconds under emulation.
 INTEGRATION = Path(__file__).parent / "integration"
 # A process that was just killed takes a moment to be reaped by its parent, and its cgroup and mounts go after it.
-SETTLE_S = 3.0
+SETTLE_S = 20.0
 
 _session_start = pytest.StashKey[Machine]()
 _session_leaks = pytest.StashKey[list[str]]()

@@ -18,6 +18,7 @@ import struct
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ class Node:
                 start_new_session=True,
                 umask=umask,
             )
-        eventually(lambda: self.process is None or self.process.poll() is not None or self._answers(), 20, "serving")
+        eventually(lambda: self.process is None or self.process.poll() is not None or self._answers(), what="serving")
         assert self.process.poll() is None, self.log.read_text()[-2000:]
         self._client = self._stack.enter_context(connected(self.socket))
 
@@ -192,6 +193,27 @@ class Node:
         self.client.stop_pod(pod)
         self.client.remove_pod(pod)
 
+    def forget(self, reference: str) -> None:
+        """Removes an image of one name, and waits for its space: a collector takes it after the call has answered, and
+        with it what earlier pulls that failed have left."""
+        self.client.remove_image(reference)
+        eventually(lambda: not self._garbage(), what=f"what no image needs to go: {self._garbage()}")
+
+    def _garbage(self) -> set[str]:
+        """Layers that belong to no image, recorded or on their way out."""
+        layers = self.root / "snapshots/layers"
+        with self._database() as database:
+            rows = dict(database.execute("SELECT chain_id, number FROM snapshotter_layers"))
+            images = [id_ for (id_,) in database.execute("SELECT id FROM image")]
+        wanted: set[str] = set()
+        for id_ in images:
+            config = json.loads((self.root / "images/blobs/sha256" / id_.removeprefix("sha256:")).read_bytes())
+            diff_ids = config["rootfs"]["diff_ids"]
+            wanted.update(accumulate(diff_ids, lambda below, diff: _digest(f"{below} {diff}".encode())))
+        found = {chain for chain in rows if chain not in wanted}
+        found |= {name for name in os.listdir(layers) if name not in {str(number) for number in rows.values()}}
+        return found | set(os.listdir(layers.parent / "trash"))
+
     # ------------------------------------------------------------------------------------------------------ what is
 
     def held(self) -> frozenset[str]:
@@ -211,7 +233,7 @@ class Node:
         """Fails unless all is as `before` within a moment: a background worker empties the trash."""
         before = frozenset(thing for thing in before if "/snapshots/trash/" not in thing)  # on its way out then
         with contextlib.suppress(AssertionError):
-            eventually(lambda: self.held() == before, 5)
+            eventually(lambda: self.held() == before)
         now = self.held()
         assert now == before, "\n".join(["left:", *sorted(now - before), "gone:", *sorted(before - now)])
 
@@ -233,14 +255,18 @@ class Node:
             return True
 
     def _records(self) -> Iterator[str]:
-        database = sqlite3.connect(f"file:{self.root}/ocid.db?mode=ro", uri=True)
-        try:
+        with self._database() as database:
             tables = [row[0] for row in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
             for table in tables:
                 for row in database.execute(f"SELECT * FROM {table}"):
                     yield f"record {table}: {str(row)[:200]}"
-        finally:
-            database.close()
+
+    def _database(self) -> contextlib.closing[sqlite3.Connection]:
+        return contextlib.closing(sqlite3.connect(f"file:{self.root}/ocid.db?mode=ro", uri=True))
+
+
+def _digest(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from runtime.linux.sockets import connect_unix, recv_frame, send_frame
 from runtime.shim import protocol
 from runtime.shim.client import Shims
 from runtime.shim.model import ContainerFacts, ContainerSpec, ExecResult, ExecSpec, Sandbox, SandboxSpec
-from tests.support import eventually
+from tests.support import SOON_S, eventually
 
 RUNC = shutil.which("runc") or "/usr/sbin/runc"
 CAPABILITIES = ["CAP_KILL", "CAP_CHOWN", "CAP_SETUID", "CAP_SETGID", "CAP_DAC_OVERRIDE", "CAP_SYS_CHROOT"]
@@ -149,7 +149,7 @@ class Pod:
         assert found is not None, "the shim is gone"
         return next(facts for facts in found if facts.id == container)
 
-    def ended(self, container: str, seconds: float = 20.0) -> ContainerFacts:
+    def ended(self, container: str, seconds: float = SOON_S) -> ContainerFacts:
         """The facts of the container once it has ended."""
         eventually(lambda: self.facts(container).finished_ns, seconds, f"{container} to end")
         return self.facts(container)

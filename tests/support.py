@@ -15,6 +15,8 @@ from typing import TypeVar
 
 import pytest
 
+from tests.costs import SOON_S
+
 T = TypeVar("T")
 
 _ABILITIES: dict[str, Callable[[], bool]] = {
@@ -43,7 +45,7 @@ def needs(*abilities: str) -> None:
             pytest.skip(f"needs {ability}")
 
 
-def eventually(probe: Callable[[], T], seconds: float = 10.0, what: str = "") -> T:
+def eventually(probe: Callable[[], T], seconds: float = SOON_S, what: str = "") -> T:
     """The first true value of `probe`, asked again every few milliseconds; fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:

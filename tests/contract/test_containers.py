@@ -79,7 +79,7 @@ class Ground:
         return found[container]
 
     def ended(self, sandbox: Sandbox, container: str) -> ContainerFacts:
-        eventually(lambda: self.facts(sandbox, container).finished_ns, 20, "the container to end")
+        eventually(lambda: self.facts(sandbox, container).finished_ns, what="the container to end")
         return self.facts(sandbox, container)
 
     def close(self) -> None:

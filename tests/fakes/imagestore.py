@@ -15,6 +15,7 @@ from imagestore.model import Credentials, Image, Unpacker
 from imagestore.platforms import Platform
 from imagestore.store import Store
 from tests.fakes.unpacker import MemoryUnpacker
+from tests.support import SOON_S
 
 T = TypeVar("T")
 
@@ -35,7 +36,7 @@ QUICK = StoreConfig(
 )
 
 
-def run(work: Coroutine[Any, Any, T], seconds: float = 30.0) -> T:
+def run(work: Coroutine[Any, Any, T], seconds: float = SOON_S) -> T:
     """Runs a coroutine on a loop of its own, and not for ever."""
 
     async def bounded() -> T:

@@ -33,6 +33,7 @@ from tests.fakes.containers import MemoryContainers
 from tests.fakes.images import MemoryImages, make_image
 from tests.fakes.network import FakeNetwork
 from tests.fakes.snapshots import Blob, MemorySnapshots, blob, file
+from tests.support import SOON_S
 
 IMAGE = "registry.test/busybox:1"
 PASSWD = b"root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1001:web:/home/web:/bin/sh\n"
@@ -173,7 +174,7 @@ class Rig:
 
     async def ended(self, container_id: str) -> pb.ContainerStatus:
         """The status once the server knows that the container has ended."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(SOON_S):
             while (status := await self.status(container_id)).state != pb.CONTAINER_EXITED:
                 await asyncio.sleep(0.002)
         return status
@@ -223,7 +224,7 @@ async def connected_to(rig: Rig) -> AsyncIterator[grpc.aio.Channel]:
     await server.stop(0)
 
 
-def on_rig(directory: Path, body: Callable[[Rig], Coroutine[Any, Any, None]], seconds: float = 20) -> None:
+def on_rig(directory: Path, body: Callable[[Rig], Coroutine[Any, Any, None]], seconds: float = SOON_S) -> None:
     """Runs `body` on a loop of its own, and not for ever."""
 
     async def bounded() -> None:

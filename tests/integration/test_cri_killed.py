@@ -15,7 +15,7 @@ from conformance.cri_client import container
 from cri.api import api_pb2 as pb
 from tests.e2e import Node, node, stocked
 from tests.fakes.registry import FakeRegistry
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +56,7 @@ def _killed_at(here: Node, point: str, call: Callable[[], object]) -> None:
     with pytest.raises(grpc.RpcError):
         call()
     assert here.process is not None
-    assert here.process.wait(10) == -9, point
+    assert here.process.wait(SOON_S) == -9, point
     here.end()
     here.start()
 
@@ -68,7 +68,7 @@ def _held(here: Node) -> set[str]:
 
 def _nothing_new(here: Node, before: set[str], point: str) -> None:
     try:
-        eventually(lambda: _held(here) - before == set(), 3)
+        eventually(lambda: _held(here) - before == set())
     except AssertionError:
         pytest.fail(f"{point}: left {_held(here) - before}")
 

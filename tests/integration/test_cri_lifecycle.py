@@ -16,7 +16,7 @@ from cri.api import api_pb2 as pb
 from runtime.linux.process import is_running, start_time
 from tests.e2e import Node, messages, node, stocked
 from tests.fakes.registry import FakeRegistry
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_o54_a_second_stop_with_less_patience_wins(here: Node, image: str) -> No
     patient = here.client.runtime.StopContainer.future(pb.StopContainerRequest(container_id=one, timeout=600))
     eventually(lambda: not patient.done())
     here.client.stop(one, 1)
-    assert patient.result(timeout=5) is not None
+    assert patient.result(timeout=SOON_S) is not None
     assert here.client.status(one).exit_code == 137
 
 
@@ -210,7 +210,7 @@ def test_o54_hanging_up_does_not_end_the_stop(here: Node, image: str) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         here.client.runtime.StopContainer(request, timeout=0.2)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    eventually(lambda: here.client.status(one).state == pb.CONTAINER_EXITED, 10)
+    eventually(lambda: here.client.status(one).state == pb.CONTAINER_EXITED)
 
 
 def _ignores_term(pid: int) -> bool:

@@ -16,10 +16,9 @@ from conformance.cri_client import connected, container
 from conformance.daemons import remove_cgroup
 from cri.api import api_pb2 as pb
 from runtime.cgroups.hierarchy import detect
-from tests.costs import SOON_S
 from tests.e2e import Node, node, stocked
 from tests.fakes.registry import FakeRegistry
-from tests.support import needs
+from tests.support import SOON_S, needs
 
 MIB = 1 << 20
 

@@ -123,7 +123,7 @@ def test_registry_trouble(
     finally:
         registry.heal()
     assert served.client.pull(reference) == tar.config_digest
-    served.client.remove_image(reference)
+    served.forget(reference)
 
 
 def test_registry_wants_credentials(served: Node, registry: FakeRegistry, image: str) -> None:
@@ -143,7 +143,7 @@ def test_registry_wants_credentials(served: Node, registry: FakeRegistry, image:
     finally:
         registry.basic = None
     assert "secret-word" not in served.log.read_text()
-    served.client.remove_image(reference)
+    served.forget(reference)
 
 
 @pytest.mark.parametrize("action", [Cut(3000), Stall(3000)], ids=["truncated", "stalled"])
@@ -166,7 +166,7 @@ def test_o49_half_a_layer_is_resumed(served: Node, registry: FakeRegistry, image
     assert served.client.pull(reference) == made.config_digest
     ranges = [one.headers.get("Range", "") for one in registry.seen[seen:] if made.layer_digests[0] in one.path]
     assert any(one and one != "bytes=0-" for one in ranges), ranges
-    served.client.remove_image(reference)
+    served.forget(reference)
     served.settles(before)
 
 
@@ -207,7 +207,7 @@ def test_s39_bad_layer(served: Node, registry: FakeRegistry, image: str, case: s
     good = build_image([{"good": case.encode()}])
     registry.add(f"bad-{case}", "1", good)
     assert served.client.pull(reference) == good.config_digest
-    served.client.remove_image(reference)
+    served.forget(reference)
 
 
 @pytest.mark.parametrize("target", ["{}", "../../../../../../../../../../..{}"], ids=["absolute", "relative"])
@@ -220,7 +220,7 @@ def test_s39_links_out_of_a_layer_stay_inside(
     before = served.held()
     served.client.pull(reference)
     assert not list(tmp_path.iterdir())
-    served.client.remove_image(reference)
+    served.forget(reference)
     served.settles(before)
 
 
@@ -236,7 +236,7 @@ def test_device_in_a_layer_gives_no_device(served: Node, registry: FakeRegistry,
     assert served.client.wait_exit(one) == 1
     assert "Operation not permitted" in log.read_text()
     served.drop(pod)
-    served.client.remove_image(reference)
+    served.forget(reference)
     served.settles(before)
 
 
@@ -248,7 +248,7 @@ def test_wrong_diff_id(served: Node, registry: FakeRegistry, image: str) -> None
     refused(served, lambda: served.client.pull(reference), StatusCode.DATA_LOSS, "diff id", "0" * 64)
     registry.add("diff", "1", build_image([{"a": b"diff"}]))
     served.client.pull(reference)
-    served.client.remove_image(reference)
+    served.forget(reference)
 
 
 # --------------------------------------------------------------------------------------------------------- full disk

@@ -53,7 +53,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry) -> I
         before = held()
         yield made
         with contextlib.suppress(AssertionError):
-            eventually(lambda: held() == before, 5)
+            eventually(lambda: held() == before)
         assert held() == before
 
 
@@ -170,10 +170,10 @@ def test_o13_kill_9_of_a_shim(clean: Node) -> None:
     pod, one, _ = clean.run(clean.image, ["sleep", "1000"], network=True)
     pid = pid_of(clean, one)
     kill(clean.shim(pod))
-    eventually(lambda: clean.client.status(one).state == pb.CONTAINER_EXITED, 10, "its end is told")
+    eventually(lambda: clean.client.status(one).state == pb.CONTAINER_EXITED, what="its end is told")
     status = clean.client.status(one)
     assert status.exit_code != 0 and status.message
-    eventually(lambda: not Path(f"/proc/{pid}").exists() or process_state(pid) == "Z", 10, "the process is gone")
+    eventually(lambda: not Path(f"/proc/{pid}").exists() or process_state(pid) == "Z", what="the process is gone")
     assert clean.client.pod_status(pod).state == pb.SANDBOX_NOTREADY
     other, works, _ = clean.run(clean.image, ["true"])
     assert clean.client.wait_exit(works) == 0
@@ -188,7 +188,7 @@ def test_o13_kill_9_of_a_shim_while_the_daemon_is_down(clean: Node) -> None:
     kill(shim)
     clean.start()
     status = eventually(
-        lambda: status if (status := clean.client.status(one)).state == pb.CONTAINER_EXITED else None, 10, "its end"
+        lambda: status if (status := clean.client.status(one)).state == pb.CONTAINER_EXITED else None, what="its end"
     )
     assert status.exit_code != 0
     assert not Path(f"/proc/{pid}").exists() or process_state(pid) == "Z"

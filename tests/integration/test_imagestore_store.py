@@ -18,7 +18,7 @@ import pytest
 
 from imagestore.manifest import chain_ids
 from imagestore.model import ContentInvalid, Image, ImageError, ImageNotFound, RegistryUnavailable
-from tests.costs import SOON_S, soon
+from tests.costs import soon
 from tests.fakes.imagestore import Bench, run
 from tests.fakes.registry import (
     OCI_INDEX,
@@ -31,7 +31,7 @@ from tests.fakes.registry import (
     write_layout,
 )
 from tests.fakes.unpacker import MemoryUnpacker
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 
 @pytest.fixture

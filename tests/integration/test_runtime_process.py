@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.bundles import OCIRUN, Bundle, Bundles, bundles
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 ours = pytest.mark.skipif(Path(OCIRUN).name == "runc", reason="the reference on this machine is older, or does less")
 _IOPRIO_GET = {"x86_64": 252, "aarch64": 31}[os.uname().machine]
@@ -318,7 +318,7 @@ class Manager:
         self.socket.bind(str(path))
         self.heard: list[bytes] = []
 
-    def hear(self, until: bytes, seconds: float = 20) -> list[bytes]:
+    def hear(self, until: bytes, seconds: float = SOON_S) -> list[bytes]:
         while not any(message.startswith(until) for message in self.heard):
             assert select.select([self.socket], [], [], seconds)[0], f"only {self.heard} came"
             data, ancillary, _, _ = self.socket.recvmsg(4096, socket.CMSG_SPACE(40))

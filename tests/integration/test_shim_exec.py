@@ -20,10 +20,9 @@ from runtime.linux.sockets import recv_frame
 from runtime.shim import protocol
 from runtime.shim.commands import DRAIN
 from runtime.shim.model import ContainerError, ExecSpec
-from tests.costs import SOON_S
 from tests.seccomp_agent import Agent, refuse
 from tests.shims import Lab, Pod, kill, lab, process
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 HANDLERS = ["native", "runc"]
 

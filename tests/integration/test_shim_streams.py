@@ -18,7 +18,7 @@ import pytest
 from runtime.linux.sockets import recv_frame, send_frame
 from runtime.shim.model import ContainerError
 from tests.shims import Lab, Pod, lab
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 HANDLERS = ["native", "runc"]
 
@@ -61,7 +61,7 @@ class Attached:
         for fd in {*fds, out, err}:
             os.close(fd)
 
-    def read(self, fd: int, wanted: bytes, seconds: float = 10.0) -> bytes:
+    def read(self, fd: int, wanted: bytes, seconds: float = SOON_S) -> bytes:
         """Reads until `wanted` was seen or the stream ends."""
         data, deadline = b"", time.monotonic() + seconds
         while wanted not in data or not wanted:
@@ -77,7 +77,7 @@ class Attached:
         os.close(self.stdin)
         self.stdin = -1
 
-    def over(self, seconds: float = 10.0) -> bool:
+    def over(self, seconds: float = SOON_S) -> bool:
         """True once the shim has closed the control fd."""
         self.control.settimeout(seconds)
         return self.control.recv(1) == b""

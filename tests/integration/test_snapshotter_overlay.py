@@ -27,10 +27,9 @@ from snapshotter import overlay as overlay_module
 from snapshotter.model import Config, NotFound, SnapshotError, UnpackError
 from snapshotter.mounts import overlay_mount
 from snapshotter.overlay import Overlay
-from tests.costs import SOON_S
 from tests.fakes.snapshots import Blob, blob, directory, file
 from tests.integration.cgroup_child import fork, own_path
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 CHILD = """
 import sqlite3, sys

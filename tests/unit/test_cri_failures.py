@@ -16,6 +16,7 @@ from cri.errors import CallFailed
 from cri.interfaces import ContainerError
 from runtime.linux import failpoint as failpoints
 from tests.fakes.node import Rig, on_rig
+from tests.support import SOON_S
 
 VERBS = Path(__file__).parents[2] / "cri" / "verbs"
 
@@ -200,7 +201,7 @@ def test_o6_a_retry_joins_the_work_or_takes_its_result(tmp_path: Path) -> None:
         with pytest.raises(asyncio.CancelledError):
             await alone
         gate.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(SOON_S):
             while not any(pod.made_ns for pod in rig.node.store.pods.values()):
                 await asyncio.sleep(0.001)
         (made,) = rig.node.store.pods
@@ -227,7 +228,7 @@ def test_o1_a_caller_that_leaves_stops_neither_work_nor_undoing(tmp_path: Path) 
         with pytest.raises(asyncio.CancelledError):
             await call
         gate.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(SOON_S):
             while rig.leftovers():
                 await asyncio.sleep(0.001)
 
@@ -259,7 +260,7 @@ def test_stopping_a_pod_while_a_container_is_made_in_it_leaves_nothing(tmp_path:
         def slow(*args: object) -> object:
             facts = real(*args)  # type: ignore[arg-type]
             entered.set()
-            gate.wait(5)
+            gate.wait(SOON_S)
             return facts
 
         rig.shims.create = slow  # type: ignore[method-assign,assignment]

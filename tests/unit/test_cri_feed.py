@@ -18,7 +18,7 @@ from cri.api import api_pb2_grpc
 from cri.records import Container, Pod
 from cri.verbs import streams
 from tests.fakes.node import Rig, connected_to, on_rig
-from tests.support import eventually
+from tests.support import SOON_S, eventually
 
 CREATED, STARTED = pb.CONTAINER_CREATED_EVENT, pb.CONTAINER_STARTED_EVENT
 STOPPED, DELETED = pb.CONTAINER_STOPPED_EVENT, pb.CONTAINER_DELETED_EVENT
@@ -232,7 +232,7 @@ def test_o55_readers_have_bounds_in_number_and_bytes_and_leave_nothing(
                 await stub.GetContainerEvents(pb.GetEventsRequest()).read()
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             calls.pop().cancel()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(SOON_S):
                 while rig.feed.readers > 1:
                     await asyncio.sleep(0)
             rig.feed.close()

@@ -18,6 +18,7 @@ from cri.node import now_ns
 from cri.records import Container, Pod
 from cri.recovery import check_networks
 from tests.fakes.node import Rig, on_rig
+from tests.support import SOON_S
 
 
 def _pod_record(rig: Rig, **fields: object) -> Pod:
@@ -265,7 +266,7 @@ def test_o20_a_shim_that_answers_later_is_taken_in_later(tmp_path: Path, monkeyp
         rig.shims.failures["reconnect"] = ShimUnresponsive("the shim does not answer")
         await rig.restart()
         assert (await rig.status(container)).state == pb.CONTAINER_RUNNING
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(SOON_S):
             while rig.shims.log[-1].split()[0] != "reconnect" or not rig.shims.pods[pod].subscribers:
                 await asyncio.sleep(0.005)
         rig.shims.finish(rig.sandbox(pod), container, 3)

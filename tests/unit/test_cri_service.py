@@ -28,6 +28,7 @@ from imagestore.model import ImageConfig, RegistryUnavailable
 from runtime.cgroups.stats import Stats
 from tests.fakes.images import make_image
 from tests.fakes.node import IMAGE, Rig, on_rig
+from tests.support import SOON_S
 
 METHODS = {m.name: m for service in pb.DESCRIPTOR.services_by_name.values() for m in service.methods}
 
@@ -444,7 +445,7 @@ def test_stats_hold_what_is_known_and_filters(tmp_path: Path) -> None:
         assert not answer.stats.HasField("memory")
 
         measuring = asyncio.create_task(rig.statistics.measure())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(SOON_S):
             while not answer.stats.writable_layer.used_bytes.value:
                 answer = await rig.call("ContainerStats", pb.ContainerStatsRequest(container_id=running))
                 await asyncio.sleep(0.002)

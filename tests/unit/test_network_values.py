@@ -21,6 +21,7 @@ from cri.network.external import Binaries, run
 from cri.network.records import Record, Records
 from cri.network.values import Address, Allocation, PluginError, PodRoute, make_result, parse_result
 from cri.threads import Threads, to_thread
+from tests.support import SOON_S
 
 
 def test_results_are_brought_to_the_lists_version() -> None:
@@ -236,7 +237,7 @@ def test_a_pool_has_its_limit() -> None:
         with lock:
             running += 1
             most = max(most, running)
-        gate.wait(5)
+        gate.wait(SOON_S)
         with lock:
             running -= 1
 

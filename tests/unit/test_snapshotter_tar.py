@@ -416,11 +416,11 @@ def _seeds() -> list[bytes]:
 
 
 def _survives(raw: bytes, step: int = 4096) -> None:
-    try:
-        with within(8000):
+    with within(8000):
+        try:
             walk(raw, step)
-    except UnpackError as error:
-        assert str(error)
+        except UnpackError as error:
+            assert str(error)
 
 
 @settings(deadline=None, max_examples=150)
