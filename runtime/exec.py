@@ -17,6 +17,7 @@ from runtime.linux.failpoint import failpoint
 from runtime.linux.files import AT_FDCWD, read_bounded, write_durable
 from runtime.linux.libc import KernelError
 from runtime.linux.process import (
+    CLONE_CLEAR_SIGHAND,
     CLONE_NEWCGROUP,
     CLONE_NEWUSER,
     CLONE_PARENT,
@@ -175,32 +176,20 @@ class _Entry:
                 its.close()
             else:
                 pid, pidfd = self._clone_between(mine, its)
-            self._oom_score(proc, pid)
             if self._facts.intel_rdt is not None:
                 from runtime import intel_rdt  # for machines that have it
 
                 intel_rdt.enter(self._facts.intel_rdt, pid)
             failpoint("exec.cloned")
-            mine.send("Go")
-            message, fds = mine.receive("Console", "Ready")
-            if message.kind == "Console":
-                console = self._console(fds[0], message.text[0])
-                message, _ = mine.receive("Ready")
-            self._warnings += message.text
+            if self._waits():
+                mine.send("Go")
+            console = self._hear(mine, pid, pidfd)
             if self._request.pidfd_socket:
                 from runtime.inherited import send_fd
 
                 send_fd(self._request.pidfd_socket, pidfd, "setns", "send the pidfd to pidfd socket")
             if self._request.pid_file:
                 write_durable(self._request.pid_file, str(pid).encode(), 0o644, sync=False)
-            mine.send("Go")
-            try:
-                message, _ = mine.receive("Listener")
-                self._pass_on(message, pid, pidfd)
-                mine.send("Go")
-                mine.receive()
-            except sync.Closed:
-                pass  # execve closed the other end
             return Executed(pid, pidfd, console, tuple(self._warnings))
         except BaseException:
             if console >= 0:
@@ -210,6 +199,31 @@ class _Entry:
         finally:
             mine.close()
             os.close(proc)
+
+    def _waits(self) -> bool:
+        """Whether the process waits for a Go. A word to and fro costs a change of processes, so it does not where the
+        caller has nothing to do meanwhile, and has given itself up for this exec."""
+        return not self._request.disposable or bool(self._facts.listener_path or self._facts.intel_rdt)
+
+    def _hear(self, channel: sync.Channel, pid: int, pidfd: int) -> int:
+        """What the process has to say until execve closes its end. The console's master, or -1."""
+        console = -1
+        try:
+            while True:
+                message, fds = channel.receive("Console", "Ready", "Listener")
+                if message.kind == "Console":
+                    console = self._console(fds[0], message.text[0])
+                elif message.kind == "Ready":
+                    self._warnings += message.text
+                else:
+                    self._pass_on(message, pid, pidfd)
+                    channel.send("Go")
+        except sync.Closed:
+            return console
+        except BaseException:
+            if console >= 0:
+                os.close(console)
+            raise
 
     def _pass_on(self, message: sync.Message, pid: int, pidfd: int) -> None:
         from runtime import seccomp_notify  # few containers have a listener
@@ -230,20 +244,6 @@ class _Entry:
             return message.pid, fds[0]
         finally:
             os.waitpid(between, 0)
-
-    def _oom_score(self, proc: int, pid: int) -> None:
-        wanted = self._process.oom_score_adj
-        if wanted is None:
-            return
-        try:
-            fd = os.open(f"{pid}/oom_score_adj", os.O_RDWR | os.O_CLOEXEC, dir_fd=proc)
-            try:
-                if int(os.read(fd, 16)) != wanted:
-                    os.write(fd, str(wanted).encode())
-            finally:
-                os.close(fd)
-        except PermissionError:
-            self._warnings.append(f"oom_score_adj {wanted} is lower than this process may set: it stays as it was")
 
     def _console(self, master: int, name: str) -> int:
         if not self._request.console_socket:
@@ -277,7 +277,7 @@ class _Entry:
             # In one call: what is joined is judged by the rights from before it, which a namespace of the host's in a
             # container with a user namespace needs.
             setns(self._init_fd, together)
-        pid, pidfd = clone3(CLONE_PARENT, cgroup_fd=self._gate.cgroup_fd)
+        pid, pidfd = clone3(CLONE_PARENT | CLONE_CLEAR_SIGHAND, cgroup_fd=self._gate.cgroup_fd)
         if pid == 0:
             for other in close:
                 other.close()
@@ -286,13 +286,16 @@ class _Entry:
 
     def _main(self, channel: sync.Channel, others: int) -> NoReturn:
         try:
-            channel.receive("Go")
+            if self._waits():
+                channel.receive("Go")
             identity, command, env, slave = self._set_up(channel, others)
             self._step = "wait"
-            channel.send("Ready", text=tuple(self._warnings))
-            channel.receive("Go")
+            if self._warnings:
+                channel.send("Ready", text=tuple(self._warnings))
+            if channel.is_deserted():
+                os._exit(1)  # nobody would know of the command
             self._step = "exec"
-            process.reset_signals()
+            process.reset_signals(handled=False)
             if self._program:
                 self._step = "seccomp"
                 listener = load(self._program, self._facts.filter_flags)
@@ -316,7 +319,6 @@ class _Entry:
         sys.path[:] = []
         sys.meta_path[:] = []
         self._step = "session"
-        process.end_by_signals()
         os.setsid()
         set_dumpable(False)
         if others & CLONE_NEWUSER:
@@ -331,6 +333,7 @@ class _Entry:
             channel.send("Console", text=(name_of(master),), fds=(master,))
             os.close(master)
         self._step = "limits"
+        self._oom_score()
         affinity = wanted.exec_affinity
         process.set_cpus(affinity.initial if affinity is not None else ())
         process.set_rlimits(wanted.rlimits, self._warnings.append)
@@ -375,6 +378,20 @@ class _Entry:
         self._step = "command"
         process.verify_directory()
         return identity, process.find_command(wanted.args[0], env), env, slave
+
+    def _oom_score(self) -> None:
+        wanted = self._process.oom_score_adj
+        if wanted is None:
+            return
+        try:
+            fd = os.open("self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC, dir_fd=self._proc)
+            try:
+                if int(os.read(fd, 16)) != wanted:
+                    os.write(fd, str(wanted).encode())
+            finally:
+                os.close(fd)
+        except PermissionError:
+            self._warnings.append(f"oom_score_adj {wanted} is lower than this process may set: it stays as it was")
 
     def _stdio(self, slave: int) -> None:
         if slave >= 0:

@@ -64,10 +64,10 @@ def _end(number: int, _frame: object) -> None:
     os._exit(128 + number)
 
 
-def reset_signals() -> None:
+def reset_signals(*, handled: bool = True) -> None:
     """Every disposition to its default and an empty mask: the interpreter ignores SIGPIPE, a nohup'd caller SIGHUP,
-    and execve(2) hands both on."""
-    reset_all_signals()
+    and execve(2) hands both on. `handled` as in reset_all_signals."""
+    reset_all_signals(handled=handled)
 
 
 def new_keyring(name: str, warn: Warn) -> None:

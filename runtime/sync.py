@@ -19,8 +19,8 @@
       |                                  |-- end of file: execve did it --------->|   or Failed(step, errno, …)
 
 A caller that starts it itself, as `run` does, says Start instead of the last Go, on the channel that is there.
-An exec has no start: after the last Go it loads its filter (Listener, Go) and executes, and end of file tells the
-caller. Instead of any message the init may send Failed, and exits. Until the last Go, end of file from the caller makes
+An exec has no start, and at most the first Go: it says Console and Ready if it has a terminal or warnings, and executes
+unless the caller's end is closed; end of file tells the caller. Instead of any message the init may send Failed, and exits. Until the last Go, end of file from the caller makes
 the init exit: a killed caller leaves no half-made container (threats O37). A peer that only connects to start.sock and
 closes asked whether anybody listens. Refuses an unexpected message by name. Invariant: sockets are SOCK_SEQPACKET, so a
 message is whole or not there.
@@ -91,6 +91,15 @@ class Channel:
         os.write(self._socket.fileno(), encode({"kind": "Listener", "text": (str(listener),)}))
         if not os.read(self._socket.fileno(), 1):
             raise Closed("the other process ended without a word")
+
+    def is_deserted(self) -> bool:
+        """True once the peer has closed its end, or ended."""
+        try:
+            return not self._socket.recv(1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            return True
 
     def _send(self, body: bytes, fds: tuple[int, ...]) -> None:
         rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))] if fds else []

@@ -21,7 +21,8 @@ SIGCHLD = 17  # asm/signal.h; importing signal costs 5 ms of enums
 # linux/sched.h
 CLONE_NEWTIME, CLONE_VM, CLONE_PIDFD, CLONE_PARENT = 0x80, 0x100, 0x1000, 0x8000
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x02000000, 0x04000000, 0x08000000
-CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET, CLONE_INTO_CGROUP = 0x10000000, 0x20000000, 0x40000000, 0x200000000
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+CLONE_CLEAR_SIGHAND, CLONE_INTO_CGROUP = 0x100000000, 0x200000000
 # linux/prctl.h
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_SET_NAME = 1, 4, 8, 15
 PR_CAPBSET_READ, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 23, 24, 36, 38, 39
@@ -225,11 +226,14 @@ def sched_setattr(policy: int, flags: int, nice: int, priority: int, times: tupl
 _SIZEOF_SIGACTION, _SIZEOF_SIGSET = 32, 8
 
 
-def reset_all_signals() -> None:
-    """SIG_DFL for every signal and an empty mask, as execve(2) should find them."""
+def reset_all_signals(*, handled: bool = True) -> None:
+    """SIG_DFL for every signal and an empty mask, as execve(2) should find them. Without `handled` only those that are
+    ignored: the others are at their default already, by CLONE_CLEAR_SIGHAND."""
     import _signal  # type: ignore[import-not-found]  # signal wraps it in enums, at 5 ms
 
     for number in range(1, _signal.NSIG):
+        if not handled and _signal.getsignal(number) != _signal.SIG_IGN:
+            continue
         try:
             _signal.signal(number, _signal.SIG_DFL)
         except (OSError, ValueError):
