@@ -20,10 +20,10 @@
 
 A caller that starts it itself, as `run` does, says Start instead of the last Go, on the channel that is there.
 An exec has no start, and at most the first Go: it says Console and Ready if it has a terminal or warnings, and executes
-unless the caller's end is closed; end of file tells the caller. Instead of any message the init may send Failed, and exits. Until the last Go, end of file from the caller makes
-the init exit: a killed caller leaves no half-made container (threats O37). A peer that only connects to start.sock and
-closes asked whether anybody listens. Refuses an unexpected message by name. Invariant: sockets are SOCK_SEQPACKET, so a
-message is whole or not there.
+unless the caller's end is closed; end of file tells the caller. Instead of any message the init may send Failed, and
+exits. Until the last Go, end of file from the caller makes the init exit: a killed caller leaves no half-made container
+(threats O37). A peer that only connects to start.sock and closes asked whether anybody listens. Refuses an unexpected
+message by name. Invariant: sockets are SOCK_SEQPACKET, so a message is whole or not there.
 """
 
 from __future__ import annotations
