@@ -31,6 +31,8 @@ COMMANDS = {
     "load": "load images from an archive",
     "save": "save images to an archive",
     "copy": "copy an image between registries, layouts, archives, directories and the store",
+    "verify": "say whether the signature policy accepts an image, and why; --deep: whether it was tampered with here",
+    "sign": "sign an image in a registry, with a key or an identity",
     "manifest": "print an image's manifest or what refers to it, without pulling",
     "gc": "remove what no image, container or pull needs",
     "doctor": "verify everything in the store, and repair it",

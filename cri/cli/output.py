@@ -22,11 +22,11 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as they need to be, two blanks apart."""
     widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
     for row in [headings, *rows]:
-        print("  ".join(_plain(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print("  ".join(plain(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def _plain(text: str) -> str:
-    # Names come from images and other people's pods: an escape sequence must not reach the terminal.
+def plain(text: str) -> str:
+    """`text` for a terminal: names come from images and other people's pods, and may hold escape sequences."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 

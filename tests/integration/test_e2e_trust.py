@@ -4,6 +4,7 @@ policy of the moment refuses."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,3 +143,34 @@ def test_verification_costs_nothing_where_no_policy_asks_for_it(tmp_path: Path, 
         maps = Path(f"/proc/{made.process.pid}/maps").read_text()
         loaded = [word for word in ("pysequoia", "cryptography", "_yaml") if word in maps]
         assert not loaded
+
+
+def test_what_is_changed_on_disk_is_found_while_the_daemon_serves(served: Node, registry: FakeRegistry) -> None:
+    name = registry.add("deep/app", "1", busybox())
+    served.client.pull(name)
+
+    def deep(code: int) -> str:
+        words = [*served.words, "verify", "--deep", name]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout
+
+    assert deep(0) == f"{name}: as its diff ids say\n"
+    program = next(served.root.glob("snapshots/layers/*/fs/bin/busybox"))
+    status = program.stat()
+    data = bytearray(program.read_bytes())
+    data[len(data) // 2] ^= 1
+    with program.open("r+b") as file:
+        file.write(data)
+    os.utime(program, ns=(status.st_atime_ns, status.st_mtime_ns))
+    try:
+        said = deep(1)
+        # Each of its names is a hard link to the same file.
+        assert "bin/busybox: has other content" in said and said.endswith("differences\n")
+    finally:
+        data[len(data) // 2] ^= 1
+        with program.open("r+b") as file:
+            file.write(data)
+        os.utime(program, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert deep(0)
+    assert not list(served.root.glob("verify-*"))

@@ -1,0 +1,83 @@
+"""`ocid sign`: signs an image in a registry, with a key or with an identity.
+
+Refuses to take a token or a password on the command line, where everybody on the machine reads it. Invariant: what it
+prints was made, and is where it says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from pathlib import Path
+
+from cri.cli import output
+from cri.cli.main import CommandError
+
+_LIMIT = 1 << 20
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    by = parser.add_argument_group("by what, one of")
+    by.add_argument("--key", metavar="FILE", help="private key in PEM: ECDSA, RSA or Ed25519")
+    by.add_argument("--openpgp-key", metavar="FILE", help="OpenPGP secret key, as gpg --export-secret-keys writes it")
+    by.add_argument("--identity-token", metavar="FILE", help="OIDC token, for a certificate from --fulcio-url")
+    parser.add_argument("--password-file", metavar="FILE", help="what the key is encrypted with")
+    parser.add_argument("--fulcio-url", metavar="URL", default="", help="who certifies identities")
+    parser.add_argument("--rekor-url", metavar="URL", default="", help="the log to enter signatures in")
+    parser.add_argument("--bundle", action="store_true", help="sigstore bundles as referrers, not cosign's tag")
+    parser.add_argument("--lookaside", action="store_true", help="into the store of registries.d, not the registry")
+    parser.add_argument("--as", dest="name", metavar="NAME:TAG", default="", help="what the signature calls the image")
+    parser.add_argument("--creds", metavar="USER:PASSWORD", help="log in to the registry with these")
+    output.format_argument(parser)
+    parser.add_argument("image", help="an image in a registry; all manifests of an index are signed, and the index")
+
+
+def run(args: argparse.Namespace) -> int:
+    return asyncio.run(_run(args))
+
+
+async def _run(args: argparse.Namespace) -> int:
+    from cri.cli.connect import configuration
+    from cri.cli.pull import credentials
+    from cri.image_config import store_config
+    from imagestore.model import ImageError
+    from imagestore.sign_image import How, missing, sign
+    from imagestore.verification import reaching
+
+    password = _read(args.password_file)
+    how = How(
+        key=_read(args.key),
+        openpgp=_read(args.openpgp_key),
+        password=password.rstrip(b"\n") if password else None,
+        token=_read(args.identity_token).decode("ascii", "replace").strip(),
+        fulcio=args.fulcio_url,
+        rekor=args.rekor_url,
+        bundle=args.bundle,
+        lookaside=args.lookaside,
+        name=args.name,
+    )
+    if wrong := missing(how):
+        raise CommandError(wrong)
+    try:
+        async with reaching(store_config(configuration(args))) as reach:
+            done = await sign(reach, args.image, credentials(args.creds), how)
+    except ImageError as error:
+        raise CommandError(str(error)) from None
+    if args.format == "json":
+        output.as_json([{"digest": one.digest, "name": one.name, "where": one.where} for one in done])
+    else:
+        output.table(("DIGEST", "AS", "WHERE"), [(one.digest, one.name, one.where) for one in done])
+    return 0
+
+
+def _read(path: str | None) -> bytes:
+    if not path:
+        return b""
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(_LIMIT + 1)
+    except OSError as error:
+        raise CommandError(f"read {path}: {(error.strerror or str(error)).lower()}") from None
+    if not data or len(data) > _LIMIT:
+        raise CommandError(f"read {path}: it is {'empty' if not data else f'larger than {_LIMIT} bytes'}")
+    return data

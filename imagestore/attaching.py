@@ -1,0 +1,139 @@
+"""Where signatures go: cosign's tag, the image's referrers, a lookaside store in a directory.
+
+    PUT /v2/PATH/manifests/sha256-HEX.sig      what is there, and one layer more
+    PUT /v2/PATH/manifests/sha256:…            a manifest with the image as its subject; where the registry has no API
+                                               for referrers, the index under the tag sha256-HEX gets one entry more
+    PATH@sha256=HEX/signature-N                the next number
+
+Refuses to take away what was there before. Of two signers at the same moment one may lose the tag to the other:
+registries cannot write only if nobody else has. Invariant: a manifest is put after all that it names.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from imagestore.attached import OCI_INDEX, OCI_MANIFEST, cosign_tag, fallback_tag
+from imagestore.config import StoreConfig
+from imagestore.content import errno_text
+from imagestore.lookaside import url_of
+from imagestore.manifest import OCI_CONFIG, digest_of
+from imagestore.model import ContentInvalid, Descriptor, ImageError, ImageNotFound
+from imagestore.push import Pusher
+from imagestore.registry import Document, Repository
+from imagestore.signatures import BUNDLE_TYPE, COSIGN_TYPE, Bundle, Cosign, Signature, to_blob
+from runtime.linux.files import write_durable
+
+_EMPTY = "application/vnd.oci.empty.v1+json"
+_ACCEPT = f"{OCI_MANIFEST}, {OCI_INDEX}"
+
+
+class Attaching:
+    """One repository to attach to."""
+
+    def __init__(self, repository: Repository, pusher: Pusher, config: StoreConfig) -> None:
+        self._repository = repository
+        self._pusher = pusher
+        self._config = config
+
+    async def cosign(self, digest: str, made: Cosign) -> str:
+        """Returns where it is. Raises ImageError and its kinds."""
+        tag = cosign_tag(digest)
+        before = await self._json(f"/manifests/{tag}", f"signatures {tag}")
+        layers = _list(before, "layers")
+        blob = await self._blob(made.payload)
+        layers.append({"mediaType": COSIGN_TYPE, **blob, "annotations": dict(made.annotations)})
+        # A config as image tools expect it: some registries look into it.
+        rootfs = {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]}
+        config = json.dumps({"architecture": "", "os": "", "config": {}, "rootfs": rootfs}).encode()
+        described = {"mediaType": OCI_CONFIG, **await self._blob(config)}
+        document = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": described, "layers": layers}
+        await self._put(document, OCI_MANIFEST, tag)
+        return f"tag {tag}, number {len(layers)}"
+
+    async def bundle(self, digest: str, size: int, media_type: str, made: Bundle) -> str:
+        """`size` and `media_type` of the manifest that was signed. Returns where it is. Raises as `cosign` does."""
+        layer = {"mediaType": BUNDLE_TYPE, **await self._blob(made.data)}
+        document = {
+            "schemaVersion": 2,
+            "mediaType": OCI_MANIFEST,
+            "artifactType": BUNDLE_TYPE,
+            "config": {"mediaType": _EMPTY, **await self._blob(b"{}")},
+            "layers": [layer],
+            "subject": {"mediaType": media_type, "digest": digest, "size": size},
+            "annotations": {"dev.sigstore.bundle.content": "dsse-envelope"},
+        }
+        described = await self._put(document, OCI_MANIFEST, "")
+        if await self._json(f"/referrers/{digest}", f"referrers of {digest}") is None:
+            tag = fallback_tag(digest)
+            entries = _list(await self._json(f"/manifests/{tag}", f"referrers {tag}"), "manifests")
+            entries.append({**described, "mediaType": OCI_MANIFEST, "artifactType": BUNDLE_TYPE})
+            index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
+            await self._put(index, OCI_INDEX, tag)
+        return f"referrer {described['digest']}"
+
+    async def _blob(self, data: bytes) -> dict[str, object]:
+        digest = digest_of(data)
+        blob = Descriptor("", digest, len(data))
+        if not await self._pusher.has(blob):
+            with tempfile.TemporaryDirectory(prefix="ocid-sign-") as directory:
+                path = Path(directory) / "blob"
+                path.write_bytes(data)
+                await self._pusher.upload(blob, path, lambda _: None)
+        return {"digest": digest, "size": len(data)}
+
+    async def _put(self, document: Mapping[str, object], media_type: str, tag: str) -> dict[str, object]:
+        data = json.dumps(document, separators=(",", ":")).encode()
+        digest = digest_of(data)
+        await self._pusher.manifest(Document(data, media_type, digest), tag or digest)
+        return {"digest": digest, "size": len(data)}
+
+    async def _json(self, path: str, what: str) -> dict[str, object] | None:
+        """What is there now; None where nothing is, or no such path."""
+        try:
+            data = await self._repository.small(path, what, self._config.manifest_bytes, _ACCEPT)
+        except ImageNotFound:
+            return None
+        except ContentInvalid:
+            if path.startswith("/referrers/"):
+                return None
+            raise
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            if path.startswith("/referrers/"):
+                return None
+            raise ContentInvalid(f"{what}: what is there is no JSON object, so nothing is added to it")
+        return found
+
+
+def _list(document: dict[str, object] | None, key: str) -> list[dict[str, object]]:
+    found = (document or {}).get(key, [])
+    if not isinstance(found, list) or not all(isinstance(item, dict) and "digest" in item for item in found):
+        raise ContentInvalid(f"what is there has {key} that are no descriptors, so nothing is added to it")
+    return list(found)
+
+
+def lay(base: str, path: str, digest: str, made: Signature, limit: int) -> str:
+    """Into a lookaside store that is a directory; returns where it is. Raises ImageError."""
+    if not base.startswith("file:"):
+        raise ImageError(f"lookaside {base}: signatures can be written to file: only; say so as lookaside-staging")
+    for number in range(1, limit + 1):
+        url = url_of(base, path, digest, number)
+        file = Path(unquote(urlsplit(url).path))
+        try:
+            if file.exists():
+                continue
+            file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            write_durable(file, to_blob(made))
+            file.chmod(0o644)  # everybody who pulls reads it
+        except OSError as error:
+            raise ImageError(f"lookaside {file}: {errno_text(error)}") from None
+        return f"lookaside {url}"
+    raise ImageError(f"lookaside {base}: there are {limit} signatures of {digest} already")

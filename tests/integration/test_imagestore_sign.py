@@ -1,0 +1,315 @@
+"""`ocid sign` and `ocid verify`, as commands, against Debian's docker-registry: what the one makes the other, the store
+and openssl accept; with an identity by a Fulcio and a Rekor of the test's."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conformance.registry import registry
+from cri.cli.main import main
+from imagestore.attached import cosign_tag, fallback_tag
+from tests.fakes.imagestore import Bench
+from tests.fakes.registry import OCI_INDEX, OCI_MANIFEST, build_image, build_index, sha256
+from tests.fakes.sigstore import Services
+from tests.integration.test_imagestore_trust_peers import Place
+from tests.support import needs
+from tests.vectors import ISSUER, Maker
+
+ONE = build_image([{"bin/app": b"one"}])
+TWO = build_image([{"bin/app": b"two"}], architecture="arm64")
+INDEX = build_index([ONE, TWO])
+MAIL = "release@example.com"
+
+
+class World(Place):
+    """A registry with an index of two images, commands to be run, and stores to pull with."""
+
+    def __init__(self, directory: Path, server: Any, maker: Maker) -> None:
+        super().__init__(directory, server)
+        self.maker = maker
+        self.policy = directory / "policy.json"
+        self.config = directory / "config.toml"
+        self.config.write_text(
+            f'[image]\nsignature_policy = "{self.policy}"\nregistries_d = "{directory}/registries.d"\nhosts_dirs = []\n'
+        )
+        for image in (ONE, TWO):
+            for blob in image.blobs.values():
+                self.blob("many/app", blob)
+            self.manifest("many/app", image.digest, image.manifest)
+        self._ask("PUT", "/v2/many/app/manifests/1", INDEX, OCI_INDEX)
+        self.name = f"{server.address}/team/app:1"
+        self.many = f"{server.address}/many/app:1"
+        self._stores = 0
+
+    def run(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """The command, in this process: an interpreter for each would be most of the time."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(["--config", str(self.config), *words])
+        assert status == code, out.getvalue() + err.getvalue()
+        return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+
+    def require(self, requirement: dict[str, object]) -> None:
+        self.policy.write_text(json.dumps({"default": [requirement]}))
+
+    def keyed(self, key: str = "good", kind: str = "p256", **more: object) -> None:
+        self.require({"type": "sigstoreSigned", "keyPath": str(self.maker.public(key, kind)), **more})
+
+    def pulls(self, name: str) -> bool:
+        self._stores += 1
+        return self.ours(self.policy, name, self.directory / f"store{self._stores}")[0]
+
+    def verdict(self, name: str, *, accepted: bool = True) -> dict[str, Any]:
+        done = self.run("verify", "--format", "json", name, code=0 if accepted else 1)
+        found: dict[str, Any] = json.loads(done.stdout)
+        assert found["accepted"] is accepted
+        return found
+
+    def fetch(self, repository: str, target: str) -> dict[str, Any]:
+        import http.client
+
+        connection = http.client.HTTPConnection(self.server.address, timeout=10)
+        connection.request(
+            "GET", f"/v2/{repository}/manifests/{target}", headers={"Accept": f"{OCI_MANIFEST}, {OCI_INDEX}"}
+        )
+        answer = connection.getresponse()
+        body = answer.read()
+        connection.close()
+        assert answer.status == 200, body
+        found: dict[str, Any] = json.loads(body)
+        return found
+
+
+@pytest.fixture(scope="module")
+def maker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maker]:
+    yield Maker(tmp_path_factory.mktemp("vectors"))
+
+
+@pytest.fixture
+def world(tmp_path: Path, maker: Maker) -> Iterator[World]:
+    needs("root")
+    with registry(tmp_path / "registry") as server:
+        yield World(tmp_path, server, maker)
+    maker.close()
+
+
+@pytest.mark.parametrize("kind", ["p256", "p384", "rsa", "ed25519"])
+def test_with_a_key(world: World, maker: Maker, kind: str) -> None:
+    key = f"signer-{kind}"
+    world.keyed(key, kind)
+    assert not world.pulls(world.name)
+    world.verdict(world.name, accepted=False)
+    world.run("sign", "--key", str(maker.private(key, kind)), world.name)
+    found = world.verdict(world.name)["requirements"]
+    assert [(one["type"], one["met"], one["digest"]) for one in found] == [("sigstoreSigned", True, ONE_OF_TEAM)]
+    assert found[0]["by"].startswith("key sha256:") and found[0]["name"] == world.name
+    assert world.pulls(world.name)
+
+
+ONE_OF_TEAM = build_image([{"bin/app": b"one"}]).digest
+
+
+def test_openssl_alone_accepts_what_we_sign(world: World, maker: Maker) -> None:
+    world.run("sign", "--key", str(maker.private("good")), world.name)
+    layer = world.fetch("team/app", cosign_tag(ONE_OF_TEAM))["layers"][0]
+    blob = world.directory / "registry/storage/docker/registry/v2/blobs/sha256"
+    payload = (blob / layer["digest"][7:9] / layer["digest"][7:] / "data").read_bytes()
+    signature = base64.b64decode(layer["annotations"]["dev.cosignproject.cosign/signature"])
+    maker.check(maker.public("good").read_bytes(), signature, payload)
+    assert json.loads(payload)["critical"]["image"] == {"docker-manifest-digest": ONE_OF_TEAM}
+    with pytest.raises(subprocess.CalledProcessError):
+        maker.check(maker.public("good").read_bytes(), signature, payload + b" ")
+
+
+def test_a_second_signature_leaves_the_first(world: World, maker: Maker) -> None:
+    for key in ("first", "second"):
+        world.run("sign", "--key", str(maker.private(key)), world.name)
+    for key in ("first", "second"):
+        world.keyed(key)
+        assert world.pulls(world.name)
+    # All must be met: both are.
+    both = [{"type": "sigstoreSigned", "keyPath": str(maker.public(key))} for key in ("first", "second")]
+    world.policy.write_text(json.dumps({"default": both}))
+    assert len(world.verdict(world.name)["requirements"]) == 2 and world.pulls(world.name)
+
+
+def test_bundles_as_referrers(world: World, maker: Maker) -> None:
+    """Twice, so that the index that stands for the API keeps what it had."""
+    for key in ("first", "second"):
+        world.run("sign", "--bundle", "--key", str(maker.private(key)), world.name)
+    assert len(world.fetch("team/app", fallback_tag(ONE_OF_TEAM))["manifests"]) == 2
+    for key in ("first", "second"):
+        world.keyed(key)
+        found = world.verdict(world.name)["requirements"][0]
+        assert found["signature"].startswith("referrer sha256:")
+        assert world.pulls(world.name)
+
+
+def test_every_manifest_of_an_index_is_signed(world: World, maker: Maker) -> None:
+    done = world.run("sign", "--format", "json", "--key", str(maker.private("good")), world.many)
+    assert [one["digest"] for one in json.loads(done.stdout)] == [sha256(INDEX), ONE.digest, TWO.digest]
+    world.keyed()
+    assert world.pulls(world.many)
+    assert world.verdict(world.many)["digests"] == [ONE.digest, sha256(INDEX)]
+    for digest in (ONE.digest, TWO.digest, sha256(INDEX)):
+        world.fetch("many/app", cosign_tag(digest))
+
+
+def test_openpgp_into_the_lookaside_store_and_skopeo_accepts_it(world: World, maker: Maker) -> None:
+    public = maker.gpg_key("good@example.com")
+    secret = world.directory / "secret.asc"
+    secret.write_bytes(maker._gpg_run("--armor", "--export-secret-keys", "good@example.com"))
+    world.require({"type": "signedBy", "keyType": "GPGKeys", "keyPath": str(public)})
+    world.run("sign", "--openpgp-key", str(secret), world.name)
+    found = world.verdict(world.name)["requirements"][0]
+    assert "good@example.com" in found["by"] and found["signature"].startswith("lookaside file://")
+    assert world.pulls(world.name)
+    assert world.skopeo(world.policy, world.name, world.directory / "copied") == (True, "")
+
+
+def test_a_name_that_is_no_tag_is_asked_for(world: World, maker: Maker) -> None:
+    by_digest = f"{world.name.rpartition(':')[0]}@{ONE_OF_TEAM}"
+    done = world.run("sign", "--key", str(maker.private("good")), by_digest, code=125)
+    assert "has no tag; say with --as" in done.stderr
+    world.run("sign", "--key", str(maker.private("good")), "--as", "example.com/released/app:7", by_digest)
+    world.keyed(signedIdentity={"type": "exactReference", "dockerReference": "example.com/released/app:7"})
+    assert world.pulls(world.name)
+
+
+def test_an_encrypted_key_and_a_wrong_password(world: World, maker: Maker, tmp_path: Path) -> None:
+    key, password = tmp_path / "locked.key", tmp_path / "password"
+    maker._openssl("pkcs8", "-topk8", "-in", str(maker.private("good")), "-passout", "pass:horse", "-out", str(key))
+    password.write_text("donkey\n")
+    words = ("sign", "--key", str(key), "--password-file", str(password), world.name)
+    done = world.run(*words, code=125)
+    assert "private key: cannot be used" in done.stderr and "donkey" not in done.stderr
+    password.write_text("horse\n")
+    world.run(*words)
+    world.keyed()
+    assert world.pulls(world.name)
+
+
+# ------------------------------------------------------------------------------------------------------ an identity
+
+
+@pytest.fixture
+def services(maker: Maker) -> Iterator[Services]:
+    with Services(maker) as made:
+        yield made
+
+
+def keyless(world: World, services: Services, *more: str, mail: str = MAIL, code: int = 0) -> str:
+    token = world.directory / "token"
+    token.write_text(f"token-of-{mail}\n")
+    words = ("--identity-token", str(token), "--fulcio-url", services.url, "--rekor-url", services.url)
+    return world.run("sign", *words, *more, world.name, code=code).stderr
+
+
+def fulcio(world: World, maker: Maker) -> None:
+    # Bundles carry the signer's certificate alone: what is between has to be with the roots.
+    maker.authority("fulcio")
+    roots = world.directory / "roots.pem"
+    roots.write_bytes(maker.authority("fulcio").read_bytes() + maker.between("fulcio-between", "fulcio").read_bytes())
+    who = {"caPath": str(roots), "oidcIssuer": ISSUER, "subjectEmail": MAIL}
+    world.require({"type": "sigstoreSigned", "fulcio": who, "rekorPublicKeyPath": str(maker.public("log"))})
+
+
+@pytest.mark.parametrize("form", [(), ("--bundle",)], ids=["annotations", "bundle"])
+def test_with_an_identity(world: World, maker: Maker, services: Services, form: tuple[str, ...]) -> None:
+    fulcio(world, maker)
+    keyless(world, services, *form, mail="somebody@example.com")
+    refused = world.verdict(world.name, accepted=False)["requirements"][0]["reasons"]
+    assert any("the policy wants 'release@example.com'" in reason for reason in refused), refused
+    keyless(world, services, *form)
+    found = world.verdict(world.name)["requirements"][0]
+    assert found["by"] == f"{MAIL}, for whom {ISSUER} vouched, logged as number 7"
+    assert world.pulls(world.name)
+    # The key was of a minute: nothing but a request for a certificate, and signatures, left the process.
+    assert {path for path, _ in services.seen} == {"/api/v2/signingCert", "/api/v1/log/entries"}
+
+
+def test_a_key_whose_signatures_are_logged(world: World, maker: Maker, services: Services) -> None:
+    world.keyed(rekorPublicKeyPath=str(maker.public("log")))
+    world.run("sign", "--key", str(maker.private("good")), world.name)
+    assert "no log entry" in world.verdict(world.name, accepted=False)["requirements"][0]["reasons"][0]
+    for form in ((), ("--bundle",)):
+        world.run("sign", "--key", str(maker.private("good")), "--rekor-url", services.url, *form, world.name)
+        assert world.pulls(world.name)
+
+
+def test_s30_a_token_goes_nowhere_else_and_is_not_repeated(world: World, services: Services, maker: Maker) -> None:
+    token = world.directory / "token"
+    token.write_text("SECRET-of-nobody")
+    words = ("--identity-token", str(token), "--fulcio-url", services.url, "--rekor-url", services.url, world.name)
+    done = world.run("sign", *words, code=125)
+    assert "answered 401 for certificate" in done.stderr and "SECRET" not in done.stderr
+    with Services(maker) as elsewhere:
+        services.redirect = f"{elsewhere.url}/api/v2/signingCert"
+        done = world.run("sign", *words, code=125)
+        assert "redirects more than 0 times" in done.stderr and not elsewhere.seen
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "exactly one of --key"),
+        (("--key", "KEY", "--openpgp-key", "KEY"), "exactly one of --key"),
+        (("--identity-token", "KEY"), "needs --fulcio-url and --rekor-url"),
+        (("--openpgp-key", "KEY", "--bundle"), "knows neither bundles nor logs"),
+        (("--key", "/does/not/exist"), "read /does/not/exist: no such file or directory"),
+        (("--key", "JUNK"), "private key: cannot be used"),
+    ],
+)
+def test_what_cannot_be_meant(world: World, maker: Maker, words: tuple[str, ...], said: str) -> None:
+    (world.directory / "junk").write_text("junk")
+    named = {"KEY": str(maker.private("good")), "JUNK": str(world.directory / "junk")}
+    done = world.run("sign", *(named.get(word, word) for word in words), world.name, code=125)
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------------------- verify, in words
+
+
+def test_verify_says_in_words_what_was_met_by_what(world: World, maker: Maker) -> None:
+    requirements = [
+        {"type": "sigstoreSigned", "keyPath": str(maker.public("good"))},
+        {"type": "sigstoreSigned", "keyPath": str(maker.public("other"))},
+    ]
+    world.policy.write_text(json.dumps({"default": [{"type": "reject"}], "transports": {"docker": {
+        f"{world.server.address}/team": requirements}}}))  # fmt: skip
+    world.run("sign", "--key", str(maker.private("good")), world.name)
+    said = world.run("verify", world.name, code=1).stdout.splitlines()
+    assert said[0] == f"{world.name}: REFUSED by the requirements of docker {world.server.address}/team"
+    assert said[1] == f"  digest   {ONE_OF_TEAM}"
+    assert said[2].startswith("  met      sigstoreSigned: signed by key sha256:") and f"as {world.name}" in said[2]
+    assert said[3] == "  not met  sigstoreSigned"
+    assert "no good signature by key sha256:" in said[4]
+    world.run("sign", "--key", str(maker.private("other")), world.name)
+    assert "accepted" in world.run("verify", world.name).stdout.splitlines()[0]
+    other = world.directory / "other.json"
+    other.write_text('{"default": [{"type": "reject"}]}')
+    assert "REFUSED" in world.run("verify", "--policy", str(other), world.name, code=1).stdout
+    other.write_text("{")
+    assert "other.json" in world.run("verify", "--policy", str(other), world.name, code=125).stderr
+
+
+def test_verify_keeps_nothing(world: World) -> None:
+    world.policy.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
+    before = set(os.listdir(world.directory))
+    world.run("verify", world.name)
+    assert set(os.listdir(world.directory)) == before
+    bench = Bench(world.directory)
+    try:
+        assert not bench.blobs()
+    finally:
+        bench.close()
