@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -30,12 +31,23 @@ class Registry:
         return f"{self.address}/{name}"
 
 
-def _configuration(address: str, storage: Path) -> str:
+@dataclass(frozen=True, slots=True)
+class Secured:
+    """A registry over TLS that wants a password of `htpasswd` (bcrypt)."""
+
+    certificate: Path
+    key: Path
+    htpasswd: Path
+
+
+def _configuration(address: str, storage: Path, secured: Secured | None) -> str:
+    tls = f", tls: {{certificate: '{secured.certificate}', key: '{secured.key}'}}" if secured else ""
+    auth = f"auth: {{htpasswd: {{realm: conformance, path: '{secured.htpasswd}'}}}}\n" if secured else ""
     return (
         "version: 0.1\n"
         "log: {level: warn, accesslog: {disabled: true}}\n"
         f"storage: {{filesystem: {{rootdirectory: {storage}, maxthreads: 100}}, delete: {{enabled: true}}}}\n"
-        f"http: {{addr: '{address}'}}\n"
+        f"http: {{addr: '{address}'{tls}}}\n{auth}"
     )
 
 
@@ -45,19 +57,22 @@ def _free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-def _answers(address: str) -> bool:
+def _answers(address: str, secured: Secured | None) -> bool:
     connection = http.client.HTTPConnection(address, timeout=2)
+    if secured:
+        trusted = ssl.create_default_context(cafile=secured.certificate)
+        connection = http.client.HTTPSConnection(address, timeout=2, context=trusted)
     try:
         connection.request("GET", "/v2/")
-        return connection.getresponse().status == 200
-    except OSError:
+        return connection.getresponse().status == (401 if secured else 200)
+    except (OSError, http.client.HTTPException):
         return False
     finally:
         connection.close()
 
 
 @contextmanager
-def registry(directory: Path) -> Iterator[Registry]:
+def registry(directory: Path, secured: Secured | None = None) -> Iterator[Registry]:
     """Runs a registry below `directory` until the block ends."""
     directory.mkdir(parents=True, exist_ok=True)
     storage, log = directory / "storage", directory / "registry.log"
@@ -65,13 +80,13 @@ def registry(directory: Path) -> Iterator[Registry]:
         # Another process may take the port between the probe and the start: then try the next one.
         address = _free_address()
         configuration = directory / "registry.yaml"
-        configuration.write_text(_configuration(address, storage))
+        configuration.write_text(_configuration(address, storage, secured))
         with open(log, "ab") as output:
             process = subprocess.Popen(
                 ["docker-registry", "serve", str(configuration)], stdout=output, stderr=output, stdin=subprocess.DEVNULL
             )
         try:
-            if _started(process, address):
+            if _started(process, address, secured):
                 yield Registry(address, storage, log)
                 return
         finally:
@@ -80,10 +95,10 @@ def registry(directory: Path) -> Iterator[Registry]:
     raise RuntimeError(f"docker-registry does not start: {log.read_text()[-500:]}")
 
 
-def _started(process: subprocess.Popen[bytes], address: str) -> bool:
+def _started(process: subprocess.Popen[bytes], address: str, secured: Secured | None) -> bool:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and process.poll() is None:
-        if _answers(address):
+        if _answers(address, secured):
             return True
         time.sleep(0.02)
     return False

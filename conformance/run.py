@@ -3,6 +3,7 @@
     conformance/run --runtime runc           Debian's runc, the reference: run first, it proves the suite
     conformance/run [--runtime ocirun]       ours
     conformance/run --runtime /path/to/one   any other
+    conformance/run images                   images instead: beside skopeo and umoci (conformance/image_lane)
 
 Prints a line for each case as it ends, and last "N passed, N failed, N skipped". What a runtime is known not to pass
 is in expected.toml with the reason; a case of those that passes is an error too. Exit code 0: everything as expected.
@@ -108,7 +109,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["images"]:
+        from conformance.image_lane.__main__ import main as images
+
+        return images(words[1:])
+    options = parser().parse_args(words)
     every = load()
     try:
         cases = choose(every, options.group, options.k, options.needs)
