@@ -7,11 +7,13 @@ this wire, so seconds are whole seconds, as with the peers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from cri.api import api_pb2 as pb
 from cri.interfaces import InterfaceCounters
+from cri.processes import Processes
 from cri.records import Container, Pod
 from runtime.cgroups.stats import Pressure, Stats
 
@@ -30,8 +32,9 @@ class Facts:
     started_ns: int = 0
     limits: pb.LinuxContainerResources | None = None
     layer: pb.FilesystemUsage | None = None
-    processes: int | None = None
+    processes: Processes | None = None
     interfaces: tuple[InterfaceCounters, ...] = ()
+    disk: os.statvfs_result | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,25 @@ def _layer(field: str) -> Callable[[Facts], Iterable[Sample]]:
     return samples
 
 
+def _held(field: str) -> Callable[[Facts], Iterable[Sample]]:
+    return _one(lambda facts: getattr(facts.processes, field) if facts.processes is not None else None)
+
+
+def _open_files(facts: Facts) -> Iterator[Sample]:
+    if facts.processes is not None and facts.processes.open_files is not None:
+        yield ("max_open_files",), facts.processes.open_files
+
+
+def _disk(value: Callable[[os.statvfs_result], int]) -> Callable[[Facts], Iterable[Sample]]:
+    """Of the filesystem that the writable layer is on."""
+
+    def samples(facts: Facts) -> Iterator[Sample]:
+        if facts.disk is not None and facts.layer is not None:
+            yield (facts.layer.fs_id.mountpoint,), value(facts.disk)
+
+    return samples
+
+
 def _cpu_total(facts: Facts) -> Iterator[Sample]:
     yield ("total",), facts.stats.cpu_usage_ns // _SECOND_NS
 
@@ -135,7 +157,19 @@ FAMILIES: tuple[Family, ...] = (
     Family("container_fs_reads_bytes_total", "Bytes read", C, _device("read_bytes"), ("device",)),
     Family("container_fs_writes_total", "Writes completed", C, _device("writes"), ("device",)),
     Family("container_fs_writes_bytes_total", "Bytes written", C, _device("write_bytes"), ("device",)),
-    Family("container_processes", "Processes running", G, _one(lambda facts: facts.processes)),
+    Family("container_fs_inodes_total", "Inodes of its filesystem", G, _disk(lambda disk: disk.f_files), ("device",)),
+    Family("container_fs_inodes_free", "Inodes free there", G, _disk(lambda disk: disk.f_ffree), ("device",)),
+    Family(
+        "container_fs_limit_bytes",
+        "Size of its filesystem",
+        G,
+        _disk(lambda disk: disk.f_blocks * disk.f_frsize),
+        ("device",),
+    ),
+    Family("container_processes", "Processes running", G, _held("count")),
+    Family("container_file_descriptors", "Descriptors that are open", G, _held("files")),
+    Family("container_sockets", "Sockets that are open", G, _held("sockets")),
+    Family("container_ulimits_soft", "Soft limits of its first process", G, _open_files, ("ulimit",)),
     Family("container_threads", "Threads running", G, _stat("pids")),
     Family("container_threads_max", "Threads allowed, where there is a limit", G, _stat("pids_limit")),
     Family(

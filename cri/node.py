@@ -20,6 +20,7 @@ from cri.calls import Locks, Reservations, Tasks
 from cri.config import NATIVE, Config
 from cri.errors import FailedPrecondition, InvalidArgument, NotFound
 from cri.interfaces import ContainerFacts, Containers, Images, InterfaceCounters, Network, Sandbox, Sandboxes, Snapshots
+from cri.processes import Processes
 from cri.records import Container, Pod
 from cri.store import Store
 from cri.streaming.sessions import Request
@@ -109,8 +110,8 @@ class Reader(Protocol):
         """The writable layer as last measured."""
         ...
 
-    def processes(self, id_: str) -> int | None:
-        """How many processes what was looked at has; blocks. None when it is gone."""
+    def processes(self, id_: str, init: int) -> Processes | None:
+        """What the processes of what was looked at hold; blocks. None when it is gone."""
         ...
 
     def forget(self, id_: str) -> None:

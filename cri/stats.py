@@ -16,6 +16,7 @@ from pathlib import Path
 from cri import usage
 from cri.api import api_pb2 as pb
 from cri.node import Node, PodLook
+from cri.processes import Processes, look
 from cri.records import Container, Pod
 from cri.threads import to_thread
 from cri.verbs.run_pod import own_cgroups
@@ -129,11 +130,11 @@ class Statistics:
         message.inodes_used.value = layer.inodes if layer else 0
         return message
 
-    def processes(self, id_: str) -> int | None:
-        """How many processes there are in a cgroup that was read before; blocks. None when it is gone."""
+    def processes(self, id_: str, init: int) -> Processes | None:
+        """What the processes of a cgroup that was read before hold; blocks. None when it is gone."""
         manager = self._managers.get(id_)
         try:
-            return len(manager.pids()) if manager is not None else None
+            return look(manager.pids(), init) if manager is not None else None
         except (OSError, RuntimeFailure):
             return None
 

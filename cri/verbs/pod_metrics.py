@@ -6,6 +6,7 @@ described, and a pod or container that is gone meanwhile is left out.
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator
 
 from cri import metrics
@@ -44,10 +45,17 @@ async def pod_metrics(node: Node) -> AsyncGenerator[list[pb.PodSandboxMetrics], 
 async def _of(node: Node, pods: list[Pod]) -> list[pb.PodSandboxMetrics]:
     looks = await node.statistics.look(pods, full=True)
     layers = {one.id: node.statistics.layer(one.id) for look in looks for one, _ in look.containers}
-    return await to_thread(lambda: [_message(node, look, layers) for look in looks if look.stats is not None])
+    return await to_thread(_messages, node, looks, layers)
 
 
-def _message(node: Node, look: PodLook, layers: dict[str, pb.FilesystemUsage]) -> pb.PodSandboxMetrics:
+def _messages(node: Node, looks: list[PodLook], layers: dict[str, pb.FilesystemUsage]) -> list[pb.PodSandboxMetrics]:
+    disk = os.statvfs(node.config.root)
+    return [_message(node, look, layers, disk) for look in looks if look.stats is not None]
+
+
+def _message(
+    node: Node, look: PodLook, layers: dict[str, pb.FilesystemUsage], disk: os.statvfs_result
+) -> pb.PodSandboxMetrics:
     pod = look.pod
     message = pb.PodSandboxMetrics(pod_sandbox_id=pod.id)
     if look.stats is not None:
@@ -60,7 +68,8 @@ def _message(node: Node, look: PodLook, layers: dict[str, pb.FilesystemUsage]) -
             container.started_ns,
             pb.LinuxContainerResources.FromString(container.resources),
             layers[container.id],
-            node.statistics.processes(container.id),
+            node.statistics.processes(container.id, container.pid),
+            disk=disk,
         )
         part = message.container_metrics.add(container_id=container.id)
         part.metrics.extend(metrics.samples(facts, metrics.container_labels(container, pod)))

@@ -7,7 +7,6 @@ Refuses to wait: all of it is read from memory, and what is verbose about one ob
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -15,15 +14,12 @@ from collections.abc import Iterator, Mapping
 from cri.api import api_pb2 as pb
 from cri.node import Node, now_ns
 from cri.records import Container, Pod
-from cri.spec.limits import build as limits_of
 from cri.threads import to_thread
-from cri.verbs import status
+from cri.verbs import status, verbose
 from cri.version import CRI_API, NAME, VERSION
 from runtime.linux.files import AT_FDCWD, read_bounded
 
 log = logging.getLogger(__name__)
-
-MAX_CONFIG = 16 << 20
 
 
 async def version(node: Node, request: pb.VersionRequest) -> pb.VersionResponse:
@@ -53,10 +49,7 @@ async def node_status(node: Node, request: pb.StatusRequest) -> pb.StatusRespons
     response.features.user_namespaces_host_network = with_users
     response.features.mount_options = True
     if request.verbose:
-        from cri.config import as_toml
-
-        facts = {"config": as_toml(node.config), "pods": len(node.store.pods), "containers": len(node.store.containers)}
-        response.info["config"] = json.dumps(facts)
+        response.info.update(verbose.node_info(node, trouble))
     return response
 
 
@@ -115,15 +108,7 @@ async def pod_status(node: Node, request: pb.PodSandboxStatusRequest) -> pb.PodS
         timestamp=now_ns(),
     )
     if request.verbose:
-        info = {
-            "pid": pod.pid if pod.ready else 0,
-            "pausePid": pod.pause_pid,
-            "netns": pod.netns,
-            "runtimeHandler": pod.handler,
-            "network": json.loads(pod.network_result or "null"),
-            "config": _as_json(pod.request),
-        }
-        response.info["info"] = json.dumps(info)
+        response.info.update(verbose.pod_info(node, pod))
     return response
 
 
@@ -160,32 +145,5 @@ async def container_status(node: Node, request: pb.ContainerStatusRequest) -> pb
     container = node.container(request.container_id)
     response = pb.ContainerStatusResponse(status=status.container_status(container))
     if request.verbose:
-        spec = await to_thread(_spec, node, container)
-        info = {
-            "sandboxID": container.pod_id,
-            "pid": container.pid if container.running else 0,
-            "snapshotKey": container.id,
-            "runtimeHandler": node.store.pods[container.pod_id].handler,
-            "cgroup": container.cgroup,
-            "exitSignal": container.signal,
-            "resources": limits_of(pb.LinuxContainerResources.FromString(container.resources)),
-            "config": _as_json(container.request),
-            "runtimeSpec": spec,
-        }
-        response.info["info"] = json.dumps(info)
+        response.info.update(await to_thread(verbose.container_info, node, container))
     return response
-
-
-def _spec(node: Node, container: Container) -> object:
-    """config.json as the runtime got it; None once a reboot has taken the state directory."""
-    try:
-        return json.loads(read_bounded(AT_FDCWD, str(node.paths.bundle(container.id) / "config.json"), MAX_CONFIG))
-    except (OSError, ValueError) as error:
-        log.debug("container %s: config.json: %s", container.id[:13], error)
-        return None
-
-
-def _as_json(message: pb.PodSandboxConfig | pb.ContainerConfig) -> object:
-    from google.protobuf.json_format import MessageToDict  # rarely needed, and not small
-
-    return MessageToDict(message, preserving_proto_field_name=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from cri.api import api_pb2 as pb
 from runtime.cgroups.hierarchy import detect
 from tests.e2e import Node, node, stocked
 from tests.fakes.registry import FakeRegistry
-from tests.support import SOON_S, needs
+from tests.support import SOON_S, eventually, needs
 
 MIB = 1 << 20
 
@@ -97,6 +98,31 @@ def test_a_pods_figures_are_its_cgroups_and_its_interfaces(here: Node) -> None:
     assert listed.attributes.id == pod and len(listed.linux.containers) == 2
     here.drop(pod)
     assert here.held() - before == set()
+
+
+def test_metrics_of_descriptors_sockets_limits_and_inodes(here: Node) -> None:
+    pod, config, _ = _pod(here)
+    one = _run(here, pod, config, "one", "exec 7</dev/null; nc -l -p 8080 & exec sleep 1000")
+
+    def metrics() -> dict[str, int]:
+        request = pb.ListPodSandboxMetricsRequest()
+        listed = here.client.runtime.ListPodSandboxMetrics(request).pod_metrics
+        (found,) = (item for of in listed for item in of.container_metrics if item.container_id == one)
+        return {item.name: item.value.value for item in found.metrics if item.label_values[-1] not in ("cpu",)}
+
+    # sleep with 0, 1, 2 and 7; nc with those, and the socket that it listens on.
+    found = eventually(lambda: (known := metrics())["container_sockets"] == 1 and known)
+    assert isinstance(found, dict)
+    assert found["container_processes"] == 2 and found["container_file_descriptors"] == 9
+    info = json.loads(
+        here.client.runtime.ContainerStatus(pb.ContainerStatusRequest(container_id=one, verbose=True)).info["info"]
+    )
+    assert found["container_ulimits_soft"] == resource.prlimit(info["pid"], resource.RLIMIT_NOFILE)[0]
+    disk = os.statvfs(here.root)
+    assert found["container_fs_inodes_total"] == disk.f_files
+    assert 0 < found["container_fs_inodes_free"] < disk.f_files
+    assert found["container_fs_limit_bytes"] == disk.f_blocks * disk.f_frsize
+    here.drop(pod)
 
 
 def test_o42_lists_of_statistics_are_whole_while_everything_comes_and_goes(here: Node) -> None:

@@ -178,9 +178,32 @@ def test_verbose_status_holds_pid_spec_and_config(tmp_path: Path) -> None:
         assert info["runtimeSpec"]["process"]["args"] == ["sh", "-c", "sleep 1000"]
         assert info["config"]["metadata"]["name"] == "main"
         answer = await rig.call("PodSandboxStatus", pb.PodSandboxStatusRequest(pod_sandbox_id=pod, verbose=True))
+        assert (info["snapshotter"], info["runtimeType"], info["privileged"]) == ("overlayfs", "native", False)
         info = json.loads(answer.info["info"])
-        assert info["pid"] == rig.node.store.pods[pod].pid
-        assert info["network"]["ips"][0]["address"] == "10.99.0.2/16"
+        record = rig.node.store.pods[pod]
+        assert info["pid"] == rig.node.store.containers[container].pid, "no process in the pod's namespaces"
+        assert (info["shimPid"], info["runtimeType"]) == (record.pid, "native")
+        assert info["network"]["ips"][0]["address"] == info["cniResult"]["ips"][0]["address"] == "10.99.0.2/16"
+        namespaces = {item["type"]: item["path"] for item in info["runtimeSpec"]["linux"]["namespaces"]}
+        assert namespaces == {
+            "network": record.netns,
+            "ipc": f"{rig.config.state}/pods/{pod}/ns/ipc",
+            "uts": f"{rig.config.state}/pods/{pod}/ns/uts",
+        }
+        await rig.stop_pod(pod)
+        answer = await rig.call("PodSandboxStatus", pb.PodSandboxStatusRequest(pod_sandbox_id=pod, verbose=True))
+        info = json.loads(answer.info["info"])
+        assert (info["pid"], info["shimPid"], info["netNamespaceClosed"]) == (0, 0, True)
+        answer = await rig.call("Status", pb.StatusRequest(verbose=True))
+        config = json.loads(answer.info["config"])
+        assert config["configuration"]["root"] == str(rig.config.root) and config["snapshotter"] == "overlayfs"
+        assert json.loads(answer.info["network"]) == {"ready": True, "reason": ""}
+        conditions = {item.type: item.status for item in answer.status.conditions}
+        assert conditions == {
+            "RuntimeReady": True,
+            "NetworkReady": True,
+            "ContainerRuntimeHasNoDeprecationWarnings": True,
+        }
 
     on_rig(tmp_path, body)
 
