@@ -67,7 +67,9 @@ def _cgroup_kill(directory: str) -> None:
     try:
         os.write(fd, b"1")
     except OSError as error:
-        if error.errno not in (errno.ENODEV, errno.EOPNOTSUPP):  # removed meanwhile; threaded
+        # Removed meanwhile (ENODEV), or just being removed by somebody, as systemd does with a scope that has run
+        # empty (ENOENT: cgroup_kn_lock_live in kernel/cgroup/cgroup.c); threaded.
+        if error.errno not in (errno.ENODEV, errno.ENOENT, errno.EOPNOTSUPP):
             raise
     finally:
         os.close(fd)

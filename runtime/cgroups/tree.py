@@ -212,6 +212,8 @@ def _children(parent: int, path: str) -> list[str]:
     try:
         with os.scandir(fd) as entries:
             return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:  # getdents(2) of a directory that is removed meanwhile
+        return []
     finally:
         os.close(fd)
 

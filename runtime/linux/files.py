@@ -245,7 +245,7 @@ def _remove_entry(parent: int, name: str) -> None:
                     stack.append((entry, _identity(here), pending))
                     here, above = child, here
                     os.close(above)
-                    pending = os.listdir(here)
+                    pending = _names(here)
             if not stack:
                 return
             entry, identity, pending = stack.pop()
@@ -262,6 +262,13 @@ def _remove_entry(parent: int, name: str) -> None:
         os.close(here)
 
 
+def _names(fd: int) -> list[str]:
+    try:
+        return os.listdir(fd)
+    except FileNotFoundError:  # getdents(2) of a directory that somebody else has removed
+        return []
+
+
 def _identity(fd: int) -> tuple[int, int]:
     status = os.fstat(fd)
     return status.st_dev, status.st_ino
@@ -275,10 +282,16 @@ def _unlink_or_open(dirfd: int, name: str) -> int:
     except FileNotFoundError:
         return -1
     except (IsADirectoryError, PermissionError) as error:
+        refused = error
+    try:
         if not stat.S_ISDIR(os.stat(name, dir_fd=dirfd, follow_symlinks=False).st_mode):
-            raise KernelError(error.errno or errno.EPERM, "unlink", name) from error
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-    return openat2(dirfd, name, flags, 0, RESOLVE_BENEATH | RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS)
+            raise KernelError(refused.errno or errno.EPERM, "unlink", name) from refused
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+        return openat2(dirfd, name, flags, 0, RESOLVE_BENEATH | RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS)
+    except OSError as error:
+        if error.errno == errno.ENOENT:  # somebody else removes the tree as well
+            return -1
+        raise
 
 
 def sealed_memfd(name: str, data: bytes) -> int:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,28 @@ def test_o61_a_frozen_container_can_be_killed_and_removed(manager: Manager) -> N
         assert manager.kill() and manager.pids() == []
         assert [child.wait() for child in children] == [-9, -9]
         manager.destroy()
+
+
+def test_o37_a_cgroup_that_somebody_else_removes_meanwhile_is_an_empty_one(path: str) -> None:
+    """systemd takes away a scope that has run empty while we kill what is in it: the kernel answers ENOENT to a write
+    into cgroup.kill when the other's rmdir(2) is just at it, and ENODEV once it is done."""
+    manager = _only("v2", f"{path}/ctr")
+    assert manager.v2 is not None
+    directory = manager.v2.directory
+
+    def come_and_go() -> None:
+        while True:
+            with suppress(FileExistsError):
+                os.mkdir(directory)
+            with suppress(OSError):
+                os.rmdir(directory)
+
+    child = fork(come_and_go)
+    try:
+        for _ in range(15_000):
+            assert manager.kill()
+    finally:
+        child.end()
 
 
 def test_a_signal_to_the_frozen_waits_for_the_thaw(manager: Manager) -> None:

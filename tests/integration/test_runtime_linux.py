@@ -73,6 +73,28 @@ def test_remove_tree_follows_no_link_and_crosses_no_mount(tmp_path: Path) -> Non
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_o37_two_that_remove_one_tree_both_succeed(tmp_path: Path) -> None:
+    """As two `delete --force` of one container do; either may find anything gone at any moment."""
+    for turn in range(20):
+        tree = tmp_path / f"tree{turn}"
+        for number in range(40):
+            (tree / f"d{number}/below").mkdir(parents=True)
+            (tree / f"d{number}/below/file").touch()
+        children = []
+        for _ in range(2):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    remove_tree(tree)
+                    code = 0
+                finally:
+                    os._exit(code)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        assert codes == [0, 0] and not tree.exists()
+
+
 def test_directories_behind_dangling_links_are_made_inside(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "var").mkdir(parents=True)
