@@ -39,7 +39,9 @@ from runtime.terminal import make_controlling, name_of, open_pair, send_master
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import NoReturn
+    from typing import NoReturn, TypeVar
+
+    _R = TypeVar("_R")
 
 _SIGKILL = 9
 _STOPPED = "cannot exec in a stopped container"
@@ -82,6 +84,15 @@ class Executed:
 
 def execute(request: ExecRequest) -> Executed:
     """See the module. Raises RuntimeFailure with the step that failed."""
+    return _with_entry(request, _Entry.run)
+
+
+def rehearse(request: ExecRequest) -> None:
+    """What `execute` computes and looks up, without entering or making anything (runtime.shim.rehearsal)."""
+    _with_entry(request, _Entry.rehearse)
+
+
+def _with_entry(request: ExecRequest, act: Callable[[_Entry], _R]) -> _R:
     facts = state.load(request.root, request.id)
     now = state.status(request.root, facts)
     if now == "stopped":
@@ -94,7 +105,7 @@ def execute(request: ExecRequest) -> Executed:
     init_fd = _hold(facts)
     try:
         with exec_cgroup.manager(facts, request.cgroups).gate() as gate:
-            return _Entry(request, facts, init_fd, gate, program).run()
+            return act(_Entry(request, facts, init_fd, gate, program))
     except (RuntimeFailure, OSError) as error:
         if (isinstance(error, sync.Closed) or error.errno in _ENDING) and _ends(init_fd):
             raise RuntimeFailure(_STOPPED, code="failed_precondition") from None
@@ -199,6 +210,24 @@ class _Entry:
         finally:
             mine.close()
             os.close(proc)
+
+    def rehearse(self) -> None:
+        """The parts of both sides that change nothing."""
+        namespaces.others(self._facts.pid)
+        mine, its = sync.Channel.pair()
+        its.send("Ready", text=("rehearsed",))
+        mine.receive("Ready")
+        its.is_deserted()
+        its.close()
+        self._hear(mine, -1, -1)
+        mine.close()
+        root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            process.find_command(self._process.args[0], process.environment(self._process, root))
+        finally:
+            os.close(root)
+        process.verify_directory()
+        process.Identity(self._process, self._warnings.append)
 
     def _waits(self) -> bool:
         """Whether the process waits for a Go. A word to and fro costs a change of processes, so it does not where the

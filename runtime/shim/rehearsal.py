@@ -1,4 +1,5 @@
-"""A dress rehearsal in the zygote: a shim with one container that does nothing, from start to stop.
+"""A dress rehearsal in the zygote: a shim with one container that does nothing, from start to stop, and what comes
+before a command enters a container.
 
 Why: a forked process pays for every page it writes to, and the first use of almost anything in the interpreter writes
 to many: method caches, inline caches of byte code, types that are made on demand. Done once before the fork, these
@@ -11,15 +12,20 @@ from __future__ import annotations
 import os
 import time
 
+from runtime import exec
+from runtime.cgroups.hierarchy import own_directories
 from runtime.linux import signals
 from runtime.linux.files import remove_tree
-from runtime.linux.process import set_child_subreaper
+from runtime.linux.process import set_child_subreaper, start_time
 from runtime.linux.sockets import connect_unix, listen_unix
+from runtime.shim import protocol
 from runtime.shim.channel import Channel
 from runtime.shim.helper import become_helper, kill_rest
 from runtime.shim.pipes import Pipes
-from runtime.shim.protocol import ContainerMessage, Facts
+from runtime.shim.protocol import ContainerMessage, ExecMessage, Facts
 from runtime.shim.resident import Resident
+from runtime.spec_process import parse_process
+from runtime.state import SPEC_VERSION, State, reserve, save
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,6 +35,16 @@ if TYPE_CHECKING:
     from runtime.shim.resident import Work
 
 _PATIENCE = 10.0
+_PROCESS = {
+    "terminal": False,
+    "user": {"uid": 0, "gid": 0, "additionalGids": [1]},
+    "args": ["/bin/sh", "-c", "true"],
+    "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOSTNAME=rehearsal", "KUBERNETES_PORT=tcp://127.0.0.1:443"],
+    "cwd": "/",
+    "capabilities": {kind: ["CAP_CHOWN", "CAP_KILL"] for kind in ("bounding", "effective", "permitted")},
+    "noNewPrivileges": True,
+    "oomScoreAdj": 0,
+}
 _ROUNDS = 16  # the interpreter specialises byte code after eight calls and some more
 
 
@@ -44,8 +60,10 @@ def rehearse(state: str) -> None:
             try:
                 # A helper that fails half-way must not leave the zygote waiting for an "end" that never comes.
                 resident.run(_one_container(directory), null, only_first=True)
+                _command(directory)
             finally:
                 resident.close()
+                remove_tree(directory)
     finally:
         remove_tree(directory)
         set_child_subreaper(False)
@@ -110,6 +128,20 @@ def _contain(channel: Channel, directory: str) -> None:
     channel.ask("told", "c")
     channel.ask("facts", "c")
     channel.ask("forget", "c")
+
+
+def _command(directory: str) -> None:
+    """What a helper does for a command in a container, from its request to the clone, for this process as the init."""
+    root = f"{directory}/runtime"
+    # A container's cgroups are never the root of a hierarchy, where this process may be.
+    own = {name: path for name, path in own_directories().items() if not os.path.ismount(path)}
+    facts = State("c", os.getpid(), start_time(os.getpid()), "", directory, "/", SPEC_VERSION, tuple(own.items()))
+    reserve(root, facts.id)
+    save(root, facts)
+    message = ExecMessage(facts.id, _PROCESS, 1.0, 1)
+    _, body = protocol.parse_request(protocol.request("exec", message))
+    process = parse_process(protocol.parse(ExecMessage, body).process, "process")
+    exec.rehearse(exec.ExecRequest(root, facts.id, process, disposable=True))
 
 
 def _orphan(stdout: int) -> int:
