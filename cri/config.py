@@ -174,6 +174,12 @@ class ImageSection:
     pinned: tuple[str, ...] = _key((), "References of images that are reported as pinned: a kubelet keeps those.")
     concurrent_pulls: int = _key(16, "Images that are pulled at once.", least=1)
     concurrent_downloads: int = _key(4, "Layers that one pull downloads at once.", least=1)
+    node_downloads: int = _key(16, "Layers that all pulls download at once.", least=1)
+    pull_bandwidth: int = _key(0, "Most bytes per second that one pull downloads; 0 sets no limit.", least=0)
+    node_bandwidth: int = _key(0, "Most bytes per second that all pulls download together; 0 sets no limit.", least=0)
+    ranges: int = _key(
+        4, "Parts of a large layer that are downloaded at once where one connection is slow; 1 never does.", least=1
+    )
     concurrent_unpacks: int = _key(8, "Layers that are unpacked at once, over all pulls.", least=1)
     unpack_processes: int = _key(
         0, "Processes that unpack layers, over all pulls; 0 means as many as there are CPUs.", least=0

@@ -55,8 +55,9 @@ class Pulled:
 
 @dataclass(slots=True)
 class Held:
-    """The leases of one pull."""
+    """The leases of one pull, and its turns at downloading."""
 
+    turns: asyncio.Semaphore
     blobs: set[str] = field(default_factory=set)
     layers: set[str] = field(default_factory=set)
 
@@ -72,7 +73,7 @@ class Puller:
         self.config = config
         self.unpacking = Unpacking(unpacker, leases, threads, config.cancel_wait_s)
         self._flights = Flights()
-        self._downloads = Slots(config.concurrent_downloads)
+        self._downloads = Slots(config.node_downloads)
         self.unpacks = Slots(config.concurrent_unpacks)
 
     async def run(self, source: Source, held: Held, tell: ProgressFunction, admit: Admit) -> Pulled:
@@ -112,7 +113,7 @@ class Puller:
             if await self.threads.io(self.blobs.is_sound if small else self.blobs.has, blob):
                 announce("exists", blob.size)
                 return
-            async with self._downloads.here():
+            async with held.turns, self._downloads.here():
                 ingest = await self._ingest(blob)
                 if ingest is not None:
                     await self._download(source, blob, ingest, lambda done: announce("download", done))

@@ -23,6 +23,7 @@ from typing import TypeVar
 from imagestore.auth import Login, parse_challenges
 from imagestore.config import StoreConfig
 from imagestore.content import Ingest
+from imagestore.download import Download
 from imagestore.hosts import Host
 from imagestore.manifest import ACCEPT, digest_of
 from imagestore.model import (
@@ -34,6 +35,7 @@ from imagestore.model import (
     ImageNotFound,
     RegistryUnavailable,
 )
+from imagestore.rate import Rate
 from imagestore.reference import Reference, is_digest
 from imagestore.threads import Threads
 from imagestore.transport import (
@@ -79,18 +81,20 @@ class Repository:
         threads: Threads,
         config: StoreConfig,
         actions: str = "pull",
+        rate: Rate | None = None,
     ) -> None:
         self.host = host
         self._transport = transport
         self._threads = threads
         self._config = config
         path = host.path or reference.path
+        self._rates = [limit for limit in (rate, transport.rate) if limit is not None]
         self._login = Login(host, host.repository(reference.path), credentials, actions)
         self._base = f"{host.base}/{path}"
         # A mirror of many registries must know which one is meant (as containerd asks its mirrors).
         self._query = "" if host.upstream or not host.asks_namespace else f"?ns={reference.domain}"
         # A mirror is only a shortcut: it is not waited for as patiently as the registry itself.
-        self._retries = config.retries if host.upstream else min(1, config.retries)
+        self.retries = config.retries if host.upstream else min(1, config.retries)
 
     async def manifest(self, target: str) -> Document:
         """The manifest called `target`, a tag or a digest that was checked before; a digest is verified.
@@ -142,74 +146,7 @@ class Repository:
     async def blob(self, blob: Descriptor, ingest: Ingest, report: Report) -> None:
         """All of `blob` into `ingest`, which was loaded and may hold its beginning; verified, not yet finished.
         Raises as `manifest` does, and ImageError when the disk refuses."""
-        failures = attempts = 0
-        ingest.resumed = ingest.offset > 0
-        while True:
-            before, attempts = ingest.offset, attempts + 1
-            try:
-                if ingest.offset < blob.size or blob.size == 0:
-                    await self._stream(blob, ingest, report)
-                await self._threads.io(ingest.check)
-                return
-            except ContentInvalid:
-                resumed = ingest.resumed
-                await self._threads.io(ingest.restart)
-                if not resumed:
-                    raise
-                # The beginning came from another time or host: one clean try tells who was wrong.
-            except (Transient, TimeoutError) as error:
-                failures = 0 if ingest.offset - before >= _WORTHWHILE else failures + 1
-                if failures > self._retries or attempts >= _ATTEMPTS:
-                    raise self._final(error, f"blob {blob.digest}") from None
-                await self._pause(failures, error)
-
-    async def _stream(self, blob: Descriptor, ingest: Ingest, report: Report) -> None:
-        what = f"blob {blob.digest}"
-        headers: Mapping[str, str] = {"Range": f"bytes={ingest.offset}-"} if ingest.offset else {}
-        async with self.open("GET", f"/blobs/{blob.digest}", headers, what) as answer:
-            await self._align(answer, blob, ingest, what)
-            await self._copy(answer, blob, ingest, report)
-        if ingest.offset < blob.size:
-            raise Transient(f"{self.host.origin}: {what}: ended after {ingest.offset} of {blob.size} bytes")
-
-    async def _align(self, answer: Answer, blob: Descriptor, ingest: Ingest, what: str) -> None:
-        """Brings `ingest` to the offset that the answer starts at, or refuses the answer (threats O49)."""
-        status = answer.response.status
-        if status == 200:
-            if ingest.offset:
-                await self._threads.io(ingest.restart)  # the server knows no ranges and begins anew
-        elif status in (206, 416):
-            match = _CONTENT_RANGE.fullmatch(answer.header("Content-Range").strip())
-            right = match and int(match[1]) == ingest.offset and match[3] in ("*", str(blob.size))
-            if status == 416 or not right:
-                await self._threads.io(ingest.restart)
-                raise Transient(f"{self.host.origin}: {what}: answered {status} with another part than was asked for")
-        else:
-            raise ContentInvalid(f"{self.host.origin}: {what}: answered {status}")
-        if answer.header("Content-Encoding").lower() not in ("", "identity"):
-            raise ContentInvalid(f"{self.host.origin}: {what}: came with a content encoding, which hides its digest")
-        length = answer.response.content_length
-        if length is not None and length > blob.size - ingest.offset:
-            announced = f"{ingest.offset + length} bytes, announced were {blob.size}"
-            raise ContentInvalid(f"{self.host.origin}: {what}: the registry sends {announced}")
-
-    async def _copy(self, answer: Answer, blob: Descriptor, ingest: Ingest, report: Report) -> None:
-        """Body to ingest. What came before a connection broke is a true prefix and is kept."""
-        import aiohttp
-
-        content = answer.response.content
-        watch = _Watch(self._config, self.host.base)
-        writer = _Writer(ingest, self._threads, self._config.batch_bytes)
-        try:
-            while piece := await content.readany():
-                watch.moved(len(piece))
-                if await writer.add(piece):
-                    report(ingest.offset)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            raise worded(error, self.host.base) from None
-        finally:
-            await writer.drain()
-        report(ingest.offset)
+        await Download(self, blob, ingest, report, self._threads, self._config).run()
 
     # ------------------------------------------------------------------------------------------------------ requests
 
@@ -242,6 +179,11 @@ class Repository:
                     raise await self._refusal(answer, what, self.host.origin, self._login.secrets())
                 yield answer
                 return
+
+    async def paced(self, count: int) -> None:
+        """Waits until the limits on bytes per second allow what came just now."""
+        for rate in self._rates:
+            await rate.take(count)
 
     def also_pull(self, path: str) -> None:
         """Blobs of the repository `path` of this registry are going to be mounted: tokens must allow it."""
@@ -302,87 +244,28 @@ class Repository:
 
     async def retrying(self, ask: Callable[[], Awaitable[T]], what: str) -> T:
         """What `ask` answers, asked again after failures that may pass. Raises what it raised last."""
-        for failures in range(1, self._retries + 2):
+        for failures in range(1, self.retries + 2):
             try:
                 return await ask()
             except (Transient, TimeoutError) as error:
-                if failures > self._retries:
-                    raise self._final(error, what) from None
-                await self._pause(failures, error)
+                if failures > self.retries:
+                    raise self.final(error, what) from None
+                await self.pause(failures, error)
         raise AssertionError("unreachable")
 
-    def _final(self, error: BaseException, what: str) -> RegistryUnavailable:
+    def final(self, error: BaseException, what: str) -> RegistryUnavailable:
         if isinstance(error, Transient):
             return error
         return RegistryUnavailable(
             f"{self.host.origin}: {what}: no whole answer in {self._config.answer_timeout_s:g} s"
         )
 
-    async def _pause(self, failures: int, error: BaseException) -> None:
+    async def pause(self, failures: int, error: BaseException) -> None:
         asked = error.delay if isinstance(error, Transient) else None
         if asked is None:
             longest = min(self._config.backoff_s * 2 ** max(failures - 1, 0), self._config.backoff_limit_s)
             asked = longest * random.uniform(0.5, 1.0)  # callers that failed together must not come back together
         await asyncio.sleep(asked)
-
-
-class _Writer:
-    """Hashes and writes in a worker thread while the loop collects the next batch: no thread switch per packet."""
-
-    __slots__ = ("_batch", "_failed", "_ingest", "_limit", "_running", "_size", "_threads")
-
-    def __init__(self, ingest: Ingest, threads: Threads, limit: int) -> None:
-        self._ingest, self._threads, self._limit = ingest, threads, limit
-        self._batch: list[bytes] = []
-        self._size = 0
-        self._running: asyncio.Future[None] | None = None
-        self._failed = False
-
-    async def add(self, piece: bytes) -> bool:
-        """True when a batch was handed over. Waits when the disk is slower than the wire, and so the wire waits too.
-        Raises what writing raised."""
-        self._batch.append(piece)
-        self._size += len(piece)
-        busy = self._running is not None and not self._running.done()
-        if self._size < self._limit or (busy and self._size < 2 * self._limit):
-            return False
-        await self._turn()
-        return True
-
-    async def drain(self) -> None:
-        """Writes what is left. After a failure there is nothing left to write."""
-        while not self._failed and (self._batch or self._running is not None):
-            await self._turn()
-
-    async def _turn(self) -> None:
-        running = self._running
-        if running is not None:
-            await asyncio.wait({running})  # unlike awaiting it, this does not abandon the thread when cancelled
-            self._running = None
-            if running.exception() is not None:
-                self._failed = True
-                running.result()
-        if self._batch:
-            self._running = self._threads.start_io(self._ingest.write, self._batch)
-            self._batch, self._size = [], 0
-
-
-class _Watch:
-    """Fails a transfer that hardly moves. It is asked when bytes arrive; silence ends by the socket's own timeout."""
-
-    __slots__ = ("_floor", "_got", "_since", "_url", "_window")
-
-    def __init__(self, config: StoreConfig, url: str) -> None:
-        self._window, self._floor, self._url = config.stall_timeout_s, config.stall_bytes, url
-        self._since, self._got = time.monotonic(), 0
-
-    def moved(self, count: int) -> None:
-        self._got += count
-        now = time.monotonic()
-        if now - self._since >= self._window:
-            if self._got < self._floor:
-                raise Transient(f"{place(self._url)}: stalled, {self._got} bytes in {now - self._since:.0f} s")
-            self._since, self._got = now, 0
 
 
 def _seconds(retry_after: str) -> float | None:

@@ -12,6 +12,7 @@ from imagestore.config import StoreConfig
 from imagestore.hosts import Host, configured, upstream_host
 from imagestore.keyring import Keyring
 from imagestore.model import Credentials
+from imagestore.rate import Rate
 from imagestore.reference import Reference
 from imagestore.registries_conf import RegistriesFiles
 from imagestore.registry import Repository
@@ -38,8 +39,10 @@ class Remotes:
     ) -> list[Repository]:
         """In the order in which to ask; the registry itself comes last. Raises ImageError and its kinds."""
         found = await self._threads.io(self._hosts, wanted, credentials)
+        limit = self._config.pull_bandwidth_bytes
+        rate = Rate(limit) if limit else None
         return [
-            Repository(host, wanted, logins, self._transport, self._threads, self._config, actions)
+            Repository(host, wanted, logins, self._transport, self._threads, self._config, actions, rate)
             for host, logins in found
         ]
 

@@ -267,7 +267,7 @@ class Store:
     async def _session(self, work: Callable[[Held], Awaitable[T]]) -> T:
         """A pull's frame: its leases and worker threads exist as long as it does."""
         async with self._pulls.here():
-            held = Held()
+            held = Held(asyncio.Semaphore(self._config.concurrent_downloads))
             self._threads.enter()
             try:
                 # Blocks while another process collects; entered for certain, so that `leave` is right.

@@ -25,6 +25,7 @@ from imagestore.content import errno_text
 from imagestore.hosts import Host
 from imagestore.model import ContentInvalid, ImageError, RegistryUnavailable
 from imagestore.proxy import proxy_for
+from imagestore.rate import Rate
 from imagestore.reference import is_loopback
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ class Transport:
 
     def __init__(self, config: StoreConfig) -> None:
         self._config = config
+        self.rate = Rate(config.bandwidth_bytes) if config.bandwidth_bytes else None
+        """What all downloads of this store may take together."""
         self._session: aiohttp.ClientSession | None = None
         self._users = 0
         self._contexts: dict[Tls, ssl.SSLContext] = {}

@@ -413,13 +413,14 @@ class FakeRegistry:
         return _error(404, "BLOB_UNKNOWN", "blob unknown to registry") if blob else Reply(200)
 
     def _blob(self, request: web.BaseRequest, data: bytes) -> Reply:
-        asked = re.fullmatch(r"bytes=([0-9]+)-", request.headers.get("Range", ""))
+        asked = re.fullmatch(r"bytes=([0-9]+)-([0-9]*)", request.headers.get("Range", ""))
         if not asked:
             return Reply(200, {"Content-Type": "application/octet-stream"}, data)
         start = int(asked[1])
         if start >= len(data):
             return Reply(416, {"Content-Range": f"bytes */{len(data)}"})
-        return Reply(206, {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}, data[start:])
+        end = min(int(asked[2]) + 1, len(data)) if asked[2] else len(data)
+        return Reply(206, {"Content-Range": f"bytes {start}-{end - 1}/{len(data)}"}, data[start:end])
 
     def _refused(self, request: web.BaseRequest) -> Reply | None:
         given = request.headers.get("Authorization", "")
