@@ -72,7 +72,7 @@ def run(parts: Sequence[str], names: Sequence[str], quick: bool, base: Path) -> 
             lifecycle.measure(subjects, 6 if quick else 20)
         if "density" in parts:
             say("pods at once, lists, memory")
-            density.measure(subjects, 16 if quick else 40)
+            density.measure(subjects, 40)
         if "pull" in parts:
             say("pull of the large image, in turn")
             transfer.pull(subjects, images.reference(BIG), 1 if quick else 3)

@@ -66,9 +66,19 @@ def rehearse(state: str) -> None:
                 remove_tree(directory)
     finally:
         remove_tree(directory)
+        _reap()
         set_child_subreaper(False)
         for number in (signals.SIGCHLD, signals.SIGTERM, signals.SIGHUP, signals.SIGINT):
             signals.handle(number, None)
+
+
+def _reap() -> None:
+    """Those that became this process's children when their parents ended: all of them are about to end, too."""
+    while True:
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
 
 
 def _served(_resident: Resident, connection: int, end: Socket) -> NoReturn:
