@@ -18,7 +18,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,9 +97,14 @@ def command_path(name: str) -> str:
     return str(beside) if beside.exists() else shutil.which(name) or name
 
 
-def ocid_command(directory: Path, subnet: str = "10.201.0.0/16", bridge: str = "") -> tuple[list[str], Path]:
+def ocid_command(
+    directory: Path,
+    subnet: str = "10.201.0.0/16",
+    bridge: str = "",
+    handlers: Mapping[str, str] | None = None,
+) -> tuple[list[str], Path]:
     """What starts `ocid serve` below `directory`, and its socket; with a `bridge` its network comes from a conflist,
-    else from its own default."""
+    else from its own default. `handlers` are further ones, by name."""
     root, state, networks = directory / "root", directory / "state", directory / "net.d"
     networks.mkdir(parents=True, exist_ok=True)
     if bridge:
@@ -107,6 +112,7 @@ def ocid_command(directory: Path, subnet: str = "10.201.0.0/16", bridge: str = "
     configuration = directory / "config.toml"
     configuration.write_text(
         f'[network]\nconf_dir = "{networks}"\nlease_dir = "{directory}/leases"\ndefault_subnets = ["{subnet}"]\n'
+        "[runtime.handlers]\n" + "".join(f'{name} = "{path}"\n' for name, path in (handlers or {}).items())
     )
     command = [command_path("ocid"), "--config", str(configuration), "--root", str(root), "--state", str(state)]
     return [*command, "serve"], state / "ocid.sock"

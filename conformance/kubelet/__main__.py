@@ -1,8 +1,9 @@
 """conformance/run kubelet [--only WORD] [--keep]
 
-A real kubelet drives ocid: pods of every kind that the steps need, then restarts of both, then what the kubelet's log
-says of the runtime, and what is left on the machine. In namespaces of its own. Exit code 1 when any of it fails; the
-steps after a failed one still run, so that one run shows everything.
+A real kubelet drives ocid: pods of every kind that the steps need, then restarts of both, then the same node as the
+member of a cluster, with kubectl; last what the kubelet's log says of the runtime, and what is left on the machine. In
+namespaces of its own. Exit code 1 when any of it fails; the steps after a failed one still run, so that one run shows
+everything.
 """
 
 from __future__ import annotations
@@ -19,7 +20,18 @@ from pathlib import Path
 from conformance.clients.steps import Score, Surprise, eventually
 from conformance.images import layouts, push
 from conformance.isolated import reenter
-from conformance.kubelet import amounts, confinement, lifecycle, network, probes, restarts, volumes
+from conformance.kubelet import (
+    amounts,
+    confinement,
+    hands,
+    lifecycle,
+    members,
+    network,
+    probes,
+    restarts,
+    volumes,
+)
+from conformance.kubelet.cluster import cluster
 from conformance.kubelet.log_scan import scan
 from conformance.kubelet.node import Node
 from conformance.kubelet.step import Step, play
@@ -49,23 +61,37 @@ def built(program: str) -> Path:
     return Path(result.stdout.strip())
 
 
-def run(base: Path, binary: Path, only: str) -> Score:
+def run(base: Path, programs: dict[str, Path], only: str) -> Score:
     with registry(base / "registry") as here:
         for layout in layouts(IMAGES):
             push(layout, here.address)
         images = {name: here.reference(f"{name}:1") for name in IMAGES}
         before = Machine.now()
-        node = Node(base, binary, images, f"/{base.name}")
+        node = Node(base, programs["kubelet"], images, f"/{base.name}")
         score = Score()
         try:
             node.up()
             score.add(play(node, _chosen(CALM, only)))
             score.add(play(node, _chosen(restarts.STEPS, only)))
             score.add(emptied(node))
+            score.add(in_cluster(node, programs, only))
         finally:
             node.down()
         score.add(silent(node))
         score.failed += _leaks(before, base.name)
+    return score
+
+
+def in_cluster(node: Node, programs: dict[str, Path], only: str) -> Score:
+    """The same node with an API server."""
+    score = Score()
+    with cluster(node.base / "cluster", programs["kube-apiserver"], programs["kubectl"]) as kubectl:
+        try:
+            node.join(kubectl)
+            score.add(play(node, _chosen((*hands.STEPS, *members.STEPS), only)))
+            score.add(emptied(node))
+        finally:
+            node.kubelet.stop()
     return score
 
 
@@ -116,16 +142,17 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="copy the logs of kubelet and ocid there")
     args = parser.parse_args()
     # Before the namespaces: both may need the network.
-    binary, _ = built("kubelet"), layouts(IMAGES)
+    programs = {name: built(name) for name in ("kubelet", "kube-apiserver", "kubectl")}
+    layouts(IMAGES)
     reenter("conformance.kubelet", sys.argv[1:])
     with tempfile.TemporaryDirectory(prefix="kubelet-") as directory:
         base = Path(directory)
         try:
-            score = run(base, binary, args.only)
+            score = run(base, programs, args.only)
         finally:
             if args.keep:
                 args.keep.mkdir(parents=True, exist_ok=True)
-                for log in base.glob("*.log"):
+                for log in base.rglob("*.log"):
                     shutil.copy(log, args.keep)
     print(f"kubelet: {score.passed} passed, {score.failed} failed")
     return 1 if score.failed else 0

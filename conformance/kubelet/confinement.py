@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from conformance.clients.steps import expect, holds, same
 from conformance.kubelet.node import Node
-from conformance.kubelet.pods import Document, container, pod
+from conformance.kubelet.pods import FOREVER, Document, container, pod
 from conformance.kubelet.step import Step
 
 NET_BIND_SERVICE = 1 << 10
@@ -110,8 +111,28 @@ def sharing(node: Node) -> None:
     expect(listed.count("trap 'exit 0' TERM") >= 2, f"one container does not see the other: {listed}")
 
 
+def users_pods(node: Node) -> list[Document]:
+    mounts = [{"name": "disk", "mountPath": "/disk"}]
+    volumes = [{"name": "disk", "emptyDir": {}}]
+    script = f"touch /disk/file /out/by-user; {FOREVER}"
+    main = container("main", node.images["busybox"], script, volumeMounts=mounts)
+    return [pod("users", main, volumes=volumes, hostUsers=False)]
+
+
+def users(node: Node) -> None:
+    """Root inside and nobody outside; files of volumes belong to the same ids on both sides."""
+    node.until_ready("users")
+    (id_,) = node.running("users").values()
+    lines = Path(f"/proc/{node.pid(id_)}/uid_map").read_text().split()
+    expect(lines[0] == "0" and int(lines[1]) >= 65536 and int(lines[2]) == 65536, f"ids are mapped as {lines}")
+    same("root's id outside", os.stat(f"/proc/{node.pid(id_)}").st_uid, int(lines[1]))
+    same("owner inside", node.inside("users", "main", "id -u; stat -c %u /disk/file /out/by-user").split(), ["0"] * 3)
+    same("owner outside", (node.base / "out" / "by-user").stat().st_uid, 0)
+
+
 STEPS = (
     Step(identity, identity_pods),
     Step(rights, rights_pods),
     Step(sharing, sharing_pods),
+    Step(users, users_pods),
 )

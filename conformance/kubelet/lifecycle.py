@@ -9,7 +9,7 @@ import time
 
 from conformance.clients.steps import eventually, expect, holds, same
 from conformance.kubelet.node import NAME, Node
-from conformance.kubelet.pods import FOREVER, Document, container, pod
+from conformance.kubelet.pods import FOREVER, OFTEN, Document, container, pod
 from conformance.kubelet.step import Step
 
 BACKOFF_S = 2.0  # as the kubelet is configured; it waits that long before the second start, too
@@ -54,7 +54,7 @@ def order_pods(node: Node) -> list[Document]:
         busybox,
         f"{steady} while :; do sleep 0.1; done",
         restartPolicy="Always",
-        startupProbe={"exec": {"command": ["test", "-e", "/ready"]}, "periodSeconds": 1, "failureThreshold": 30},
+        startupProbe={"exec": {"command": ["test", "-e", "/ready"]}, **OFTEN, "failureThreshold": 30},
     )
     first = container("first", busybox, f"sleep 0.5; {_say('order', 'first')}")
     second = container("second", busybox, _say("order", "second"))
@@ -126,11 +126,10 @@ def backoff(node: Node) -> None:
     def seen() -> bool:
         status = node.status("backoff", "main")
         waits.add(status.get("state", {}).get("waiting", {}).get("reason", ""))
-        return int(status.get("restartCount", 0)) >= 3
+        return int(status.get("restartCount", 0)) >= 3 and "CrashLoopBackOff" in waits
 
-    eventually(seen, "three restarts", 60)
+    eventually(seen, "three restarts, and a wait for another", 60)
     eventually(lambda: len(node.out("backoff").split()) >= 4, "the fourth start writes", 20)
-    expect("CrashLoopBackOff" in waits, f"the kubelet waits for {waits}")
     starts = [float(line) for line in node.out("backoff").split()]
     gaps = [later - earlier for earlier, later in zip(starts, starts[1:], strict=False)]
     expect(all(gap >= BACKOFF_S for gap in gaps[1:]), f"starts are {gaps} s apart")
@@ -146,7 +145,7 @@ def hooks_pods(node: Node) -> list[Document]:
     deaf = f"trap '{_say('deaf', 'term')}' TERM; while :; do sleep 0.1; done"
     usr1 = f"trap '{_say('usr1', 'usr1')}; exit 0' USR1; while :; do sleep 0.1; done"
     return [
-        pod("hooks", container("main", busybox, end, lifecycle=lifecycle)),
+        pod("hooks", container("main", busybox, end, lifecycle=lifecycle), terminationGracePeriodSeconds=30),
         pod("deaf", container("main", busybox, deaf), terminationGracePeriodSeconds=2),
         pod("usr1", container("main", busybox, usr1, lifecycle={"stopSignal": "SIGUSR1"}), os={"name": "linux"}),
     ]

@@ -12,7 +12,10 @@ from datetime import datetime
 # klog: E1126 15:30:43.123456 pid file.go:123] message
 LINE = re.compile(r"^([IWEF])(\d{4} \d\d:\d\d:\d\d\.\d{6}) +\d+ ([a-z0-9_.-]+\.go):\d+\] (.*)", re.DOTALL)
 RUNTIME_ERROR = re.compile(r"rpc error|code = ")
-ABSENT = re.compile(r"connection refused|no such file or directory|Unavailable|connection error|EOF|reset by peer")
+ABSENT = re.compile(
+    r"connection refused|no such file or directory|Unavailable|connection error|EOF|reset by peer"
+    r"|Failed to stop sandbox"
+)
 
 # Pattern of "FILE MESSAGE" -> why it may be there.
 ALLOWED: dict[str, str] = {
@@ -31,6 +34,11 @@ ALLOWED: dict[str, str] = {
     # It probes until a container's end is known to it.
     r"ExecSync cmd from runtime service failed.*(the container has ended|a stopped container)": "it has, meanwhile",
     r"code = Canceled desc = context canceled": "its own call, cancelled by its own end",
+    # As a member of a cluster.
+    r"""nodes? \\*"node0\\*" not found""": "it has just joined, and the node is not there yet",
+    r"failed to read memory cgroup (config|limits) for the pod.*no such file": "the pod has ended",
+    r"conn.go .*use of closed network connection": "its connection to the API server, which it has closed itself",
+    r"upgradeaware.go .*websocket: close 1006": "hands.port_forward: kubectl was killed",
     # What the steps are about.
     r"runAsNonRoot and image will run as root": "confinement.identity: it must refuse",
     r"/no/such/command": "lifecycle.exits: there is none",

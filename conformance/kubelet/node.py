@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import ssl
 import subprocess
 import urllib.error
@@ -28,6 +29,7 @@ from typing import Any
 from conformance.clients.steps import Surprise, eventually
 from conformance.cri_client import Cri
 from conformance.daemons import ocid_command, remove_cgroup, retire
+from conformance.kubelet.kubectl import Kubectl
 from conformance.kubelet.log_scan import Absence
 from conformance.kubelet.pods import Document, with_out
 from conformance.kubelet.service import Service
@@ -54,7 +56,7 @@ class Node:
     images: dict[str, str]
     cgroup: str
     changes: Document = field(default_factory=dict)
-    kubeconfig: Path | None = None
+    kubectl: Kubectl | None = None
     ocid: Service = field(init=False)
     kubelet: Service = field(init=False)
     socket: Path = field(init=False)
@@ -65,11 +67,13 @@ class Node:
         for name in ("ocid", "manifests", "out", "logs", "plugins"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
         (self.base / "resolv.conf").write_text("nameserver 192.0.2.1\n")
-        command, self.socket = ocid_command(self.base / "ocid", "10.201.0.0/16", BRIDGE)
+        command, self.socket = ocid_command(
+            self.base / "ocid", "10.201.0.0/16", BRIDGE, handlers={"runc": shutil.which("runc") or "/usr/sbin/runc"}
+        )
         self.ocid = Service("ocid", command, self.base / "ocid.log", self._serves)
         words = [str(self.kubelet_binary), f"--config={self.base}/kubelet.json", f"--root-dir={self.base}/kubelet"]
         words += [f"--cert-dir={self.base}/kubelet-certificates", f"--hostname-override={NAME}"]
-        words += [f"--node-ip={ADDRESS}", *([f"--kubeconfig={self.kubeconfig}"] if self.kubeconfig else [])]
+        words.append(f"--node-ip={ADDRESS}")
         self.kubelet = Service("kubelet", words, self.base / "kubelet.log", self._healthy)
 
     # Its life
@@ -86,6 +90,13 @@ class Node:
             (top / self.cgroup.strip("/")).mkdir(exist_ok=True)
         self.ocid.start()
         self.configure()
+        self.kubelet.start()
+
+    def join(self, kubectl: Kubectl) -> None:
+        """The kubelet starts anew as a member of a cluster."""
+        self.kubectl = kubectl
+        self.kubelet.stop()
+        self.kubelet.command.append(f"--kubeconfig={kubectl.kubeconfig}")
         self.kubelet.start()
 
     def configure(self, **changes: Any) -> None:
@@ -166,15 +177,22 @@ class Node:
     # What it is asked to run
 
     def apply(self, document: Document) -> None:
-        """A static pod, new or changed. Renamed into place: the kubelet reads what is there."""
+        """A static pod, new or changed; or, once there is an API server, a pod that names its node."""
         document = with_out(document, str(self.base / "out"))
+        if self.kubectl and "nodeName" in document["spec"]:
+            self.kubectl.apply(document)
+            return
+        # Renamed into place: the kubelet reads what is there.
         name = document["metadata"]["name"]
         fresh = self.base / f".{name}.json"
         fresh.write_text(json.dumps(document, indent=1))
         os.rename(fresh, self.base / "manifests" / f"{name}.json")
 
     def withdraw(self, name: str) -> None:
-        (self.base / "manifests" / f"{name}.json").unlink(missing_ok=True)
+        manifest = self.base / "manifests" / f"{name}.json"
+        if self.kubectl and not manifest.exists():
+            self.kubectl.ok("delete", "pod", name, "--ignore-not-found", "--wait=false")
+        manifest.unlink(missing_ok=True)
 
     # What it says
 
@@ -193,9 +211,9 @@ class Node:
             raise Surprise(f"{method} {path}: {error.code} {error.read().decode()[:300]}") from error
 
     def pod(self, name: str) -> Document:
-        """The static pod as the kubelet tells it; {} when it has none of that name."""
+        """The pod as the kubelet tells it; {} when it has none of that name."""
         for item in self.get("/pods")["items"] or []:
-            if item["metadata"]["name"] == f"{name}-{NAME}":
+            if item["metadata"]["name"] in _names(name):
                 return dict(item)
         return {}
 
@@ -230,7 +248,7 @@ class Node:
             return {
                 one.metadata.name: one.id
                 for one in client.list_containers()
-                if one.labels["io.kubernetes.pod.name"] == f"{name}-{NAME}" and one.state == 1
+                if one.labels["io.kubernetes.pod.name"] in _names(name) and one.state == 1
             }
 
     def pid(self, container_id: str) -> int:
@@ -261,6 +279,11 @@ class Node:
         quality = document["status"]["qosClass"].lower()
         middle = "" if quality == "guaranteed" else f"/{quality}"
         return CGROUPS / controller / f"{self.cgroup.strip('/')}/kubepods{middle}/pod{document['metadata']['uid']}"
+
+
+def _names(name: str) -> tuple[str, str]:
+    """A kubelet adds its node's name to that of a static pod."""
+    return name, f"{name}-{NAME}"
 
 
 def hierarchies() -> list[Path]:

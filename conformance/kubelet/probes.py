@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from conformance.clients.steps import eventually, expect, same
 from conformance.kubelet.node import Node
-from conformance.kubelet.pods import FOREVER, Document, container, pod
+from conformance.kubelet.pods import FOREVER, OFTEN, Document, container, pod
 from conformance.kubelet.step import Step
 
 
@@ -12,7 +12,7 @@ def liveness_pods(node: Node) -> list[Document]:
     script = "echo start >>/out/liveness; touch /alive; [ $(wc -l </out/liveness) -gt 1 ] || (sleep 2; rm /alive) &"
     probe = {
         "exec": {"command": ["cat", "/alive"]},
-        "periodSeconds": 1,
+        **OFTEN,
         "failureThreshold": 2,
         "initialDelaySeconds": 1,
     }
@@ -28,8 +28,8 @@ def liveness(node: Node) -> None:
 
 def readiness_pods(node: Node) -> list[Document]:
     busybox = node.images["busybox"]
-    http = {"httpGet": {"path": "/index.html", "port": 80}, "periodSeconds": 1, "failureThreshold": 1}
-    tcp = {"tcpSocket": {"port": 7}, "periodSeconds": 1, "failureThreshold": 1}
+    http = {"httpGet": {"path": "/index.html", "port": 80}, **OFTEN, "failureThreshold": 1}
+    tcp = {"tcpSocket": {"port": 7}, **OFTEN, "failureThreshold": 1}
     serve = "mkdir /pages; echo page >/pages/index.html; exec httpd -f -h /pages"
     listen = "until [ -e /out/tcp-open ]; do sleep 0.1; done; exec nc -ll -p 7 -e cat"
     return [
@@ -53,8 +53,8 @@ def readiness(node: Node) -> None:
 
 
 def startup_pods(node: Node) -> list[Document]:
-    startup = {"exec": {"command": ["test", "-e", "/up"]}, "periodSeconds": 1, "failureThreshold": 60}
-    liveness = {"exec": {"command": ["test", "-e", "/up"]}, "periodSeconds": 1, "failureThreshold": 1}
+    startup = {"exec": {"command": ["test", "-e", "/up"]}, **OFTEN, "failureThreshold": 60}
+    liveness = {"exec": {"command": ["test", "-e", "/up"]}, **OFTEN, "failureThreshold": 1}
     script = f"(sleep 4; touch /up) & {FOREVER}"
     main = container("main", node.images["busybox"], script, startupProbe=startup, livenessProbe=liveness)
     return [pod("startup", main)]
@@ -67,7 +67,7 @@ def startup(node: Node) -> None:
 
 
 def hanging_pods(node: Node) -> list[Document]:
-    probe = {"exec": {"command": ["sleep", "54321"]}, "periodSeconds": 1, "timeoutSeconds": 1, "failureThreshold": 1}
+    probe = {"exec": {"command": ["sleep", "54321"]}, "periodSeconds": 1, "timeoutSeconds": 3, "failureThreshold": 1}
     return [pod("hanging", container("main", node.images["busybox"], readinessProbe=probe))]
 
 
@@ -78,8 +78,8 @@ def hanging(node: Node) -> None:
     def processes() -> str:
         return node.inside("hanging", "main", "ps -o args")
 
-    eventually(lambda: "54321" in processes(), "a probe runs", 20)
-    eventually(lambda: "54321" not in processes(), "a probe was ended", 20)
+    eventually(lambda: "54321" in processes(), "a probe runs", 60)
+    eventually(lambda: "54321" not in processes(), "a probe was ended", 60)
     expect(processes().count("54321") <= 1, f"probes pile up: {processes()}")
     expect(not node.ready("hanging"), "a probe that hangs makes it ready")
 

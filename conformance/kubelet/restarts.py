@@ -9,13 +9,13 @@ from pathlib import Path
 from conformance.clients.steps import eventually, expect, same
 from conformance.cri_client import Cri
 from conformance.kubelet.node import Node
-from conformance.kubelet.pods import FOREVER, Document, container, pod
+from conformance.kubelet.pods import FOREVER, OFTEN, Document, container, pod
 from conformance.kubelet.step import Step
 
 
 def _steady(node: Node, name: str) -> list[Document]:
     """A pod that counts aloud and is probed, and one whose container ends with 5 when /out/NAME-end is there."""
-    probe = {"exec": {"command": ["test", "-e", "/alive"]}, "periodSeconds": 1, "failureThreshold": 3}
+    probe = {"exec": {"command": ["test", "-e", "/alive"]}, **OFTEN, "failureThreshold": 3}
     count = "touch /alive; i=0; while :; do i=$((i+1)); echo count $i; sleep 0.05; done"
     steady = container("main", node.images["busybox"], count, livenessProbe=probe, readinessProbe=probe)
     look = f"if [ -e /out/{name}-end ]; then rm /out/{name}-end; exit 5; fi"
