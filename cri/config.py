@@ -100,6 +100,11 @@ class RuntimeSection:
         "The seccomp profile of a container whose request names none: unconfined, as a kubelet expects, or default.",
         check=_one_of("unconfined", "default"),
     )
+    cdi_dirs: tuple[Path, ...] = _key(
+        (Path("/etc/cdi"), Path("/var/run/cdi")),
+        "Where CDI spec files lie (Container Device Interface); a later directory wins over an earlier one.",
+        check=_absolute_all,
+    )
     shm_bytes: int = _key(64 << 20, "Size of a pod's /dev/shm in bytes.", least=4096)
 
 

@@ -10,11 +10,12 @@ import copy
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cri.api import api_pb2 as pb
 from cri.interfaces import IdMap
-from cri.spec import devices, limits, mounts, security, userns, validate
+from cri.spec import cdi, devices, limits, mounts, security, userns, validate
 from cri.spec.images import ImageMount
 from cri.spec.mounts import PodFiles
 from cri.spec.users import User, UserRequest
@@ -57,6 +58,7 @@ class SpecInputs:
     pod: PodFacts
     unset_seccomp: str = "unconfined"  # or "default": what it means that a request names no seccomp profile
     image_mounts: Mapping[int, ImageMount] = field(default_factory=dict)
+    cdi_dirs: tuple[Path, ...] = ()
 
 
 def user_request(config: pb.ContainerConfig, image: ImageConfig) -> UserRequest:
@@ -78,8 +80,6 @@ def build(inputs: SpecInputs) -> dict[str, Any]:
     privileged = context.privileged
     if privileged and not inputs.sandbox.linux.security_context.privileged:
         raise InvalidRequest("security_context.privileged: the pod sandbox is not privileged")
-    if len(config.CDI_devices):
-        raise InvalidRequest("CDI_devices: not supported")
     userns.check_container(inputs.pod.ids, context.namespace_options)
     mounts.check_volumes(inputs.image.volumes)
     all_mounts, propagation = mounts.build(
@@ -119,7 +119,7 @@ def build(inputs: SpecInputs) -> dict[str, Any]:
     profile = _seccomp(context, capabilities["bounding"], inputs.unset_seccomp)
     if profile is not None:
         linux["seccomp"] = profile
-    return {
+    spec: dict[str, Any] = {
         "ociVersion": OCI_VERSION,
         "root": {"path": "rootfs", "readonly": context.readonly_rootfs},
         "process": _process(inputs, capabilities),
@@ -131,6 +131,10 @@ def build(inputs: SpecInputs) -> dict[str, Any]:
             "io.kubernetes.cri.container-name": config.metadata.name,
         },
     }
+    names = cdi.requested(config)
+    if names:
+        cdi.apply(spec, names, inputs.cdi_dirs)
+    return spec
 
 
 def _process(inputs: SpecInputs, capabilities: dict[str, list[str]]) -> dict[str, Any]:

@@ -155,6 +155,7 @@ def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
             user=user,
             pod=_pod_facts(node, pod, config),
             unset_seccomp=node.config.runtime.unset_seccomp,
+            cdi_dirs=node.config.runtime.cdi_dirs,
             image_mounts={} if handler else _image_mounts(node, container, ids),
         )
     )
