@@ -100,6 +100,15 @@ class RuntimeSection:
         "The seccomp profile of a container whose request names none: unconfined, as a kubelet expects, or default.",
         check=_one_of("unconfined", "default"),
     )
+    without_selinux: str = _key(
+        "refuse",
+        "What becomes of SELinux labels that a pod asks for where the kernel has no SELinux: refuse, or ignore.",
+        check=_one_of("refuse", "ignore"),
+    )
+    pod_annotations: tuple[str, ...] = _key(
+        (), 'Annotations of pods that are passed on to the runtime, as patterns such as "example.com/*".'
+    )
+    container_annotations: tuple[str, ...] = _key((), "The same of containers, which win over their pod's.")
     cdi_dirs: tuple[Path, ...] = _key(
         (Path("/etc/cdi"), Path("/var/run/cdi")),
         "Where CDI spec files lie (Container Device Interface); a later directory wins over an earlier one.",

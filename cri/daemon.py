@@ -22,6 +22,7 @@ from typing import Any
 import grpc
 
 from cri import trace
+from cri.apparmor import load_default
 from cri.config import Config
 from cri.discovery import Discovery
 from cri.events import Events
@@ -39,6 +40,7 @@ from cri.store import Store as Records
 from cri.store import open_database, open_sound
 from cri.streaming.server import Server as StreamServer
 from cri.streaming.sessions import Sessions
+from cri.threads import to_thread
 from imagestore.model import Usage
 from imagestore.store import Store
 from runtime.linux.sockets import connect_unix
@@ -200,6 +202,7 @@ async def _serve(config: Config, built: Built) -> None:
     discovery = Discovery(built.service.intercept)
     server = _server(config, built.service, built.own.handler(), *discovery.handlers())
     ended = _ending(built.node)
+    await to_thread(load_default)
     await built.streams.start()
     built.node.streams = built.streams
     await server.start()

@@ -39,6 +39,7 @@ _TABLE = "table inet ocid"
 CONFIG = """\
 [runtime]
 cgroup_parent = "/{tag}"
+{runtime}
 [network]
 conf_dir = "{directory}/net.d"
 lease_dir = "{directory}/leases"
@@ -84,7 +85,9 @@ def busybox_layout() -> Path:
 class Node:
     """One root and one state directory, and the daemon that serves them while `start`ed."""
 
-    def __init__(self, directory: Path, *, image: str = "", limits: str = "", root: Path | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, image: str = "", limits: str = "", runtime: str = "", root: Path | None = None
+    ) -> None:
         # Interface names have 15 characters; the second octet keeps test sessions on one machine apart.
         self.tag = f"oe{secrets.token_hex(4)}"
         self.directory = directory
@@ -98,7 +101,9 @@ class Node:
         self.image = ""  # for whoever has pulled one
         (directory / "net.d").mkdir(parents=True)
         subnet = f"10.{secrets.choice(range(100, 250))}.{secrets.choice(range(256))}.0/24"
-        text = CONFIG.format(tag=self.tag, directory=directory, subnet=subnet, image=image, limits=limits)
+        text = CONFIG.format(
+            tag=self.tag, directory=directory, subnet=subnet, image=image, limits=limits, runtime=runtime
+        )
         (directory / "config.toml").write_text(text)
 
     # ------------------------------------------------------------------------------------------------------ lifetime
@@ -270,10 +275,12 @@ def _digest(data: bytes) -> str:
 
 
 @contextmanager
-def node(directory: Path, *, image: str = "", limits: str = "", root: Path | None = None) -> Iterator[Node]:
+def node(
+    directory: Path, *, image: str = "", limits: str = "", runtime: str = "", root: Path | None = None
+) -> Iterator[Node]:
     """A started node; everything of it is gone afterwards."""
     before = Machine.now()
-    made = Node(directory, image=image, limits=limits, root=root)
+    made = Node(directory, image=image, limits=limits, runtime=runtime, root=root)
     try:
         made.start()
         yield made

@@ -15,7 +15,7 @@ from typing import Any
 
 from cri.api import api_pb2 as pb
 from cri.interfaces import IdMap
-from cri.spec import cdi, devices, limits, mounts, security, userns, validate
+from cri.spec import cdi, confine, devices, limits, mounts, security, userns
 from cri.spec.images import ImageMount
 from cri.spec.mounts import PodFiles
 from cri.spec.users import User, UserRequest
@@ -59,6 +59,8 @@ class SpecInputs:
     unset_seccomp: str = "unconfined"  # or "default": what it means that a request names no seccomp profile
     image_mounts: Mapping[int, ImageMount] = field(default_factory=dict)
     cdi_dirs: tuple[Path, ...] = ()
+    ignore_selinux: bool = False
+    annotations: Mapping[str, str] = field(default_factory=dict)  # those that the configuration passes on
 
 
 def user_request(config: pb.ContainerConfig, image: ImageConfig) -> UserRequest:
@@ -80,7 +82,7 @@ def build(inputs: SpecInputs) -> dict[str, Any]:
     privileged = context.privileged
     if privileged and not inputs.sandbox.linux.security_context.privileged:
         raise InvalidRequest("security_context.privileged: the pod sandbox is not privileged")
-    userns.check_container(inputs.pod.ids, context.namespace_options)
+    _check_namespaces(inputs)
     mounts.check_volumes(inputs.image.volumes)
     all_mounts, propagation = mounts.build(
         config.mounts,
@@ -112,13 +114,17 @@ def build(inputs: SpecInputs) -> dict[str, Any]:
     if propagation:
         linux["rootfsPropagation"] = propagation
     if not privileged:
-        # An empty list cannot be told from none on the wire; procMount: Unmasked needs a user namespace, which has
-        # its own way here, so none means the defaults.
-        linux["maskedPaths"] = list(context.masked_paths) or list(security.masked_paths())
-        linux["readonlyPaths"] = list(context.readonly_paths) or list(security.READONLY_PATHS)
+        # An empty list cannot be told from none on the wire. It is what procMount: Unmasked becomes, and that needs a
+        # user namespace; without one, none means the defaults.
+        unmasked = inputs.pod.ids is not None
+        linux["maskedPaths"] = list(context.masked_paths) or ([] if unmasked else list(security.masked_paths()))
+        linux["readonlyPaths"] = list(context.readonly_paths) or ([] if unmasked else list(security.READONLY_PATHS))
     profile = _seccomp(context, capabilities["bounding"], inputs.unset_seccomp)
     if profile is not None:
         linux["seccomp"] = profile
+    selinux = confine.selinux("security_context", context.selinux_options, ignore=inputs.ignore_selinux)
+    if selinux.files:
+        linux["mountLabel"] = selinux.files
     spec: dict[str, Any] = {
         "ociVersion": OCI_VERSION,
         "root": {"path": "rootfs", "readonly": context.readonly_rootfs},
@@ -129,12 +135,28 @@ def build(inputs: SpecInputs) -> dict[str, Any]:
             "io.kubernetes.cri.container-type": "container",
             "io.kubernetes.cri.sandbox-id": inputs.pod.id,
             "io.kubernetes.cri.container-name": config.metadata.name,
+            **inputs.annotations,
         },
     }
+    if selinux.process:
+        spec["process"]["selinuxLabel"] = selinux.process
     names = cdi.requested(config)
     if names:
         cdi.apply(spec, names, inputs.cdi_dirs)
     return spec
+
+
+def _check_namespaces(inputs: SpecInputs) -> None:
+    """A container has its pod's namespaces, so it may not ask for others; 0 is POD, and what a request without any of
+    this says."""
+    asked, own = inputs.config.linux.security_context.namespace_options, inputs.pod
+    for name, private in (("network", own.network), ("ipc", own.ipc)):
+        value = getattr(asked, name)
+        if value not in (pb.POD, pb.NODE) or (value == pb.NODE and private):
+            raise InvalidRequest(f"namespace_options.{name}: a container's is that of its pod sandbox")
+    if asked.target_id and asked.pid != pb.TARGET:
+        raise InvalidRequest("namespace_options.target_id: needs pid TARGET")
+    userns.check_container(own.ids, asked)
 
 
 def _process(inputs: SpecInputs, capabilities: dict[str, list[str]]) -> dict[str, Any]:
@@ -149,7 +171,7 @@ def _process(inputs: SpecInputs, capabilities: dict[str, list[str]]) -> dict[str
         "noNewPrivileges": config.linux.security_context.no_new_privs,
         "oomScoreAdj": limits.oom_score_adj(config.linux.resources),
     }
-    profile = _apparmor(config.linux.security_context)
+    profile = confine.apparmor("security_context", config.linux.security_context)
     if profile:
         process["apparmorProfile"] = profile
     return process
@@ -215,7 +237,8 @@ def _namespaces(inputs: SpecInputs) -> list[dict[str, str]]:
     namespaces = [{"type": "mount"}, *({"type": kind, "path": path} for kind, path in joined if path)]
     if not pod.pid and not pod.host_pid:
         namespaces.append({"type": "pid"})
-    if not inputs.config.linux.security_context.privileged:
+    # One that a user namespace owns, too: without it no cgroup filesystem could be mounted there.
+    if pod.user or not inputs.config.linux.security_context.privileged:
         namespaces.append({"type": "cgroup"})
     return namespaces
 
@@ -239,17 +262,6 @@ def _seccomp(context: pb.LinuxContainerSecurityContext, granted: list[str], unse
 def _default_seccomp(granted: tuple[str, ...]) -> dict[str, Any]:
     # Shared between specs and never written to: config.json is serialised from it right away.
     return security.default_seccomp(granted)
-
-
-def _apparmor(context: pb.LinuxContainerSecurityContext) -> str:
-    if context.apparmor_profile:
-        raise InvalidRequest("security_context.apparmor_profile: gone from Kubernetes; say apparmor instead")
-    if context.HasField("apparmor") and context.apparmor.profile_type == pb.SecurityProfile.Localhost:
-        if not security.apparmor_enabled():
-            raise InvalidRequest("security_context.apparmor: this kernel has no AppArmor")
-        name: str = context.apparmor.localhost_ref
-        return validate.name("security_context.apparmor.localhost_ref", name)
-    return ""
 
 
 def exec_process(config: dict[str, Any], command: Iterable[str], *, terminal: bool = False) -> dict[str, Any]:

@@ -59,12 +59,9 @@ def build(resources: pb.LinuxContainerResources) -> dict[str, Any]:
 
 
 def merge(kept: pb.LinuxContainerResources, given: pb.LinuxContainerResources) -> None:
-    """Puts what `given` gives over `kept`: what is not given stays, and a page size has one limit. The OOM score is a
-    process's own and set when it starts, so an update does not change it."""
+    """Puts what `given` gives over `kept`: what is not given stays, and a page size has one limit."""
     pages = {limit.page_size: limit.limit for limit in (*kept.hugepage_limits, *given.hugepage_limits)}
-    score = kept.oom_score_adj
     kept.MergeFrom(given)
-    kept.oom_score_adj = score
     del kept.hugepage_limits[:]
     kept.hugepage_limits.extend(pb.HugepageLimit(page_size=size, limit=limit) for size, limit in pages.items())
 

@@ -6,8 +6,9 @@ path component, a sysctl file or a line of a generated file without another look
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 MAX_NAME = 253
 MAX_ANNOTATIONS = 256 << 10
@@ -75,6 +76,15 @@ def annotation_sizes(field: str, values: Mapping[str, str]) -> None:
     """Bounds the sum of an annotation or label map, as Kubernetes does (256 KiB)."""
     if sum(len(key) + len(value) for key, value in values.items()) > MAX_ANNOTATIONS:
         raise InvalidRequest(f"{field}: more than {MAX_ANNOTATIONS} bytes in all")
+
+
+def passed(annotations: Mapping[str, str], patterns: Sequence[str]) -> dict[str, str]:
+    """Those annotations whose key one of the operator's patterns matches; our own names are never taken over."""
+    return {
+        key: value
+        for key, value in annotations.items()
+        if not key.startswith("io.kubernetes.cri.") and any(fnmatch.fnmatchcase(key, one) for one in patterns)
+    }
 
 
 def sysctls(values: Mapping[str, str], *, private_network: bool, private_ipc: bool) -> dict[str, str]:

@@ -42,6 +42,10 @@ async def create_container(node: Node, request: pb.CreateContainerRequest) -> pb
     validate.name("metadata.name", metadata.name)
     validate.log_path(config.log_path)
     check_labels(config)
+    if config.HasField("windows"):
+        raise InvalidArgument("windows: this node runs Linux")
+    if config.image.runtime_handler:
+        node.handler(config.image.runtime_handler)
     what = f"create container {metadata.name} in pod {pod.label}"
     require_ready(pod, what)
     if len(node.store.containers) >= node.config.limits.containers:
@@ -156,6 +160,11 @@ def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
             pod=_pod_facts(node, pod, config),
             unset_seccomp=node.config.runtime.unset_seccomp,
             cdi_dirs=node.config.runtime.cdi_dirs,
+            ignore_selinux=node.config.runtime.without_selinux == "ignore",
+            annotations={
+                **validate.passed(pod.request.annotations, node.config.runtime.pod_annotations),
+                **validate.passed(config.annotations, node.config.runtime.container_annotations),
+            },
             image_mounts={} if handler else _image_mounts(node, container, ids),
         )
     )

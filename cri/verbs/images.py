@@ -92,6 +92,8 @@ async def image_status(node: Node, request: pb.ImageStatusRequest) -> pb.ImageSt
 async def pull_image(node: Node, request: pb.PullImageRequest) -> pb.PullImageResponse:
     """Pulls; cancelling it cancels this caller's part in the pull."""
     name = _name(request.image)
+    if request.image.runtime_handler:
+        node.handler(request.image.runtime_handler)  # all of them have the same images, if they are there at all
     failpoint("pull_image.begun")
     started = time.monotonic()
     login = credentials(request.auth) if request.HasField("auth") else None

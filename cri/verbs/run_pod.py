@@ -22,7 +22,7 @@ from cri.errors import AlreadyExists, InvalidArgument
 from cri.interfaces import IdMap, NetworkResult, Sandbox, Sandboxes, SandboxSpec
 from cri.node import Node, new_id, now_ns
 from cri.records import Pod
-from cri.spec import etc, userns, validate
+from cri.spec import confine, etc, limits, security, userns, users, validate
 from cri.threads import to_thread
 from cri.undo import Undo, both
 from runtime.linux.failpoint import failpoint
@@ -110,6 +110,14 @@ def check(node: Node, config: pb.PodSandboxConfig) -> None:
         validate.uid("metadata.uid", metadata.uid)
     validate.log_directory(config.log_directory)
     check_labels(config)
+    if config.HasField("windows"):
+        raise InvalidArgument("windows: this node runs Linux")
+    _check_security(node, config.linux.security_context)
+    for field, given in (("overhead", config.linux.overhead), ("resources", config.linux.resources)):
+        try:
+            limits.build(given)
+        except validate.InvalidRequest as error:
+            raise InvalidArgument(f"linux.{field}: {error}") from None
     cgroup_parent(node, config)
     hostname(config)
     own = namespaces(config)
@@ -121,6 +129,25 @@ def check(node: Node, config: pb.PodSandboxConfig) -> None:
     for index, port in enumerate(config.port_mappings):
         if not (0 <= port.host_port <= 65535 and 0 < port.container_port <= 65535):
             raise InvalidArgument(f"port_mappings[{index}]: ports go from 1 to 65535")
+        if port.protocol not in pb.Protocol.values():
+            raise InvalidArgument(f"port_mappings[{index}].protocol: unknown value {port.protocol}")
+
+
+def _check_security(node: Node, context: pb.LinuxSandboxSecurityContext) -> None:
+    """A pod has no process that its security context could be applied to: ocid-pause has no rights at all. What its
+    containers could not be given is refused already here, as a kubelet says it of both."""
+    if context.seccomp_profile_path:
+        raise InvalidArgument("security_context.seccomp_profile_path: gone from Kubernetes; say seccomp instead")
+    if context.HasField("seccomp") and context.seccomp.profile_type == pb.SecurityProfile.Localhost:
+        security.localhost_seccomp(context.seccomp.localhost_ref)
+    confine.apparmor("security_context", context)
+    ignore = node.config.runtime.without_selinux == "ignore"
+    confine.selinux("security_context", context.selinux_options, ignore=ignore)
+    for field in ("run_as_user", "run_as_group"):
+        if context.HasField(field) and not 0 <= getattr(context, field).value <= users.MAX_ID:
+            raise InvalidArgument(f"security_context.{field}: not from 0 to {users.MAX_ID}")
+    if any(not 0 <= group <= users.MAX_ID for group in context.supplemental_groups):
+        raise InvalidArgument(f"security_context.supplemental_groups: not from 0 to {users.MAX_ID}")
 
 
 async def run_pod(node: Node, request: pb.RunPodSandboxRequest, network: str = "") -> pb.RunPodSandboxResponse:

@@ -5,8 +5,9 @@ Refuses to touch what the request does not give. Invariant: the record says what
 
 from __future__ import annotations
 
+from cri import oom_score
 from cri.api import api_pb2 as pb
-from cri.errors import FailedPrecondition, NotFound
+from cri.errors import FailedPrecondition, InvalidArgument, NotFound
 from cri.node import Node
 from cri.spec import limits
 from cri.threads import to_thread
@@ -17,7 +18,10 @@ async def update_container(
 ) -> pb.UpdateContainerResourcesResponse:
     """All of the limits given, or none of them."""
     container = node.container(request.container_id)
+    if request.HasField("windows"):
+        raise InvalidArgument("windows: this node runs Linux")
     built = limits.build(request.linux)
+    limits.oom_score_adj(request.linux)
     await node.tasks.finish(_update(node, container.id, request.linux, built), f"update {container.name}")
     return pb.UpdateContainerResourcesResponse()
 
@@ -30,6 +34,8 @@ async def _update(node: Node, container_id: str, given: pb.LinuxContainerResourc
         if container.finished_ns:
             raise FailedPrecondition(f"update {container.name} ({container.id[:13]}): the container has ended")
         await to_thread(node.parts.containers.update, node.sandbox_of(container), container.id, built)
+        if given.oom_score_adj and container.pid:
+            await to_thread(oom_score.apply, container.cgroup, container.id, given.oom_score_adj)
         merged = pb.LinuxContainerResources.FromString(container.resources)
         limits.merge(merged, given)
         await node.store.change_container(container_id, resources=merged.SerializeToString())

@@ -69,8 +69,8 @@ def _apply(what: str, cgroup: str, pod_id: str, built: dict[str, Any]) -> None:
         wanted["memory"] = {**wanted["memory"], "checkBeforeUpdate": True}
     try:
         manager = manager_for(cgroup, pod_id)
-        if not manager.exists():
-            raise FailedPrecondition(f"{what}: its cgroup {cgroup} is not there before its first container")
+        if not manager.exists():  # no container has come yet; it goes with the pod (Pod.cgroup_made)
+            manager.make()
         manager.set(resources.parse(Fields(wanted, "resources")))
     except RuntimeFailure as error:
         raise ContainerError(f"{what}: {error}", code=error.code, hint=error.hint) from error

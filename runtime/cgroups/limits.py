@@ -78,6 +78,21 @@ def _take_over(manager: Manager, place: Place) -> None:
         manager.freezer().freeze(False)
 
 
+def make(manager: Manager) -> None:
+    """The directories alone, of which some may be there. Raises RuntimeFailure; then those made here are gone."""
+    from runtime.resources import Resources
+
+    made: list[str] = []
+    try:
+        for place in manager.places:
+            fd, new = tree.make_place(place, manager.verify, _preparation(manager, place, Resources()))
+            os.close(fd)
+            made += new
+    except OSError as error:
+        tree.unmake(made)
+        raise RuntimeFailure.of(error, step="cgroup", what=f"make cgroup {manager.main().directory}") from error
+
+
 def _preparation(manager: Manager, place: Place, resources: Resources) -> Callable[[int, int], None] | None:
     """What every level of a new path needs before the next one is made."""
     if place.hierarchy.version == 2:

@@ -160,6 +160,12 @@ class Manager:
 
         limits.create(self, resources)
 
+    def make(self) -> None:
+        """Makes the directories and nothing else: for a cgroup that others are to come into. Raises RuntimeFailure."""
+        from runtime.cgroups import limits
+
+        limits.make(self)
+
     def adopt(self, pid: int) -> None:
         """For a cgroup that begins with its first process: makes it around `pid`, which waits. Here it is made."""
 
