@@ -32,8 +32,9 @@ from cri.network import plan as planning
 from cri.network.conflist import ConfigError, Conflist, is_name
 from cri.network.external import Binaries
 from cri.network.firewall import Firewall
-from cri.network.lists import BuiltIn, Lists, parse_subnets
+from cri.network.lists import BuiltIn, parse_subnets
 from cri.network.netns import Namespaces, open_netns
+from cri.network.networks import Networks
 from cri.network.plan import Plan, Tools
 from cri.network.records import Record, Records
 from cri.network.values import Call, Cancel, PluginError, Result
@@ -44,8 +45,6 @@ log = logging.getLogger(__name__)
 
 _CALLS_AT_ONCE = 32
 _RETIRING_AT_ONCE = 4
-_STATUS_TIMEOUT_S = 5.0
-_STATUS_AGE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +74,13 @@ class Cni:
         self._firewall = Firewall(config.nft_table, self._records.path)
         self._binaries = Binaries(config.bin_dirs)
         self._tools = Tools(self._binaries, config.lease_dir, self._firewall, self._retire)
-        self._lists = Lists(config.conf_dir, self._plan)
-        self._built_in = BuiltIn(config.default_name, config.default_bridge, parse_subnets(config.default_subnets))
-        self._built_in_list: Conflist | None = None
+        built_in = BuiltIn(config.default_name, config.default_bridge, parse_subnets(config.default_subnets))
+        self._networks = Networks(config.conf_dir, built_in, self._plan)
         self._namespaces = Namespaces(config.netns_dir or config.state_dir / "netns", config.pool_size)
         self._threads = Threads("network", _CALLS_AT_ONCE)
         self._retiring = ThreadPoolExecutor(_RETIRING_AT_ONCE, thread_name_prefix="network-retire")
         self._busy: set[str] = set()
         self._free = threading.Condition()
-        self._status: tuple[float, Conflist, str | None] | None = None
 
     def close(self) -> None:
         """Lets go of threads and spare namespaces; pods keep their network."""
@@ -145,7 +142,7 @@ class Cni:
                 if before.result is not None and same:
                     return _answer(before.result)
                 self._undo(before, "of an earlier attempt")
-            conflist = self._find(pod.network)
+            conflist = self._networks.find(pod.network)
             try:
                 plan = planning.negotiate(self._plan(conflist), self._tools)
                 _look_up(plan)
@@ -201,7 +198,7 @@ class Cni:
             record = self._records.read(pod.id)
             if record is None:
                 # After a reboot /run is empty, while leases on disk are not (threats O4).
-                conflist = self._find_or_none(pod.network)
+                conflist = self._networks.find_or_none(pod.network)
                 if conflist is None:
                     self._forget(pod.id)
                     return
@@ -261,47 +258,15 @@ class Cni:
         return await self._threads.run(counters.read, paths)
 
     async def status(self) -> str | None:
-        return await self._threads.run(self._reason)
-
-    def _reason(self) -> str | None:
-        try:
-            conflist = self._find("")
-        except NetworkError as error:
-            return str(error)
-        plan = self._plan(conflist)
-        for program in plan.programs:
-            try:
-                program.find()
-            except PluginError as error:
-                return f"network {conflist.name}: {error}"
-        if conflist.version < "1.1.0" or not plan.programs:
-            return None
-        return self._asked(plan)
-
-    def _asked(self, plan: Plan) -> str | None:
-        """What the programs' STATUS says (CNI 1.1), asked at most every ten seconds: a kubelet asks us more often."""
-        known = self._status
-        if known is not None and known[1] == plan.conflist and time.monotonic() - known[0] < _STATUS_AGE_S:
-            return known[2]
-        reason = None
-        for program in plan.programs:
-            try:
-                said = program.status(_STATUS_TIMEOUT_S)
-            except PluginError as error:
-                said = str(error)
-            if said is not None:
-                reason = f"network {plan.conflist.name}: plugin {program.program}: {said}"
-                break
-        self._status = (time.monotonic(), plan.conflist, reason)
-        return reason
+        return await self._threads.run(self._networks.reason)
 
     def problems(self) -> tuple[str, ...]:
         """A sentence for each file in the configuration directory that is not used, for `ocid doctor`."""
-        return self._lists.load().problems
+        return self._networks.problems()
 
     def networks(self) -> tuple[str, ...]:
         """The names of the configured networks, the default first."""
-        return tuple(conflist.name for conflist in self._lists.load().networks) or (self._config.default_name,)
+        return self._networks.names()
 
     # ------------------------------------------------------------------------------------------------------- recovery
 
@@ -328,50 +293,14 @@ class Cni:
                 except OSError as error:
                     log.warning("remove network namespace: %s", error)
         records = [record for pod in self._records.pods() if (record := self._records.read(pod)) is not None]
-        plans = [self._plan(conflist) for conflist in self._all_lists()]
+        plans = [self._plan(conflist) for conflist in self._networks.all()]
         in_use = [self._plan(record.conflist) for record in records]
         collect.leftovers(kept, self._config, plans, in_use, records, self._firewall)
-
-    def _all_lists(self) -> list[Conflist]:
-        found = list(self._lists.load().networks)
-        try:
-            built_in = self._find_built_in()
-        except NetworkError:
-            return found
-        return found if any(conflist.name == built_in.name for conflist in found) else [*found, built_in]
 
     # --------------------------------------------------------------------------------------------------------- helpers
 
     def _plan(self, conflist: Conflist) -> Plan:
         return planning.make(conflist, self._tools)
-
-    def _find(self, name: str) -> Conflist:
-        """The network `name`, or the default one for "". Raises NetworkError."""
-        loaded = self._lists.load()
-        for conflist in loaded.networks:
-            if name in ("", conflist.name):
-                return conflist
-        said = f"; {'; '.join(loaded.problems)}" if loaded.problems else ""
-        if not loaded.networks and not loaded.problems and name in ("", self._config.default_name):
-            return self._find_built_in()
-        if name == self._config.default_name and not loaded.problems:
-            return self._find_built_in()
-        wanted = f"network {name}" if name else "a network configuration that can be used"
-        raise NetworkError(f"no {wanted} in {self._config.conf_dir}{said}")
-
-    def _find_or_none(self, name: str) -> Conflist | None:
-        try:
-            return self._find(name)
-        except NetworkError:
-            return None
-
-    def _find_built_in(self) -> Conflist:
-        if self._built_in_list is None:
-            try:
-                self._built_in_list = self._built_in.choose()
-            except (ConfigError, OSError) as error:
-                raise NetworkError(f"network {self._config.default_name}: {error}") from error
-        return self._built_in_list
 
     def _write(self, record: Record) -> None:
         try:
