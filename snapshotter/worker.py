@@ -14,6 +14,7 @@ import signal
 import socket
 import threading
 
+from runtime.linux.failpoint import failpoint
 from runtime.linux.process import capget, capset, set_name, set_no_new_privs
 from runtime.linux.sockets import recv_frame, send_frame
 from snapshotter import protocol
@@ -34,6 +35,7 @@ def work(request: protocol.Unpack | protocol.Finish, fds: list[int]) -> protocol
     made = unpack(
         blob, layer, request.media_type, request.diff_id, request.limits, base=request.base, aliases=request.aliases
     ).extracted
+    failpoint("snapshots.worker.unpacked")
     return protocol.Done(made.size, made.inodes, made.opaque, made.implied, made.links)
 
 

@@ -245,7 +245,7 @@ def _page_cache(files: list[int]) -> int:
 
 
 def test_fifty_containers_hold_an_image_once_on_disk_and_once_in_memory(overlay: Overlay, tmp_path: Path) -> None:
-    size = 64 << 20
+    size = 32 << 20
     layer = blob(tmp_path, [file("big", os.urandom(1 << 20) * 64), file("small", b"1")])
     overlay.unpack_layer(*layer.arguments())
     (lower,) = overlay.lower_directories(layer.chain_id)
@@ -422,10 +422,16 @@ def test_killed_while_collecting(tmp_path: Path) -> None:
         eventually(lambda: contents(tmp_path) == {"layers": [], "active": [], "trash": []}, what="sweep")
 
 
+def _held(tmp_path: Path) -> str:
+    """A failpoint that keeps a worker which has made all files of its layer from saying so, for ever."""
+    os.mkfifo(tmp_path / "held")
+    return f"snapshots.worker.unpacked=pause:{tmp_path}/held"
+
+
 def test_a_killed_daemon_takes_its_workers_along(tmp_path: Path) -> None:
     needs("root", "overlay")
-    layer = blob(tmp_path, [file(f"f{number}", b"x") for number in range(60_000)])
-    child = _child(tmp_path, 2, "unpack", *_arguments(layer))
+    layer = blob(tmp_path, [file(f"f{number}", b"x") for number in range(20)])
+    child = _child(tmp_path, 2, "unpack", *_arguments(layer), failpoint=_held(tmp_path))
     assert child.stdout is not None
     child.stdout.readline()
     children = Path(f"/proc/{child.pid}/task/{child.pid}/children")
@@ -436,9 +442,9 @@ def test_a_killed_daemon_takes_its_workers_along(tmp_path: Path) -> None:
 
     assert children.exists()
     (worker,) = eventually(workers, what="worker")
-    eventually(lambda: any(tmp_path.glob("root/layers/.*/fs/f1000")), what="files")
+    eventually(lambda: any(tmp_path.glob("root/layers/.*/fs/f19")), what="files")
     child.kill()
-    child.communicate(timeout=10)
+    child.communicate(timeout=SOON_S)
     eventually(lambda: not Path(f"/proc/{worker}").exists(), what="the worker ends")
     with opened(tmp_path, workers=2) as overlay:
         assert not overlay.has_layer(layer.chain_id)
@@ -502,16 +508,18 @@ def test_workers_are_two_at_most_and_end_when_idle(tmp_path: Path) -> None:
         overlay.unpack_layer(*blob(tmp_path, [file("later")]).arguments())
 
 
-def test_a_worker_that_dies_is_an_error_and_replaced(tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_an_error_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(tmp_path, workers=1) as overlay:
-        layer = blob(tmp_path, [file(f"f{number}", b"x") for number in range(25_000)])
+        layer = blob(tmp_path, [file(f"f{number}", b"x") for number in range(20)])
+        monkeypatch.setenv("OCID_FAILPOINTS", _held(tmp_path))
         with ThreadPoolExecutor(1) as threads:
             unpacking = threads.submit(overlay.unpack_layer, *layer.arguments())
-            eventually(lambda: any(tmp_path.glob("root/layers/.*/fs/f1000")), what="files")
+            eventually(lambda: any(tmp_path.glob("root/layers/.*/fs/f19")), what="files")
             (pid,) = overlay._layers.pool.processes()
             os.kill(pid, signal.SIGKILL)
             with pytest.raises(SnapshotError, match="SIGKILL"):
-                unpacking.result(30)
+                unpacking.result(SOON_S)
+        monkeypatch.delenv("OCID_FAILPOINTS")
         assert contents(tmp_path) == {"layers": [], "active": [], "trash": []}
         overlay.unpack_layer(*layer.arguments())
         assert overlay.has_layer(layer.chain_id)
@@ -520,7 +528,7 @@ def test_a_worker_that_dies_is_an_error_and_replaced(tmp_path: Path) -> None:
 
 def test_closing_ends_what_is_under_way(tmp_path: Path) -> None:
     overlay = open_overlay(tmp_path, workers=2)
-    layer = blob(tmp_path, [file(f"f{number}", b"x") for number in range(60_000)])
+    layer = blob(tmp_path, [file(f"f{number}", b"x") for number in range(30_000)])
     orphan = blob(tmp_path, [file("o")], parent="sha256:" + "0" * 64)
     with ThreadPoolExecutor(2) as threads:
         unpacking = threads.submit(overlay.unpack_layer, *layer.arguments())
@@ -569,19 +577,21 @@ def test_a_wait_for_the_parent_can_be_cancelled(tmp_path: Path) -> None:
                 waiting.result(10)
 
 
-def test_unpacking_can_be_cancelled(tmp_path: Path) -> None:
+def test_unpacking_can_be_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(tmp_path, workers=1) as overlay:
-        layer = blob(tmp_path, [file(f"f{number}", b"x") for number in range(25_000)])
+        layer = blob(tmp_path, [file(f"f{number}", b"x") for number in range(20)])
         queued = blob(tmp_path, [file("queued")])
+        monkeypatch.setenv("OCID_FAILPOINTS", _held(tmp_path))
         with ThreadPoolExecutor(3) as threads:
             unpacking = [threads.submit(overlay.unpack_layer, *layer.arguments()) for _ in range(2)]
-            eventually(lambda: any(tmp_path.glob("root/layers/.*/fs/f1000")), what="files")
+            eventually(lambda: any(tmp_path.glob("root/layers/.*/fs/f19")), what="files")
+            monkeypatch.delenv("OCID_FAILPOINTS")
             behind = threads.submit(overlay.unpack_layer, *queued.arguments())
             overlay.cancel(layer.chain_id)
             for failed in unpacking:
                 with pytest.raises(SnapshotError, match="cancelled"):
-                    failed.result(5)
-            behind.result(10)
+                    failed.result(SOON_S)
+            behind.result(SOON_S)
         assert contents(tmp_path)["trash"] == []
         assert len(contents(tmp_path)["layers"]) == 1
         overlay.unpack_layer(*layer.arguments())
