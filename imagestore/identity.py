@@ -65,7 +65,7 @@ class Identity:
         if self.kind == "exactReference":
             return signature.rest != "" and signature == named(self.first)
         if self.kind == "exactRepository":
-            return signature.repository == self.first_repository
+            return signature.repository == self.first
         if wanted is None:
             return False
         intended = of(wanted)
@@ -78,11 +78,6 @@ class Identity:
         return signature.rest != "" and (
             signature == intended or (intended.rest[:1] == "@" and signature.repository == intended.repository)
         )
-
-    @property
-    def first_repository(self) -> str:
-        found = named(self.first)
-        return found.repository if found else ""
 
     def _remapped(self, intended: Named) -> Named:
         name = intended.repository
@@ -118,9 +113,9 @@ def parse_identity(fields: Fields) -> Identity:
         fields.only("type", "dockerRepository")
         text = fields.string("dockerRepository")
         found = named(text)
-        if found is None or found.rest:
-            raise ContentInvalid(f"{fields.path}.dockerRepository: {text[:120]!r} is no repository without tag")
-        return Identity(kind, str(found))
+        if found is None:
+            raise ContentInvalid(f"{fields.path}.dockerRepository: {text[:120]!r} is no repository")
+        return Identity(kind, found.repository)
     if kind == "remapIdentity":
         fields.only("type", "prefix", "signedPrefix")
         return Identity(kind, _prefix(fields, "prefix"), _prefix(fields, "signedPrefix"))

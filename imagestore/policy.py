@@ -93,7 +93,8 @@ class Pki:
 
 @dataclass(frozen=True, slots=True)
 class SigstoreSigned:
-    """sigstoreSigned: by one of the keys, or by a certificate; with `rekor`, entered in one of these logs."""
+    """sigstoreSigned: by one of the keys, or by a certificate; with `rekor`, entered in one of these logs, too. Fulcio
+    always comes with a log, a PKI never."""
 
     keys: tuple[Material, ...]
     fulcio: Fulcio | None
@@ -237,6 +238,8 @@ def _sigstore_signed(fields: Fields) -> SigstoreSigned:
         )
     if len(rekor) > 1:
         raise ContentInvalid(f"{fields.path}: expected at most one of {', '.join(rekor_keys)}")
+    if pki is not None and rekor:
+        raise ContentInvalid(f"{fields.path}: {', '.join(rekor_keys)} do not go with pki, as elsewhere")
     if fulcio is not None and not rekor:
         raise ContentInvalid(
             f"{fields.path}: fulcio needs one of {', '.join(rekor_keys)}: only a log says when a certificate was used"

@@ -143,9 +143,17 @@ class Maker:
         )  # fmt: skip
 
     def leaf(
-        self, name: str, root: str, san: str, *, issuer: str = ISSUER, usage: str = "codeSigning", subject: str = "/"
+        self,
+        name: str,
+        root: str,
+        san: str,
+        *,
+        issuer: str = ISSUER,
+        usage: str = "codeSigning",
+        subject: str = "/",
+        days_of_2020: bool = False,
     ) -> Certificate:
-        """A signer's certificate for one day, through an intermediate that is sent along."""
+        """A signer's certificate for one day, this one or one of 2020, through an intermediate that is sent along."""
         if name not in self._certificates:
             self.authority(root)
             middle = self.between(f"{root}-between", root)
@@ -155,10 +163,30 @@ class Maker:
             if issuer:
                 extensions += f"1.3.6.1.4.1.57264.1.1=DER:{issuer.encode().hex()}\n"
                 extensions += f"1.3.6.1.4.1.57264.1.8=ASN1:UTF8String:{issuer}\n"
-            pem = self._issue(name, f"{root}-between", subject, extensions, "1")
+            if days_of_2020:
+                pem = self._issue_in_2020(name, f"{root}-between", extensions)
+            else:
+                pem = self._issue(name, f"{root}-between", subject, extensions, "1")
             chain = middle.read_bytes() + self.authority(root).read_bytes()
             self._certificates[name] = Certificate(name, pem, chain)
         return self._certificates[name]
+
+    def _issue_in_2020(self, name: str, issuer: str, extensions: str) -> bytes:
+        """`openssl x509` always begins now; `openssl ca` wants files for what it has issued."""
+        request = self._openssl("req", "-new", "-key", str(self.private(name)), "-subj", "/CN=old")
+        (self.directory / "request").write_bytes(request)
+        (self.directory / "ext").write_text(extensions)
+        (self.directory / "issued").write_text("")
+        (self.directory / "ca.conf").write_text(
+            "[ca]\ndefault_ca=it\n[it]\ndatabase=issued\nnew_certs_dir=.\nrand_serial=yes\ndefault_md=sha256\n"
+            "policy=any\nunique_subject=no\n[any]\ncommonName=optional\n"
+        )
+        self._openssl(
+            "ca", "-batch", "-config", "ca.conf", "-cert", f"{issuer}.ca.pem", "-keyfile", str(self.private(issuer)),
+            "-startdate", "20200101000000Z", "-enddate", "20200102000000Z", "-extfile", "ext", "-in", "request",
+            "-notext", "-out", "old.pem",
+        )  # fmt: skip
+        return (self.directory / "old.pem").read_bytes()
 
     # ------------------------------------------------------------------------------------------------------ the log
 
@@ -265,7 +293,8 @@ class Maker:
 
     # ----------------------------------------------------------------------------------------------------------- gpg
 
-    def _gpg_run(self, *words: str, data: bytes = b"", at: str = "") -> bytes:
+    def gpg(self, *words: str, data: bytes = b"", at: str = "") -> bytes:
+        """gpg itself, with a home of its own, at the time `at`."""
         faked = ("--faked-system-time", at) if at else ()
         command = ["gpg", "--batch", "--quiet", "--no-permission-warning", "--passphrase", "", *faked, *words]
         environment = {**os.environ, "GNUPGHOME": str(self._gpg)}
@@ -275,14 +304,14 @@ class Maker:
         """A key pair; the file of its public half."""
         path = self.directory / f"{email}.asc"
         if not path.exists():
-            self._gpg_run("--quick-gen-key", email, algorithm, "sign", expires, at=at)
-            path.write_bytes(self._gpg_run("--armor", "--export", email))
+            self.gpg("--quick-gen-key", email, algorithm, "sign", expires, at=at)
+            path.write_bytes(self.gpg("--armor", "--export", email))
         return path
 
     def simple(self, email: str, data: bytes, *, at: str = "") -> Simple:
         wanted = (email, data, at)
         if wanted not in self._made:
-            self._made[wanted] = self._gpg_run("--local-user", email, "--sign", data=data, at=at)
+            self._made[wanted] = self.gpg("--local-user", email, "--sign", data=data, at=at)
         return Simple(self._made[wanted], "test")
 
     def close(self) -> None:

@@ -168,7 +168,7 @@ def test_every_manifest_of_an_index_is_signed(world: World, maker: Maker) -> Non
 def test_openpgp_into_the_lookaside_store_and_skopeo_accepts_it(world: World, maker: Maker) -> None:
     public = maker.gpg_key("good@example.com")
     secret = world.directory / "secret.asc"
-    secret.write_bytes(maker._gpg_run("--armor", "--export-secret-keys", "good@example.com"))
+    secret.write_bytes(maker.gpg("--armor", "--export-secret-keys", "good@example.com"))
     world.require({"type": "signedBy", "keyType": "GPGKeys", "keyPath": str(public)})
     world.run("sign", "--openpgp-key", str(secret), world.name)
     found = world.verdict(world.name)["requirements"][0]

@@ -14,8 +14,9 @@ from grpc import StatusCode
 from cri.api import api_pb2 as pb
 from cri.errors import CallFailed
 from cri.interfaces import ContainerError
+from imagestore.model import SignatureRefused
 from runtime.linux import failpoint as failpoints
-from tests.fakes.node import Rig, on_rig
+from tests.fakes.node import IMAGE, Rig, on_rig
 from tests.support import SOON_S
 
 VERBS = Path(__file__).parents[2] / "cri" / "verbs"
@@ -39,6 +40,30 @@ def test_o8_run_pod_broken_at_each_step(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.delitem(failpoints._ARMED, point)
         await rig.remove_pod(await rig.run_pod())
         assert rig.leftovers() == []
+
+    on_rig(tmp_path, body)
+
+
+@pytest.mark.parametrize("by", [IMAGE, "id", "user"])
+def test_no_container_of_an_image_that_the_policy_refuses(tmp_path: Path, by: str) -> None:
+    """By the name that the pod has, where a kubelet asks by id."""
+
+    async def body(rig: Rig) -> None:
+        pod = await rig.run_pod()
+        before = rig.leftovers()
+        spec = pb.ImageSpec(image=IMAGE if by == IMAGE else rig.image.id)
+        if by == "user":
+            spec.user_specified_image = "trusted.example/app:1"
+        asked = spec.user_specified_image or spec.image
+        rig.images.refused[asked] = SignatureRefused(f"{SignatureRefused.WORD}: use image {asked}: no")
+        request = pb.CreateContainerRequest(pod_sandbox_id=pod, config=rig.container_config())
+        request.config.image.CopyFrom(spec)
+        with pytest.raises(CallFailed, match="^SignatureValidationFailed: ") as caught:
+            await rig.call("CreateContainer", request)
+        assert caught.value.code is StatusCode.UNKNOWN
+        assert rig.leftovers() == before
+        rig.images.refused.clear()
+        await rig.call("CreateContainer", request)
 
     on_rig(tmp_path, body)
 

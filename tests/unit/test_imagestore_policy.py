@@ -21,6 +21,8 @@ KEY = {"type": "sigstoreSigned", "keyPath": "/key"}
 GPG = {"type": "signedBy", "keyType": "GPGKeys", "keyPath": "/key"}
 DATA = base64.b64encode(b"x").decode()
 DIGEST = "sha256:" + "ab" * 32
+FULCIO = {"caPath": "/ca", "oidcIssuer": "https://i", "subjectEmail": "a@b"}
+PKI = {"caRootsPath": "/ca", "subjectEmail": "a@b"}
 
 
 def policy(document: object) -> Policy:
@@ -95,9 +97,8 @@ def test_files_are_known_by_their_path_and_what_is_above(tmp_path: Path) -> None
 # ------------------------------------------------------------------------------------------------------- refusing
 
 
-@pytest.mark.parametrize(
-    ("document", "said"),
-    [
+# Each is none to containers/image either (tests/peers).
+WRONG: list[tuple[dict[str, object], str]] = [
         ({}, "default: missing"),
         ({"default": []}, "default: an empty list"),
         ({"default": [ACCEPT], "extra": 1}, "unknown key 'extra'"),
@@ -121,11 +122,14 @@ def test_files_are_known_by_their_path_and_what_is_above(tmp_path: Path) -> None
         ({"default": [{**KEY, "signedIdentity": {"type": "matchAny"}}]}, "no kind of signedIdentity"),
         ({"default": [{**KEY, "signedIdentity": {"type": "matchExact", "dockerReference": "a"}}]}, "unknown key"),
         ({"default": [{**KEY, "signedIdentity": {"type": "exactReference", "dockerReference": "a/b"}}]}, "tag or dig"),
-        ({"default": [{**KEY, "signedIdentity": {"type": "exactRepository", "dockerRepository": "a/b:1"}}]}, "without"),
+        ({"default": [{**KEY, "signedIdentity": {"type": "exactRepository", "dockerRepository": "a/B"}}]}, "no repo"),
         ({"default": [{**KEY, "signedIdentity": {"type": "remapIdentity", "prefix": "busybox"}}]}, "no host"),
-        ({"default": [{"type": "sigstoreSigned", "fulcio": {"caPath": "/ca"}}]}, "needs one of rekorPublicKeyPath"),
-    ],
-)  # fmt: skip
+        ({"default": [{"type": "sigstoreSigned", "fulcio": FULCIO}]}, "needs one of rekorPublicKeyPath"),
+        ({"default": [{"type": "sigstoreSigned", "pki": PKI, "rekorPublicKeyPath": "/r"}]}, "do not go with pki"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("document", "said"), WRONG)
 def test_what_is_wrong_is_refused_and_named(document: object, said: str) -> None:
     with pytest.raises(PolicyInvalid, match=r"signature policy test\.json") as refused:
         policy(document)
@@ -137,9 +141,6 @@ def test_a_key_twice_is_refused() -> None:
         parse_policy(b'{"default": [{"type": "reject"}], "default": [{"type": "insecureAcceptAnything"}]}', "test.json")
     with pytest.raises(PolicyInvalid, match="unknown key 'Default'"):
         parse_policy(b'{"default": [{"type": "reject"}], "Default": [{"type": "insecureAcceptAnything"}]}', "test.json")
-
-
-FULCIO = {"caPath": "/ca", "oidcIssuer": "https://i", "subjectEmail": "a@b"}
 
 
 @pytest.mark.parametrize("missing", FULCIO)

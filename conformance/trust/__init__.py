@@ -1,0 +1,1 @@
+"""Our verdicts about signed images beside those of containers/image."""
