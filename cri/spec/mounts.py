@@ -16,6 +16,7 @@ from cri.api import api_pb2 as pb
 from cri.spec import images, userns
 from cri.spec.images import ImageMount
 from cri.spec.validate import InvalidRequest
+from runtime import labels
 from runtime.linux.files import PROC_SUPER_MAGIC, SYSFS_MAGIC, fstatfs_type
 from runtime.linux.mount import MountPoint, mountinfo
 
@@ -167,6 +168,8 @@ def _requested(index: int, mount: pb.Mount, layers: ImageMount | None) -> dict[s
         raise InvalidRequest(f"{field}.image: not with this runtime handler; the native one mounts images")
     if mount.image_sub_path:
         raise InvalidRequest(f"{field}.image_sub_path: needs an image mount")
+    if mount.selinux_relabel and labels.has_selinux():
+        raise InvalidRequest(f"{field}.selinux_relabel: not supported; label {mount.host_path[:80]} beforehand")
     target = destination(field, mount.container_path)
     source = _source(field, mount.host_path, target)
     options = ["rbind", _propagation(field, mount, source), *(["ro"] if mount.readonly else [])]

@@ -126,6 +126,16 @@ def test_users_and_groups(here: Node) -> None:
     assert said[:2] == ["1234", "77"] and said[2].split()[1:] == ["77", "88", "99"]
 
 
+def test_environment_directory_and_read_only_root(here: Node) -> None:
+    def change(config: Any) -> None:
+        config.working_dir = "/tmp"
+        config.envs.add(key="WORD", value=b"said")
+        security(config).readonly_rootfs = True
+
+    said = shown(here, "pwd; echo $WORD; touch /x 2>&1; touch /dev/shm/x && echo shm", change)
+    assert said[:2] == ["/tmp", "said"] and "Read-only" in said[2] and said[3] == "shm"
+
+
 # ----------------------------------------------------------------------------------------------------------- mounts
 
 
@@ -286,6 +296,10 @@ def test_an_update_sets_the_oom_score_of_every_process(here: Node) -> None:
     assert scores() == ["700"] * 2
     shown_now = here.client.status(one).resources.linux
     assert (shown_now.oom_score_adj, shown_now.cpu_shares) == (700, 512)
+    request.windows.SetInParent()
+    with pytest.raises(grpc.RpcError, match="windows: this node runs Linux"):
+        here.client.runtime.UpdateContainerResources(request)
+    request.ClearField("windows")
     request.linux.oom_score_adj = 1001
     with pytest.raises(grpc.RpcError, match="oom_score_adj: 1001"):
         here.client.runtime.UpdateContainerResources(request)

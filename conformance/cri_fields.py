@@ -1,0 +1,93 @@
+"""conformance/cri_fields.toml as values and as the table of docs/cri-fields.md: each field of each request.
+
+    python -m conformance.cri_fields      writes docs/cri-fields.md anew
+
+Refuses to guess: what is not in the file is in no table. Invariant: the document is what this prints, and a test
+compares them.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "conformance/cri_fields.toml"
+DOCUMENT = ROOT / "docs/cri-fields.md"
+KINDS = ("honoured", "refused", "moot")
+PEERS = {"both": ("yes", "yes"), "containerd": ("yes", "no"), "cri-o": ("no", "yes"), "neither": ("no", "no")}
+
+HEAD = """\
+# Every field of the CRI
+
+Printed by `python -m conformance.cri_fields` from `conformance/cri_fields.toml`; `tests/unit/test_cri_fields_table.py`
+fails when the proto has a field that is not there. *honoured*: it has the effect that the CRI says. *refused*: a
+request that has it fails with INVALID_ARGUMENT (UNIMPLEMENTED where the whole call does) and names the field. *moot*:
+there is nothing to be done with it here, for the reason given. The peers' columns say whether the field is named in
+their sources for the CRI (containerd 2.3.4, CRI-O 1.36.3), which does not say what they do with it. What Windows
+alone has is left out; a request that has it is refused.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One row."""
+
+    what: str
+    where: str
+    test: str
+    peers: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One row of the calls."""
+
+    what: str
+    test: str
+    peers: str
+
+
+def _tables(path: Path) -> dict[str, dict[str, list[str]]]:
+    with path.open("rb") as file:
+        return tomllib.load(file)
+
+
+def load(path: Path = SOURCE) -> Mapping[str, Mapping[str, Field]]:
+    """The fields by message and name."""
+    return {
+        message: {name: Field(*row) for name, row in fields.items()}
+        for message, fields in _tables(path).items()
+        if message != "calls"
+    }
+
+
+def load_calls(path: Path = SOURCE) -> Mapping[str, Call]:
+    """The calls by their names."""
+    return {name: Call(*row) for name, row in _tables(path)["calls"].items()}
+
+
+def rendered(table: Mapping[str, Mapping[str, Field]], calls: Mapping[str, Call]) -> str:
+    """The document."""
+    lines = [HEAD, "## Calls\n", "| call | ocid | containerd | CRI-O | shown by |", "|---|---|---|---|---|"]
+    for name, call in calls.items():
+        said = "yes" if call.what == "honoured" else "UNIMPLEMENTED"
+        lines.append(f"| {name} | {said} | {' | '.join(PEERS[call.peers])} | `{call.test.removeprefix('tests/')}` |")
+    lines.append("\n## Fields\n")
+    counts = {kind: sum(row.what == kind for fields in table.values() for row in fields.values()) for kind in KINDS}
+    lines.append(", ".join(f"{number} {kind}" for kind, number in counts.items()) + ".\n")
+    lines += ["| field | ocid | by | containerd | CRI-O | shown by |", "|---|---|---|---|---|---|"]
+    for message, fields in table.items():
+        for name, row in fields.items():
+            what = f"{row.what}. {row.note}" if row.note else row.what
+            where = f"`{row.where}`" if row.where else "—"
+            test = f"`{row.test.removeprefix('tests/')}`" if row.test else "—"
+            lines.append(f"| `{message}.{name}` | {what} | {where} | {' | '.join(PEERS[row.peers])} | {test} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(rendered(load(), load_calls()), encoding="utf-8")
