@@ -39,17 +39,17 @@ class RegistrySource:
     """A reference's image from the first host that has it."""
 
     def __init__(self, reference: Reference, repositories: Sequence[Repository]) -> None:
-        self._reference = reference
+        self.reference = reference
         self._repositories = list(repositories)
         self._silent: set[Repository] = set()
 
     async def top(self) -> Document:
-        resolving = not self._reference.digest
-        return await self._first(lambda host: host.manifest(self._reference.target), resolving=resolving)
+        resolving = not self.reference.digest
+        return await self._first(lambda host: host.manifest(self.reference.target), resolving=resolving)
 
     async def digest(self) -> str | None:
         """The digest of the tag without fetching its manifest, where the host tells it."""
-        return await self._first(lambda host: host.digest(self._reference.target), resolving=True)
+        return await self._first(lambda host: host.digest(self.reference.target), resolving=True)
 
     async def manifest(self, wanted: Descriptor) -> Document:
         return await self._first(lambda host: host.manifest(wanted.digest))
@@ -65,7 +65,7 @@ class RegistrySource:
         able = [host for host in self._repositories if (host.host.resolve if resolving else host.host.pull)]
         if not able:
             kind = "resolve tags" if resolving else "be pulled from"
-            raise ImageNotFound(f"no host of {self._reference.domain} in hosts.toml may {kind}")
+            raise ImageNotFound(f"no host of {self.reference.domain} in hosts.toml may {kind}")
         # A mirror that could not be reached for one thing is not waited for again for each of the others.
         hosts = [host for host in able if host not in self._silent] or able
         said: list[str] = []

@@ -38,6 +38,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--src-creds", metavar="USER:PASSWORD", help="log in to the source's registry with these")
     parser.add_argument("--dest-creds", metavar="USER:PASSWORD", help="log in to the target's registry with these")
     authfile_argument(parser)
+    parser.add_argument("--insecure-policy", action="store_true", help="do not ask the signature policy of the source")
     parser.add_argument("--digestfile", metavar="FILE", help="write the digest there, too")
     parser.add_argument("source", help="from where, such as docker://docker.io/library/busybox:1 or oci:DIR:TAG")
     parser.add_argument("target", help="to where, such as docker://localhost:5000/busybox:1 or oci-archive:FILE")
@@ -68,8 +69,11 @@ async def _run(args: argparse.Namespace, source: Place, target: Place) -> str:
                 if digest
                 else await session.source(source, credentials(args.src_creds))
             )
+            admit = None
+            if not digest and not args.insecure_policy:
+                admit = await session.policy(source, origin)
             to = await session.target(target, source, credentials(args.dest_creds))
-            made = await session.copy(origin, to, _options(args, session.config.platform, target), show)
+            made = await session.copy(origin, to, _options(args, session.config.platform, target), show, admit)
             await to.finish()
     return made.digest
 

@@ -29,6 +29,7 @@ from imagestore.manifest import (
 )
 from imagestore.model import ContentInvalid, Descriptor, ImageError, Progress, ProgressFunction
 from imagestore.platforms import Platform
+from imagestore.pull import Admit
 from imagestore.registry import Document
 from imagestore.resolve import resolve
 from imagestore.source import Source
@@ -48,7 +49,8 @@ class CopyOptions:
 
 
 class Copy:
-    """A copy of one image. `staging` holds a blob from its first byte until the target has it."""
+    """A copy of one image. `staging` holds a blob from its first byte until the target has it; `admit` is asked, as in
+    a pull, before anything is copied, and refuses by raising."""
 
     def __init__(
         self,
@@ -59,7 +61,9 @@ class Copy:
         config: StoreConfig,
         options: CopyOptions,
         tell: ProgressFunction = lambda _: None,
+        admit: Admit | None = None,
     ) -> None:
+        self._admit = admit
         self._source, self._target, self._staging = source, target, staging
         self._threads, self._config, self._options, self._tell = threads, config, options, tell
         self._slots = asyncio.Semaphore(config.concurrent_downloads)
@@ -69,10 +73,12 @@ class Copy:
 
     async def run(self) -> Document:
         """The top manifest as the target has it. Raises ImageError and its kinds."""
-        top = await self._source.top()
+        asked = top = await self._source.top()
         if read(top, self._config).is_index and not self._options.all:
             config = replace(self._config, platform=self._options.platform)
             top, _ = await resolve(self._source, top, self._threads, config)
+        if self._admit is not None:
+            await self._admit(asked.digest, top.digest)
         return await self._document(top, 0)
 
     async def _child(self, wanted: Descriptor) -> Document:

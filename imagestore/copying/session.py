@@ -21,13 +21,16 @@ from imagestore.copying.places import Place
 from imagestore.copying.targets import DirTarget, LayoutTarget, OciArchive, RegistryTarget, Target
 from imagestore.local import DirectoryFiles, DockerArchive, LocalSource, TarFiles
 from imagestore.model import Credentials, ImageError, ImageNotFound, ProgressFunction, ReferenceInvalid
+from imagestore.pull import Admit
 from imagestore.push import Pusher
 from imagestore.reference import Reference, parse
 from imagestore.registry import Document, Repository
 from imagestore.remotes import Remotes
+from imagestore.scopes import in_file, in_registry
 from imagestore.source import RegistrySource, Source
 from imagestore.threads import Threads
 from imagestore.transport import Transport, preload
+from imagestore.trust import Finder, Gate, Trust
 from runtime.linux.files import remove_tree
 
 
@@ -42,8 +45,22 @@ class Logins:
 class Session:
     """Made by `session`."""
 
-    def __init__(self, config: StoreConfig, scratch: Path, threads: Threads, remotes: Remotes) -> None:
+    def __init__(
+        self, config: StoreConfig, scratch: Path, threads: Threads, transport: Transport, remotes: Remotes
+    ) -> None:
         self.config, self.scratch, self.threads, self.remotes = config, scratch, threads, remotes
+        self._transport = transport
+
+    async def policy(self, place: Place, source: Source) -> Admit:
+        """What asks the signature policy about the image at `place`, of which `source` was made. Raises PolicyInvalid,
+        and SignatureRefused where that is decided already."""
+        trust = Trust(self.config)
+        if isinstance(source, RegistrySource):
+            subject = in_registry(source.reference)
+            finder = Finder(source.reference, source, self._transport, self.config)
+        else:
+            subject, finder = in_file(place.kind, place.path), None
+        return Gate(trust, subject, await self.threads.io(trust.before, subject), finder).admit
 
     async def source(self, place: Place, credentials: Credentials | None = None) -> Source:
         """Raises ImageError and its kinds."""
@@ -99,12 +116,17 @@ class Session:
         return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.scratch))
 
     async def copy(
-        self, source: Source, target: Target, options: CopyOptions, tell: ProgressFunction = lambda _: None
+        self,
+        source: Source,
+        target: Target,
+        options: CopyOptions,
+        tell: ProgressFunction = lambda _: None,
+        admit: Admit | None = None,
     ) -> Document:
         """Copies, and leaves `finish` to the caller, who may have more to copy to the same target."""
         staging = Blobs(self._inner("staging"))
         staging.create()
-        return await Copy(source, target, staging, self.threads, self.config, options, tell).run()
+        return await Copy(source, target, staging, self.threads, self.config, options, tell, admit).run()
 
 
 @asynccontextmanager
@@ -123,7 +145,7 @@ async def session(config: StoreConfig, beside: Path | None = None) -> AsyncItera
         await threads.io(preload)
         transport = Transport(config)
         async with transport.open():
-            yield Session(config, scratch, threads, Remotes(transport, threads, config))
+            yield Session(config, scratch, threads, transport, Remotes(transport, threads, config))
     finally:
         threads.leave()
         remove_tree(scratch)

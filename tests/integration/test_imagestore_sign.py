@@ -313,3 +313,26 @@ def test_verify_keeps_nothing(world: World) -> None:
         assert not bench.blobs()
     finally:
         bench.close()
+
+
+# ----------------------------------------------------------------------------------------------------- ocid copy
+
+
+def test_a_copy_asks_the_policy_of_its_source(world: World, maker: Maker) -> None:
+    """As skopeo does: nothing is copied of what is refused, from a registry or from files."""
+    world.keyed()
+    target = world.directory / "layout"
+    done = world.run("copy", f"docker://{world.name}", f"oci:{target}:1", code=125)
+    assert "the signature policy refuses" in done.stderr and "there is no sigstore signature" in done.stderr
+    assert not list(target.glob("blobs/sha256/*"))
+    world.run("sign", "--key", str(maker.private("good")), world.name)
+    world.run("copy", f"docker://{world.name}", f"oci:{target}:1")
+    world.run("sign", "--key", str(maker.private("good")), world.many)
+    world.run("copy", "--all", f"docker://{world.many}", f"oci:{world.directory}/all:1")
+    # The layout has no signatures of its own; a policy may accept it by its path.
+    words = (f"oci:{target}:1", f"dir:{world.directory}/dir")
+    world.run("copy", *words, code=125)
+    world.run("copy", "--insecure-policy", *words)
+    accept = {"oci": {str(target): [{"type": "insecureAcceptAnything"}]}}
+    world.policy.write_text(json.dumps({"default": [{"type": "reject"}], "transports": accept}))
+    world.run("copy", f"oci:{target}:1", f"dir:{world.directory}/another")
