@@ -244,6 +244,18 @@ class LimitSection:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointSection:
+    """[checkpoint]"""
+
+    enabled: bool = _key(
+        False, "Whether running containers may be checkpointed. An archive holds all of their memory: keys, tokens."
+    )
+    criu: str = _key("criu", "The criu program: a name to look for in $PATH, or a path.")
+    timeout_s: float = _key(600.0, "Seconds that criu may take for a container whose request says nothing.", least=1)
+    archive_bytes: int = _key(256 << 30, "Largest checkpoint that is written.", least=1)
+
+
+@dataclass(frozen=True, slots=True)
 class MetricsSection:
     """[metrics]"""
 
@@ -290,6 +302,7 @@ class Config:
     network: NetworkSection = _section(NetworkSection, "How pods are connected.")
     image: ImageSection = _section(ImageSection, "How images are pulled and kept.")
     stream: StreamSection = _section(StreamSection, "Exec, attach and port-forward.")
+    checkpoint: CheckpointSection = _section(CheckpointSection, "Checkpoints of containers and pods, by criu.")
     metrics: MetricsSection = _section(MetricsSection, "Metrics of the daemon itself, for Prometheus.")
     tracing: TracingSection = _section(TracingSection, "Spans of calls, for an OpenTelemetry collector.")
     limits: LimitSection = _section(LimitSection, "Limits in number, size and time.")

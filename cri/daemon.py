@@ -157,7 +157,7 @@ def build(config: Config, *, direct: bool) -> Built:
             default_subnets=config.network.default_subnets,
         )
     )
-    parts = Parts(images, snapshots, shims, shims, network)
+    parts = Parts(images, snapshots, shims, shims, network, shims)
     if config.tracing.endpoint:
         from cri.observe.parts import traced
 

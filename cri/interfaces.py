@@ -1,6 +1,6 @@
 """The parts as `cri` sees them. Read this first.
 
-Six Protocols, each a page of promises; the real parts and the fakes in tests/fakes pass one contract suite
+Seven Protocols, each a page of promises; the real parts and the fakes in tests/fakes pass one contract suite
 (tests/contract). Nothing here does anything. Unless a docstring says otherwise a method blocks and is called through
 `cri.threads.to_thread`; it may be called from several threads at once; after a crash half-way the same call, made
 again, ends the same way.
@@ -34,6 +34,7 @@ __all__ = [
     "ContainerError",
     "ContainerFacts",
     "ContainerSpec",
+    "Checkpoints",
     "Containers",
     "ExecResult",
     "ExecSpec",
@@ -121,6 +122,11 @@ class Snapshots(Protocol):
 
     def usage(self, key: str) -> SnapshotUsage:
         """Blocks and inodes of the writable layer of `key`. Raises NotFound."""
+        ...
+
+    def pack(self, key: str, fd: int) -> None:
+        """Writes the writable layer of `key` to `fd` as a layer's tar, whiteouts in the image spec's words. The files
+        may be changing: who wants one moment of them holds their users still. Raises NotFound, OSError."""
         ...
 
     def list(self) -> Sequence[SnapshotInfo]:
@@ -220,6 +226,27 @@ class Streams(Protocol):
     def connect(self, sandbox: Sandbox, port: int) -> int:
         """A TCP connection to `port` of the pod's loopback, IPv4 first, made inside its network namespace: a CLOEXEC
         socket that the caller owns. Raises ContainerError when nobody listens there."""
+        ...
+
+
+class Checkpoints(Protocol):
+    """runtime.shim.client.Shims, fourth part: containers held still, and written down."""
+
+    def pause(self, sandbox: Sandbox, container_id: str) -> None:
+        """Freezes a running container. Raises ContainerError, also where it is frozen already."""
+        ...
+
+    def resume(self, sandbox: Sandbox, container_id: str) -> None:
+        """Thaws it. One that is not frozen, has ended, or is gone: no-op. Raises ContainerError: it may be frozen
+        still, and the caller tries again."""
+        ...
+
+    def checkpoint(
+        self, sandbox: Sandbox, container_id: str, images: Path, work: Path, program: str, seconds: float
+    ) -> None:
+        """Writes criu's images of a running or frozen container into `images`, its logs into `work`; whether it
+        succeeds or fails, the container is afterwards as it was. Raises ContainerError; "deadline" after `seconds`,
+        then `images` may still be written to."""
         ...
 
 

@@ -19,7 +19,17 @@ from cri.api import api_pb2 as pb
 from cri.calls import Locks, Reservations, Tasks
 from cri.config import NATIVE, Config
 from cri.errors import FailedPrecondition, InvalidArgument, NotFound
-from cri.interfaces import ContainerFacts, Containers, Images, InterfaceCounters, Network, Sandbox, Sandboxes, Snapshots
+from cri.interfaces import (
+    Checkpoints,
+    ContainerFacts,
+    Containers,
+    Images,
+    InterfaceCounters,
+    Network,
+    Sandbox,
+    Sandboxes,
+    Snapshots,
+)
 from cri.processes import Processes
 from cri.records import Container, Pod
 from cri.store import Store
@@ -59,13 +69,14 @@ class Paths:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The five parts behind their Protocols."""
+    """The parts behind their Protocols."""
 
     images: Images
     snapshots: Snapshots
     sandboxes: Sandboxes
     containers: Containers
     network: Network
+    checkpoints: Checkpoints
 
 
 class Watcher(Protocol):

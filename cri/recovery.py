@@ -16,9 +16,10 @@ from cri.ends import end_orphan
 from cri.events import Events, keep_facts
 from cri.interfaces import ContainerError, ContainerFacts, NetworkError, Sandbox, ShimUnresponsive
 from cri.node import Node, now_ns
+from cri.paused import thaw_left
 from cri.records import Container, Pod
 from cri.threads import to_thread
-from cri.verbs import remove_container
+from cri.verbs import checkpoint, remove_container
 from cri.verbs.run_pod import LOOPBACK_ONLY, leave_cgroup
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import remove_tree
@@ -194,6 +195,8 @@ async def lost(node: Node, pod_id: str) -> None:
 
 async def _sweep(node: Node) -> None:
     """Takes away what no record tells of. Each on its own: one that resists does not keep the others."""
+    await _all(node, [thaw_left(node, pod) for pod in node.store.pods.values() if pod.ready])
+    await _all(node, [to_thread(remove_tree, checkpoint.directory(node))])
     pods = await to_thread(_names, node.paths.pods)
     bundles = await to_thread(_names, node.paths.bundles)
     await _all(node, [_sweep_pod(node, name) for name in pods if name not in node.store.pods])

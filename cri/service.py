@@ -18,6 +18,7 @@ from cri.intercept import Call, Intercept
 from cri.node import Begun, Node
 from cri.verbs import (
     attach,
+    checkpoint,
     container_events,
     container_stats,
     create_container,
@@ -65,6 +66,8 @@ VERBS: dict[str, Verb] = {
     "ListContainers": query.list_containers,
     "UpdateContainerResources": update_container.update_container,
     "UpdatePodSandboxResources": update_pod.update_pod,
+    "CheckpointContainer": checkpoint.checkpoint_container,
+    "CheckpointPod": checkpoint.checkpoint_pod,
     "ReopenContainerLog": reopen_log.reopen_log,
     "ExecSync": exec_sync.exec_sync,
     "Exec": exec.exec_stream,

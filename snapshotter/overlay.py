@@ -21,6 +21,7 @@ from snapshotter.layout import DIRECTORY, Layout, make_root
 from snapshotter.looks import copy_looks
 from snapshotter.model import AlreadyExists, Config, IdMap, NotFound, SnapshotInfo, Usage
 from snapshotter.mounts import boot_id, has_lowerdir_plus, overlay_mount, settle_volatile
+from snapshotter.pack import pack
 from snapshotter.records import ActiveRecord, LayerRecord, Records
 from snapshotter.trash import Trash
 from snapshotter.usage import measure
@@ -116,6 +117,18 @@ class Overlay:
             return measure(fd)
         finally:
             os.close(fd)
+
+    def pack(self, key: str, fd: int) -> None:
+        """See cri.interfaces.Snapshots.pack."""
+        record = self._active(key)
+        try:
+            upper = os.open(self._layout.snapshot(record.number) / "upper", DIRECTORY)
+        except FileNotFoundError:
+            raise NotFound(f"snapshot {key} does not exist") from None
+        try:
+            pack(upper, fd)
+        finally:
+            os.close(upper)
 
     def list(self) -> Sequence[SnapshotInfo]:
         """See cri.interfaces.Snapshots.list: those whose removal failed half-way are among them."""

@@ -19,9 +19,10 @@ _STEPS = {
     "snapshots": ("prepare", "remove"),
     "sandboxes": ("start", "reconnect", "stop"),
     "containers": ("create", "start_container", "signal", "delete", "exec_sync", "update", "reopen_log"),
+    "checkpoints": ("pause", "resume", "checkpoint"),
     "network": ("new_netns", "add", "check", "delete", "remove_netns"),
 }
-_WORDS = {"sandboxes": "shim", "containers": "shim", "images": "image", "snapshots": "snapshot"}
+_WORDS = {"sandboxes": "shim", "containers": "shim", "checkpoints": "shim", "images": "image", "snapshots": "snapshot"}
 
 
 class _Traced:

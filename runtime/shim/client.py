@@ -219,6 +219,27 @@ class Shims:
         with _sentences(f"update container {container_id}"), self._living(sandbox):
             self._call(sandbox, "update", protocol.UpdateMessage(container_id, dict(resources)))
 
+    def pause(self, sandbox: Sandbox, container_id: str) -> None:
+        """Checkpoints.pause."""
+        with _sentences(f"pause container {container_id}"), self._living(sandbox):
+            self._call(sandbox, "pause", protocol.IdMessage(container_id))
+
+    def resume(self, sandbox: Sandbox, container_id: str) -> None:
+        """Checkpoints.resume."""
+        with _sentences(f"resume container {container_id}"):
+            try:
+                self._call(sandbox, "resume", protocol.IdMessage(container_id))
+            except _ShimGone:
+                return  # whoever cleans up after it kills what is left, frozen or not
+
+    def checkpoint(
+        self, sandbox: Sandbox, container_id: str, images: Path, work: Path, program: str, seconds: float
+    ) -> None:
+        """Checkpoints.checkpoint."""
+        message = protocol.CheckpointMessage(container_id, str(images), str(work), program)
+        with _sentences(f"checkpoint container {container_id}"), self._living(sandbox):
+            self._call(sandbox, "checkpoint", message, seconds)
+
     def reopen_log(self, sandbox: Sandbox, container_id: str) -> None:
         """Containers.reopen_log."""
         with _sentences(f"reopen the log of container {container_id}"), self._living(sandbox):

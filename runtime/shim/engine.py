@@ -16,7 +16,7 @@ from runtime.cgroups import killer, limits
 from runtime.errors import RuntimeFailure
 from runtime.fields import decode
 from runtime.linux.mount import FsMount
-from runtime.shim.protocol import ContainerMessage
+from runtime.shim.protocol import CheckpointMessage, ContainerMessage
 
 # Imported on demand, and nearly every container demands them: once for all pods, before the zygote forks.
 _USUAL = (hooks, killer, limits, rootfs_cgroup, seccomp, seccomp_load)
@@ -52,6 +52,18 @@ if TYPE_CHECKING:
 
         def update(self, container_id: str, resources: dict[str, Any]) -> None:
             """New limits."""
+            ...
+
+        def pause(self, container_id: str) -> None:
+            """Freezes it. Frozen already: that is an error."""
+            ...
+
+        def resume(self, container_id: str) -> None:
+            """Thaws it. Not frozen: nothing happens."""
+            ...
+
+        def checkpoint(self, message: CheckpointMessage) -> None:
+            """criu's images of it; it stays as it is, running or frozen."""
             ...
 
 
@@ -104,6 +116,24 @@ class NativeEngine:
 
     def update(self, container_id: str, resources: dict[str, Any]) -> None:
         lifecycle.update(self._root, container_id, resources)
+
+    def pause(self, container_id: str) -> None:
+        lifecycle.pause(self._root, container_id)
+
+    def resume(self, container_id: str) -> None:
+        try:
+            lifecycle.resume(self._root, container_id)
+        except RuntimeFailure as error:
+            if "not paused" not in str(error):
+                raise
+
+    def checkpoint(self, message: CheckpointMessage) -> None:
+        from runtime import checkpoint  # for nodes that allow it
+
+        images = checkpoint.Images(
+            message.program, message.images, message.work, tcp_established=True, file_locks=True, link_remap=True
+        )
+        checkpoint.checkpoint(checkpoint.CheckpointRequest(self._root, message.id, images, leave_running=True))
 
     def execute(self, container_id: str, process: dict[str, Any], stdio: Sequence[int]) -> Made:
         wanted = spec_process.parse_process(process, "process")

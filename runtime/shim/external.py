@@ -18,7 +18,7 @@ from runtime.linux.files import AT_FDCWD, open_beneath, read_bounded
 from runtime.linux.mount import move_mount
 from runtime.linux.process import pidfd_open, set_child_subreaper
 from runtime.shim.engine import Made, root_mount
-from runtime.shim.protocol import ContainerMessage
+from runtime.shim.protocol import CheckpointMessage, ContainerMessage
 from runtime.shim.reaper import exit_code
 from runtime.shim.sandbox import unmount
 
@@ -91,6 +91,20 @@ class ExternalEngine:
             self._call(["update", "--resources", path, container_id])
         finally:
             os.unlink(path)
+
+    def pause(self, container_id: str) -> None:
+        self._call(["pause", container_id])
+
+    def resume(self, container_id: str) -> None:
+        try:
+            self._call(["resume", container_id])
+        except RuntimeFailure as error:
+            if "not paused" not in str(error):
+                raise
+
+    def checkpoint(self, message: CheckpointMessage) -> None:
+        words = ["checkpoint", "--leave-running", "--image-path", message.images, "--work-path", message.work]
+        self._call([*words, "--tcp-established", "--file-locks", message.id])
 
     def _file(self, kind: str) -> str:
         """A path for a scratch file; helpers work side by side, each has its pid."""

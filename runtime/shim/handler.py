@@ -251,6 +251,30 @@ class Handler:
         self._engine(held.handler).update(message.id, message.resources)
         return {}
 
+    def _running(self, container_id: str, what: str) -> Held:
+        held = self._held(container_id)
+        if held.facts.finished_ns or not held.facts.started_ns:
+            why = "has ended" if held.facts.finished_ns else "was not started"
+            raise RuntimeFailure(f"{what} container {container_id}: it {why}", code="failed_precondition")
+        return held
+
+    def _do_pause(self, body: object) -> object:
+        container_id = protocol.parse(protocol.IdMessage, body).id
+        self._engine(self._running(container_id, "pause").handler).pause(container_id)
+        return {}
+
+    def _do_resume(self, body: object) -> object:
+        container_id = protocol.parse(protocol.IdMessage, body).id
+        held = self._resident.containers.get(container_id)
+        if held is not None and not held.facts.finished_ns:
+            self._engine(held.handler).resume(container_id)
+        return {}
+
+    def _do_checkpoint(self, body: object) -> object:
+        message = protocol.parse(protocol.CheckpointMessage, body)
+        self._engine(self._running(message.id, "checkpoint").handler).checkpoint(message)
+        return {}
+
     def _do_reopen_log(self, body: object) -> object:
         container_id = protocol.parse(protocol.IdMessage, body).id
         held = self._held(container_id)

@@ -110,6 +110,15 @@ class UpdateMessage(Record):
     resources: dict[str, Any]
 
 
+class CheckpointMessage(Record):
+    """criu's images of container `id` into the directory `images`, its logs into `work`; the container goes on."""
+
+    id: str
+    images: str
+    work: str
+    program: str
+
+
 class AttachMessage(Record):
     """The fds that travel with it are stdin (iff `stdin`), then stdout, then stderr, as far as there are any."""
 

@@ -19,24 +19,13 @@ from runtime.shim.netns import connected, enter
 from runtime.shim.reaper import exit_code
 from runtime.shim.records import be_as_expendable_as
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from runtime.shim.held import Held
-
 
 class StreamHandler(Handler):
     """All requests: those of Handler, and these."""
 
-    def _running(self, container_id: str) -> Held:
-        held = self._held(container_id)
-        if held.facts.finished_ns or not held.facts.started_ns:
-            what = "has ended" if held.facts.finished_ns else "was not started"
-            raise RuntimeFailure(f"exec in container {container_id}: it {what}", code="failed_precondition")
-        return held
-
     def _do_exec(self, body: object) -> object:
         message = protocol.parse(protocol.ExecMessage, body)
-        held = self._running(message.id)
+        held = self._running(message.id, "exec in")
         be_as_expendable_as(held.facts.pid)
         finished = run_to_end(self._engine(held.handler), message, self._connection.fileno(), self._status)
         header = {"exit_code": finished.code, "timed_out": finished.timed_out, "truncated": finished.truncated}
@@ -53,7 +42,7 @@ class StreamHandler(Handler):
 
     def _do_stream(self, body: object) -> object:
         message = protocol.parse(protocol.StreamMessage, body)
-        held = self._running(message.id)
+        held = self._running(message.id, "exec in")
         if not message.terminal and len(self._fds) != 3:
             raise RuntimeFailure(
                 f"exec in container {message.id}: expected stdin, stdout and stderr, got {len(self._fds)} fds",

@@ -17,6 +17,7 @@ from typing import Protocol
 import pytest
 
 from cri.interfaces import (
+    Checkpoints,
     ContainerError,
     ContainerFacts,
     Containers,
@@ -34,8 +35,8 @@ from tests.shims import Lab, process
 from tests.support import eventually, needs
 
 
-class Both(Sandboxes, Containers, Streams, Protocol):
-    """Shims is all three."""
+class Both(Sandboxes, Containers, Streams, Checkpoints, Protocol):
+    """Shims is all four."""
 
 
 class Ground:
@@ -352,6 +353,27 @@ def test_calls_may_come_from_several_threads(ground: Ground) -> None:
         thread.join(60)
     assert not failures
     assert list(codes.values()) == [0] * 6
+
+
+def test_a_paused_container_stands_still_until_it_is_resumed(ground: Ground) -> None:
+    sandbox = ground.start()
+    spec = ground.run(sandbox, "sleep 1000")
+    ground.part.resume(sandbox, spec.id)  # runs already
+    ground.part.pause(sandbox, spec.id)
+    with refused("failed_precondition"):  # type: ignore[attr-defined]
+        ground.part.pause(sandbox, spec.id)
+    ground.part.resume(sandbox, spec.id)
+    ground.part.pause(sandbox, spec.id)
+    ground.part.delete(sandbox, spec.id)  # frozen or not
+    ground.part.resume(sandbox, spec.id)
+    with refused("not_found"):  # type: ignore[attr-defined]
+        ground.part.pause(sandbox, spec.id)
+    created = ground.spec(sandbox, "true")
+    ground.part.create(sandbox, created)
+    with refused("failed_precondition"):  # type: ignore[attr-defined]
+        ground.part.pause(sandbox, created.id)
+    ground.part.stop(sandbox)
+    ground.part.resume(sandbox, created.id)
 
 
 def test_update_takes_limits(ground: Ground) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import tarfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +93,16 @@ def test_remove_is_idempotent_and_frees_the_key(snapshots: Both) -> None:
     snapshots.remove("c1")
     assert snapshots.list() == []
     snapshots.prepare("c1", None)
+
+
+def test_a_packed_layer_is_a_tar_and_an_unknown_one_is_refused(snapshots: Both, tmp_path: Path) -> None:
+    snapshots.prepare("c1", None)
+    with (tmp_path / "layer.tar").open("w+b") as file:
+        snapshots.pack("c1", file.fileno())
+        with tarfile.open(fileobj=file) as archive:
+            assert archive.getnames() == []
+        with pytest.raises(NotFound):
+            snapshots.pack("nosuch", file.fileno())
 
 
 def test_usage_of_a_fresh_snapshot_is_one_inode(snapshots: Both) -> None:

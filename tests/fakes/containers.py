@@ -73,6 +73,7 @@ class _Container:
     attached: list[tuple[list[int], socket.socket]] = field(default_factory=list)
     resources: list[Mapping[str, object]] = field(default_factory=list)
     signals: list[int] = field(default_factory=list)
+    frozen: bool = False
 
 
 @dataclass
@@ -301,6 +302,34 @@ class MemoryContainers:
             if container.facts.finished_ns:
                 raise ContainerError(f"container {container_id} has ended", code="failed_precondition")
             container.resources.append(resources)
+
+    def pause(self, sandbox: Sandbox, container_id: str) -> None:
+        with self._lock:
+            self._called("pause", container_id)
+            _, container = self._container(sandbox, container_id)
+            if container.frozen or container.facts.finished_ns or not container.facts.started_ns:
+                raise ContainerError(f"pause container {container_id}: not running", code="failed_precondition")
+            container.frozen = True
+
+    def resume(self, sandbox: Sandbox, container_id: str) -> None:
+        with self._lock:
+            self._called("resume", container_id)
+            pod = self.pods.get(sandbox.id)
+            if pod is not None and container_id in pod.containers:
+                pod.containers[container_id].frozen = False
+
+    def frozen(self) -> list[str]:
+        """The ids of containers that stand still."""
+        return [id_ for pod in self.pods.values() for id_, one in pod.containers.items() if one.frozen]
+
+    def checkpoint(
+        self, sandbox: Sandbox, container_id: str, images: Path, work: Path, program: str, seconds: float
+    ) -> None:
+        with self._lock:
+            self._called("checkpoint", f"{container_id} frozen {sorted(self.frozen())}")
+            self._container(sandbox, container_id)
+            (images / "pages-1.img").write_bytes(f"memory of {container_id}".encode())
+            (work / "dump.log").write_text(f"{program}, at most {seconds:g} s\n")
 
     def reopen_log(self, sandbox: Sandbox, container_id: str) -> None:
         with self._lock:

@@ -72,7 +72,7 @@ class Rig:
         self.node = Node(
             self.config,
             Store(open_sound(self.config.root / "ocid.db")),
-            Parts(self.images, self.snapshots, self.shims, self.shims, self.network),
+            Parts(self.images, self.snapshots, self.shims, self.shims, self.network, self.shims),
         )
         node = self.node
         self.events = Events(node, lambda pod_id: _spawn(node, pod_id))

@@ -1,0 +1,174 @@
+"""Checkpoints over the CRI with a criu that only pretends (tests/fakes/criu.py): what stands still meanwhile, what
+becomes of a pod when criu fails or the daemon is killed, what the archive holds. The real criu is in tests/vm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from conformance.cri_client import container
+from cri.api import api_pb2 as pb
+from tests.e2e import Node, node, stocked
+from tests.support import eventually, needs
+
+CLONE = Path(__file__).parents[2]
+COUNT = "touch /written; i=0; while :; do i=$((i+1)); echo $i; usleep 20000; done"
+
+
+class Criu:
+    """The program, which looks at the pod's freezers before it does what its plan says."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        self.directory = directory
+        self.program = directory / "criu"
+        self._states = directory / "states"
+        self.plan("ok")
+
+    def watch(self, tag: str) -> None:
+        look = f"for f in $(find /sys/fs/cgroup/freezer/{tag} -name freezer.state); do cat $f; done >> {self._states}"
+        run = f'cd {CLONE} && exec {sys.executable} -m tests.fakes.criu {self.directory} "$@"'
+        self.program.write_text(f"#!/bin/sh\n{look}\n{run}\n")
+        self.program.chmod(0o755)
+
+    def plan(self, what: str) -> None:
+        (self.directory / "plan").write_text(what)
+
+    def states(self) -> list[str]:
+        """Of every freezer of the pod, each time that criu ran."""
+        return self._states.read_text().split() if self._states.exists() else []
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, Criu]]:
+    needs("root", "overlay", "busybox", "cgroup1")
+    directory = tmp_path_factory.mktemp("n")
+    criu = Criu(tmp_path_factory.mktemp("c") / "criu")
+    section = f'[checkpoint]\nenabled = true\ncriu = "{criu.program}"\n'
+    with stocked() as registry, node(directory, limits=section) as made:
+        criu.watch(made.tag)
+        made.image = f"{registry.name}/busybox:1"
+        made.client.pull(made.image)
+        pod, _, _ = made.run(made.image, ["true"])
+        made.drop(pod)
+        yield made, criu
+
+
+def _pod(node: Node) -> tuple[str, list[str]]:
+    config = node.pod_config()
+    pod = node.client.run_pod(config)
+    ids = []
+    for name in ("one", "two"):
+        ids.append(node.client.create(pod, container(name, node.image, ["sh", "-c", COUNT]), config))
+        node.client.start(ids[-1])
+    return pod, ids
+
+
+def _goes_on(node: Node, one: str) -> None:
+    """The container counts on, and can be looked into."""
+    log = Path(node.client.status(one).log_path)
+    size = log.stat().st_size
+    eventually(lambda: log.stat().st_size > size, 10, "the container to go on")
+    assert node.client.exec_sync(one, ["true"])[0] == 0
+
+
+def _checkpoint(node: Node, pod: str, target: Path) -> None:
+    request = pb.CheckpointPodRequest(pod_sandbox_id=pod, output_path=str(target))
+    node.client.runtime.CheckpointPod(request, timeout=60)
+
+
+def test_a_pod_is_dumped_while_all_of_it_stands_still_and_runs_on(bench: tuple[Node, Criu], tmp_path: Path) -> None:
+    node, criu = bench
+    pod, ids = _pod(node)
+    _goes_on(node, ids[0])
+    before = len(criu.states())
+    _checkpoint(node, pod, tmp_path / "pod.tar")
+    frozen = [state for state in criu.states()[before:] if state == "FROZEN"]
+    assert len(frozen) == 4, "two freezers, looked at for each of two dumps"
+    for one in ids:
+        _goes_on(node, one)
+    options = json.loads((criu.directory / "options").read_text())
+    assert (options["3"], options["4"], options["8"]) == (1, 1, 1) or options["3"] == 1
+    with tarfile.open(tmp_path / "pod.tar") as archive:
+        about = json.load(archive.extractfile("pod.dump"))  # type: ignore[arg-type]
+        assert about["containers"] == dict(zip(("one", "two"), ids, strict=True))
+        raw = archive.extractfile("containers/one/rootfs-diff.tar")
+        assert raw is not None
+        with tarfile.open(fileobj=io.BytesIO(raw.read())) as layer:
+            assert "written" in layer.getnames()
+        spec = json.load(archive.extractfile("containers/two/spec.dump"))  # type: ignore[arg-type]
+        assert spec["process"]["args"] == ["sh", "-c", COUNT]
+    node.drop(pod)
+
+
+@pytest.mark.parametrize(("plan", "words"), [("fail", "criu failed: type DUMP"), ("die", "ended without an answer")])
+def test_when_criu_fails_everybody_goes_on_and_the_caller_hears_why(
+    bench: tuple[Node, Criu], tmp_path: Path, plan: str, words: str
+) -> None:
+    node, criu = bench
+    pod, ids = _pod(node)
+    criu.plan(plan)
+    try:
+        with pytest.raises(grpc.RpcError) as caught:
+            _checkpoint(node, pod, tmp_path / "pod.tar")
+    finally:
+        criu.plan("ok")
+    assert words in str(caught.value.details())  # type: ignore[attr-defined]
+    assert list(tmp_path.iterdir()) == [] and not list((node.root / "checkpoints").glob("*"))
+    for one in ids:
+        _goes_on(node, one)
+    node.drop(pod)
+
+
+def test_without_criu_it_says_what_to_install(bench: tuple[Node, Criu], tmp_path: Path) -> None:
+    node, criu = bench
+    pod, ids = _pod(node)
+    hidden = criu.program.rename(criu.program.with_name("elsewhere"))
+    try:
+        request = pb.CheckpointContainerRequest(container_id=ids[0], location=str(tmp_path / "c.tar"))
+        with pytest.raises(grpc.RpcError) as caught:
+            node.client.runtime.CheckpointContainer(request, timeout=60)
+    finally:
+        hidden.rename(criu.program)
+    error = caught.value
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION  # type: ignore[attr-defined]
+    assert "executable file not found" in str(error.details())  # type: ignore[attr-defined]
+    _goes_on(node, ids[0])
+    node.drop(pod)
+
+
+def test_a_daemon_killed_in_the_middle_leaves_nobody_frozen(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("root", "overlay", "busybox", "cgroup1")
+    target = tmp_path_factory.mktemp("t")
+    criu = Criu(tmp_path_factory.mktemp("c") / "criu")
+    section = f'[checkpoint]\nenabled = true\ncriu = "{criu.program}"\n'
+    with stocked() as registry, node(tmp_path_factory.mktemp("n"), limits=section) as made:
+        criu.watch(made.tag)
+        made.image = f"{registry.name}/busybox:1"
+        made.client.pull(made.image)
+        pod, ids = _pod(made)
+        for point in ("paused.one", "checkpoint.imaged"):
+            made.end()
+            with monkeypatch.context() as armed:
+                armed.setenv("OCID_FAILPOINTS", f"{point}=kill")
+                made.start()
+            with contextlib.suppress(grpc.RpcError):
+                _checkpoint(made, pod, target / "pod.tar")
+            assert made.process is not None and made.process.wait(20) == -9
+            made.end()
+            made.start()
+            for one in ids:
+                _goes_on(made, one)
+            assert list(target.iterdir()) == [] and not list((made.root / "checkpoints").glob("*"))
+        made.drop(pod)
