@@ -102,9 +102,10 @@ def ocid_command(
     subnet: str = "10.201.0.0/16",
     bridge: str = "",
     handlers: Mapping[str, str] | None = None,
+    more: str = "",
 ) -> tuple[list[str], Path]:
     """What starts `ocid serve` below `directory`, and its socket; with a `bridge` its network comes from a conflist,
-    else from its own default. `handlers` are further ones, by name."""
+    else from its own default. `handlers` are further ones, by name; `more` is added to the configuration."""
     root, state, networks = directory / "root", directory / "state", directory / "net.d"
     networks.mkdir(parents=True, exist_ok=True)
     if bridge:
@@ -112,16 +113,16 @@ def ocid_command(
     configuration = directory / "config.toml"
     configuration.write_text(
         f'[network]\nconf_dir = "{networks}"\nlease_dir = "{directory}/leases"\ndefault_subnets = ["{subnet}"]\n'
-        "[runtime.handlers]\n" + "".join(f'{name} = "{path}"\n' for name, path in (handlers or {}).items())
+        "[runtime.handlers]\n" + "".join(f'{name} = "{path}"\n' for name, path in (handlers or {}).items()) + more
     )
     command = [command_path("ocid"), "--config", str(configuration), "--root", str(root), "--state", str(state)]
     return [*command, "serve"], state / "ocid.sock"
 
 
 @contextmanager
-def ocid(directory: Path, subnet: str = "10.201.0.0/16", bridge: str = "") -> Iterator[Daemon]:
+def ocid(directory: Path, subnet: str = "10.201.0.0/16", bridge: str = "", more: str = "") -> Iterator[Daemon]:
     """`ocid serve` below `directory`, as `ocid_command` has it."""
-    command, socket = ocid_command(directory, subnet, bridge)
+    command, socket = ocid_command(directory, subnet, bridge, more=more)
     try:
         with _running("ocid", command, directory, socket, bridge or "ocid0") as daemon:
             yield daemon

@@ -50,11 +50,11 @@ class StoreConfig:
     pull_bandwidth_bytes: int = 0
     """Most bytes per second that all downloads, and that those of one pull, may take; 0 is no limit."""
     ranges: int = 4
-    range_bytes: int = 4 * _MIB
+    range_bytes: int = 2 * _MIB
     range_after_s: float = 2.0
     range_below: float = 64.0 * _MIB
     """A download that after `range_after_s` makes less than `range_below` bytes per second goes on in `ranges` parts of
-    `range_bytes` at once, which is the memory that it may take. On a quick line one stream costs less."""
+    `range_bytes` at once; twice that is the memory that it may take. On a quick line one stream costs less."""
     concurrent_unpacks: int = 8
     """Layers handed to the unpacker at once. It bounds its own processes, and a layer that waits for its parent holds
     a thread only: with fewer, small layers would stand in line behind a large one that is below them."""

@@ -7,7 +7,7 @@
 One connection over a long or lossy line does not fill it, since each loss and each window halves it alone. Refuses
 partial content that is not what was asked for, content encodings, and connections that move less than `stall_bytes` in
 `stall_timeout_s` (threats O48, O49). Invariant: what is in the `Ingest` is a true prefix or will fail its digest; no
-more than `ranges` times `range_bytes` wait in memory for what comes before them.
+more than `_AHEAD` times `ranges` parts of `range_bytes` are in memory.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)
 # A connection that was cut after moving this much was worth continuing: it does not use up a retry.
 _WORTHWHILE = 1 << 20
 _ATTEMPTS = 200
+_AHEAD = 2
 
 
 class _Slow(Exception):
@@ -157,14 +158,16 @@ class Download:
     async def _ranges(self) -> None:
         """The rest in ranges, each by a connection of its own. Raises _NoRanges, and as `run` does."""
         ingest, step = self._ingest, self._config.range_bytes
-        # Under way, in the order of their offsets.
+        # Under way or waiting for what is before them, in the order of their offsets: twice as many as connections, so
+        # that those go on while one of them begins anew.
         flying: deque[asyncio.Task[list[bytes]]] = deque()
         following = ingest.offset
+        turns = asyncio.Semaphore(self._config.ranges)
         try:
             while flying or following < self._blob.size:
-                while following < self._blob.size and len(flying) < self._config.ranges:
+                while following < self._blob.size and len(flying) < _AHEAD * self._config.ranges:
                     end = min(following + step, self._blob.size)
-                    flying.append(asyncio.create_task(self._range(following, end)))
+                    flying.append(asyncio.create_task(self._range(following, end, turns)))
                     following = end
                 pieces = await flying[0]
                 flying.popleft()
@@ -178,8 +181,12 @@ class Download:
             for task in flying:
                 task.cancelled() or task.exception()  # seen: the first failure is the one that is told
 
-    async def _range(self, begin: int, end: int) -> list[bytes]:
-        """The bytes of [begin, end), of as many connections as it takes."""
+    async def _range(self, begin: int, end: int, turns: asyncio.Semaphore) -> list[bytes]:
+        """The bytes of [begin, end), of as many connections one after another as it takes."""
+        async with turns:
+            return await self._whole(begin, end)
+
+    async def _whole(self, begin: int, end: int) -> list[bytes]:
         pieces: list[bytes] = []
         got = failures = 0
         while begin + got < end:

@@ -1,7 +1,8 @@
 """python -m conformance.bench [--quick] [--only NAME] [--strict] [PART…]
 
 Measures in namespaces of its own (conformance.isolated) and prints one Markdown table. Parts: lifecycle density pull
-logs runtime. --strict: exit 1 when a budget is missed; a runtime that fails or loses output is an error in any case.
+logs link runtime. --strict: exit 1 when a budget is missed; a runtime that fails or loses output is an error in any
+case.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from conformance import daemons
-from conformance.bench import density, lifecycle, runtimes, transfer
+from conformance.bench import density, lifecycle, link, runtimes, transfer
 from conformance.bench.subject import Subject, new_since, settled_pss
 from conformance.bench.table import render
 from conformance.cri_client import Names, connected
@@ -26,7 +27,7 @@ from conformance.images.recipes import CACHE
 from conformance.isolated import reenter
 from conformance.registry import Registry, registry
 
-PARTS = ("lifecycle", "density", "pull", "logs", "runtime")
+PARTS = ("lifecycle", "density", "pull", "logs", "link", "runtime")
 
 
 def say(text: str) -> None:
@@ -83,6 +84,11 @@ def run(parts: Sequence[str], names: Sequence[str], quick: bool, base: Path) -> 
             for note in one.notes:
                 say(f"{one.name}: {note}")
         results = {one.name: one.values for one in subjects}
+        if "link" in parts and "ocid" in names:
+            say("pull over a simulated line")
+            (base / "link").mkdir()
+            results["ocid"]["link"], words = link.measure(base / "link", 60 if quick else 240)
+            say(f"line: {words}")
         if "runtime" in parts and "ocid" in names:
             say("ocirun and runc, in turn")
             (base / "runtimes").mkdir()

@@ -43,6 +43,7 @@ METRICS = (
     Metric("per_pod", "overhead per pod, PSS", "MiB", 1.2, 5.56),
     Metric("daemon_full", "daemon with all pods, PSS", "MiB"),
     Metric("pull", "pull + unpack, 1.18 GiB in 73 k files", "s", 7, 22),
+    Metric("link", "pull over 100 Mbit/s, 50 ms, resets: of the line", "%", 95, more_is_better=True),
     Metric("logs", "log throughput, 100-byte lines", "MB/s", 150, 28, more_is_better=True),
     Metric("runtime", "run true: ocirun against runc, p50", "ms", 1, 1),
     Metric("runtime_exec", "exec true: ocirun against runc, p50", "ms", 1, 1),

@@ -61,8 +61,8 @@ def test_the_rest_comes_in_parts(bench: Bench, registry: FakeRegistry) -> None:
     assert (bench.root / "blobs/sha256" / layer[7:]).read_bytes() == registry.blobs[layer]
 
 
-def test_three_at_once_and_no_more(bench: Bench, registry: FakeRegistry) -> None:
-    """The first part hangs: two more are asked for, and then nothing until it is tried again."""
+def test_what_waits_is_bounded(bench: Bench, registry: FakeRegistry) -> None:
+    """The first part hangs: as many are fetched as may wait for it, and then nothing until it is tried again."""
     reference, layer = pushed(registry)
     hang = registry.rule("GET", f"/blobs/{layer}", Hang(), times=0)
     original = registry._right
@@ -75,7 +75,8 @@ def test_three_at_once_and_no_more(bench: Bench, registry: FakeRegistry) -> None
     registry._right = right  # type: ignore[method-assign,assignment]
     bench.pull(reference)
     asked = parts(registry, layer)
-    assert asked[0] == asked[3] and asked[0] not in asked[1:3]
+    again = asked.index(asked[0], 1)
+    assert len(set(asked[1:again])) == 2 * 3 - 1
     assert (bench.root / "blobs/sha256" / layer[7:]).read_bytes() == registry.blobs[layer]
 
 
