@@ -55,13 +55,19 @@ def has_lowerdir_plus(directory: Path) -> bool:
         major, minor = os.uname().release.split(".")[:2]
         return (int(major), int("".join(c for c in minor if c.isdigit()) or 0)) >= (6, 5)
     try:
-        fsconfig(fs, FSCONFIG_SET_STRING, "lowerdir+", str(directory))
+        # Before 6.5 overlayfs had no parser for fsconfig(2): anything is taken, and refused when it comes to the mount.
+        return not _takes(fs, "no-such-option", "") and _takes(fs, "lowerdir+", str(directory))
+    finally:
+        os.close(fs)
+
+
+def _takes(fs: int, option: str, value: str) -> bool:
+    try:
+        fsconfig(fs, FSCONFIG_SET_STRING, option, value)
     except KernelError as error:
         if error.errno != errno.EINVAL:
             raise
         return False
-    finally:
-        os.close(fs)
     return True
 
 
