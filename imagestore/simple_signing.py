@@ -1,8 +1,8 @@
 """Simple signing: an OpenPGP message whose content says which digest may be called what (containers-signature(5)).
 
-The OpenPGP itself is Sequoia's (pysequoia, imported when a policy first needs it; docs/decisions/0008). Refuses keys
-that are expired or revoked today, whatever they were when they signed. Invariant: the claim that comes from here is the
-content that was verified, never a copy that was read beside it.
+The OpenPGP itself is Sequoia's (pysequoia, imported when a policy first needs it; docs/decisions/0008), which is given
+no packet that grows (openpgp_packets). Refuses keys that are expired or revoked today, whatever they were when they
+signed. Invariant: the claim that comes from here is the content that was verified, never a copy that was read beside it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from imagestore.claims import Claim, simple
 from imagestore.model import PolicyInvalid
+from imagestore.openpgp_packets import unwrapped
 from imagestore.policy import SignedBy
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ def verify(message: bytes, keys: Sequence[Cert], now: float) -> tuple[Claim, str
     from pysequoia import verify as verify_message
 
     try:
+        message = unwrapped(message, _CONTENT)
+    except ValueError as error:
+        raise NotSigned(f"no OpenPGP message that is read here: {error}") from None
+    try:
         found = verify_message(bytes=message, store=lambda ids: list(keys))
     except Exception as error:
         raise NotSigned(f"no good OpenPGP signature by a key of the policy ({_words(error)})") from None
@@ -57,8 +62,6 @@ def verify(message: bytes, keys: Sequence[Cert], now: float) -> tuple[Claim, str
     if len(reasons) == len(good):
         raise NotSigned("; ".join(reasons))
     content = bytes(found.bytes)
-    if len(content) > _CONTENT:
-        raise NotSigned(f"{len(content)} bytes are signed, the limit is {_CONTENT}")
     signer = next(cert for cert in good if not _unusable(cert, now))
     names = ", ".join(str(user) for user in signer.user_ids[:2])
     return simple(content), f"OpenPGP key {signer.fingerprint}" + (f" ({names})" if names else "")

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from imagestore import claims, rekor, sigstore
+from imagestore import claims, rekor, sigstore, simple_signing
 from imagestore.keys import load_key
 from imagestore.model import ContentInvalid, PolicyInvalid
-from imagestore.policy import SigstoreSigned, parse_policy
+from imagestore.policy import SignedBy, SigstoreSigned, parse_policy
 from imagestore.signatures import ENTRY, SIGNATURE, Bundle, Cosign, Simple, dump, from_blob, load, to_blob
 from tests.trust_table import ATOMIC, COSIGN, MAIL, ROWS
 from tests.vectors import ISSUER, Certificate, Maker, b64, compact, payload, tree_path, tree_root
@@ -250,6 +250,59 @@ def test_a_key_is_not_taken_for_a_certificate_nor_the_other_way_round(maker: Mak
     assert "has no certificate" in refused(bare, ROWS[FULCIO].requirement(maker), maker.now)
     leaf = maker.leaf("fulcio-email-release", "fulcio", f"email:{MAIL}")
     assert "no good signature by key" in refused(by(maker, leaf), ROWS[LOGGED].requirement(maker), maker.now)
+
+
+# ---------------------------------------------------------------------------------------------------------- OpenPGP
+
+
+def signed_by(maker: Maker, message: bytes) -> tuple[claims.Claim, str]:
+    requirement = {"type": "signedBy", "keyType": "GPGKeys", "keyPath": str(maker.gpg_key("good@example.com"))}
+    found = parse_policy(json.dumps({"default": [requirement]}).encode(), "test").default[0]
+    assert isinstance(found, SignedBy)
+    return simple_signing.verify(message, simple_signing.keyring(found), maker.now)
+
+
+@pytest.mark.parametrize("compression", ["none", "zip", "zlib", "bzip2"])
+@pytest.mark.parametrize("length", [0, 100_000])
+def test_whatever_gpg_compresses_with(maker: Maker, compression: str, length: int) -> None:
+    """Long ones come in parts."""
+    maker.gpg_key("good@example.com")
+    data = payload(ATOMIC, DIGEST, NAME, {"creator": "c" * length, "timestamp": 1})
+    message = maker.gpg("-u", "good@example.com", "--compress-algo", compression, "--sign", data=data)
+    assert signed_by(maker, message)[0] == claims.Claim(DIGEST, NAME)
+    for cut in (1, len(message) // 2, len(message) - 1):
+        with pytest.raises(simple_signing.NotSigned):
+            signed_by(maker, message[:cut])
+
+
+@pytest.mark.parametrize("compression", ["zip", "zlib", "bzip2"])
+def test_s31_a_message_that_grows(maker: Maker, compression: str) -> None:
+    """16 MiB that are well signed, in a few KiB: refused before any library has them in memory."""
+    maker.gpg_key("good@example.com")
+    message = maker.gpg("-u", "good@example.com", "--compress-algo", compression, "--sign", data=bytes(16 << 20))
+    assert len(message) < 1 << 17
+    with pytest.raises(simple_signing.NotSigned, match="inflates to more than"):
+        signed_by(maker, message)
+
+
+def test_messages_in_another_wrapping(maker: Maker) -> None:
+    maker.gpg_key("good@example.com")
+    data = payload(ATOMIC, DIGEST, NAME, {"creator": "c", "timestamp": 1})
+    armoured = maker.gpg("-u", "good@example.com", "--armor", "--sign", data=data)
+    with pytest.raises(simple_signing.NotSigned, match="no binary OpenPGP"):
+        signed_by(maker, armoured)
+    clear = maker.gpg("-u", "good@example.com", "--clearsign", data=data)
+    with pytest.raises(simple_signing.NotSigned, match="no binary OpenPGP"):
+        signed_by(maker, clear)
+    message = maker.gpg("-u", "good@example.com", "--compress-algo", "zlib", "--sign", data=data)
+    within = b"\xa3\x00" + message  # a compressed packet, of no compression, around a compressed one
+    with pytest.raises(simple_signing.NotSigned, match="compression within"):
+        signed_by(maker, within)
+    detached = maker.gpg("-u", "good@example.com", "--detach-sign", data=data)
+    with pytest.raises(simple_signing.NotSigned):
+        signed_by(maker, detached)
+    with pytest.raises(simple_signing.NotSigned):
+        signed_by(maker, maker.gpg("--store", data=data))  # literal data that nobody has signed
 
 
 # ------------------------------------------------------------------------------------------------------------- keys
