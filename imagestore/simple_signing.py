@@ -2,7 +2,7 @@
 
 The OpenPGP itself is Sequoia's (pysequoia, imported when a policy first needs it; docs/decisions/0008), which is given
 no packet that grows (openpgp_packets). Refuses keys that are expired or revoked today, whatever they were when they
-signed. Invariant: the claim that comes from here is the content that was verified, never a copy that was read beside it.
+signed. Invariant: the claim that comes from here is the content that was verified, never a copy read beside it.
 """
 
 from __future__ import annotations
