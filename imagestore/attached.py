@@ -64,15 +64,16 @@ class Attached:
             index = await self._document(f"/manifests/{tag}", f"referrers {tag}")
         if index is None:
             return []
-        found: list[Signature] = []
-        for item in index.objects("manifests", self._config.index_manifests):
-            # Some registries leave the type out: then the manifest itself tells.
-            kind = item.string("artifactType")
-            if not kind or kind.startswith(_BUNDLES):
-                found += await self._bundles(self._descriptor(item), digest)
-            if len(found) > self._config.signatures:
-                raise ContentInvalid(f"referrers of {digest}: more than {self._config.signatures} signatures")
-        return found
+        # Some registries leave the type out: then the manifest itself tells.
+        kinds = (
+            (item, item.string("artifactType")) for item in index.objects("manifests", self._config.index_manifests)
+        )
+        items = [item for item, kind in kinds if not kind or kind.startswith(_BUNDLES)]
+        if len(items) > self._config.signatures:
+            raise ContentInvalid(
+                f"referrers of {digest}: {len(items)} that may be signatures, the limit is {self._config.signatures}"
+            )
+        return [one for item in items for one in await self._bundles(self._descriptor(item), digest)]
 
     async def _bundles(self, wanted: Descriptor, digest: str) -> list[Signature]:
         if wanted.media_type != OCI_MANIFEST:

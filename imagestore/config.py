@@ -74,6 +74,8 @@ class StoreConfig:
     signature_bytes: int = 1 * _MIB
     signatures: int = 128
     """Of one manifest, in one place."""
+    signatures_bytes: int = 8 * _MIB
+    """All that are found for one image: they are in memory at once, and kept with it."""
     redirects: int = 5
     mirrors: int = 16
 

@@ -23,7 +23,7 @@ from imagestore.origins import Origin
 from imagestore.policy import ANYTHING, Policy, Requirements, SigstoreSigned, read_policy
 from imagestore.reference import Reference, parse
 from imagestore.scopes import Subject, in_registry
-from imagestore.signatures import Signature, dump, load
+from imagestore.signatures import Signature, dump, load, to_blob
 from imagestore.source import RegistrySource
 from imagestore.transport import Request, Transport, place
 from imagestore.verdict import Verdict, judge, needs_signatures
@@ -201,6 +201,10 @@ class Finder:
             found += await read_signatures(where.read, self._reference.path, digest, self._config.signatures, self._get)
             if attached:
                 found += await Attached(self._source, self._config).signatures(digest)
+        size = sum(len(to_blob(one)) for one in found)
+        if size > self._config.signatures_bytes:
+            limit = self._config.signatures_bytes
+            raise ContentInvalid(f"signatures of {self._reference}: {size} bytes in all, the limit is {limit}")
         return found
 
     async def _get(self, url: str) -> bytes | None:

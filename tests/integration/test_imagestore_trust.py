@@ -283,6 +283,17 @@ def test_more_signatures_than_the_limit(world: World) -> None:
         bench.close()
 
 
+def test_more_bytes_of_signatures_than_the_limit(world: World) -> None:
+    bench = Bench(world.directory, policy=world.file, signatures_bytes=1000, registries_d=())
+    world.tag(*[world.sign("evil")] * 4)
+    try:
+        with pytest.raises(ContentInvalid, match="bytes in all, the limit is 1000"):
+            bench.pull(world.name)
+        assert not world.fetched()
+    finally:
+        bench.close()
+
+
 # ------------------------------------------------------------------------------------------------ pulled, and later
 
 
