@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from imagestore.config import StoreConfig
 from imagestore.manifest import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, descriptor
 from imagestore.model import ContentInvalid, Descriptor
-from imagestore.platforms import Platform
 from imagestore.registry import Document
 from imagestore.strict_json import Fields, parse_object
 
@@ -23,19 +22,11 @@ _FOREIGN = ("application/vnd.oci.image.layer.nondistributable.", "application/vn
 
 
 @dataclass(frozen=True, slots=True)
-class Child:
-    """One manifest of an index; `platform` None where the index does not say."""
-
-    descriptor: Descriptor
-    platform: Platform | None
-
-
-@dataclass(frozen=True, slots=True)
 class Contents:
     """`media_type` is what the document really is. An index has `children`, a manifest `config` and `layers`."""
 
     media_type: str
-    children: tuple[Child, ...] = ()
+    children: tuple[Descriptor, ...] = ()
     config: Descriptor | None = None
     layers: tuple[Descriptor, ...] = ()
 
@@ -61,16 +52,13 @@ def read(document: Document, config: StoreConfig) -> Contents:
         raise ContentInvalid(f"{what}: the document is both an index and a manifest")
     media_type = _media_type(fields, document.content_type, is_index, what)
     if is_index:
-        return Contents(media_type, tuple(_child(item, config) for item in _items(fields, "manifests", config)))
+        items = fields.objects("manifests", config.index_manifests)
+        return Contents(media_type, tuple(descriptor(item, config.manifest_bytes) for item in items))
     found = fields.object("config")
     if found is None:
         raise ContentInvalid(f"{what}.config: missing")
     layers = tuple(_layer(item, config) for item in fields.objects("layers", config.layers))
     return Contents(media_type, (), descriptor(found, config.config_bytes), layers)
-
-
-def _items(fields: Fields, key: str, config: StoreConfig) -> list[Fields]:
-    return list(fields.objects(key, config.index_manifests))
 
 
 def _media_type(fields: Fields, announced: str, is_index: bool, what: str) -> str:
@@ -82,15 +70,6 @@ def _media_type(fields: Fields, announced: str, is_index: bool, what: str) -> st
     if (media_type in INDEXES) != is_index:
         raise ContentInvalid(f"{what}: media type {media_type} does not fit the document's fields")
     return media_type
-
-
-def _child(fields: Fields, config: StoreConfig) -> Child:
-    platform = fields.object("platform")
-    found = descriptor(fields, config.manifest_bytes)
-    if platform is None:
-        return Child(found, None)
-    named = Platform(platform.string("os"), platform.string("architecture"), platform.string("variant"))
-    return Child(found, named)
 
 
 def _layer(fields: Fields, config: StoreConfig) -> Descriptor:

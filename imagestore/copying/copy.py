@@ -109,7 +109,7 @@ class Copy:
     async def _index(self, document: Document, contents: Contents, depth: int) -> Document:
         made = {}
         for child in contents.children:
-            made[child.descriptor.digest] = await self._document(await self._child(child.descriptor), depth + 1)
+            made[child.digest] = await self._document(await self._child(child), depth + 1)
         index_type = self._index_type(contents)
         if index_type == contents.media_type and all(digest == child.digest for digest, child in made.items()):
             return document
