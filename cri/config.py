@@ -175,6 +175,12 @@ class ImageSection:
         "/etc/containers/policy.json; where that is not there either, everything is accepted.",
         check=_absolute_or_none,
     )
+    signature_policy_dir: str = _key(
+        "",
+        "Where policies for pods of single namespaces lie, each as NAMESPACE.json; for pods of others signature_policy "
+        'decides. "" means that there are none.',
+        check=_absolute_or_none,
+    )
     registries_d: Path = _key(
         Path("/etc/containers/registries.d"),
         "Where files say which registries have their signatures elsewhere (containers-registries.d(5)).",

@@ -29,6 +29,7 @@ def store_config(config: Config, measure: Callable[[], Usage] | None = None) -> 
         layers_usage=measure,
         policy=Path(section.signature_policy) if section.signature_policy else None,
         policy_defaults=(DEFAULT_POLICY,),
+        policy_directory=Path(section.signature_policy_dir) if section.signature_policy_dir else None,
         registries_d=(section.registries_d,),
         accept_unnamed_bundles=section.accept_unnamed_bundles,
         concurrent_pulls=section.concurrent_pulls,

@@ -63,12 +63,17 @@ class Images(Protocol):
     """imagestore.store.Store."""
 
     async def pull(
-        self, reference: str, credentials: Credentials | None = None, progress: ProgressFunction | None = None
+        self,
+        reference: str,
+        credentials: Credentials | None = None,
+        progress: ProgressFunction | None = None,
+        namespace: str = "",
     ) -> Image:
         """Before: anything. After: the image is whole, unpacked, durable and has `reference` as tag or digest.
 
-        Equal pulls at once are one; cancelling the last waiter leaves only resumable ingests. Idempotent: asks the
-        registry for the tag's digest each time. Raises imagestore.model.ImageError and its kinds.
+        `namespace` is that of the pod it is for, which may have a signature policy of its own. Equal pulls at once are
+        one; cancelling the last waiter leaves only resumable ingests. Idempotent: asks the registry for the tag's
+        digest each time. Raises imagestore.model.ImageError and its kinds.
         """
         ...
 
@@ -76,7 +81,7 @@ class Images(Protocol):
         """By image id ("sha256:…", or an unambiguous prefix of ≥ 3 hex digits), tag or digest reference, normalised."""
         ...
 
-    def permit(self, image: Image, name: str) -> None:
+    def permit(self, image: Image, name: str, namespace: str = "") -> None:
         """Raises SignatureRefused unless the signature policy of today accepts `image`, called `name` by whoever wants
         to run it (a reference, or its id), with the signatures that it came with. No network. PolicyInvalid."""
         ...

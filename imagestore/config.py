@@ -35,6 +35,8 @@ class StoreConfig:
     """The signature policy; it must be there."""
     policy_defaults: tuple[Path, ...] = ()
     """Where one is looked for otherwise; where none is, everything is accepted."""
+    policy_directory: Path | None = None
+    """Policies of single namespaces, NAMESPACE.json: each takes the place of the one for all."""
     registries_d: tuple[Path, ...] = ()
     accept_unnamed_bundles: bool = False
     """Take sigstore bundles that name no repository, as cosign 3 makes them, for ones of the repository they are in."""

@@ -123,32 +123,36 @@ class Store:
     # --------------------------------------------------------------------------------------------------------- pulls
 
     async def pull(
-        self, reference: str, credentials: Credentials | None = None, progress: ProgressFunction | None = None
+        self,
+        reference: str,
+        credentials: Credentials | None = None,
+        progress: ProgressFunction | None = None,
+        namespace: str = "",
     ) -> Image:
         """See cri.interfaces.Images.pull. A short name that may mean several images is the first that there is."""
         candidates = self._remotes.candidates(reference)
         said: list[str] = []
         for wanted in candidates[:-1]:
             try:
-                return await self._pull_one(wanted, credentials, progress)
+                return await self._pull_one(wanted, credentials, progress, namespace)
             except (ImageNotFound, AccessDenied, RegistryUnavailable) as error:
                 said.append(str(error))
         try:
-            return await self._pull_one(candidates[-1], credentials, progress)
+            return await self._pull_one(candidates[-1], credentials, progress, namespace)
         except ImageError as error:
-            if not said:
+            if not said or isinstance(error, SignatureRefused):
                 raise
             kind = next(kind for kind in _KINDS if isinstance(error, kind))
             raise kind("; ".join([*said[:8], str(error)])) from error
 
     async def _pull_one(
-        self, wanted: Reference, credentials: Credentials | None, progress: ProgressFunction | None
+        self, wanted: Reference, credentials: Credentials | None, progress: ProgressFunction | None, namespace: str
     ) -> Image:
-        # Who asks is part of what is asked: nobody joins a pull that somebody else's password opened.
-        key = (str(wanted), credentials)
+        # Who asks is part of what is asked: nobody joins a pull that somebody else's password, or policy, has opened.
+        key = (str(wanted), credentials, namespace)
         try:
             image = await self._shared.join(
-                key, lambda tell: self._pull(wanted, credentials, self._also(wanted, tell)), progress
+                key, lambda tell: self._pull(wanted, credentials, self._also(wanted, tell), namespace), progress
             )
             if not self._config.keep_blobs:
                 await asyncio.to_thread(self._drop_layers, image)
@@ -156,17 +160,19 @@ class Store:
         except ImageError as error:
             raise _told(f"pull {wanted}", error) from error
 
-    async def _pull(self, wanted: Reference, credentials: Credentials | None, tell: ProgressFunction) -> Image:
+    async def _pull(
+        self, wanted: Reference, credentials: Credentials | None, tell: ProgressFunction, namespace: str
+    ) -> Image:
         async def work(held: Held) -> Image:
             subject = in_registry(wanted)
-            requirements = await self._threads.io(self._trust.before, subject)
+            requirements = await self._threads.io(self._trust.before, subject, namespace)
             await self._threads.io(preload)
             async with self._transport.open():
                 source = RegistrySource(wanted, await self._remotes.repositories(wanted, credentials))
-                image = await self._unchanged(wanted, source)
+                image = await self._unchanged(wanted, source, namespace)
                 if image is None:
                     finder = Finder(wanted, source, self._transport, self._config)
-                    gate = Gate(self._trust, subject, requirements, finder)
+                    gate = Gate(self._trust, subject, requirements, finder, namespace)
                     pulled = await self._puller.run(source, held, tell, gate.admit)
                     image = await self._threads.io(self._record, wanted, pulled, pulled.served, gate)
                 return image
@@ -194,7 +200,7 @@ class Store:
         for layer in image.layers:
             self._collector.remove_blob(layer.blob.digest)
 
-    async def _unchanged(self, wanted: Reference, source: RegistrySource) -> Image | None:
+    async def _unchanged(self, wanted: Reference, source: RegistrySource, namespace: str) -> Image | None:
         """The image when the registry still means by `wanted` what is here, whole."""
         record = await self._threads.io(self._records.by_name, wanted)
         served = {name.served for name in record.names if name.name == str(wanted)} if record else set()
@@ -206,14 +212,14 @@ class Store:
             return None  # some registries know no HEAD: then the manifest itself tells
         if digest not in served:
             return None
-        return await self._threads.io(self._still_permitted, record, str(wanted))
+        return await self._threads.io(self._still_permitted, record, str(wanted), namespace)
 
-    def _still_permitted(self, record: ImageRecord, name: str) -> Image | None:
+    def _still_permitted(self, record: ImageRecord, name: str, namespace: str) -> Image | None:
         """The image of a record, if it is whole and the policy of today accepts it with the signatures it came with."""
         image = self._image(record, again=True)
         try:
             if image is not None:
-                self.permit(image, name)
+                self.permit(image, name, namespace)
         except SignatureRefused:
             return None  # there may be other signatures by now
         return image
@@ -303,10 +309,10 @@ class Store:
         record, _ = self._find(name)
         return self._image(record) if record else None
 
-    def permit(self, image: Image, name: str) -> None:
+    def permit(self, image: Image, name: str, namespace: str = "") -> None:
         """See cri.interfaces.Images.permit."""
         try:
-            self._trust.permit(image, name, self._records.origins(image.id))
+            self._trust.permit(image, name, self._records.origins(image.id), namespace)
         except ImageError as error:
             raise _told(f"use image {name}", error) from error
 

@@ -12,13 +12,21 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from imagestore.config import StoreConfig
 from imagestore.lookaside import read_file, read_lookaside, read_signatures
-from imagestore.model import ContentInvalid, Image, ImageError, RegistryUnavailable, SignatureRefused
+from imagestore.model import (
+    ContentInvalid,
+    Image,
+    ImageError,
+    PolicyInvalid,
+    RegistryUnavailable,
+    SignatureRefused,
+)
 from imagestore.origins import Origin
 from imagestore.policy import ANYTHING, Policy, Requirements, SigstoreSigned, read_policy
 from imagestore.reference import Reference, parse
@@ -31,6 +39,7 @@ from imagestore.verdict import Verdict, judge, needs_signatures
 # How long an accepted image is not looked at again while no file has changed: certificates end by the clock.
 _REMEMBERED_S = 60.0
 _REMEMBERED = 4096
+_NAMESPACE = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", re.ASCII)
 _Stamp = tuple[tuple[str, int, int, int], ...]
 
 
@@ -39,54 +48,64 @@ class Trust:
 
     def __init__(self, config: StoreConfig) -> None:
         self._config = config
-        self._read: tuple[_Stamp, Policy] | None = None
+        self._read: dict[Path, tuple[_Stamp, Policy]] = {}
         self._accepted: dict[tuple[_Stamp, str, str], float] = {}
 
     # ------------------------------------------------------------------------------------------------------- policy
 
-    def path(self) -> Path | None:
-        """The file that decides; None where there is none, and then everything is accepted, as containerd does."""
+    def path(self, namespace: str = "") -> Path | None:
+        """The file that decides; None where there is none, and then everything is accepted, as containerd does. Raises
+        PolicyInvalid for a namespace that could be no file's name."""
+        directory = self._config.policy_directory
+        if directory is not None and namespace:
+            if not _NAMESPACE.fullmatch(namespace):
+                raise PolicyInvalid(f"signature policy: the namespace {namespace[:80]!r} is no name of one")
+            own = directory / f"{namespace}.json"
+            if own.exists():
+                return own
         if self._config.policy is not None:
             return self._config.policy
         return next((path for path in self._config.policy_defaults if path.exists()), None)
 
-    def policy(self) -> Policy:
+    def policy(self, namespace: str = "") -> Policy:
         """Raises PolicyInvalid."""
-        return self._current()[1]
+        return self._current(namespace)[1]
 
-    def _current(self) -> tuple[_Stamp, Policy]:
-        path = self.path()
+    def _current(self, namespace: str) -> tuple[_Stamp, Policy]:
+        path = self.path(namespace)
         if path is None:
             return (), ANYTHING
-        known = self._read
+        known = self._read.get(path)
         if known is not None and known[0] == _stamp(path, known[1]):
             return known
         policy = read_policy(path)
         # The stamp is of the files behind the policy too: a key that was exchanged is another policy.
-        self._read = known = (_stamp(path, policy), policy)
+        self._read[path] = known = (_stamp(path, policy), policy)
         return known
 
     # --------------------------------------------------------------------------------------------------------- pulls
 
-    def before(self, subject: Subject) -> Requirements:
+    def before(self, subject: Subject, namespace: str = "") -> Requirements:
         """What is required of `subject`. Raises SignatureRefused where no signature could help, PolicyInvalid."""
-        policy = self.policy()
+        policy = self.policy(namespace)
         _, requirements = policy.requirements(subject)
         if not needs_signatures(requirements):
             judge(policy, subject, (), (), time.time()).require()
         return requirements
 
-    def judge(self, subject: Subject, digests: tuple[str, ...], signatures: Sequence[Signature]) -> Verdict:
+    def judge(
+        self, subject: Subject, digests: tuple[str, ...], signatures: Sequence[Signature], namespace: str = ""
+    ) -> Verdict:
         """The verdict of today's policy. Raises PolicyInvalid."""
         unnamed = self._config.accept_unnamed_bundles
-        return judge(self.policy(), subject, digests, signatures, time.time(), unnamed=unnamed)
+        return judge(self.policy(namespace), subject, digests, signatures, time.time(), unnamed=unnamed)
 
     # ----------------------------------------------------------------------------------------------------------- use
 
-    def permit(self, image: Image, asked: str, origins: Sequence[Origin]) -> None:
+    def permit(self, image: Image, asked: str, origins: Sequence[Origin], namespace: str = "") -> None:
         """Raises SignatureRefused unless today's policy accepts the image by one of its origins: by that of the name
         `asked`, where it has one. PolicyInvalid."""
-        stamp, policy = self._current()
+        stamp, policy = self._current(namespace)
         if policy is ANYTHING:
             return
         key = (stamp, image.id, asked)
@@ -94,7 +113,7 @@ class Trust:
         if self._accepted.get(key, 0.0) > now:
             return
         found = _named(origins, asked) or origins or (Origin("local", image.id, (image.manifest_digest,), "[]"),)
-        verdicts = [self._again(origin) for origin in found]
+        verdicts = [self._again(origin, namespace) for origin in found]
         if not any(verdict.accepted for verdict in verdicts):
             try:
                 verdicts[0].require()
@@ -106,12 +125,12 @@ class Trust:
             self._accepted.clear()
         self._accepted[key] = now + _REMEMBERED_S
 
-    def _again(self, origin: Origin) -> Verdict:
+    def _again(self, origin: Origin, namespace: str) -> Verdict:
         try:
             signatures = load(origin.signatures or "[]")
         except ContentInvalid:
             signatures = ()
-        return self.judge(_subject(origin), origin.digests, signatures)
+        return self.judge(_subject(origin), origin.digests, signatures, namespace)
 
 
 def _stamp(path: Path, policy: Policy) -> _Stamp:
@@ -156,8 +175,16 @@ def _subject(origin: Origin) -> Subject:
 class Gate:
     """The check of one pull. `signatures` are what it found, for the record."""
 
-    def __init__(self, trust: Trust, subject: Subject, requirements: Requirements, finder: Finder | None) -> None:
+    def __init__(
+        self,
+        trust: Trust,
+        subject: Subject,
+        requirements: Requirements,
+        finder: Finder | None,
+        namespace: str = "",
+    ) -> None:
         self._trust = trust
+        self._namespace = namespace
         self._subject = subject
         self._requirements = requirements
         self._finder = finder
@@ -169,7 +196,9 @@ class Gate:
         self._digests = tuple(dict.fromkeys((manifest, top)))
         if self._finder is not None and needs_signatures(self._requirements):
             self.signatures = tuple(await self._finder.find(self._digests, self._requirements))
-        verdict = await asyncio.to_thread(self._trust.judge, self._subject, self._digests, self.signatures)
+        verdict = await asyncio.to_thread(
+            self._trust.judge, self._subject, self._digests, self.signatures, self._namespace
+        )
         verdict.require()
 
     def origin(self) -> Origin:

@@ -145,7 +145,7 @@ def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
     config = container.request
     image = find_image(node, config.image.image)
     # By the name that the pod asked for: a kubelet asks by id, and policies are about names.
-    node.parts.images.permit(image, config.image.user_specified_image or config.image.image)
+    node.parts.images.permit(image, config.image.user_specified_image or config.image.image, pod.namespace)
     stop_signal = stop_signal_of(config, image)
     user = _user(node, config, image)
     _, handler = node.handler(pod.handler)
@@ -165,7 +165,7 @@ def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
                 **validate.passed(pod.request.annotations, node.config.runtime.pod_annotations),
                 **validate.passed(config.annotations, node.config.runtime.container_annotations),
             },
-            image_mounts={} if handler else _image_mounts(node, container, ids),
+            image_mounts={} if handler else _image_mounts(node, container, pod.namespace, ids),
         )
     )
     rootfs = node.parts.snapshots.prepare(container.id, image.chain_id if image.layers else None, ids)
@@ -192,14 +192,14 @@ def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
     return _Made(image, user, spec["linux"]["cgroupsPath"], stop_signal, spec["process"], facts)
 
 
-def _image_mounts(node: Node, container: Container, ids: IdMap | None) -> dict[int, ImageMount]:
+def _image_mounts(node: Node, container: Container, namespace: str, ids: IdMap | None) -> dict[int, ImageMount]:
     """The images that mounts show, each by a snapshot that keeps its layers; `take_away` removes those."""
     found = {}
     for index, mount in enumerate(container.request.mounts):
         if not mount.HasField("image"):
             continue
         image = find_image(node, images.check(f"mounts[{index}]", mount))
-        node.parts.images.permit(image, mount.image.user_specified_image or mount.image.image)
+        node.parts.images.permit(image, mount.image.user_specified_image or mount.image.image, namespace)
         key = volume_key(container.id, index)
         layers = node.parts.snapshots.prepare(key, image.chain_id if image.layers else None, ids)
         found[index] = ImageMount(layers, ids is not None)

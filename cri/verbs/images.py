@@ -98,7 +98,7 @@ async def pull_image(node: Node, request: pb.PullImageRequest) -> pb.PullImageRe
     started = time.monotonic()
     login = credentials(request.auth) if request.HasField("auth") else None
     with trace.pull_watched() as progress:
-        image = await node.parts.images.pull(name, login, progress)
+        image = await node.parts.images.pull(name, login, progress, request.sandbox_config.metadata.namespace)
     log.info("image %s is here as %s, after %.1f s", name, image.id, time.monotonic() - started)
     return pb.PullImageResponse(image_ref=image.id)
 

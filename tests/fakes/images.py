@@ -1,7 +1,7 @@
 """`cri.interfaces.Images` in memory: what `offer` was given can be pulled, tagged, removed as from the real store.
 
 Passes tests/contract/test_images.py. For unit tests of `cri`: `failures` makes a pull of a reference fail, `refused`
-its use, `gate` holds pulls until it is set, `fetches` says what was really fetched.
+its use, `namespaces` is who asked, `gate` holds pulls until it is set, `fetches` says what was really fetched.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class MemoryImages:
         self.passwords: dict[str, tuple[str, str]] = {}
         self.failures: dict[str, ImageError] = {}
         self.refused: dict[str, ImageError] = {}
+        self.namespaces: list[str] = []
         self.gate: asyncio.Event | None = None
         self.fetches: list[str] = []
         self.pinned: set[str] = set()
@@ -90,8 +91,13 @@ class MemoryImages:
         return image
 
     async def pull(
-        self, reference: str, credentials: Credentials | None = None, progress: ProgressFunction | None = None
+        self,
+        reference: str,
+        credentials: Credentials | None = None,
+        progress: ProgressFunction | None = None,
+        namespace: str = "",
     ) -> Image:
+        self.namespaces.append(namespace)
         wanted = parse(reference)
         key = (str(wanted), credentials)
         running = self._pulls.get(key)
@@ -179,7 +185,8 @@ class MemoryImages:
             if name.reference.repository == wanted.repository and name.served == wanted.digest
         ]
 
-    def permit(self, image: Image, name: str) -> None:
+    def permit(self, image: Image, name: str, namespace: str = "") -> None:
+        self.namespaces.append(namespace)
         refused = self.refused.get(name)
         if refused is not None:
             raise refused

@@ -3,6 +3,7 @@ that an image which was accepted once is judged again whenever it is used."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Iterator
@@ -12,10 +13,10 @@ import pytest
 
 from imagestore.attached import cosign_tag, fallback_tag
 from imagestore.lookaside import url_of
-from imagestore.model import ContentInvalid, PolicyInvalid, RegistryUnavailable, SignatureRefused
+from imagestore.model import ContentInvalid, Image, PolicyInvalid, RegistryUnavailable, SignatureRefused
 from imagestore.reference import parse
 from imagestore.signatures import BUNDLE_TYPE, COSIGN_TYPE, Bundle, Cosign, Signature, to_blob
-from tests.fakes.imagestore import Bench
+from tests.fakes.imagestore import Bench, run
 from tests.fakes.registry import (
     OCI_INDEX,
     OCI_MANIFEST,
@@ -406,8 +407,6 @@ def test_an_image_is_forgotten_with_its_origins(world: World) -> None:
 
 
 def test_a_layout_is_judged_by_its_path(world: World, tmp_path: Path) -> None:
-    from tests.fakes.imagestore import run
-
     for place, requirement in (("good", "insecureAcceptAnything"), ("bad", "reject")):
         write_layout(tmp_path / place / "layout", {"1": world.image})
         document = json.loads(world.file.read_text())
@@ -443,5 +442,36 @@ def test_without_a_policy_everything_is_accepted(tmp_path: Path) -> None:
                 bench.store.permit(image, image.id)
             with pytest.raises(SignatureRefused):
                 bench.pull(str(parse(image.repo_tags[0])))
+    finally:
+        bench.close()
+
+
+def test_a_namespace_may_have_a_policy_of_its_own(world: World, tmp_path: Path) -> None:
+    """NAMESPACE.json takes the place of the policy for all, in pulls and in use; nobody joins another's pull."""
+    policies = tmp_path / "policies"
+    policies.mkdir()
+    world.policy({"type": "insecureAcceptAnything"})
+    (policies / "strict.json").write_text('{"default": [{"type": "reject"}]}')
+    bench = Bench(tmp_path, policy=world.file, policy_directory=policies, registries_d=())
+
+    async def at_once() -> list[object]:
+        pulls = (bench.store.pull(world.name, namespace=one) for one in ("strict", "lax", ""))
+        return list(await asyncio.gather(*pulls, return_exceptions=True))
+
+    try:
+        refused, lax, none = run(at_once())
+        assert isinstance(refused, SignatureRefused) and lax == none
+        assert isinstance(lax, Image)
+        bench.store.permit(lax, lax.id, "lax")
+        with pytest.raises(SignatureRefused):
+            bench.store.permit(lax, lax.id, "strict")
+        world.policy({"type": "reject"})
+        (policies / "strict.json").write_text('{"default": [{"type": "insecureAcceptAnything"}] }')
+        bench.store.permit(lax, lax.id, "strict")
+        with pytest.raises(SignatureRefused):
+            bench.store.permit(lax, lax.id)
+        for name in ("../strict", "a/b", ".", "UPPER"):
+            with pytest.raises(PolicyInvalid, match="no name of one"):
+                bench.store.permit(lax, lax.id, name)
     finally:
         bench.close()

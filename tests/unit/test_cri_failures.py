@@ -64,6 +64,13 @@ def test_no_container_of_an_image_that_the_policy_refuses(tmp_path: Path, by: st
         assert rig.leftovers() == before
         rig.images.refused.clear()
         await rig.call("CreateContainer", request)
+        # A namespace may have a policy of its own.
+        assert rig.images.namespaces[-1] == rig.pod_config().metadata.namespace != ""
+        wanted = pb.PullImageRequest(image=spec, sandbox_config=rig.pod_config())
+        wanted.image.image = IMAGE
+        wanted.sandbox_config.metadata.namespace = "own"
+        await rig.call("PullImage", wanted)
+        assert rig.images.namespaces[-1] == "own"
 
     on_rig(tmp_path, body)
 
