@@ -82,6 +82,12 @@ class Cri:
         reply = self.runtime.ExecSync(request, timeout=CALL_S)
         return int(reply.exit_code), bytes(reply.stdout), bytes(reply.stderr)
 
+    def exec_url(self, container: str, command: Sequence[str]) -> str:
+        """Where a command's stdout and stderr can be had."""
+        request = api_pb2.ExecRequest(container_id=container, cmd=list(command), stdout=True, stderr=True)
+        url: str = self.runtime.Exec(request, timeout=CALL_S).url
+        return url
+
     def status(self, container: str) -> Any:
         request = api_pb2.ContainerStatusRequest(container_id=container)
         return self.runtime.ContainerStatus(request, timeout=CALL_S).status

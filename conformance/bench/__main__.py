@@ -1,8 +1,8 @@
 """python -m conformance.bench [--quick] [--only NAME] [--strict] [PART…]
 
 Measures in namespaces of its own (conformance.isolated) and prints one Markdown table. Parts: lifecycle density pull
-logs link runtime. --strict: exit 1 when a budget is missed; a runtime that fails or loses output is an error in any
-case.
+logs streams link runtime. --strict: exit 1 when a budget is missed; a runtime that fails or loses output is an error in
+any case.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from conformance import daemons
-from conformance.bench import density, lifecycle, link, runtimes, transfer
+from conformance.bench import density, lifecycle, link, runtimes, streams, transfer
 from conformance.bench.subject import Subject, new_since, settled_pss
 from conformance.bench.table import render
 from conformance.cri_client import Names, connected
@@ -27,7 +27,7 @@ from conformance.images.recipes import CACHE
 from conformance.isolated import reenter
 from conformance.registry import Registry, registry
 
-PARTS = ("lifecycle", "density", "pull", "logs", "link", "runtime")
+PARTS = ("lifecycle", "density", "pull", "logs", "streams", "link", "runtime")
 
 
 def say(text: str) -> None:
@@ -80,6 +80,9 @@ def run(parts: Sequence[str], names: Sequence[str], quick: bool, base: Path) -> 
         if "logs" in parts:
             say("log throughput")
             transfer.logs(subjects, 100 if quick else 300)
+        if "streams" in parts:
+            say("exec streams")
+            streams.measure(subjects, 300 if quick else 1000)
         for one in subjects:
             for note in one.notes:
                 say(f"{one.name}: {note}")

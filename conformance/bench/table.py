@@ -45,6 +45,7 @@ METRICS = (
     Metric("pull", "pull + unpack, 1.18 GiB in 73 k files", "s", 7, 22),
     Metric("link", "pull over 100 Mbit/s, 50 ms, resets: of the line", "%", 95, more_is_better=True),
     Metric("logs", "log throughput, 100-byte lines", "MB/s", 150, 28, more_is_better=True),
+    Metric("stream", "exec stream, stdout over WebSocket", "MB/s", 120, 47, more_is_better=True),
     Metric("runtime", "run true: ocirun against runc, p50", "ms", 1, 1),
     Metric("runtime_exec", "exec true: ocirun against runc, p50", "ms", 1, 1),
 )
