@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from runtime.cgroups.scope import expand_slice
+from runtime.errors import RuntimeFailure
+
 DEFAULT_FILE = Path("/etc/ocid/config.toml")
 NATIVE = "native"
 _LEVELS = ("debug", "info", "warning", "error")
@@ -92,9 +95,13 @@ class RuntimeSection:
         check=_handlers,
     )
     cgroup_driver: str = _key(
-        "cgroupfs", "How cgroups are made. The kubelet must say the same.", check=_one_of("cgroupfs")
+        "cgroupfs", "How cgroups are made. The kubelet must say the same.", check=_one_of("cgroupfs", "systemd")
     )
-    cgroup_parent: str = _key("/ocid", "The parent cgroup of pods whose request names none.", check=_cgroup)
+    cgroup_parent: str = _key(
+        "/ocid",
+        "The parent cgroup of pods whose request names none; for systemd a slice, where /ocid means ocid.slice.",
+        check=_cgroup,
+    )
     unset_seccomp: str = _key(
         "unconfined",
         "The seccomp profile of a container whose request names none: unconfined, as a kubelet expects, or default.",
@@ -335,12 +342,27 @@ def load(path: Path | None = None, **overrides: Any) -> Config:
     # Naming another handler does not take the one inside away.
     handlers = {NATIVE: NATIVE, **config.runtime.handlers}
     config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, handlers=handlers))
+    if config.runtime.cgroup_driver == "systemd":
+        config = dataclasses.replace(config, runtime=_with_slice(config.runtime))
     if config.runtime.default_handler not in config.runtime.handlers:
         raise ConfigError(
             f"runtime.default_handler: {config.runtime.default_handler!r} is not one of runtime.handlers: "
             f"{', '.join(sorted(config.runtime.handlers))}"
         )
     return config
+
+
+def _with_slice(section: RuntimeSection) -> RuntimeSection:
+    parent = section.cgroup_parent
+    if parent == RuntimeSection().cgroup_parent:
+        parent += ".slice"
+    try:
+        path = expand_slice(parent.rpartition("/")[2])
+    except RuntimeFailure as error:
+        raise ConfigError(
+            f"runtime.cgroup_parent: {parent!r} is no slice, and cgroup_driver is systemd: {error}"
+        ) from None
+    return dataclasses.replace(section, cgroup_parent=path)
 
 
 def _read(file: Path) -> dict[str, Any]:

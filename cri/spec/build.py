@@ -23,6 +23,7 @@ from cri.spec.validate import InvalidRequest
 from imagestore.model import ImageConfig
 
 OCI_VERSION = "1.2.0"
+UNIT_PREFIX = "ocid"
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 MAX_ARGUMENTS = 4096
 MAX_ENVIRONMENT = 1 << 20
@@ -31,7 +32,8 @@ MAX_ENVIRONMENT = 1 << 20
 @dataclass(frozen=True, slots=True)
 class PodFacts:
     """What of the pod a container joins. Namespace paths are "" for the host's; `pid` "" means one of its own unless
-    `host_pid`. `cgroup_parent` is absolute. `ids` are those of the user namespace, if there is one."""
+    `host_pid`. `cgroup_parent` is absolute. `ids` are those of the user namespace, if there is one.
+    `systemd`: the parent is a slice, and containers are scopes in it."""
 
     id: str
     hostname: str
@@ -44,6 +46,7 @@ class PodFacts:
     files: PodFiles = PodFiles()
     user: str = ""
     ids: IdMap | None = None
+    systemd: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,19 @@ class SpecInputs:
     cdi_dirs: tuple[Path, ...] = ()
     ignore_selinux: bool = False
     annotations: Mapping[str, str] = field(default_factory=dict)  # those that the configuration passes on
+
+
+def cgroups_path(pod: PodFacts, container_id: str) -> str:
+    """config.json's linux.cgroupsPath: a path, or, for systemd, "slice:prefix:name"."""
+    if pod.systemd:
+        return f"{pod.cgroup_parent.rpartition('/')[2]}:{UNIT_PREFIX}:{container_id}"
+    return f"{pod.cgroup_parent.rstrip('/')}/{container_id}"
+
+
+def cgroup(pod: PodFacts, container_id: str) -> str:
+    """Where a container's cgroup is then."""
+    name = f"{UNIT_PREFIX}-{container_id}.scope" if pod.systemd else container_id
+    return f"{pod.cgroup_parent.rstrip('/')}/{name}"
 
 
 def user_request(config: pb.ContainerConfig, image: ImageConfig) -> UserRequest:
@@ -105,7 +121,7 @@ def build(inputs: SpecInputs) -> dict[str, Any]:
     linux: dict[str, Any] = {
         "namespaces": _namespaces(inputs),
         "resources": resources,
-        "cgroupsPath": f"{inputs.pod.cgroup_parent.rstrip('/')}/{inputs.container_id}",
+        "cgroupsPath": cgroups_path(inputs.pod, inputs.container_id),
         "devices": nodes,
     }
     if inputs.pod.ids is not None:

@@ -19,7 +19,7 @@ from cri.interfaces import ContainerFacts, ContainerSpec, IdMap
 from cri.node import Node, new_id, now_ns, volume_key
 from cri.records import Container, Pod, facts_of
 from cri.spec import images, users, validate
-from cri.spec.build import PodFacts, SpecInputs, build, user_request
+from cri.spec.build import PodFacts, SpecInputs, build, cgroup, user_request
 from cri.spec.images import ImageMount
 from cri.spec.mounts import PodFiles
 from cri.threads import to_thread
@@ -150,6 +150,7 @@ def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
     user = _user(node, config, image)
     _, handler = node.handler(pod.handler)
     ids = namespaces(pod.request).ids
+    facts_of_pod = _pod_facts(node, pod, config)
     spec = build(
         SpecInputs(
             container_id=container.id,
@@ -157,7 +158,7 @@ def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
             sandbox=pod.request,
             image=image.config,
             user=user,
-            pod=_pod_facts(node, pod, config),
+            pod=facts_of_pod,
             unset_seccomp=node.config.runtime.unset_seccomp,
             cdi_dirs=node.config.runtime.cdi_dirs,
             ignore_selinux=node.config.runtime.without_selinux == "ignore",
@@ -189,7 +190,7 @@ def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
             handler=handler,
         ),
     )
-    return _Made(image, user, spec["linux"]["cgroupsPath"], stop_signal, spec["process"], facts)
+    return _Made(image, user, cgroup(facts_of_pod, container.id), stop_signal, spec["process"], facts)
 
 
 def _image_mounts(node: Node, container: Container, namespace: str, ids: IdMap | None) -> dict[int, ImageMount]:
@@ -262,6 +263,7 @@ def _pod_facts(node: Node, pod: Pod, config: pb.ContainerConfig) -> PodFacts:
         host_pid=host_pid,
         user=str(directory / "ns" / "user") if own.ids else "",
         ids=own.ids,
+        systemd=node.config.runtime.cgroup_driver == "systemd",
         files=PodFiles(
             shm=str(directory / "shm") if own.ipc else "/dev/shm",
             hosts=str(directory / "hosts"),

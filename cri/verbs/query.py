@@ -67,7 +67,7 @@ def has_user_namespaces() -> bool:
 async def runtime_config(node: Node, request: pb.RuntimeConfigRequest) -> pb.RuntimeConfigResponse:
     """The cgroup driver, so that the kubelet uses the same."""
     response = pb.RuntimeConfigResponse()
-    response.linux.cgroup_driver = pb.CGROUPFS
+    response.linux.cgroup_driver = pb.SYSTEMD if node.config.runtime.cgroup_driver == "systemd" else pb.CGROUPFS
     return response
 
 

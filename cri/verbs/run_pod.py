@@ -25,6 +25,8 @@ from cri.records import Pod
 from cri.spec import confine, etc, limits, security, userns, users, validate
 from cri.threads import to_thread
 from cri.undo import Undo, both
+from runtime.cgroups.scope import expand_slice
+from runtime.errors import RuntimeFailure
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import remove_tree, write_durable
 
@@ -71,13 +73,19 @@ def hostname(config: pb.PodSandboxConfig) -> str:
 
 
 def cgroup_parent(node: Node, config: pb.PodSandboxConfig) -> str:
-    """The absolute parent of the pod's cgroups. Raises InvalidArgument (threats S19)."""
+    """The absolute parent of the pod's cgroups; with the systemd driver that of a slice, of which the last name alone
+    counts: it has all the others in it. Raises InvalidArgument (threats S19)."""
     asked: str = config.linux.cgroup_parent
     if not asked:
         return node.config.runtime.cgroup_parent
     parts = [part for part in asked.split("/") if part]
     if not parts or len(asked) > 4096 or any(part in (".", "..") or not part.isprintable() for part in parts):
         raise InvalidArgument(f"linux.cgroup_parent: {asked[:80]!r} is no path of cgroup names")
+    if node.config.runtime.cgroup_driver == "systemd":
+        try:
+            return expand_slice(parts[-1])
+        except RuntimeFailure as error:
+            raise InvalidArgument(f"linux.cgroup_parent: {asked[:80]!r}: {error}") from None
     return "/" + "/".join(parts)
 
 
@@ -194,7 +202,7 @@ async def _make(node: Node, pod: Pod) -> str:
         await node.store.add(pod)
         failpoint("run_pod.recorded")
         undo.did("remove the pod's directory", lambda: to_thread(remove_tree, directory))
-        made, netns = await both(to_thread(_prepare, directory, parent), _new_netns(node, pod, undo, own))
+        made, netns = await both(to_thread(_prepare, node, directory, parent), _new_netns(node, pod, undo, own))
         failpoint("run_pod.netns")
         pod = node.store.pods[pod.id]
         if netns is not None or made:
@@ -253,9 +261,10 @@ def leave_cgroup(node: Node, pod: Pod) -> None:
         node.store.note_pod(heir.id, cgroup_made=made)
 
 
-def _prepare(directory: Path, parent: str) -> str:
+def _prepare(node: Node, directory: Path, parent: str) -> str:
     os.mkdir(directory, 0o700)
-    return first_missing(parent)
+    # Slices are systemd's: it makes them with the first unit in them, and they are not taken away from under it.
+    return first_missing(parent) if node.config.runtime.cgroup_driver == "cgroupfs" else ""
 
 
 async def _forget(node: Node, pod: Pod, undo: Undo) -> None:

@@ -44,7 +44,8 @@ async def _update(node: Node, pod_id: str, request: pb.UpdatePodSandboxResources
         what = f"update pod {pod.label} ({pod.id[:13]})"
         require_ready(pod, what)
         if built:
-            await to_thread(_apply, what, _cgroup(node, pod, what), pod.id, built)
+            systemd = node.config.runtime.cgroup_driver == "systemd"
+            await to_thread(_apply, what, _cgroup(node, pod, what), pod.id, built, systemd)
         config = pb.PodSandboxConfig()
         config.CopyFrom(pod.request)
         for given, kept in ((request.overhead, config.linux.overhead), (request.resources, config.linux.resources)):
@@ -62,15 +63,17 @@ def _cgroup(node: Node, pod: Pod, what: str) -> str:
     return cgroup
 
 
-def _apply(what: str, cgroup: str, pod_id: str, built: dict[str, Any]) -> None:
+def _apply(what: str, cgroup: str, pod_id: str, built: dict[str, Any], systemd: bool) -> None:
     """Raises ContainerError. A limit below what is in use is refused: v2 would take it and kill (threats O56)."""
     wanted = dict(built)
     if "memory" in wanted:
         wanted["memory"] = {**wanted["memory"], "checkBeforeUpdate": True}
     try:
         manager = manager_for(cgroup, pod_id)
-        if not manager.exists():  # no container has come yet; it goes with the pod (Pod.cgroup_made)
-            manager.make()
+        if not manager.exists():
+            if systemd:
+                raise FailedPrecondition(f"{what}: its slice {cgroup} is not there; whoever manages it makes it")
+            manager.make()  # no container has come yet; it goes with the pod (Pod.cgroup_made)
         manager.set(resources.parse(Fields(wanted, "resources")))
     except RuntimeFailure as error:
         raise ContainerError(f"{what}: {error}", code=error.code, hint=error.hint) from error

@@ -96,6 +96,7 @@ class NativeEngine:
                 spec=config,
                 stdio=(stdio[0], stdio[1], stdio[2]),
                 rootfs=root_mount(message),
+                systemd_cgroup=names_unit(config.cgroups_path),
             )
         )
         os.close(created.pidfd)
@@ -149,6 +150,21 @@ def root_mount(message: ContainerMessage) -> FsMount | None:
         return None
     options = tuple((str(key), value) for key, value in message.options)
     return FsMount(message.fstype, message.source, options, message.attributes)
+
+
+def names_unit(cgroups_path: str) -> bool:
+    """True when linux.cgroupsPath is for systemd: "slice:prefix:name". Whoever wrote config.json meant it to be."""
+    return cgroups_path.count(":") == 2 and not cgroups_path.startswith("/")
+
+
+def cgroups_path_of(bundle: str) -> str:
+    """linux.cgroupsPath of a bundle's config.json, "" for none."""
+    try:
+        with open(f"{bundle}/config.json", "rb") as file:
+            config: Any = decode(file.read())
+        return str(config["linux"]["cgroupsPath"])
+    except (OSError, RuntimeFailure, KeyError, TypeError, AttributeError):
+        return ""  # as below
 
 
 def shares_pids(bundle: str) -> bool:

@@ -17,7 +17,7 @@ from runtime.linux import signals
 from runtime.linux.files import AT_FDCWD, open_beneath, read_bounded
 from runtime.linux.mount import move_mount
 from runtime.linux.process import pidfd_open, set_child_subreaper
-from runtime.shim.engine import Made, root_mount
+from runtime.shim.engine import Made, cgroups_path_of, names_unit, root_mount
 from runtime.shim.protocol import CheckpointMessage, ContainerMessage
 from runtime.shim.reaper import exit_code
 from runtime.shim.sandbox import unmount
@@ -46,7 +46,8 @@ class ExternalEngine:
         mount_rootfs(message)
         try:
             words = ["create", "--bundle", message.bundle]
-            return self._make(words, [message.id], stdio, terminal=message.terminal)
+            driver = ["--systemd-cgroup"] if names_unit(cgroups_path_of(message.bundle)) else []
+            return self._make([*driver, *words], [message.id], stdio, terminal=message.terminal)
         except BaseException:
             self.delete(message.id)
             unmount(f"{message.bundle}/rootfs")
@@ -137,7 +138,7 @@ class ExternalEngine:
         log = self._file("log")
         argv = [self._binary, "--root", self._root, "--log", log, "--log-format", "json", *words]
         try:
-            pid = self._spawn(argv, words[0], stdio)
+            pid = self._spawn(argv, _verb(words), stdio)
             pidfd = pidfd_open(pid)
             if not select.select([pidfd], [], [], _DEADLINE)[0]:
                 os.kill(pid, signals.SIGKILL)
@@ -253,4 +254,9 @@ def _failure(words: list[str], log: str, code: int, number: int) -> RuntimeFailu
         pass
     end = f"killed by signal {number}" if number else f"exit code {code}"
     hint = f"it took more than {_DEADLINE:.0f} s" if number == signals.SIGKILL else ""
-    return RuntimeFailure(f"{words[0]}: {said[-1] if said else end}", step=words[0], hint=hint)
+    step = _verb(words)
+    return RuntimeFailure(f"{step}: {said[-1] if said else end}", step=step, hint=hint)
+
+
+def _verb(words: list[str]) -> str:
+    return next(word for word in words if not word.startswith("-"))

@@ -43,7 +43,7 @@ def test_every_key_is_documented() -> None:
         ("runtime = 4", "runtime: expected a table"),
         ("[runtime.handlers]\nkata = 'kata'", 'runtime.handlers: expected "native" or the absolute path'),
         ("[runtime.handlers]\nkata = 4", "runtime.handlers: expected a table of strings"),
-        ("[runtime]\ncgroup_driver = 'systemd'", "runtime.cgroup_driver: expected one of cgroupfs"),
+        ("[runtime]\ncgroup_driver = 'other'", "runtime.cgroup_driver: expected one of cgroupfs"),
         ("[runtime]\ncgroup_parent = '/a/../b'", "runtime.cgroup_parent: expected an absolute path"),
         ("[runtime]\ndefault_handler = 'runc'", "runtime.default_handler: 'runc' is not one of"),
         ("[limits]\nexec_output_bytes = 1", "limits.exec_output_bytes: expected at least 1024"),
@@ -88,3 +88,15 @@ def test_missing_file_is_an_error_only_when_named(tmp_path: Path) -> None:
 def test_the_native_handler_is_always_there(tmp_path: Path) -> None:
     config = load(_file(tmp_path, "[runtime]\ndefault_handler = 'runc'\n[runtime.handlers]\nrunc = '/usr/sbin/runc'"))
     assert dict(config.runtime.handlers) == {"native": "native", "runc": "/usr/sbin/runc"}
+
+
+def test_the_systemd_driver_wants_slices(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('[runtime]\ncgroup_driver = "systemd"\n')
+    assert load(file).runtime.cgroup_parent == "/ocid.slice"
+    file.write_text('[runtime]\ncgroup_driver = "systemd"\ncgroup_parent = "/x/a-b.slice"\n')
+    assert load(file).runtime.cgroup_parent == "/a.slice/a-b.slice"
+    for wrong in ("/plain", "/a--b.slice"):
+        file.write_text(f'[runtime]\ncgroup_driver = "systemd"\ncgroup_parent = "{wrong}"\n')
+        with pytest.raises(ConfigError, match=r"runtime.cgroup_parent: .* is no slice"):
+            load(file)

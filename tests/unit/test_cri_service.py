@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import logging
 import os
 import socket
 import struct
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from cri.errors import CODES, CallFailed, code_of
 from cri.interfaces import ContainerError, ExecResult
 from cri.service import STREAMS, VERBS
 from cri.undo import Undo, both
-from cri.verbs.images import credentials
+from cri.verbs.images import credentials, mount_points
 from cri.verbs.stop_container import signal_number
 from imagestore.model import ImageConfig, RegistryUnavailable
 from runtime.cgroups.stats import Stats
@@ -581,3 +583,60 @@ def test_both_run_to_their_ends() -> None:
     with pytest.raises(ValueError, match="first") as caught:
         asyncio.run(both(one(1, ValueError("first")), one(2, ValueError("second"))))
     assert caught.value.__notes__ == ["also: second"] and done == [1, 2, 1, 2]
+
+
+def test_pods_of_the_systemd_driver_are_in_slices(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        rig.node.config = replace(
+            rig.node.config,
+            runtime=replace(rig.node.config.runtime, cgroup_driver="systemd", cgroup_parent="/ocid.slice"),
+        )
+        answer = await rig.call("RuntimeConfig", pb.RuntimeConfigRequest())
+        assert answer.linux.cgroup_driver == pb.SYSTEMD
+
+        async def cgroup_of(name: str, parent: str) -> str:
+            pod = await rig.run_pod(name, linux=pb.LinuxPodSandboxConfig(cgroup_parent=parent))
+            container = await rig.create(pod)
+            record = rig.node.store.containers[container]
+            assert not rig.node.store.pods[pod].cgroup_made  # systemd's, not ours to remove
+            spec = json.loads((rig.node.paths.bundle(container) / "config.json").read_text())
+            slice_ = record.cgroup.rpartition("/")[0]
+            assert spec["linux"]["cgroupsPath"] == f"{slice_.rpartition('/')[2]}:ocid:{container}"
+            return record.cgroup.replace(container, "ID")
+
+        deep = "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podx.slice"
+        assert await cgroup_of("kubelets", deep) == f"{deep}/ocid-ID.scope"
+        assert await cgroup_of("short", "a-b.slice") == "/a.slice/a-b.slice/ocid-ID.scope"
+        assert await cgroup_of("none", "") == "/ocid.slice/ocid-ID.scope"
+        with pytest.raises(CallFailed, match=r"linux.cgroup_parent: '/kubepods/podx': .*no slice"):
+            await rig.run_pod("wrong", linux=pb.LinuxPodSandboxConfig(cgroup_parent="/kubepods/podx"))
+
+    on_rig(tmp_path, body)
+
+
+def test_images_on_a_filesystem_of_their_own_are_told_apart(tmp_path: Path) -> None:
+    assert mount_points(tmp_path) == (str(tmp_path), str(tmp_path))
+    for name in ("images", "snapshots"):
+        (tmp_path / name).mkdir()
+    assert mount_points(tmp_path) == (str(tmp_path), str(tmp_path))
+    (tmp_path / "images").rmdir()
+    (tmp_path / "images").symlink_to("/proc")
+    assert mount_points(tmp_path) == (str(tmp_path / "images"), str(tmp_path / "snapshots"))
+
+
+def test_what_containers_have_written_is_their_filesystems(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        pod = await rig.run_pod()
+        for name in ("one", "two"):
+            container = await rig.run(pod, name)
+            layer = pb.FilesystemUsage()
+            layer.used_bytes.value, layer.inodes_used.value = 4096, 3
+            measured[container] = layer
+        rig.node.statistics.layer = measured.__getitem__  # type: ignore[method-assign]
+        told = await rig.call("ImageFsInfo", pb.ImageFsInfoRequest())
+        (containers,), (images,) = told.container_filesystems, told.image_filesystems
+        assert (containers.used_bytes.value, containers.inodes_used.value) == (8192, 6)
+        assert images.used_bytes.value > 0 and images.fs_id == containers.fs_id
+
+    measured: dict[str, pb.FilesystemUsage] = {}
+    on_rig(tmp_path, body)

@@ -256,3 +256,11 @@ def test_exec_keeps_the_containers_identity() -> None:
     assert config["process"]["args"] == ["sh"]
     with pytest.raises(InvalidRequest, match="cmd"):
         build.exec_process(config, [])
+
+
+def test_a_cgroup_by_each_driver() -> None:
+    assert build.cgroup(POD, "c1") == "/kubepods/pod1/c1" == spec()["linux"]["cgroupsPath"]
+    slice_ = "/kubepods.slice/kubepods-pod1.slice"
+    facts = build.PodFacts("pod1", "web-0", slice_, systemd=True)
+    assert build.cgroup(facts, "c1") == f"{slice_}/ocid-c1.scope"
+    assert spec(cgroup_parent=slice_, systemd=True)["linux"]["cgroupsPath"] == "kubepods-pod1.slice:ocid:c1"
