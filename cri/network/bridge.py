@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from cri.network import netlink as nl
+from cri.network import routes as rt
 from cri.network.conflist import ConfigError, Json, field
 from cri.network.firewall import Firewall
 from cri.network.netlink import IPInterface, IPNetwork, Netlink, NetlinkError
@@ -228,14 +229,14 @@ class Bridge:
         return link
 
     def _ensure_gateway(self, netlink: Netlink, link: nl.Link, granted: Allocation) -> None:
-        there = nl.list_addresses(netlink, link.index)
+        there = rt.list_addresses(netlink, link.index)
         for address in granted.addresses:
             if address.gateway is None:
                 continue
             wanted = ipaddress.ip_interface((address.gateway, address.interface.network.prefixlen))
             if wanted not in there:
                 self._make_room(netlink, link, wanted, there)
-                netlink.run([nl.add_address(link.index, link.name, wanted)])
+                netlink.run([rt.add_address(link.index, link.name, wanted)])
         if any(address.interface.version == 4 for address in granted.addresses):
             write_net("ipv4/ip_forward", "1")
         if any(address.interface.version == 6 for address in granted.addresses):
@@ -252,7 +253,7 @@ class Bridge:
                 raise PluginError(
                     f"bridge {link.name} has address {other}, not {wanted}; remove it or set forceAddress"
                 )
-            netlink.run([nl.delete_address(link.index, link.name, other)])
+            netlink.run([rt.delete_address(link.index, link.name, other)])
 
     def _connect(self, netlink: Netlink, bridge: nl.Link, call: Call, netns: int) -> str:
         """The veth pair; its name on the host. An own leftover is replaced, another's name avoided."""
@@ -309,9 +310,9 @@ def _configure(name: str, granted: Allocation) -> None:
         if link is None:
             raise PluginError(f"interface {name} vanished from the pod")
         requests = [nl.set_link(1, "lo", up=True)]  # index 1 in every namespace; up already in those we made
-        requests += [nl.add_address(link.index, name, address.interface) for address in granted.addresses]
+        requests += [rt.add_address(link.index, name, address.interface) for address in granted.addresses]
         requests.append(nl.set_link(link.index, name, up=True))
-        requests += [nl.add_route(link.index, name, *_resolve(route, granted)) for route in granted.routes]
+        requests += [rt.add_route(link.index, name, *_resolve(route, granted)) for route in granted.routes]
         netlink.run(requests)
 
 

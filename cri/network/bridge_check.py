@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 
 from cri.network import netlink as nl
+from cri.network import routes as rt
 from cri.network.bridge import Bridge, host_names, mac
 from cri.network.host_local import HostLocal
 from cri.network.netlink import Netlink
@@ -56,7 +57,7 @@ def _pod_side(call: Call, result: Result, addresses: Sequence[Address]) -> None:
             raise PluginError(f"{call.interface} of the pod has the MAC {link.mac}: it is not the one that was made")
         if not link.flags & nl.IFF_UP:
             raise PluginError(f"{call.interface} of the pod is down")
-        there = nl.list_addresses(netlink, link.index)
+        there = rt.list_addresses(netlink, link.index)
         for address in addresses:
             if address.interface not in there:
                 raise PluginError(f"{call.interface} of the pod has lost {address.interface}")

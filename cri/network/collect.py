@@ -17,9 +17,10 @@ from cri.network import conntrack
 from cri.network.conflist import Conflist
 from cri.network.firewall import Firewall, Purpose
 from cri.network.host_local import HostLocal
-from cri.network.netlink import IPNetwork, Netlink, list_addresses
+from cri.network.netlink import IPNetwork, Netlink
 from cri.network.plan import Plan
 from cri.network.records import Record, is_alive
+from cri.network.routes import list_addresses
 from cri.network.values import PluginError
 
 if TYPE_CHECKING:

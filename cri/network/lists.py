@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cri.network.conflist import SIZE_LIMIT, ConfigError, Conflist, parse_file, parse_list
-from cri.network.netlink import IPNetwork, Netlink, Route, get_link, list_addresses, list_links, list_routes
+from cri.network.netlink import IPNetwork, Netlink, get_link, list_links
+from cri.network.routes import Route, list_addresses, list_routes
 from runtime.linux.files import AT_FDCWD, read_bounded
 
 log = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 Why not a library on this path: docs/decisions/0002-raw-netlink-on-the-pod-path.md. Refuses to know bridges or pods:
 messages in, answers or a `NetlinkError` out. Invariant: a socket belongs to one operation and to the network namespace
 of the thread that made it, so no lock is shared between pods; every wait ends after TIMEOUT_S.
-See netlink(7), rtnetlink(7), linux/if_link.h, linux/veth.h, linux/if_addr.h.
+See netlink(7), rtnetlink(7), linux/if_link.h, linux/veth.h. Addresses and routes are in routes.py.
 """
 
 from __future__ import annotations
@@ -35,9 +35,6 @@ NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 NLA_F_NESTED, _NLA_TYPE = 0x8000, 0x3FFF
 # linux/rtnetlink.h
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
-RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR, RTM_NEWROUTE, RTM_GETROUTE = 20, 21, 22, 24, 26
-RT_TABLE_MAIN, RTPROT_BOOT, RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RTN_UNICAST = 254, 3, 0, 253, 1
-RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_TABLE = 1, 4, 5, 6, 15
 # linux/if_link.h, linux/veth.h, linux/if_bridge.h
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO, IFLA_IFALIAS = 1, 3, 4, 10, 18, 20
 IFLA_AF_SPEC, IFLA_NET_NS_FD = 26, 28
@@ -45,14 +42,9 @@ IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA = 1, 
 VETH_INFO_PEER, IFLA_INET6_ADDR_GEN_MODE, IN6_ADDR_GEN_MODE_NONE = 1, 8, 1
 IFLA_BRPORT_MODE, IFLA_BRPORT_ISOLATED = 4, 33
 IFF_UP, IFF_PROMISC = 0x1, 0x100
-# linux/if_addr.h
-IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_FLAGS = 1, 2, 4, 8
-IFA_F_NODAD, IFA_F_PERMANENT = 0x02, 0x80
 
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _LINK = struct.Struct("=BxHiII")  # struct ifinfomsg
-_ADDR = struct.Struct("=BBBBI")  # struct ifaddrmsg
-_ROUTE = struct.Struct("=BBBBBBBBI")  # struct rtmsg
 _ATTR = struct.Struct("=HH")
 
 
@@ -270,6 +262,12 @@ def get_link(netlink: Netlink, name: str) -> Link | None:
     return None
 
 
+def link_name(netlink: Netlink, index: int) -> str:
+    """The name of interface `index`. Raises NetlinkError (ENODEV when there is none)."""
+    answers = netlink.dump(RTM_GETLINK, _link_body(index, 0, 0), f"look up interface {index}", flags=0)
+    return _parse_link(next(iter(answers))[1]).name
+
+
 def list_links(netlink: Netlink) -> list[Link]:
     """All interfaces of the namespace."""
     return [_parse_link(payload) for _, payload in netlink.dump(RTM_GETLINK, _link_body(0, 0, 0), "list interfaces")]
@@ -331,105 +329,3 @@ def set_alias(name: str, alias: str) -> Request:
 def delete_link(index: int, name: str) -> Request:
     body = _link_body(index, 0, 0)
     return Request(RTM_DELLINK, 0, body, f"delete interface {name}", frozenset({errno.ENODEV}))
-
-
-# ------------------------------------------------------------------------------------------------ addresses, routes
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """A line of the routing tables: `destination` None is the default route."""
-
-    destination: IPNetwork | None
-    gateway: IPAddress | None
-    index: int
-    table: int
-
-
-def _family(address: IPAddress | IPNetwork | IPInterface) -> int:
-    return socket.AF_INET if address.version == 4 else socket.AF_INET6
-
-
-def _address_body(index: int, address: IPInterface) -> bytes:
-    head = _ADDR.pack(_family(address), address.network.prefixlen, IFA_F_PERMANENT, RT_SCOPE_UNIVERSE, index)
-    parts = [attribute(IFA_LOCAL, address.ip.packed), attribute(IFA_ADDRESS, address.ip.packed)]
-    if address.version == 4 and address.network.prefixlen < 31:
-        parts.append(attribute(IFA_BROADCAST, address.network.broadcast_address.packed))
-    if address.version == 6:
-        # Addresses come from an allocator: duplicate detection would only keep the pod silent for a second.
-        parts.append(u32(IFA_FLAGS, IFA_F_PERMANENT | IFA_F_NODAD))
-    return head + b"".join(parts)
-
-
-def add_address(index: int, name: str, address: IPInterface) -> Request:
-    flags = NLM_F_CREATE | NLM_F_EXCL
-    body = _address_body(index, address)
-    return Request(RTM_NEWADDR, flags, body, f"add address {address} to {name}", frozenset({errno.EEXIST}))
-
-
-def delete_address(index: int, name: str, address: IPInterface) -> Request:
-    body = _address_body(index, address)
-    missing = frozenset({errno.EADDRNOTAVAIL})
-    return Request(RTM_DELADDR, 0, body, f"remove address {address} from {name}", missing)
-
-
-def list_addresses(netlink: Netlink, index: int = 0) -> list[IPInterface]:
-    """The addresses of interface `index`, or of all, link-local ones of IPv6 left out."""
-    found: list[IPInterface] = []
-    head = _ADDR.pack(socket.AF_UNSPEC, 0, 0, 0, index)
-    for _, payload in netlink.dump(RTM_GETADDR, head, "list addresses"):
-        _, prefix, _, scope, owner = _ADDR.unpack_from(payload)
-        values = attributes(payload, _ADDR.size)
-        raw = values.get(IFA_LOCAL) or values.get(IFA_ADDRESS)
-        if index in (0, owner) and raw is not None and scope != RT_SCOPE_LINK:
-            found.append(ipaddress.ip_interface((raw, prefix)))
-    return found
-
-
-def add_route(index: int, name: str, destination: IPNetwork, gateway: IPAddress | None) -> Request:
-    scope = RT_SCOPE_UNIVERSE if gateway is not None or destination.version == 6 else RT_SCOPE_LINK
-    head = _ROUTE.pack(
-        _family(destination), destination.prefixlen, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, scope, RTN_UNICAST, 0
-    )
-    parts = [u32(RTA_OIF, index)]
-    if destination.prefixlen:
-        parts.append(attribute(RTA_DST, destination.network_address.packed))
-    if gateway is not None:
-        parts.append(attribute(RTA_GATEWAY, gateway.packed))
-    via = f" via {gateway}" if gateway is not None else ""
-    flags = NLM_F_CREATE | NLM_F_EXCL
-    what = f"add route {destination}{via} dev {name}"
-    return Request(RTM_NEWROUTE, flags, head + b"".join(parts), what, frozenset({errno.EEXIST}))
-
-
-def list_routes(netlink: Netlink) -> list[Route]:
-    """All unicast routes of both families in every table; the kernel's own `local` and broadcast ones left out."""
-    found: list[Route] = []
-    for family in (socket.AF_INET, socket.AF_INET6):
-        head = _ROUTE.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)
-        for _, payload in netlink.dump(RTM_GETROUTE, head, "list routes"):
-            _, prefix, _, _, table, _, _, kind, _ = _ROUTE.unpack_from(payload)
-            if kind != RTN_UNICAST:
-                continue
-            values = attributes(payload, _ROUTE.size)
-            raw, via = values.get(RTA_DST), values.get(RTA_GATEWAY)
-            (index,) = struct.unpack("=I", values.get(RTA_OIF, bytes(4)))
-            destination = ipaddress.ip_network((raw, prefix)) if raw is not None else None
-            gateway = ipaddress.ip_address(via) if via is not None else None
-            found.append(Route(destination, gateway, index, table))
-    return found
-
-
-def route_interface(netlink: Netlink, address: IPAddress) -> str | None:
-    """The name of the interface that packets to `address` leave by, or None where there is no way."""
-    head = _ROUTE.pack(_family(address), address.max_prefixlen, 0, 0, 0, 0, 0, 0, 0)
-    body = head + attribute(RTA_DST, address.packed)
-    try:
-        for _, payload in netlink.dump(RTM_GETROUTE, body, f"look up the route to {address}", flags=0):
-            (index,) = struct.unpack("=I", attributes(payload, _ROUTE.size).get(RTA_OIF, bytes(4)))
-            for _, link in netlink.dump(RTM_GETLINK, _link_body(index, 0, 0), f"look up interface {index}", flags=0):
-                return _parse_link(link).name
-    except NetlinkError as error:
-        if error.errno not in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENODEV):
-            raise
-    return None

@@ -15,7 +15,8 @@ from cri.interfaces import PortMapping
 from cri.network import conntrack
 from cri.network.conflist import Json, field
 from cri.network.firewall import Firewall, Forward, PortTakenError
-from cri.network.netlink import IPAddress, Netlink, route_interface
+from cri.network.netlink import IPAddress, Netlink
+from cri.network.routes import route_interface
 from cri.network.sysctl import write_net
 from cri.network.values import Call, PluginError, Result
 

@@ -18,6 +18,7 @@ import pytest
 
 from cri.interfaces import NetworkError, PodNetwork, PortMapping
 from cri.network import netlink as nl
+from cri.network import routes as rt
 from cri.network.bridge import host_name, mac
 from cri.network.cni import Cni
 from cri.network.netns import Namespaces
@@ -71,9 +72,9 @@ def test_pods_reach_each_other_and_the_bridge_with_their_own_addresses(corner: C
 
 
 def test_the_pod_has_lo_its_address_and_a_default_route(corner: Corner) -> None:
-    def look() -> tuple[dict[str, nl.Link], list[nl.Route]]:
+    def look() -> tuple[dict[str, nl.Link], list[rt.Route]]:
         with nl.Netlink() as netlink:
-            return {link.name: link for link in nl.list_links(netlink)}, nl.list_routes(netlink)
+            return {link.name: link for link in nl.list_links(netlink)}, rt.list_routes(netlink)
 
     async def scenario() -> None:
         async with running_pod(corner) as (pod, result):

@@ -14,6 +14,7 @@ import pytest
 
 from cri.interfaces import PodNetwork, PortMapping
 from cri.network import netlink as nl
+from cri.network import routes as rt
 from cri.network.bridge import host_name
 from tests.fakes.network import Corner, connect, in_pod, listen, network_corner, running_pod
 from tests.support import needs
@@ -75,8 +76,8 @@ def _unset_address(corner: Corner, pod: PodNetwork) -> None:
         with nl.Netlink() as netlink:
             link = nl.get_link(netlink, "eth0")
             assert link is not None
-            addresses = [address for address in nl.list_addresses(netlink, link.index) if address.version == 4]
-            netlink.run([nl.delete_address(link.index, "eth0", address) for address in addresses])
+            addresses = [address for address in rt.list_addresses(netlink, link.index) if address.version == 4]
+            netlink.run([rt.delete_address(link.index, "eth0", address) for address in addresses])
 
     in_pod(pod, flush)
 
