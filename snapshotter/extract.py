@@ -19,6 +19,7 @@ from typing import NamedTuple
 from runtime.linux.files import fchmodat2, open_beneath, remove_tree, write_all
 from runtime.linux.libc import KernelError
 from snapshotter import tar
+from snapshotter.blame import blame
 from snapshotter.looks import Metadata, apply_metadata, kept_xattrs
 from snapshotter.model import Limits, UnpackError
 from snapshotter.tree import META_PREFIX, OPAQUE, WHITEOUT_PREFIX, Ignored, Tree, clean, is_whiteout, set_opaque
@@ -28,22 +29,6 @@ PENDING_LINK = "trusted.ocid.link"
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 _OPAQUE_NAME = b".wh..wh..opq"
-# What the entry is to blame for; everything else (ENOSPC, EIO, …) is the machine's.
-_BAD_ENTRY = frozenset(
-    {
-        errno.ENAMETOOLONG,
-        errno.ELOOP,
-        errno.ENOTDIR,
-        errno.EISDIR,
-        errno.EEXIST,
-        errno.EMLINK,
-        errno.EINVAL,
-        errno.ENOENT,
-        errno.EFBIG,
-        errno.ERANGE,
-        errno.E2BIG,
-    }
-)
 # ext4 keeps 34 bits of seconds; the kernel clamps what is beyond a filesystem's range, Python must not overflow first.
 _EARLIEST, _LATEST = -(2**31) * 10**9, (2**34 - 1) * 10**9
 
@@ -385,13 +370,6 @@ class Extractor:
                 apply_metadata(fd, metadata)
             finally:
                 os.close(fd)
-
-
-def blame(error: OSError, name: bytes) -> Exception:
-    """An UnpackError where the entry is wrong, else the same errno with the entry's name (ENOSPC, EIO, …)."""
-    if error.errno in _BAD_ENTRY:
-        return UnpackError(f"tar entry {name[:200]!r}: {(error.strerror or str(error)).lower()}")
-    return KernelError(error.errno or errno.EIO, "unpack", name[:200])
 
 
 def process_umask() -> int:

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from runtime.linux.files import fchmodat2, fd_path, open_beneath
 from runtime.linux.libc import KernelError
-from snapshotter.extract import PENDING_LINK, blame
+from snapshotter.blame import blame
+from snapshotter.extract import PENDING_LINK
 from snapshotter.looks import copy_looks
 from snapshotter.merged import Merged
 from snapshotter.model import UnpackError
