@@ -246,7 +246,7 @@ def _page_cache(files: list[int]) -> int:
 
 def test_fifty_containers_hold_an_image_once_on_disk_and_once_in_memory(overlay: Overlay, tmp_path: Path) -> None:
     size = 32 << 20
-    layer = blob(tmp_path, [file("big", os.urandom(1 << 20) * 64), file("small", b"1")])
+    layer = blob(tmp_path, [file("big", os.urandom(1 << 20) * 32), file("small", b"1")])
     overlay.unpack_layer(*layer.arguments())
     (lower,) = overlay.lower_directories(layer.chain_id)
     with ExitStack() as stack:
