@@ -3,7 +3,8 @@
     promise   the log's signature over {body, integratedTime, logID, logIndex} (a SET): says when
     proof     a Merkle path from the body to a root that the log has signed (a checkpoint): says that, not when
 
-One of both must hold, and of what is there both. Refuses entries about other signatures, other keys or other payloads.
+One of both must hold, and of what is there both; a path without a checkpoint, as in bundles of v0.1, says nothing.
+Refuses entries about other signatures, other keys or other payloads.
 All of it works offline. Invariant: a time that comes from here was signed by the log.
 """
 
@@ -140,7 +141,7 @@ def check(entry: Entry, logs: Sequence[PublicKey], about: Logged) -> int | None:
         if not any(verifies(key, entry.promise, signed) for key in logs):
             raise Unproven("the log entry's timestamp is signed by no log that the policy trusts")
         when = entry.time
-    if entry.proof is not None:
+    if entry.proof is not None and (entry.proof.checkpoint or not entry.promise):
         _check_proof(entry.body, entry.proof, logs)
     elif not entry.promise:
         raise Unproven("the log entry has neither a signed timestamp nor a proof of inclusion")

@@ -135,8 +135,7 @@ def bundled(
     material: dict[str, object] = {"publicKey": {"hint": _hint(signer)}}
     if certified is not None:
         material = {"certificate": {"rawBytes": _der(certified.leaf)}}
-    if entry is not None:
-        material["tlogEntries"] = [entry.bundled]
+    material["tlogEntries"] = [] if entry is None else [entry.bundled]  # some readers want the field
     envelope = {
         "payload": base64.b64encode(payload).decode(),
         "payloadType": claims.IN_TOTO,

@@ -174,6 +174,11 @@ def test_a_proof_that_is_there_must_hold_beside_a_promise(maker: Maker) -> None:
     assert sigstore.verify(Bundle(json.dumps(document).encode(), "test"), trusted(roots), maker.now)
     entry["inclusionProof"]["hashes"] = []
     assert "does not lead to" in refused(Bundle(json.dumps(document).encode(), "test"), roots, maker.now)
+    # Bundles of v0.1 have paths without a checkpoint: those say nothing, and the promise stands for itself.
+    del entry["inclusionProof"]["checkpoint"]
+    assert sigstore.verify(Bundle(json.dumps(document).encode(), "test"), trusted(roots), maker.now)
+    del entry["inclusionPromise"]
+    assert "no signed note" in refused(Bundle(json.dumps(document).encode(), "test"), roots, maker.now)
 
 
 def test_a_proof_dates_no_certificate(maker: Maker) -> None:
