@@ -103,8 +103,11 @@ def container_status(container: Container) -> pb.ContainerStatus:
 
 
 def whole(containers: Iterable[Container]) -> Iterator[pb.ContainerStatus]:
-    """The statuses of those that are not half-made."""
-    return (container_status(container) for container in containers if container.made_ns)
+    """The statuses of those that are not half-made, the newest first: of several with one name a kubelet takes the
+    first for the last try."""
+    made = [container for container in containers if container.made_ns]
+    made.sort(key=lambda container: container.created_ns, reverse=True)
+    return map(container_status, made)
 
 
 def _image(container: Container) -> pb.ImageSpec:

@@ -273,6 +273,18 @@ def test_s30_credentials_are_understood_and_never_told(tmp_path: Path, caplog: p
     on_rig(tmp_path, body)
 
 
+def test_a_pods_status_has_the_newest_container_first(tmp_path: Path) -> None:
+    """Of several tries of one container a kubelet takes the first it meets, and counts on from its attempt."""
+
+    async def body(rig: Rig) -> None:
+        pod = await rig.run_pod()
+        tries = [await rig.create(pod, f"try-{number}") for number in range(3)]
+        answer = await rig.call("PodSandboxStatus", pb.PodSandboxStatusRequest(pod_sandbox_id=pod))
+        assert [item.id for item in answer.containers_statuses] == tries[::-1]
+
+    on_rig(tmp_path, body)
+
+
 # --------------------------------------------------------------------------------------- exec, update, logs and stats
 
 
