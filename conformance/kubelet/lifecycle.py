@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 from conformance.clients.steps import eventually, expect, holds, same
 from conformance.kubelet.node import NAME, Node
@@ -39,6 +40,8 @@ def plain(node: Node) -> None:
             expect(str(node.pid(id_)) in pids, f"{cgroup} holds {pids}, not {node.pid(id_)}")
     page = node.inside("plain", "beside", f"wget -q -O- http://{status['podIP']}/")
     holds("the page", page, "Hello from a pod")
+    (link,) = Path("/var/log/containers").glob(f"plain-{NAME}_default_beside-*.log")
+    expect(link.exists(), f"{link} leads nowhere")
     holds(
         "hosts file of the kubelet's", node.inside("plain", "beside", "cat /etc/hosts"), status["podIP"], "plain-node0"
     )

@@ -23,6 +23,7 @@ ALLOWED: dict[str, str] = {
     r"the id is empty": "it asks for statistics of no pod, to see whether the call is there at all",
     r"Skipping pod synchronization.*(PLEG is not healthy|status check may not have completed)": "it has just begun",
     r"Stats initialization may not have completed yet": "it has just begun",
+    r"Failed to wait until node is registered.*context canceled": "it was ended before that",
     r"checkpoint is not found": "it starts without one",
     r"no imagefs label for configured runtime": "it has such labels for CRI-O alone, and says so to all others",
     r"failed to check if node is newer": "it has no node object without an API server",

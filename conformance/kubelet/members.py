@@ -25,6 +25,13 @@ def _amounts(cpu: str, memory: str) -> Document:
     return {"requests": {"cpu": cpu, "memory": memory}, "limits": {"cpu": cpu, "memory": memory}}
 
 
+def events(node: Node) -> None:
+    """The kubelet hears of containers by GetContainerEvents, and has done so since it began."""
+    connections, failures = (f"kubelet_evented_pleg_connection_{kind}_count" for kind in ("success", "error"))
+    eventually(lambda: node.metric("kubelet_evented_pleg_connection_latency_seconds_count") >= 10, "ten events", WAIT_S)
+    same("streams begun and failed", (node.metric(connections), node.metric(failures)), (1.0, 0.0))
+
+
 def resize_pods(node: Node) -> list[Document]:
     policy = [
         {"resourceName": "cpu", "restartPolicy": "NotRequired"},
@@ -171,4 +178,5 @@ STEPS = (
     Step(evicted, evicted_pods),
     Step(recursive, recursive_pods),
     Step(classes, classes_pods),
+    Step(events),
 )

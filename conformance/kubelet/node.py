@@ -39,11 +39,14 @@ NAME = "node0"
 ADDRESS = "10.250.0.1"
 API, READ_ONLY, HEALTH = 10250, 10255, 10248
 BRIDGE = "pods0"
+GATES = {"PodAndContainerStatsFromCRI": True, "ContainerStopSignals": True}
 POD_WAIT_S = 60.0
 # A kubelet connects again after a pause, and then tells what became of the calls before.
 AWAY = timedelta(seconds=10)
 # What a kubelet writes on every node, whatever its root directory is (kubelet: setupKernelTunables).
 TUNABLES = ("vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops")
+# Where it puts files, whatever its root directory is: the sockets of device plugins, links to logs.
+FIXED = (Path("/var/lib/kubelet"), Path("/var/log/containers"))
 KEY_TUNABLES = ("kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes")
 
 
@@ -61,6 +64,7 @@ class Node:
     kubelet: Service = field(init=False)
     socket: Path = field(init=False)
     tunables: dict[str, str] = field(init=False, default_factory=dict)
+    made: list[Path] = field(init=False, default_factory=list)
     absences: list[Absence] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -81,6 +85,11 @@ class Node:
     def up(self) -> None:
         for name in (*TUNABLES, *KEY_TUNABLES):
             self.tunables[name] = Path("/proc/sys", name).read_text().strip()
+        for directory in FIXED:
+            if not directory.exists():
+                directory.mkdir()
+                self.made.append(directory)
+            subprocess.run(["mount", "-t", "tmpfs", "fixed", directory], check=True)
         # A kubelet asks for an address of its node and a way out of it. (Not every kernel has links of type dummy.)
         subprocess.run(["ip", "link", "add", NAME, "type", "bridge"], check=True)
         subprocess.run(["ip", "address", "add", f"{ADDRESS}/24", "dev", NAME], check=True)
@@ -93,9 +102,12 @@ class Node:
         self.kubelet.start()
 
     def join(self, kubectl: Kubectl) -> None:
-        """The kubelet starts anew as a member of a cluster."""
+        """The kubelet starts anew as a member of a cluster, and with events. (Not before: its EventedPLEG, which is
+        alpha, leaves ActiveContainerStatuses empty when a runtime answers what it asks for, and then runs init
+        containers again and again.)"""
         self.kubectl = kubectl
         self.kubelet.stop()
+        self.configure(featureGates=GATES | {"EventedPLEG": True})
         self.kubelet.command.append(f"--kubeconfig={kubectl.kubeconfig}")
         self.kubelet.start()
 
@@ -132,7 +144,7 @@ class Node:
             "volumeStatsAggPeriod": "5s",
             "evictionHard": {"memory.available": "1Mi"},
             "registryPullQPS": 0,  # without a limit: all pods come at once
-            "featureGates": {"PodAndContainerStatsFromCRI": True, "ContainerStopSignals": True},
+            "featureGates": GATES,
         }
 
     def down(self) -> None:
@@ -145,6 +157,10 @@ class Node:
         retire(self.socket.parent)
         # The kubelet makes its root directory a mount of its own, for mounts to be shared through it.
         subprocess.run(["umount", self.base / "kubelet"], capture_output=True, check=False)
+        for directory in FIXED:
+            subprocess.run(["umount", directory], capture_output=True, check=False)
+        for directory in self.made:
+            directory.rmdir()
         remove_cgroup(self.cgroup.strip("/"))
         for link in (NAME, BRIDGE):
             subprocess.run(["ip", "link", "delete", link], capture_output=True, check=False)
@@ -199,6 +215,12 @@ class Node:
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(f"http://127.0.0.1:{READ_ONLY}{path}", timeout=20) as reply:
             return json.load(reply)
+
+    def metric(self, name: str) -> float:
+        """Of the kubelet's own metrics, without labels."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{READ_ONLY}/metrics", timeout=20) as reply:
+            lines = reply.read().decode().splitlines()
+        return float(next((line.split()[1] for line in lines if line.startswith(f"{name} ")), 0))
 
     def call(self, path: str, method: str = "GET") -> str:
         """The kubelet's own API, as an API server uses it."""

@@ -148,9 +148,27 @@ def downward(node: Node) -> None:
     )
 
 
+def images_pods(node: Node) -> list[Document]:
+    mounts = [
+        {"name": "image", "mountPath": "/image", "readOnly": True},
+        {"name": "image", "mountPath": "/part", "readOnly": True, "subPath": "etc/nginx"},
+    ]
+    volumes = [{"name": "image", "image": {"reference": node.images["nginx"], "pullPolicy": "IfNotPresent"}}]
+    return [pod("images", container("main", node.images["busybox"], volumeMounts=mounts), volumes=volumes)]
+
+
+def images(node: Node) -> None:
+    """An image as a volume, whole and in part; nobody writes to it."""
+    node.until_ready("images")
+    holds("a page", node.inside("images", "main", "cat /image/usr/share/nginx/html/index.html"), "Hello from a pod")
+    holds("a part", node.inside("images", "main", "cat /part/nginx.conf"), "worker_processes")
+    holds("a write", node.inside("images", "main", "touch /image/no 2>&1; true"), "Read-only file system")
+
+
 STEPS = (
     Step(empty_dirs, empty_dirs_pods),
     Step(host_paths, host_paths_pods),
     Step(propagation, propagation_pods),
     Step(downward, downward_pods),
+    Step(images, images_pods),
 )
