@@ -97,7 +97,8 @@ def test_a_pod_is_dumped_while_all_of_it_stands_still_and_runs_on(bench: tuple[N
     for one in ids:
         _goes_on(node, one)
     options = json.loads((criu.directory / "options").read_text())
-    assert (options["3"], options["4"], options["8"]) == (1, 1, 1) or options["3"] == 1
+    # By criu's images/rpc.proto: it leaves them running, whatever connections and file locks they have.
+    assert [options[number] for number in "358"] == [1, 1, 1]
     with tarfile.open(tmp_path / "pod.tar") as archive:
         about = json.load(archive.extractfile("pod.dump"))  # type: ignore[arg-type]
         assert about["containers"] == dict(zip(("one", "two"), ids, strict=True))
@@ -110,19 +111,16 @@ def test_a_pod_is_dumped_while_all_of_it_stands_still_and_runs_on(bench: tuple[N
     node.drop(pod)
 
 
-@pytest.mark.parametrize(("plan", "words"), [("fail", "criu failed: type DUMP"), ("die", "ended without an answer")])
-def test_when_criu_fails_everybody_goes_on_and_the_caller_hears_why(
-    bench: tuple[Node, Criu], tmp_path: Path, plan: str, words: str
-) -> None:
+def test_when_criu_fails_everybody_goes_on_and_the_caller_hears_why(bench: tuple[Node, Criu], tmp_path: Path) -> None:
     node, criu = bench
     pod, ids = _pod(node)
-    criu.plan(plan)
+    criu.plan("fail")
     try:
         with pytest.raises(grpc.RpcError) as caught:
             _checkpoint(node, pod, tmp_path / "pod.tar")
     finally:
         criu.plan("ok")
-    assert words in str(caught.value.details())  # type: ignore[attr-defined]
+    assert "criu failed: type DUMP" in str(caught.value.details())  # type: ignore[attr-defined]
     assert list(tmp_path.iterdir()) == [] and not list((node.root / "checkpoints").glob("*"))
     for one in ids:
         _goes_on(node, one)
@@ -158,17 +156,16 @@ def test_a_daemon_killed_in_the_middle_leaves_nobody_frozen(
         made.image = f"{registry.name}/busybox:1"
         made.client.pull(made.image)
         pod, ids = _pod(made)
-        for point in ("paused.one", "checkpoint.imaged"):
-            made.end()
-            with monkeypatch.context() as armed:
-                armed.setenv("OCID_FAILPOINTS", f"{point}=kill")
-                made.start()
-            with contextlib.suppress(grpc.RpcError):
-                _checkpoint(made, pod, target / "pod.tar")
-            assert made.process is not None and made.process.wait(20) == -9
-            made.end()
+        made.end()
+        with monkeypatch.context() as armed:
+            armed.setenv("OCID_FAILPOINTS", "checkpoint.imaged=kill")
             made.start()
-            for one in ids:
-                _goes_on(made, one)
-            assert list(target.iterdir()) == [] and not list((made.root / "checkpoints").glob("*"))
+        with contextlib.suppress(grpc.RpcError):
+            _checkpoint(made, pod, target / "pod.tar")
+        assert made.process is not None and made.process.wait(20) == -9
+        made.end()
+        made.start()
+        for one in ids:
+            _goes_on(made, one)
+        assert list(target.iterdir()) == [] and not list((made.root / "checkpoints").glob("*"))
         made.drop(pod)
