@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -199,11 +198,6 @@ def _pae(kind: str, payload: bytes) -> bytes:
 def pae(payload: bytes) -> bytes:
     """What a signature of an in-toto statement is over."""
     return _pae(IN_TOTO, payload)
-
-
-def payload_hash(payload: bytes) -> str:
-    """As log entries have it."""
-    return hashlib.sha256(payload).hexdigest()
 
 
 def _base64(text: str) -> bytes:
