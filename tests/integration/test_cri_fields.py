@@ -13,25 +13,32 @@ import pytest
 from conformance.cri_client import container
 from cri.api import api_pb2 as pb
 from runtime.linux.mount import MS_BIND, MS_PRIVATE, MS_REC, MS_SHARED, mount, umount2
-from tests.e2e import Node, messages, node, stocked
+from tests.e2e import Node, busybox, messages, node, stocked
 from tests.fakes.registry import FakeRegistry
+from tests.fakes.snapshots import directory, file
+from tests.integration.test_cri_images_mounted import built
 from tests.integration.test_cri_userns import mapped, pid_of
 from tests.support import eventually, needs
+
+PASSWD = b"root:x:0:0::/root:/bin/sh\nweb:x:33:44::/srv:/bin/sh\nother:x:55:66::/:/bin/sh\n"
+GROUP = b"root:x:0:\nweb:x:44:\nextra:x:77:web,other\nmore:x:78:other\n"
 
 
 @pytest.fixture(scope="module")
 def registry() -> Iterator[FakeRegistry]:
     needs("root", "overlay", "busybox")
     with stocked() as made:
+        files = [directory("etc"), file("etc/passwd", PASSWD), file("etc/group", GROUP)]
+        made.add("users", "1", built(files, base=busybox(), user="web"))
         yield made
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry) -> Iterator[Node]:
-    directory = tmp_path_factory.mktemp("fields")
-    (directory / "cdi").mkdir()
-    runtime = f'cdi_dirs = ["{directory}/cdi"]\npod_annotations = ["pod.example/*"]\ncontainer_annotations = ["c.*"]'
-    with node(directory / "n", runtime=runtime) as made:
+    top = tmp_path_factory.mktemp("fields")
+    (top / "cdi").mkdir()
+    runtime = f'cdi_dirs = ["{top}/cdi"]\npod_annotations = ["pod.example/*"]\ncontainer_annotations = ["c.*"]'
+    with node(top / "n", runtime=runtime) as made:
         made.image = f"{registry.name}/busybox:1"
         made.client.pull(made.image)
         made.drop(made.run(made.image, ["true"])[0])
@@ -134,6 +141,36 @@ def test_environment_directory_and_read_only_root(here: Node) -> None:
 
     said = shown(here, "pwd; echo $WORD; touch /x 2>&1; touch /dev/shm/x && echo shm", change)
     assert said[:2] == ["/tmp", "said"] and "Read-only" in said[2] and said[3] == "shm"
+
+
+@pytest.mark.parametrize(
+    ("policy", "fields", "expected"),
+    [
+        (pb.Merge, {}, ["33", "44", "44 77 99", "/srv"]),  # the image's USER web, with what /etc/group adds
+        (pb.Strict, {}, ["33", "44", "44 99", "/srv"]),
+        (pb.Merge, {"run_as_username": "other"}, ["55", "66", "66 77 78 99", "/"]),
+        (pb.Strict, {"run_as_username": "other"}, ["55", "66", "66 99", "/"]),
+        (pb.Merge, {"run_as_user": 55, "run_as_group": 5}, ["55", "5", "5 77 78 99", "/"]),
+        (pb.Strict, {"run_as_user": 4321}, ["4321", "0", "0 99", "/"]),
+    ],
+)
+def test_users_and_groups_of_the_image(
+    here: Node, registry: FakeRegistry, policy: Any, fields: dict[str, Any], expected: list[str]
+) -> None:
+    here.client.pull(f"{registry.name}/users:1")
+
+    def change(config: Any) -> None:
+        config.image.image = f"{registry.name}/users:1"
+        security(config).supplemental_groups.append(99)
+        security(config).supplemental_groups_policy = policy
+        for name, value in fields.items():
+            if isinstance(value, int):
+                getattr(security(config), name).value = value
+            else:
+                setattr(security(config), name, value)
+
+    said = shown(here, "id -u; id -g; grep ^Groups /proc/self/status; echo $HOME", change)
+    assert [said[0], said[1], " ".join(said[2].split()[1:]), said[3]] == expected
 
 
 # ----------------------------------------------------------------------------------------------------------- mounts

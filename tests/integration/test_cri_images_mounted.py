@@ -36,14 +36,20 @@ BOTTOM = [
 TOP = [whiteout("data/gone"), file("data/three", b"3\n")]
 
 
-def built(*layers: list[Any]) -> BuiltImage:
-    """An image of nothing but data."""
+def built(*layers: list[Any], base: BuiltImage | None = None, user: str = "") -> BuiltImage:
+    """An image of these layers, on top of those of `base`."""
+    below = json.loads(base.manifest)["layers"] if base is not None else []
     tars = [tarball(members) for members in layers]
     blobs = [gzip.compress(tar, mtime=0) for tar in tars]
     diff_ids = tuple(f"sha256:{hashlib.sha256(tar).hexdigest()}" for tar in tars)
-    config = json.dumps(
-        {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": list(diff_ids)}}
-    ).encode()
+    diff_ids = (*(base.diff_ids if base is not None else ()), *diff_ids)
+    document = {
+        "architecture": "amd64",
+        "os": "linux",
+        "config": {"User": user},
+        "rootfs": {"type": "layers", "diff_ids": list(diff_ids)},
+    }
+    config = json.dumps(document).encode()
     digests = [f"sha256:{hashlib.sha256(blob).hexdigest()}" for blob in (config, *blobs)]
     descriptors = [
         {"mediaType": LAYER, "digest": digest, "size": len(blob)}
@@ -57,14 +63,14 @@ def built(*layers: list[Any]) -> BuiltImage:
             "digest": digests[0],
             "size": len(config),
         },
-        "layers": descriptors,
+        "layers": [*below, *descriptors],
     }
     return BuiltImage(
         manifest=json.dumps(manifest).encode(),
         media_type=OCI_MANIFEST,
-        blobs=dict(zip(digests, (config, *blobs), strict=True)),
+        blobs={**(base.blobs if base is not None else {}), **dict(zip(digests, (config, *blobs), strict=True))},
         config_digest=digests[0],
-        layer_digests=tuple(digests[1:]),
+        layer_digests=(*(one["digest"] for one in below), *digests[1:]),
         diff_ids=diff_ids,
         platform={"os": "linux", "architecture": "amd64"},
     )
