@@ -1,22 +1,28 @@
 """GET /metrics over HTTP, for a Prometheus that scrapes.
 
-Refuses every other path and method, and a body. Invariant: one scrape at a time is worked on, so that scraping cannot
-become the load that it measures.
+On asyncio's streams and the streaming server's parser of heads: a web framework would take ten times the memory of all
+that is measured here. Refuses every other path and method, a body, and clients beyond a few. Invariant: one scrape at a
+time is worked on, so that scraping cannot become the load that it measures; a client that says nothing is let go.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 
-from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from cri.config import MetricsSection
 from cri.observe.metrics import Metrics
+from cri.streaming.http import BadRequest, answer, parse
 from cri.threads import to_thread
 
-_BACKLOG = 16
+log = logging.getLogger(__name__)
+
+_CLIENTS = 16
+_HEAD_SIZE = 16 << 10
+_PATIENCE_S = 10.0
 
 
 class Exporter:
@@ -26,32 +32,62 @@ class Exporter:
         self._section = section
         self._metrics = metrics
         self._one = asyncio.Lock()
-        self._runner: web.AppRunner | None = None
+        self._server: asyncio.Server | None = None
+        self._clients: set[asyncio.Task[None]] = set()
 
     async def start(self) -> str:
         """Listens; "ADDRESS:PORT". Raises OSError naming the address."""
-        application = web.Application(client_max_size=1024)
-        application.router.add_get("/metrics", self._scrape)
-        self._runner = web.AppRunner(application, access_log=None, handle_signals=False)
-        await self._runner.setup()
         address, port = self._section.address, self._section.port
         try:
-            site = web.TCPSite(self._runner, address, port, backlog=_BACKLOG, reuse_address=True)
-            await site.start()
+            self._server = await asyncio.start_server(self._connected, address, port, limit=_HEAD_SIZE)
         except OSError as error:
-            await self.close()
             raise OSError(error.errno, f"metrics.address: listen on {address} port {port}: {error.strerror}") from error
-        found: tuple[str, int] = self._runner.addresses[0][:2]
-        return f"[{found[0]}]:{found[1]}" if ":" in found[0] else f"{found[0]}:{found[1]}"
+        host, found = self._server.sockets[0].getsockname()[:2]
+        return f"[{host}]:{found}" if ":" in host else f"{host}:{found}"
 
-    async def _scrape(self, request: web.Request) -> web.Response:
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        if len(self._clients) >= _CLIENTS:
+            writer.transport.abort()
+            return
+        self._clients.add(task)
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                raw = await reader.readuntil(b"\r\n\r\n")
+            reply = await self._reply(raw)
+            async with asyncio.timeout(_PATIENCE_S):
+                writer.write(reply)
+                await writer.drain()
+        except (OSError, EOFError, TimeoutError, asyncio.LimitOverrunError) as error:
+            log.debug("metrics: %s", error or type(error).__name__)
+        except asyncio.CancelledError:
+            writer.transport.abort()  # the server ends
+        finally:
+            self._clients.discard(task)
+            writer.close()
+
+    async def _reply(self, raw: bytes) -> bytes:
+        try:
+            head = parse(raw)
+            if head.path != "/metrics":
+                raise BadRequest(404, "there is /metrics, and nothing else")
+            if head.method != "GET":
+                raise BadRequest(405, "expected GET")
+        except BadRequest as error:
+            return answer(error.status, error.fields, str(error))
         async with self._one:
             body = await to_thread(self._metrics.text)
-        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST, "Cache-Control": "no-store"})
+        fields = f"Content-Type: {CONTENT_TYPE_LATEST}\r\nContent-Length: {len(body)}\r\nConnection: close"
+        return f"HTTP/1.1 200 OK\r\n{fields}\r\n\r\n".encode() + body
 
     async def close(self) -> None:
         """Listens no more."""
-        if self._runner is not None:
-            with contextlib.suppress(OSError):
-                await self._runner.cleanup()
-            self._runner = None
+        if self._server is None:
+            return
+        self._server.close()
+        for task in self._clients:
+            task.cancel()
+        with contextlib.suppress(OSError):
+            await asyncio.gather(*self._clients, return_exceptions=True)
+        self._server = None

@@ -192,7 +192,7 @@ def test_nothing_but_metrics_is_served_there(watched: Watched) -> None:
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(base + path, timeout=10)
         assert caught.value.code == 404
-    request = urllib.request.Request(base + "/metrics", data=b"x", method="POST")
+    request = urllib.request.Request(base + "/metrics", method="PUT")
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(request, timeout=10)
     assert caught.value.code == 405
