@@ -408,6 +408,21 @@ def test_limits_are_updated(pods: Lab) -> None:
     assert found == ["77"]
 
 
+def test_a_container_stands_still_and_goes_on_and_is_deleted_also_when_it_stands_still(pods: Lab) -> None:
+    pod = pods.pod()
+    one = pod.run("c", ["sh", "-c", "while :; do echo tick; usleep 10000; done"])
+    pods.shims.resume(pod.sandbox, one)  # it does not stand still
+    eventually(lambda: pod.lines("c"), what="ticks")
+    pods.shims.pause(pod.sandbox, one)
+    with pytest.raises(ContainerError, match=f"pause container {one}"):
+        pods.shims.pause(pod.sandbox, one)
+    known = len(pod.lines("c"))
+    pods.shims.resume(pod.sandbox, one)
+    eventually(lambda: len(pod.lines("c")) > known, what="ticks after it was let go")
+    pods.shims.pause(pod.sandbox, one)
+    pods.shims.delete(pod.sandbox, one)
+
+
 def test_o24_a_create_that_dies_half_way_leaves_nothing(native: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     pod = native.pod()
     spec = pod.spec("c", ["true"])
