@@ -6,6 +6,7 @@ Invariant: whatever happens, the staging directory is gone at the end.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -132,11 +133,12 @@ class Session:
 @asynccontextmanager
 async def session(config: StoreConfig, beside: Path | None = None) -> AsyncIterator[Session]:
     """`beside` is where the staging directory is made: on the filesystem that the target is on, so that a blob can be
-    renamed there; where temporary files go otherwise."""
+    renamed there; else where large temporary files go, since /tmp may be memory."""
     try:
         if beside is not None:
             beside.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".ocid-copy-", dir=beside))
+        place = beside or Path(os.environ.get("TMPDIR") or "/var/tmp")
+        scratch = Path(tempfile.mkdtemp(prefix=".ocid-copy-", dir=place))
     except OSError as error:
         raise ImageError(f"make a staging directory: {errno_text(error)}") from error
     threads = Threads(config.concurrent_downloads + 2, 1)
