@@ -144,6 +144,7 @@ async def _answered(node: Node, events: Events, pod: Pod, answer: _Answer) -> No
     stream, facts = answer
     events.watch(pod.id, stream)
     await _merge(node, pod, facts)
+    await thaw_left(node, pod)
 
 
 async def _ask_again(node: Node, events: Events, pod_id: str, asking: asyncio.Task[_Answer]) -> None:
@@ -195,7 +196,6 @@ async def lost(node: Node, pod_id: str) -> None:
 
 async def _sweep(node: Node) -> None:
     """Takes away what no record tells of. Each on its own: one that resists does not keep the others."""
-    await _all(node, [thaw_left(node, pod) for pod in node.store.pods.values() if pod.ready])
     await _all(node, [to_thread(remove_tree, checkpoint.directory(node))])
     pods = await to_thread(_names, node.paths.pods)
     bundles = await to_thread(_names, node.paths.bundles)
