@@ -54,7 +54,7 @@ class StoreConfig:
     ranges: int = 4
     range_bytes: int = 2 * _MIB
     range_after_s: float = 2.0
-    range_below: float = 64.0 * _MIB
+    range_below: float = 16.0 * _MIB
     """A download that after `range_after_s` makes less than `range_below` bytes per second goes on in `ranges` parts of
     `range_bytes` at once; twice that is the memory that it may take. On a quick line one stream costs less."""
     concurrent_unpacks: int = 8
