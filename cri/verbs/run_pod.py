@@ -54,12 +54,17 @@ def namespaces(config: pb.PodSandboxConfig) -> Namespaces:
             raise InvalidArgument(f"namespace_options.{field}: a pod's is POD or NODE")
     if options.pid not in (pb.POD, pb.CONTAINER, pb.NODE):
         raise InvalidArgument("namespace_options.pid: a pod's is POD, CONTAINER or NODE")
+    ids = userns.of_pod(options)
+    if ids is not None and options.pid == pb.NODE:
+        raise InvalidArgument(
+            "namespace_options.pid: NODE cannot be had with a user namespace, which may show no processes of the host's"
+        )
     return Namespaces(
         network=options.network == pb.POD,
         ipc=options.ipc == pb.POD,
         pid=options.pid == pb.POD,
         host_pid=options.pid == pb.NODE,
-        ids=userns.of_pod(options),
+        ids=ids,
     )
 
 

@@ -271,3 +271,40 @@ def test_it_costs_little_more_than_a_pod_without(here: Node) -> None:
     plain = min(took(here.pod_config()) for _ in range(5))
     with_users = min(took(mapped(here.pod_config())) for _ in range(5))
     assert with_users < plain * 5, (plain, with_users)
+
+
+def test_a_terminal_and_a_privileged_container(here: Node) -> None:
+    config = mapped(here.pod_config(network=True))
+    config.linux.security_context.privileged = True
+    pod = here.client.run_pod(config)
+    shell = container("shell", here.image, ["sh", "-c", "tty; stat -c %u:%a /dev/pts/0; sleep 1000"])
+    shell.tty = True
+    one = here.client.create(pod, shell, config)
+    here.client.start(one)
+    log = Path(config.log_directory) / "shell.log"
+    eventually(lambda: [line.strip() for line in messages(log)] == ["/dev/pts/0", "0:620"], what="the terminal")
+    strong = container("strong", here.image, ["sleep", "1000"])
+    strong.linux.security_context.privileged = True
+    two = here.client.create(pod, strong, config)
+    here.client.start(two)
+    # All rights over what is the pod's own, and none over what is the host's.
+    said(here, two, "mount -t tmpfs none /tmp && ip link set lo down && hostname changed")
+    assert said(here, one, "hostname") == "changed\n"
+    cgroup = "for f in /sys/fs/cgroup/*/release_agent /sys/fs/cgroup/*/*.limit_in_bytes; do echo 1 > $f && exit 0; done"
+    for script in ("echo x > /proc/sys/kernel/core_pattern", "mknod /x c 1 3", f"{cgroup}; exit 1"):
+        assert here.client.exec_sync(two, ["sh", "-c", script])[0] != 0, script
+    here.drop(pod)
+
+
+def test_with_the_hosts_ipc_namespace_but_not_its_processes(here: Node) -> None:
+    config = mapped(here.pod_config())
+    config.linux.security_context.namespace_options.pid = pb.NODE
+    with pytest.raises(grpc.RpcError, match=r"namespace_options.pid: NODE cannot be had with a user namespace"):
+        here.client.run_pod(config)
+    config.linux.security_context.namespace_options.pid = pb.CONTAINER
+    config.linux.security_context.namespace_options.ipc = pb.NODE
+    pod, one = in_pod(here, config, ["sleep", "1000"])
+    pid = pid_of(here, one)
+    assert os.stat(f"/proc/{pid}/ns/ipc").st_ino == os.stat("/proc/self/ns/ipc").st_ino
+    assert os.stat(f"/proc/{pid}").st_uid == FIRST
+    here.drop(pod)
