@@ -59,7 +59,7 @@ def leaf_of(data: bytes) -> Certificate:
 
 def by_fulcio(leaf: Certificate, chain: Sequence[Certificate], fulcio: Fulcio, when: int) -> tuple[PublicKey, str]:
     """The key and whose it is. Raises Untrusted, PolicyInvalid."""
-    _check_chain(leaf, chain, _roots(fulcio.roots.read(), str(fulcio.roots)), when)
+    _check_chain(leaf, chain, _roots(fulcio.roots.read(), str(fulcio.roots)), when, said=True)
     issuer = _issuer(leaf)
     if issuer != fulcio.issuer:
         raise Untrusted(f"the certificate's OIDC issuer is {issuer[:200]!r}, the policy wants {fulcio.issuer!r}")
@@ -72,7 +72,8 @@ def by_pki(leaf: Certificate, chain: Sequence[Certificate], pki: Pki, when: int)
     between = list(chain)
     if pki.intermediates:
         between += _roots(pki.intermediates.read(), str(pki.intermediates))
-    _check_chain(leaf, between, _roots(pki.roots.read(), str(pki.roots)), when)
+    # An authority of one's own may leave out what its certificates are for; then they are for anything.
+    _check_chain(leaf, between, _roots(pki.roots.read(), str(pki.roots)), when, said=False)
     if pki.email:
         _check_email(leaf, pki.email)
     if pki.hostname and not _has_host(leaf, pki.hostname):
@@ -102,7 +103,10 @@ def _subject(leaf: Certificate) -> str:
     return leaf.subject.rfc4514_string()[:200] or f"serial {leaf.serial_number:x}"
 
 
-def _check_chain(leaf: Certificate, between: Sequence[Certificate], roots: Sequence[Certificate], when: int) -> None:
+def _check_chain(
+    leaf: Certificate, between: Sequence[Certificate], roots: Sequence[Certificate], when: int, *, said: bool
+) -> None:
+    """`said`: the leaf must say that it is for code signing, and not only nothing else. Raises Untrusted."""
     from OpenSSL import crypto
 
     store = crypto.X509Store()
@@ -122,18 +126,18 @@ def _check_chain(leaf: Certificate, between: Sequence[Certificate], roots: Seque
         at = datetime.datetime.fromtimestamp(when, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         raise Untrusted(f"the certificate {_subject(leaf)} is not good at {at}: {reason}") from None
     for item in verified:
-        _check_use(item.to_cryptography(), leaf=item.to_cryptography() == leaf)
+        _check_use(item.to_cryptography(), said=said and item.to_cryptography() == leaf)
 
 
-def _check_use(certificate: Certificate, *, leaf: bool) -> None:
+def _check_use(certificate: Certificate, *, said: bool) -> None:
     """Extended key usage holds for the whole chain below it. Raises Untrusted."""
     from cryptography import x509
 
     try:
         uses = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     except x509.ExtensionNotFound:
-        if leaf:
-            raise Untrusted("the certificate is not for code signing") from None
+        if said:
+            raise Untrusted("the certificate does not say that it is for code signing") from None
         return
     except ValueError as error:
         raise Untrusted(f"an extension of the certificate cannot be read ({error})") from None

@@ -9,8 +9,6 @@ another. Pure but for `Material.read`. Invariant: a policy that was parsed leave
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from pathlib import Path
 from imagestore.identity import DEFAULT, Identity, parse_identity
 from imagestore.model import ContentInvalid, PolicyInvalid
 from imagestore.scopes import Subject, check_scope
+from imagestore.signatures import from_base64
 from imagestore.strict_json import Fields, parse_object
 from runtime.linux.files import AT_FDCWD, read_bounded
 
@@ -305,8 +304,8 @@ def _sources(
 
 def _decoded(text: str, path: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+        return from_base64(text)
+    except ValueError:
         raise ContentInvalid(f"{path}: not base64") from None
 
 

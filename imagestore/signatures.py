@@ -98,12 +98,19 @@ def _encoded(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
+def from_base64(text: str) -> bytes:
+    """Strictly, but for the ends of lines that some programs put in, and others read over. Raises ValueError."""
+    try:
+        return base64.b64decode(text.replace("\n", "").replace("\r", ""), validate=True)
+    except binascii.Error as error:
+        raise ValueError(str(error)) from None
+
+
 def decoded(fields: Fields, key: str) -> bytes:
     """The bytes of a base64 field, which must be there. Raises ContentInvalid."""
-    text = fields.string(key)
     try:
-        found = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+        found = from_base64(fields.string(key))
+    except ValueError:
         raise ContentInvalid(f"{fields.path}.{key}: not base64") from None
     if not found:
         raise ContentInvalid(f"{fields.path}.{key}: missing")

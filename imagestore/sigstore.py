@@ -11,7 +11,6 @@ that comes from here passed each of the steps that its requirement names.
 from __future__ import annotations
 
 import base64
-import binascii
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ from imagestore.certificates import Untrusted, by_fulcio, by_pki, leaf_of, parse
 from imagestore.claims import IN_TOTO, Claim, cosign, statement
 from imagestore.keys import der, fingerprint, load_key, pem, verifies
 from imagestore.policy import Material, SigstoreSigned
-from imagestore.signatures import CERTIFICATE, CHAIN, ENTRY, SIGNATURE, Bundle, Cosign, decoded
+from imagestore.signatures import CERTIFICATE, CHAIN, ENTRY, SIGNATURE, Bundle, Cosign, decoded, from_base64
 from imagestore.strict_json import Fields, parse_object
 
 if TYPE_CHECKING:
@@ -202,6 +201,6 @@ def pae(payload: bytes) -> bytes:
 
 def _base64(text: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
+        return from_base64(text)
+    except ValueError:
         raise NotSigned(f"the annotation {SIGNATURE} is not base64") from None

@@ -157,9 +157,8 @@ class Maker:
         if name not in self._certificates:
             self.authority(root)
             middle = self.between(f"{root}-between", root)
-            extensions = (
-                f"keyUsage=critical,digitalSignature\nextendedKeyUsage={usage}\nsubjectAltName=critical,{san}\n"
-            )
+            extensions = f"keyUsage=critical,digitalSignature\nsubjectAltName=critical,{san}\n"
+            extensions += f"extendedKeyUsage={usage}\n" if usage else ""
             if issuer:
                 extensions += f"1.3.6.1.4.1.57264.1.1=DER:{issuer.encode().hex()}\n"
                 extensions += f"1.3.6.1.4.1.57264.1.8=ASN1:UTF8String:{issuer}\n"

@@ -204,6 +204,17 @@ def test_a_certificate_for_something_else(maker: Maker) -> None:
     assert "not for code signing" in refused(by(maker, leaf), ROWS[FULCIO].requirement(maker), maker.now)
 
 
+def test_a_certificate_that_does_not_say_what_it_is_for(maker: Maker) -> None:
+    """As elsewhere: an authority of one's own may leave it out; Fulcio never does."""
+    leaf = maker.leaf("silent", "fulcio", f"email:{MAIL}", usage="")
+    assert "does not say" in refused(by(maker, leaf), ROWS[FULCIO].requirement(maker), maker.now)
+    requirement = ROWS["… pki caRootsPath, subjectEmail"].requirement(maker)
+    mine = maker.leaf("mine", "pki", f"email:{MAIL}", usage="")
+    assert sigstore.verify(by(maker, mine), trusted(requirement), maker.now)
+    server = maker.leaf("mine-server", "pki", f"email:{MAIL}", usage="serverAuth")
+    assert "not for code signing" in refused(by(maker, server), requirement, maker.now)
+
+
 def test_a_certificate_by_another_issuer_of_identities(maker: Maker) -> None:
     leaf = maker.leaf("elsewhere", "fulcio", f"email:{MAIL}", issuer="https://evil.example.com")
     said = refused(by(maker, leaf), ROWS[FULCIO].requirement(maker), maker.now)
@@ -320,6 +331,18 @@ def test_keys_that_are_too_weak_or_none(maker: Maker, tmp_path: Path) -> None:
         load_key(b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n", "key")
     with pytest.raises(PolicyInvalid, match="no usable public key"):
         load_key(maker.private("good-p256").read_bytes(), "key")
+
+
+def test_base64_may_have_ends_of_lines(maker: Maker) -> None:
+    """As openssl writes it, and as others read it."""
+    found = maker.cosign("good-p256", payload(COSIGN, DIGEST, NAME))
+    lines = base64.encodebytes(base64.b64decode(found.annotations[SIGNATURE])).decode()
+    assert lines.count("\n") > 1
+    requirement = {
+        "type": "sigstoreSigned",
+        "keyData": base64.encodebytes(maker.public("good-p256").read_bytes()).decode(),
+    }
+    assert sigstore.verify(replace(found, annotations={SIGNATURE: lines}), trusted(requirement), maker.now)
 
 
 @pytest.mark.parametrize("spoil", ["", "?", "AAAA"])
