@@ -235,21 +235,24 @@ class _Entry:
         return not self._request.disposable or bool(self._facts.listener_path or self._facts.intel_rdt)
 
     def _hear(self, channel: sync.Channel, pid: int, pidfd: int) -> int:
-        """What the process has to say until execve closes its end. The console's master, or -1."""
+        """What the process has to say until execve closes its end. The console's master, or -1. One that waited for
+        Go says Ready in any case: who has not has died before its command."""
         console = -1
+        ready = not self._waits()
         try:
             while True:
                 message, fds = channel.receive("Console", "Ready", "Listener")
                 if message.kind == "Console":
                     console = self._console(fds[0], message.text[0])
                 elif message.kind == "Ready":
+                    ready = True
                     self._warnings += message.text
                 else:
                     self._pass_on(message, pid, pidfd)
                     channel.send("Go")
-        except sync.Closed:
-            return console
-        except BaseException:
+        except BaseException as error:
+            if ready and isinstance(error, sync.Closed):
+                return console
             if console >= 0:
                 os.close(console)
             raise
@@ -297,6 +300,7 @@ class _Entry:
 
     def _join_and_clone(self, channel: sync.Channel, *close: sync.Channel) -> tuple[int, int]:
         """Joins all namespaces and clones the process, a child of this one's parent, which talks on `channel`."""
+        self._oom_score()  # which is inherited; in a user namespace the process has no right to set its own
         set_dumpable(False)  # from here on the container could look (CVE-2016-9962)
         others = namespaces.others(self._facts.pid)
         last = others & CLONE_NEWCGROUP
@@ -311,6 +315,7 @@ class _Entry:
             for other in close:
                 other.close()
             self._main(channel, others & ~CLONE_NEWCGROUP | last)
+        self._warnings = []  # the process tells of them
         return pid, pidfd
 
     def _main(self, channel: sync.Channel, others: int) -> NoReturn:
@@ -319,7 +324,7 @@ class _Entry:
                 channel.receive("Go")
             identity, command, env, slave = self._set_up(channel, others)
             self._step = "wait"
-            if self._warnings:
+            if self._warnings or self._waits():
                 channel.send("Ready", text=tuple(self._warnings))
             if channel.is_deserted():
                 os._exit(1)  # nobody would know of the command
@@ -362,7 +367,6 @@ class _Entry:
             channel.send("Console", text=(name_of(master),), fds=(master,))
             os.close(master)
         self._step = "limits"
-        self._oom_score()
         affinity = wanted.exec_affinity
         process.set_cpus(affinity.initial if affinity is not None else ())
         process.set_rlimits(wanted.rlimits, self._warnings.append)
