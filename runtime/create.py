@@ -13,7 +13,7 @@ import select
 import time
 
 from runtime import init, labels, rootfs, rootless, state, sync
-from runtime.cgroups.manager import UNIT, Manager, manager_for
+from runtime.cgroups.manager import Manager, manager_for
 from runtime.cloning import clone_init
 from runtime.errors import RuntimeFailure
 from runtime.fields import encode
@@ -21,7 +21,7 @@ from runtime.init_state import Setup
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import remove_tree, write_durable
 from runtime.linux.libc import KernelError
-from runtime.linux.process import pidfd_send_signal, start_time
+from runtime.linux.process import pidfd_send_signal
 from runtime.linux.progress import Progress, phase
 from runtime.linux.record import Record
 from runtime.namespaces import Joins
@@ -492,32 +492,20 @@ class _Birth:
             pass
 
     def _state(self) -> State:
-        return State(
-            id=self._request.id,
+        facts = state.of_spec(
+            self._spec,
+            self._manager,
+            container_id=self._request.id,
             pid=self._pid,
-            started=start_time(self._pid),
             created=self._created,
             bundle=self._bundle,
             rootfs=self._root_path,
-            version=state.SPEC_VERSION,
-            cgroup_paths=tuple(self._manager.paths().items()),
-            systemd_unit=self._manager.note().get(UNIT, ""),
-            annotations=self._spec.annotations,
-            owner=os.geteuid(),
-            filter_flags=state.NO_FILTER if self._spec.seccomp is None else self._spec.seccomp.flags,
-            listener_path="" if self._spec.seccomp is None else self._spec.seccomp.listener_path,
-            listener_metadata="" if self._spec.seccomp is None else self._spec.seccomp.listener_metadata,
+            stdio=self._request.stdio,
+        )
+        return facts.changed(
             intel_rdt=None if self._rdt is None else self._rdt.group,
-            memory_policy=self._spec.memory_policy,
             poststart=self._spec.hooks.poststart,
-            poststop=self._spec.hooks.poststop,
-            personality=self._spec.personality,
             no_new_keyring=self._request.no_new_keyring,
-            readonly=self._spec.root_readonly,
-            hostname=self._spec.hostname,
-            namespaces=state.namespaces_of(self._spec.namespaces),
-            cgroups_path=self._spec.cgroups_path or f"/{self._request.id}",
-            descriptors=state.descriptors(self._request.stdio),
         )
 
     def _hook_state(self, pid: int, status: str) -> bytes:

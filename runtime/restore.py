@@ -12,13 +12,12 @@ import json
 import os
 
 from runtime import checkpoint, criu, restored, seccomp, state
-from runtime.cgroups.manager import UNIT
 from runtime.checkpoint import Directories, Images
 from runtime.create import SECCOMP_CACHE, Created, make_manager, note_cgroups, now, root_path_of, unwind
 from runtime.errors import RuntimeFailure
 from runtime.linux.files import AT_FDCWD, read_bounded, remove_tree, write_durable
 from runtime.linux.libc import KernelError
-from runtime.linux.process import pidfd_open, pidfd_send_signal, set_no_new_privs, start_time
+from runtime.linux.process import pidfd_open, pidfd_send_signal, set_no_new_privs
 from runtime.linux.record import Record
 from runtime.namespaces import PROC_NAMES
 from runtime.restore_mounts import PrivateMounts, make_mount_points
@@ -263,30 +262,15 @@ class _Restoring:
             pass
 
     def _state(self) -> State:
-        spec = self._spec
-        return State(
-            id=self._request.id,
+        return state.of_spec(
+            self._spec,
+            self._manager,
+            container_id=self._request.id,
             pid=self._pid,
-            started=start_time(self._pid),
             created=self._created,
             bundle=self._bundle,
             rootfs=self._rootfs,
-            version=state.SPEC_VERSION,
-            cgroup_paths=tuple(self._manager.paths().items()),
-            systemd_unit=self._manager.note().get(UNIT, ""),
-            annotations=spec.annotations,
-            owner=os.geteuid(),
-            filter_flags=state.NO_FILTER if spec.seccomp is None else spec.seccomp.flags,
-            listener_path="" if spec.seccomp is None else spec.seccomp.listener_path,
-            listener_metadata="" if spec.seccomp is None else spec.seccomp.listener_metadata,
-            memory_policy=spec.memory_policy,
-            poststop=spec.hooks.poststop,
-            personality=spec.personality,
-            readonly=spec.root_readonly,
-            hostname=spec.hostname,
-            namespaces=state.namespaces_of(spec.namespaces),
-            cgroups_path=spec.cgroups_path or f"/{self._request.id}",
-            descriptors=state.descriptors((0, 1, 2)),
+            stdio=(0, 1, 2),
         )
 
 

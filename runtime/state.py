@@ -21,7 +21,7 @@ import stat
 from runtime.errors import RuntimeFailure
 from runtime.fields import Fields, decode, encode
 from runtime.linux.files import write_durable
-from runtime.linux.process import is_running
+from runtime.linux.process import is_running, start_time
 from runtime.linux.record import Record
 
 TYPE_CHECKING = False
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from runtime.intel_rdt import Group
     from runtime.memory_policy import MemoryPolicy
     from runtime.namespaces import Namespace
+    from runtime.spec import Spec
     from runtime.spec_hooks import Hook
 
 SPEC_VERSION = "1.3.0"  # of runtime-spec's "State", which `describe` follows
@@ -160,6 +161,47 @@ def reserve(root: str, container_id: str) -> str:
     except OSError as error:
         raise RuntimeFailure.of(error, what=f"make {path}") from None
     return path
+
+
+def of_spec(
+    spec: Spec,
+    manager: Manager,
+    *,
+    container_id: str,
+    pid: int,
+    created: str,
+    bundle: str,
+    rootfs: str,
+    stdio: tuple[int, int, int],
+) -> State:
+    """What restore knows of a container that it has made of `spec`, whose init is `pid`, and create knows more of."""
+    from runtime.cgroups.manager import UNIT
+
+    seccomp = spec.seccomp
+    return State(
+        id=container_id,
+        pid=pid,
+        started=start_time(pid),
+        created=created,
+        bundle=bundle,
+        rootfs=rootfs,
+        version=SPEC_VERSION,
+        cgroup_paths=tuple(manager.paths().items()),
+        systemd_unit=manager.note().get(UNIT, ""),
+        annotations=spec.annotations,
+        owner=os.geteuid(),
+        filter_flags=NO_FILTER if seccomp is None else seccomp.flags,
+        listener_path="" if seccomp is None else seccomp.listener_path,
+        listener_metadata="" if seccomp is None else seccomp.listener_metadata,
+        memory_policy=spec.memory_policy,
+        poststop=spec.hooks.poststop,
+        personality=spec.personality,
+        readonly=spec.root_readonly,
+        hostname=spec.hostname,
+        namespaces=namespaces_of(spec.namespaces),
+        cgroups_path=spec.cgroups_path or f"/{container_id}",
+        descriptors=descriptors(stdio),
+    )
 
 
 def save(root: str, state: State) -> None:
