@@ -148,7 +148,9 @@ def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
     node.parts.images.permit(image, config.image.user_specified_image or config.image.image, pod.namespace)
     stop_signal = stop_signal_of(config, image)
     user = _user(node, config, image)
-    _, handler = node.handler(pod.handler)
+    name, handler = node.handler(pod.handler)
+    if handler:
+        _check_foreign(name, config)
     ids = namespaces(pod.request).ids
     facts_of_pod = _pod_facts(node, pod, config)
     spec = build(
@@ -191,6 +193,14 @@ def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
         ),
     )
     return _Made(image, user, cgroup(facts_of_pod, container.id), stop_signal, spec["process"], facts)
+
+
+def _check_foreign(handler: str, config: pb.ContainerConfig) -> None:
+    """Refuses what another binary may pass over without a word: runc before 1.2 knows no ids of mounts."""
+    for index, mount in enumerate(config.mounts):
+        for field in ("uidMappings", "gidMappings", "image"):
+            if mount.HasField("image") if field == "image" else getattr(mount, field):
+                raise InvalidArgument(f"mounts[{index}].{field}: not with runtime handler {handler!r}; native has it")
 
 
 def _image_mounts(node: Node, container: Container, namespace: str, ids: IdMap | None) -> dict[int, ImageMount]:

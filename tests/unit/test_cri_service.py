@@ -652,3 +652,26 @@ def test_what_containers_have_written_is_their_filesystems(tmp_path: Path) -> No
 
     measured: dict[str, pb.FilesystemUsage] = {}
     on_rig(tmp_path, body)
+
+
+def test_what_another_binary_might_pass_over_is_refused_for_it(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        runtime = replace(rig.node.config.runtime, handlers={"native": "native", "other": "/usr/sbin/other"})
+        rig.node.config = replace(rig.node.config, runtime=runtime)
+        request = pb.RunPodSandboxRequest(config=rig.pod_config("foreign"), runtime_handler="other")
+        pod = (await rig.call("RunPodSandbox", request)).pod_sandbox_id
+        one = [pb.IDMapping(length=1)]
+        for field, mount in (
+            ("uidMappings", pb.Mount(host_path="/", container_path="/x", uidMappings=one, gidMappings=one)),
+            ("image", pb.Mount(container_path="/x", readonly=True, image=pb.ImageSpec(image=IMAGE))),
+        ):
+            with pytest.raises(CallFailed, match=rf"mounts\[0\].{field}: not with runtime handler 'other'"):
+                await rig.create(pod, mounts=[mount])
+        users = rig.pod_config("users")
+        users.linux.security_context.namespace_options.userns_options.mode = pb.POD
+        for lines in ("uids", "gids"):
+            getattr(users.linux.security_context.namespace_options.userns_options, lines).add(host_id=9, length=9)
+        with pytest.raises(CallFailed, match=r"userns_options: runtime handler 'other' runs no pods"):
+            await rig.call("RunPodSandbox", pb.RunPodSandboxRequest(config=users, runtime_handler="other"))
+
+    on_rig(tmp_path, body)
