@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tests.support import SOON_S
+
 RECV, SEND = 0xC0502100, 0xC0182101  # linux/seccomp.h: SECCOMP_IOCTL_NOTIF_RECV, SECCOMP_IOCTL_NOTIF_SEND
 CONTINUE = 1  # SECCOMP_USER_NOTIF_FLAG_CONTINUE
 Decide = Callable[[int, int, tuple[int, ...]], tuple[int, int, int]]
@@ -53,7 +55,7 @@ class Agent:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         os.close(self._stopped)
-        self._thread.join(10)
+        self._thread.join(SOON_S)
         self._socket.close()
         for fd in (self._stop, *self.fds):
             os.close(fd)
@@ -79,7 +81,7 @@ class Agent:
     def _accept(self) -> None:
         connection, _ = self._socket.accept()
         with connection:
-            connection.settimeout(10)
+            connection.settimeout(SOON_S)
             body, fds, _, _ = socket.recv_fds(connection, 65536, 4)
         self.states.append(json.loads(body))
         self.fds += fds

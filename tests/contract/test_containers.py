@@ -32,7 +32,7 @@ from cri.interfaces import (
 from runtime.linux.sockets import recv_frame
 from tests.fakes.containers import MemoryContainers
 from tests.shims import Lab, process
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 
 class Both(Sandboxes, Containers, Streams, Checkpoints, Protocol):
@@ -234,7 +234,7 @@ def test_events_tell_of_exits_from_now_on_and_end_with_the_pod(ground: Ground) -
     fd = ground.part.events(sandbox)
     assert not os.get_inheritable(fd)
     with socket.socket(fileno=fd) as stream:
-        stream.settimeout(20)
+        stream.settimeout(SOON_S)
         spec = ground.run(sandbox, "exit 7")
         received = recv_frame(stream)
         assert received is not None
@@ -267,7 +267,7 @@ def test_attach_copies_output_and_ends_with_it(ground: Ground) -> None:
     os.close(err_write)
     ground.part.start_container(sandbox, spec.id)
     with socket.socket(fileno=control) as over, open(out, "rb") as stdout, open(err, "rb") as stderr:
-        over.settimeout(20)
+        over.settimeout(SOON_S)
         assert over.recv(1) == b""
         assert (stdout.read(), stderr.read()) == (b"out\n", b"err\n")
 
@@ -313,7 +313,7 @@ def test_a_command_on_fds_needs_a_running_container_and_all_three(ground: Ground
 
 def _code(control: int) -> object:
     with socket.socket(fileno=control) as end:
-        end.settimeout(10)
+        end.settimeout(SOON_S)
         received = recv_frame(end)
         assert received is not None and recv_frame(end) is None
         return json.loads(received[0])["ok"]["exit_code"]

@@ -17,7 +17,7 @@ from imagestore.model import Unpacker
 from snapshotter.model import AlreadyExists, Config, NotFound, UnpackError
 from snapshotter.overlay import Overlay
 from tests.fakes.snapshots import GZIP, PLAIN, ZSTD, Blob, MemorySnapshots, blob, directory, file
-from tests.support import needs
+from tests.support import SOON_S, needs
 
 
 class Both(Snapshots, Unpacker, Protocol):
@@ -132,7 +132,7 @@ def test_unpack_makes_a_layer(snapshots: Both, tmp_path: Path, media_type: str) 
 def test_equal_unpacks_at_once_are_one(snapshots: Both, base: Blob) -> None:
     with ThreadPoolExecutor(8) as threads:
         for done in [threads.submit(snapshots.unpack_layer, *base.arguments()) for _ in range(8)]:
-            done.result(30)
+            done.result(SOON_S)
     assert snapshots.has_layer(base.chain_id)
     assert len(snapshots.lower_directories(base.chain_id)) == 1
 
@@ -144,7 +144,7 @@ def test_layers_of_an_image_unpack_in_any_order(snapshots: Both, tmp_path: Path,
     with ThreadPoolExecutor(len(chain)) as threads:
         started = [threads.submit(snapshots.unpack_layer, *layer.arguments()) for layer in reversed(chain)]
         for done in started:
-            done.result(30)
+            done.result(SOON_S)
     assert len(snapshots.lower_directories(chain[-1].chain_id)) == len(chain)
 
 
@@ -194,5 +194,5 @@ def test_many_threads_prepare_and_remove(snapshots: Both, base: Blob) -> None:
 
     with ThreadPoolExecutor(8) as threads:
         for done in [threads.submit(churn, number) for number in range(8)]:
-            done.result(30)
+            done.result(SOON_S)
     assert snapshots.list() == []

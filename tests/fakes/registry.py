@@ -27,6 +27,7 @@ import zstandard
 from aiohttp import web
 
 from tests.fakes.uploads import Uploads
+from tests.support import SOON_S
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
@@ -297,13 +298,13 @@ class FakeRegistry:
 
     def __enter__(self) -> FakeRegistry:
         self._thread.start()
-        assert self._ready.wait(10)
+        assert self._ready.wait(SOON_S)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         assert self._stop is not None
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(SOON_S)
         self._loop.close()
 
     def _serve(self) -> None:

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
 
+from tests.support import SOON_S
 from tests.vectors import ISSUER, Maker, compact, pae
 
 
@@ -52,7 +53,7 @@ class Services:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join(10)
+        self._thread.join(SOON_S)
 
     @property
     def url(self) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from cri.interfaces import ContainerError, ExecStream, Sandbox
 from runtime.linux.sockets import recv_frame, send_frame
+from tests.support import SOON_S
 
 
 class ProcessStreams:
@@ -102,4 +103,4 @@ class ProcessStreams:
             if child.poll() is None:
                 child.send_signal(signal.SIGKILL)
         for thread in self._threads:
-            thread.join(10)
+            thread.join(SOON_S)

@@ -15,6 +15,7 @@ from pathlib import Path
 import zstandard
 
 from snapshotter.model import UnpackError
+from tests.support import SOON_S
 
 
 class MemoryUnpacker:
@@ -42,7 +43,7 @@ class MemoryUnpacker:
             self.running += 1
             self.most_running = max(self.most_running, self.running)
         try:
-            if self.gate is not None and not self.gate.wait(30):
+            if self.gate is not None and not self.gate.wait(SOON_S):
                 raise UnpackError("the test's gate stayed shut")
             if chain_id in self.fail:
                 raise self.fail[chain_id]

@@ -320,7 +320,7 @@ def test_s24_nothing_of_it_can_be_entered_by_others(tmp_path: Path, registry: Fa
 
 
 def test_a_second_daemon_is_refused(here: Node) -> None:
-    result = subprocess.run([*here.words, "serve"], capture_output=True, text=True, timeout=20, check=False)
+    result = subprocess.run([*here.words, "serve"], capture_output=True, text=True, timeout=SOON_S, check=False)
     assert result.returncode != 0 and "another ocid works in" in result.stderr
     assert "Traceback" not in result.stderr
     assert here.client.version()[0] == "ocid"

@@ -19,7 +19,7 @@ from conformance.cri_client import container
 from cri.api import api_pb2 as pb
 from tests.e2e import Node, busybox, node, stocked
 from tests.fakes.registry import Action, Cut, FakeRegistry, Hang, Reply, Spoil, Stall, build_image
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 WORKS = ["sh", "-c", "exit 3"]
 
@@ -135,7 +135,7 @@ def test_registry_wants_credentials(served: Node, registry: FakeRegistry, image:
         def pull(password: str) -> object:
             auth = pb.AuthConfig(username="user", password=password)
             request = pb.PullImageRequest(image=pb.ImageSpec(image=reference), auth=auth)
-            return served.client.images.PullImage(request, timeout=30)
+            return served.client.images.PullImage(request, timeout=SOON_S)
 
         said += refused(served, lambda: pull("wrong-word"), StatusCode.PERMISSION_DENIED, "401")
         assert "wrong-word" not in said

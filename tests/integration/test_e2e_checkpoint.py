@@ -18,7 +18,7 @@ import pytest
 from conformance.cri_client import container
 from cri.api import api_pb2 as pb
 from tests.e2e import Node, node, stocked
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 CLONE = Path(__file__).parents[2]
 COUNT = "touch /written; i=0; while :; do i=$((i+1)); echo $i; usleep 20000; done"
@@ -162,7 +162,7 @@ def test_a_daemon_killed_in_the_middle_leaves_nobody_frozen(
             made.start()
         with contextlib.suppress(grpc.RpcError):
             _checkpoint(made, pod, target / "pod.tar")
-        assert made.process is not None and made.process.wait(20) == -9
+        assert made.process is not None and made.process.wait(SOON_S) == -9
         made.end()
         made.start()
         for one in ids:

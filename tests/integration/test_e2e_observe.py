@@ -25,7 +25,7 @@ from conformance.leaks import Machine
 from cri.api import api_pb2 as pb
 from tests.e2e import Node, retired, stocked
 from tests.fakes.collector import Collector, attributes, collecting
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 SERVICE = "runtime.v1.RuntimeService"
 
@@ -252,7 +252,7 @@ def test_neither_a_collector_that_is_away_nor_a_client_that_watches_keeps_a_daem
             node.process.send_signal(signal.SIGTERM)
             assert [answer.status for answer in seen] == [health_pb2.HealthCheckResponse.NOT_SERVING]
             assert list(kept) == []
-        assert node.process.wait(20) == 0
+        assert node.process.wait(SOON_S) == 0
         assert "Traceback" not in node.log.read_text()
     finally:
         over.set()
@@ -263,4 +263,4 @@ def test_neither_a_collector_that_is_away_nor_a_client_that_watches_keeps_a_daem
 def _and_then_nothing(over: threading.Event) -> Iterator[object]:
     """A client that asks for the services and keeps the line open."""
     yield reflection_pb2.ServerReflectionRequest(list_services="")
-    over.wait(30)
+    over.wait(SOON_S)

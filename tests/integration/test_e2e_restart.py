@@ -23,7 +23,7 @@ from cri.api import api_pb2 as pb
 from runtime.linux.process import pidfd_open, process_state
 from tests.e2e import Node, messages, node, retired, stocked
 from tests.fakes.registry import FakeRegistry
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 COUNT = "i=0; while :; do echo $i; i=$((i+1)); usleep 5000; done"
 # Ends with the code in /wait/NAME, once that is there.
@@ -74,7 +74,7 @@ def identity(pid: int) -> tuple[int, str]:
 
 def pid_of(served: Node, one: str) -> int:
     status = served.client.runtime.ContainerStatus(
-        pb.ContainerStatusRequest(container_id=one, verbose=True), timeout=20
+        pb.ContainerStatusRequest(container_id=one, verbose=True), timeout=SOON_S
     )
     return int(json.loads(status.info["info"])["pid"])
 

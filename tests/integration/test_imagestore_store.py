@@ -378,7 +378,7 @@ def test_r12_killed_at_each_step(tmp_path: Path, registry: FakeRegistry, step: s
     bench = Bench(tmp_path)
     bench.close()
     child = _pull_in_a_process(tmp_path, reference, f"images.{step}=kill")
-    assert child.wait(20) == -signal.SIGKILL
+    assert child.wait(SOON_S) == -signal.SIGKILL
     bench.open()
     try:
         assert list(bench.store.list()) == []  # the layers were in the memory of the dead process

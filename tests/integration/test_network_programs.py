@@ -32,7 +32,7 @@ from tests.fakes.network import (
     remove_pod,
     running_pod,
 )
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 REFERENCE = Path("/usr/lib/cni")
 # Writes down every call, answers with what came before, or with an address.
@@ -523,7 +523,7 @@ def test_o59_a_host_port_leads_to_the_new_pod_at_once_even_for_a_running_udp_flo
     def bound() -> socket.socket:
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         sock.bind(("0.0.0.0", 53))
-        sock.settimeout(5)
+        sock.settimeout(SOON_S)
         return sock
 
     async def scenario() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.bundles import OCIRUN, Bundles, bundles
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 REFERENCE = Path(OCIRUN).name == "runc"
 ours = pytest.mark.skipif(REFERENCE, reason="the reference on this machine is older, or does less")
@@ -260,7 +260,7 @@ def test_run_takes_in_orphans_unless_told_not_to(home: Bundles, subreaper: bool)
 
     eventually(lambda: (parent() == child.pid) is subreaper and parent() != one.pid())
     home.ocirun("kill", "--all", one.id, "KILL").ok()
-    assert child.wait(20) == 137
+    assert child.wait(SOON_S) == 137
     one.gone()
 
 

@@ -14,7 +14,7 @@ import pytest
 from runtime.capabilities import CAPABILITIES as NUMBERS
 from runtime.linux.mount import MS_SHARED, MountPoint, mount, mountinfo, umount2
 from tests.bundles import CAPABILITIES, Bundle, Bundles, bundles
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 
 @pytest.fixture
@@ -388,7 +388,7 @@ def test_no_pivot_and_closed_stdio(home: Bundles) -> None:
     lines = one.run("--no-pivot").ok().split()
     assert lines[0] == lines[1] == str(len(os.listdir(one.rootfs)))
     words = " ".join(home.command("run", "--bundle", str(one.path), one.id))
-    closed = subprocess.run(["sh", "-c", f"exec {words} <&- >&- 2>&-"], check=False, timeout=30)
+    closed = subprocess.run(["sh", "-c", f"exec {words} <&- >&- 2>&-"], check=False, timeout=SOON_S)
     assert closed.returncode in (0, 1)
     one.gone()
 

@@ -15,7 +15,7 @@ from runtime.commands.events import interval
 from runtime.options import UsageError
 from tests.bundles import Bundle, Bundles, bundles
 from tests.probes import interpreter, python
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 MIB = 1 << 20
 v1_only = pytest.mark.skipif(
@@ -130,7 +130,7 @@ def test_o56_an_oom_is_told_and_once(home: Bundles) -> None:
         assert json.loads(child.stdout.readline())["type"] == "stats"
         (one.rootfs / "tmp/go").touch()
         lines = [json.loads(line) for line in child.stdout]
-        assert child.wait(10) == 0
+        assert child.wait(SOON_S) == 0
     assert lines == [{"type": "oom", "id": one.id}]
 
 
@@ -150,7 +150,7 @@ def test_an_oom_that_the_container_survives(home: Bundles) -> None:
         assert one.status() == "running"
         home.ocirun("kill", one.id, "KILL").ok()
         child.stdout.read()
-        assert child.wait(10) == 0
+        assert child.wait(SOON_S) == 0
 
 
 def test_lines_come_at_the_interval_and_end_with_the_container(home: Bundles) -> None:
@@ -161,7 +161,7 @@ def test_lines_come_at_the_interval_and_end_with_the_container(home: Bundles) ->
             assert json.loads(child.stdout.readline())["type"] == "stats"
         home.ocirun("kill", one.id, "KILL").ok()
         assert all(json.loads(line)["type"] == "stats" for line in child.stdout)
-        assert child.wait(10) == 0
+        assert child.wait(SOON_S) == 0
     one.becomes("stopped")
     home.ocirun("events", one.id).failed(f"container with id {one.id} is not running")
     home.ocirun("events", "unknown").failed("container does not exist")

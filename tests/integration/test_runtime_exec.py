@@ -15,7 +15,7 @@ import pytest
 from runtime.capabilities import CAPABILITIES as NUMBERS
 from tests.bundles import CAPABILITIES, OCIRUN, Bundle, Bundles, bundles
 from tests.costs import soon
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 REFERENCE = Path(OCIRUN).name == "runc"
 ours = pytest.mark.skipif(REFERENCE, reason="the reference on this machine is older, or does less")
@@ -264,7 +264,7 @@ def test_exec_into_a_paused_container(home: Bundles) -> None:
     eventually(lambda: len(home.processes(one.id)) == 2)
     assert child.poll() is None and not (one.rootfs / "tmp/ran").exists()
     home.ocirun("resume", one.id).ok()
-    assert child.wait(20) == 0 and (one.rootfs / "tmp/ran").exists()
+    assert child.wait(SOON_S) == 0 and (one.rootfs / "tmp/ran").exists()
 
 
 def test_exec_into_a_created_container(home: Bundles) -> None:
@@ -319,9 +319,9 @@ def test_an_attached_exec_passes_signals_and_stdio(home: Bundles) -> None:
     )  # fmt: skip
     assert child.stdout is not None and child.stdout.readline() == b"ready\n"
     child.send_signal(10)
-    assert child.stdout.read() == b"got\n" and child.wait(20) == 3
+    assert child.stdout.read() == b"got\n" and child.wait(SOON_S) == 3
     child.stdout.close()
     done = subprocess.run(
-        home.command("exec", one.id, "cat"), input=b"x" * 300_000, capture_output=True, check=True, timeout=30
+        home.command("exec", one.id, "cat"), input=b"x" * 300_000, capture_output=True, check=True, timeout=SOON_S
     )
     assert done.stdout == b"x" * 300_000

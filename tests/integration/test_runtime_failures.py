@@ -13,7 +13,7 @@ import pytest
 from runtime.init import STEPS
 from tests.bundles import Bundle, Bundles, bundles
 from tests.seccomp_agent import Agent, let_go
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 CREATE = ("reserved", "noted", "cgroup", "cloned", "ready", "saved")
 
@@ -135,7 +135,7 @@ def test_an_exec_into_a_container_that_ends_meanwhile_says_so(home: Bundles, tmp
     eventually(lambda: len(home.processes(one.id)) > len(before), what="the exec to be on its way")
     os.kill(one.pid(), signal.SIGKILL)
     with open(fifo, "wb"):
-        _, said = child.communicate(timeout=30)
+        _, said = child.communicate(timeout=SOON_S)
     assert child.returncode == 255 and b"cannot exec in a stopped container" in said, said
 
 

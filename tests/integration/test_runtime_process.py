@@ -177,7 +177,7 @@ def handing_on(
     with open(output, "wb") as out:
         done = subprocess.run(
             ["bash", "-c", script, "bash", *home.command(*words)],
-            pass_fds=tuple(fds.values()), stdin=subprocess.DEVNULL, stdout=out, stderr=out, check=False, timeout=30,
+            pass_fds=tuple(fds.values()), stdin=subprocess.DEVNULL, stdout=out, stderr=out, check=False, timeout=SOON_S,
         )  # fmt: skip
     return subprocess.CompletedProcess(done.args, done.returncode, output.read_bytes())
 
@@ -368,7 +368,7 @@ def test_notify_socket_of_a_detached_run(home: Bundles, user: int, namespace: bo
         child.wait()
         pytest.skip("the reference reads only the first line of a message")
     manager.hear(b"BARRIER=1")
-    assert child.wait(20) == 0
+    assert child.wait(SOON_S) == 0
     assert manager.heard == [b"READY=1\n", b"MAINPID=%d\n" % one.pid(), b"BARRIER=1"]
     assert sorted(home.processes()) == [one.pid()]
     manager.socket.close()
@@ -383,7 +383,7 @@ def test_notify_socket_of_create_and_start(home: Bundles) -> None:
     manager.hear(b"MAINPID=")
     if Path(OCIRUN).name != "runc":
         manager.hear(b"BARRIER")
-    assert child.wait(20) == 0
+    assert child.wait(SOON_S) == 0
     assert manager.heard[:2] == [b"READY=1\n", b"MAINPID=%d\n" % one.pid()]
     assert (one.rootfs / "tmp/where").read_text() == "/run/notify/notify.sock\n"
     assert one.exec("ls", "/run/notify").ok() == "notify.sock\n"
@@ -400,7 +400,7 @@ def test_notify_socket_of_an_attached_run_names_the_run_itself(home: Bundles) ->
     )  # fmt: skip
     assert manager.hear(b"MAINPID=")[:2] == [b"READY=1\n", b"MAINPID=%d\n" % child.pid]
     (one.rootfs / "tmp/end").touch()
-    assert child.wait(20) == 4
+    assert child.wait(SOON_S) == 4
     manager.socket.close()
     one.gone()
 

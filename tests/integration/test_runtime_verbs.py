@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.bundles import OCIRUN, Bundles, bundles
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_run_passes_on_code_and_signal(home: Bundles) -> None:
     os.close(writer)
     assert os.read(reader, 10) == b"ready\n"
     child.send_signal(signal.SIGUSR1)
-    assert child.wait(10) == 9
+    assert child.wait(SOON_S) == 9
     os.close(reader)
     one.gone()
     two = home.make("sleep", "1000")
@@ -109,7 +109,7 @@ def test_run_passes_on_code_and_signal(home: Bundles) -> None:
     child = home.popen("run", "--bundle", str(two.path), two.id)
     eventually(lambda: home.ocirun("state", two.id).code == 0 and two.status() == "running")
     home.ocirun("kill", two.id, "9").ok()
-    assert child.wait(10) == 137
+    assert child.wait(SOON_S) == 137
     two.gone()
 
 
@@ -356,7 +356,7 @@ def test_events(home: Bundles) -> None:
             assert json.loads(child.stdout.readline())["type"] == "stats"
         home.ocirun("kill", one.id, "KILL").ok()
         child.stdout.read()
-        assert child.wait(10) == 0
+        assert child.wait(SOON_S) == 0
     one.becomes("stopped")
     home.ocirun("events", "--stats", one.id).failed("is not running")
 

@@ -19,7 +19,7 @@ from runtime.linux.sockets import recv_frame
 from runtime.shim.client import Shims
 from runtime.shim.model import ContainerError, ContainerFacts
 from tests.shims import Lab, Pod, kill, lab
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 HANDLERS = ["native", "runc"]
 
@@ -43,7 +43,7 @@ class Events:
 
     def __init__(self, pod: Pod) -> None:
         self._socket = socket.socket(fileno=pod.shims.events(pod.sandbox))
-        self._socket.settimeout(20)
+        self._socket.settimeout(SOON_S)
 
     def next(self) -> dict[str, object] | None:
         received = recv_frame(self._socket)

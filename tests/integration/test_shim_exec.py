@@ -206,7 +206,7 @@ def test_an_exec_ends_with_its_container(running: tuple[Pod, str]) -> None:
     thread.start()
     eventually(lambda: any("4321" in line for line in inside(pod, container)))
     pod.shims.signal(pod.sandbox, container, signal.SIGKILL)
-    thread.join(20)
+    thread.join(SOON_S)
     assert results[0].exit_code == 137
 
 
@@ -229,7 +229,7 @@ def test_an_exec_ends_with_its_container_when_the_shim_is_dead_too(running: tupl
         pod.exec(container, ["true"])
     assert caught.value.code == "unavailable"
     assert [facts.exit_code for facts in pod.shims.lost(pod.sandbox)] == [255]
-    thread.join(20)
+    thread.join(SOON_S)
     assert results in ([137], ["unavailable"])
 
 
@@ -249,7 +249,7 @@ def test_streams_go_straight_to_the_command(running: tuple[Pod, str]) -> None:
         assert file.read() == data
     writer.join()
     with socket.socket(fileno=stream.control) as control:
-        control.settimeout(10)
+        control.settimeout(SOON_S)
         received = recv_frame(control)
         assert received is not None and protocol.parse_reply(received[0]) == {"exit_code": 4}
         assert recv_frame(control) is None
@@ -260,7 +260,7 @@ def test_a_stream_with_a_terminal_gives_its_master(running: tuple[Pod, str]) -> 
     stream = pod.shims.exec_stream(pod.sandbox, container, process(["sh"], terminal=True), terminal=True)
     os.write(stream.console, b"tty && exit 3 || test -t 0 && exit 3\n")
     with socket.socket(fileno=stream.control) as control:
-        control.settimeout(10)
+        control.settimeout(SOON_S)
         received = recv_frame(control)
         assert received is not None and protocol.parse_reply(received[0]) == {"exit_code": 3}
     os.close(stream.console)
@@ -275,7 +275,7 @@ def test_closing_the_master_hangs_up_the_command_at_the_terminal(running: tuple[
     assert os.read(stream.console, 100) == b"ready\r\n"
     os.close(stream.console)
     with socket.socket(fileno=stream.control) as control:
-        control.settimeout(10)
+        control.settimeout(SOON_S)
         received = recv_frame(control)
         assert received is not None and protocol.parse_reply(received[0]) == {"exit_code": 128 + signal.SIGHUP}
 
@@ -300,7 +300,7 @@ def test_a_connection_is_made_in_the_network_of_the_pod_and_the_shim_stays_where
             with pytest.raises(ConnectionRefusedError):  # the port is the pod's, and not ours
                 socket.create_connection(("127.0.0.1", 7), 5)
             with socket.socket(fileno=pod.shims.connect(pod.sandbox, 7)) as inside:
-                inside.settimeout(10)
+                inside.settimeout(SOON_S)
                 assert inside.recv(10) == b"yes"
         assert os.readlink(f"/proc/{pod.sandbox.pid}/ns/net") == os.readlink("/proc/self/ns/net")
     finally:

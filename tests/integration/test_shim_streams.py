@@ -271,7 +271,7 @@ def test_o30_slow_and_dead_readers_do_not_hold_up_the_log(pods: Lab) -> None:
     pods.shims.start_container(pod.sandbox, container)
     assert pod.ended(container, 60).exit_code == 0
     assert pod.log("c").stat().st_size > 2_000_000 * 50
-    slow.control.settimeout(10)
+    slow.control.settimeout(SOON_S)
     told = recv_frame(slow.control)  # it fell too far behind, was let go, and is told so
     assert told is not None and "was let go" in json.loads(told[0])["error"]["message"]
     assert slow.over()

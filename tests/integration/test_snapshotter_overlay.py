@@ -389,7 +389,7 @@ def test_killed_while_committing_a_layer(tmp_path: Path, step: str) -> None:
     needs("root", "overlay")
     layer = blob(tmp_path, [file("f", b"1")])
     child = _child(tmp_path, 1, "unpack", *_arguments(layer), failpoint=f"{step}=kill")
-    child.communicate(timeout=30)
+    child.communicate(timeout=SOON_S)
     assert child.returncode == -signal.SIGKILL
     assert len(contents(tmp_path)["layers"]) == 1
     with opened(tmp_path, workers=1) as overlay:
@@ -402,7 +402,7 @@ def test_killed_while_committing_a_layer(tmp_path: Path, step: str) -> None:
 def test_killed_while_preparing(tmp_path: Path) -> None:
     needs("root", "overlay")
     child = _child(tmp_path, 0, "prepare", "c", "", failpoint="snapshots.prepare.renamed=kill")
-    child.communicate(timeout=30)
+    child.communicate(timeout=SOON_S)
     assert child.returncode == -signal.SIGKILL
     with opened(tmp_path, workers=0) as overlay:
         assert overlay.list() == []
@@ -415,7 +415,7 @@ def test_killed_while_collecting(tmp_path: Path) -> None:
         layer = blob(tmp_path, [file("f", b"1")])
         overlay.unpack_layer(*layer.arguments())
     child = _child(tmp_path, 0, "collect", failpoint="snapshots.layers.unrecorded=kill")
-    child.communicate(timeout=30)
+    child.communicate(timeout=SOON_S)
     assert child.returncode == -signal.SIGKILL
     with opened(tmp_path, workers=0) as overlay:
         assert not overlay.has_layer(layer.chain_id)
@@ -500,7 +500,7 @@ def test_workers_are_two_at_most_and_end_when_idle(tmp_path: Path) -> None:
         seen: set[int] = set()
         with ThreadPoolExecutor(6) as threads:
             for done in [threads.submit(overlay.unpack_layer, *layer.arguments()) for layer in layers]:
-                done.result(30)
+                done.result(SOON_S)
                 seen.update(overlay._layers.pool.processes())
         assert 1 <= len(seen) <= 2
         eventually(lambda: not overlay._layers.pool.processes(), what="idle workers end")
@@ -553,7 +553,7 @@ def test_a_parent_that_fails_fails_its_children(tmp_path: Path) -> None:
             with pytest.raises(UnpackError):
                 overlay.unpack_layer(base.path, base.media_type, wrong, base.chain_id, None)
             with pytest.raises(SnapshotError, match="parent layer .* failed"):
-                child.result(10)
+                child.result(SOON_S)
         overlay.unpack_layer(*base.arguments())
         overlay.unpack_layer(*top.arguments())
 
@@ -574,7 +574,7 @@ def test_a_wait_for_the_parent_can_be_cancelled(tmp_path: Path) -> None:
             eventually(lambda: any(tmp_path.glob("root/layers/.*/fs/o")), what="the orphan")
             overlay.cancel(orphan.chain_id)
             with pytest.raises(SnapshotError, match="cancelled"):
-                waiting.result(10)
+                waiting.result(SOON_S)
 
 
 def test_unpacking_can_be_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

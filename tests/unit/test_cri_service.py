@@ -326,7 +326,7 @@ def test_an_exec_that_the_containers_end_comes_between_says_that_it_has_ended(tm
 
         def dies(*_: object) -> ExecResult:
             begun.set()
-            ended.wait(20)
+            ended.wait(SOON_S)
             raise ContainerError("the shim died during the call", code="unavailable")
 
         rig.shims.exec_sync = dies  # type: ignore[method-assign]

@@ -25,7 +25,7 @@ from snapshotter.trash import Trash
 from snapshotter.tree import Ignored, clean
 from snapshotter.usage import measure
 from tests.fakes.snapshots import GZIP, PLAIN, ZSTD
-from tests.support import eventually
+from tests.support import SOON_S, eventually
 
 PATHS = st.lists(st.binary(max_size=50).map(lambda raw: raw.replace(b"\0", b"\n")), max_size=8)
 
@@ -118,22 +118,22 @@ def test_waiters_share_a_sync_that_began_after_they_asked(monkeypatch: pytest.Mo
     def slow(fd: int) -> None:
         calls.append(fd)
         began.release()
-        assert go.acquire(timeout=10)
+        assert go.acquire(timeout=SOON_S)
 
     monkeypatch.setattr(durable, "syncfs", slow)
     syncer = Syncer(7)
     with ThreadPoolExecutor(8) as threads:
         first = threads.submit(syncer.sync)
-        assert began.acquire(timeout=10)
+        assert began.acquire(timeout=SOON_S)
         later = [threads.submit(syncer.sync) for _ in range(6)]
         eventually(lambda: len(syncer._changed._waiters) == 6, what="they wait")  # type: ignore[attr-defined]
         go.release()
-        first.result(10)
-        assert began.acquire(timeout=10)
+        first.result(SOON_S)
+        assert began.acquire(timeout=SOON_S)
         assert not any(done.done() for done in later)
         go.release()
         for done in later:
-            done.result(10)
+            done.result(SOON_S)
     assert calls == [7, 7]
 
 
@@ -191,7 +191,7 @@ def test_usage_of_a_tree_that_keeps_changing_ends(tmp_path: Path) -> None:
         for _ in range(200):
             assert measure(fd).inodes >= 1
         stop.set()
-        churning.result(10)
+        churning.result(SOON_S)
     os.close(fd)
 
 

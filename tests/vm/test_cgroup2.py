@@ -17,7 +17,7 @@ from runtime.cgroups import devices, devices_v2
 from runtime.linux import bpf
 from runtime.resources import DeviceRule
 from tests.bundles import OCIRUN, Bundle, Bundles
-from tests.support import eventually
+from tests.support import SOON_S, eventually
 from tests.vm.units import CGROUPS, cgroup_of, value
 
 MIB = 1 << 20
@@ -304,7 +304,7 @@ def test_out_of_memory_is_the_end_and_is_told(home: Bundles) -> None:
         bundle.start().ok()
         eventually(lambda: b'"type":"oom"' in (bundle.path / "events").read_bytes(), 30)
         bundle.delete().ok()
-        events.wait(30)
+        events.wait(SOON_S)
     bundle.gone()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from runtime.linux import bpf
 from tests.bundles import Bundle
-from tests.support import eventually
+from tests.support import SOON_S, eventually
 from tests.vm.units import CGROUPS, Units, cgroup_of, known_units, shown, systemctl, value
 
 MIB = 1 << 20
@@ -287,7 +287,7 @@ def test_a_create_that_is_killed_is_deleted_by_force(managed: Units, point: str)
     bundle = managed.make()
     bundle.write()
     killed = managed.popen("create", "--bundle", str(bundle.path), bundle.id, env={"OCID_FAILPOINTS": f"{point}=kill"})
-    assert killed.wait(30) == -9
+    assert killed.wait(SOON_S) == -9
     managed.ocirun("delete", "--force", bundle.id).ok()
     bundle.gone()
     assert known_units(managed.unit(bundle)) == []
@@ -300,7 +300,7 @@ def test_a_unit_of_somebody_else_is_not_touched(managed: Units) -> None:
     subprocess.run(
         ["systemd-run", "--quiet", "--scope", f"--unit={unit}", "--slice=other.slice", "sh", "-c", "sleep 1000 &"],
         check=True,
-        timeout=30,
+        timeout=SOON_S,
     )
     bundle.create().failed("already")
     assert shown(unit, "ActiveState", "Slice") == {"ActiveState": "active", "Slice": "other.slice"}
@@ -317,7 +317,7 @@ def test_a_failed_unit_of_the_same_name_is_forgotten(managed: Units) -> None:
             *("--property=TimeoutStopSec=1", "--property=RuntimeMaxSec=1", "sleep", "1000"),
         ],
         check=False,
-        timeout=30,
+        timeout=SOON_S,
     )
     eventually(lambda: shown(unit, "ActiveState")["ActiveState"] == "failed", what="the unit to fail")
     bundle.up()
