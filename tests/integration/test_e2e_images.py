@@ -26,28 +26,42 @@ def registry() -> Iterator[FakeRegistry]:
         yield made
 
 
-@pytest.fixture(scope="module", params=["alone", "served"])
-def cli(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+def _image(directory: Path) -> str:
+    return f'auth_files = ["/dev/null"]\nregistries_conf = "{directory}/registries.conf"\nunpack_idle_s = 0.2'
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     needs("root", "overlay")
     directory = tmp_path_factory.mktemp("images")
-    image = f'auth_files = ["/dev/null"]\nregistries_conf = "{directory}/registries.conf"\nunpack_idle_s = 0.2'
-    if request.param == "served":
-        with node(directory, image=image) as made:
-            yield made
-        return
-    made, before = Node(directory, image=image), Machine.now()
+    with node(directory, image=_image(directory)) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    needs("root", "overlay")
+    directory = tmp_path_factory.mktemp("alone")
+    made, before = Node(directory, image=_image(directory)), Machine.now()
     try:
         yield made
     finally:
         retired(made, before)
 
 
+@pytest.fixture(params=["alone", "served"])
+def cli(request: pytest.FixtureRequest) -> Node:
+    """For what takes another way through a daemon than without one."""
+    made: Node = request.getfixturevalue(request.param)
+    return made
+
+
 @pytest.fixture(autouse=True)
-def unpackers_end(cli: Node) -> Iterator[None]:
+def unpackers_end(served: Node) -> Iterator[None]:
     """Those of a daemon outlive the pull that they were started for."""
     yield
-    if cli.process is not None:
-        children = Path(f"/proc/{cli.process.pid}/task/{cli.process.pid}/children")
+    if served.process is not None:
+        children = Path(f"/proc/{served.process.pid}/task/{served.process.pid}/children")
         eventually(lambda: not any("ocid-unpack" in _name(pid) for pid in children.read_text().split()), 10, "end")
 
 
@@ -99,29 +113,30 @@ def test_tag_save_rmi_load(cli: Node, registry: FakeRegistry, tmp_path: Path) ->
     assert bad.returncode == 125 and len(bad.stderr.splitlines()) == 1
 
 
-def test_copy_from_and_to_the_store(cli: Node, registry: FakeRegistry, tmp_path: Path) -> None:
+def test_copy_from_and_to_the_store(served: Node, registry: FakeRegistry, tmp_path: Path) -> None:
     """A Docker manifest leaves the store as it came: by its own digest, not as the twin that the layout shows."""
     image = build_image([{"copied": b"1"}], docker=True)
     reference = registry.add("copied", "1", image)
-    said(cli, "pull", reference)
-    pushed = said(cli, "copy", f"ocid:{reference}", f"docker://{registry.name}/pushed:1").decode().strip()
+    said(served, "pull", reference)
+    pushed = said(served, "copy", f"ocid:{reference}", f"docker://{registry.name}/pushed:1").decode().strip()
     assert pushed == image.digest and registry.manifests[("pushed", "1")][0] == image.manifest
     digests = tmp_path / "digest"
-    said(cli, "copy", "--digestfile", str(digests), f"docker://{reference}", f"oci:{tmp_path}/layout:x")
+    said(served, "copy", "--digestfile", str(digests), f"docker://{reference}", f"oci:{tmp_path}/layout:x")
     assert (
-        said(cli, "copy", f"oci:{tmp_path}/layout:x", "ocid:localhost/back:1").decode().strip() == digests.read_text()
+        said(served, "copy", f"oci:{tmp_path}/layout:x", "ocid:localhost/back:1").decode().strip()
+        == digests.read_text()
     )
-    assert "localhost/back:1" in names(cli)
-    said(cli, "rmi", reference, "localhost/back:1")
-    wrong = ocid(cli, "copy", reference, "oci:x")
+    assert "localhost/back:1" in names(served)
+    said(served, "rmi", reference, "localhost/back:1")
+    wrong = ocid(served, "copy", reference, "oci:x")
     assert wrong.returncode == 125 and b"docker://" in wrong.stderr
 
 
-def test_inspect_without_pulling(cli: Node, registry: FakeRegistry) -> None:
+def test_inspect_without_pulling(served: Node, registry: FakeRegistry) -> None:
     image = build_image([{"seen": b"1"}], config={"Env": ["A=b"], "Labels": {"l": "v"}})
     reference = registry.add("seen", "1", image)
-    assert said(cli, "manifest", "inspect", reference) == image.manifest
-    told = json.loads(said(cli, "inspect", f"docker://{reference}"))
+    assert said(served, "manifest", "inspect", reference) == image.manifest
+    told = json.loads(said(served, "inspect", f"docker://{reference}"))
     theirs = json.loads(
         subprocess.run(
             ["skopeo", "inspect", "--no-tags", "--tls-verify=false", f"docker://{reference}"],
@@ -132,66 +147,64 @@ def test_inspect_without_pulling(cli: Node, registry: FakeRegistry) -> None:
     for key in ("Name", "Digest", "Labels", "Architecture", "Os", "Layers", "Env"):
         assert told[key] == theirs[key]
     registry.rule("GET", "/referrers/", Reply(404))
-    assert json.loads(said(cli, "manifest", "referrers", reference)) == []
+    assert json.loads(said(served, "manifest", "referrers", reference)) == []
     registry.heal()
     assert registry.count("GET", f"/blobs/{image.layer_digests[0]}") == 0
-    assert reference not in names(cli)
+    assert reference not in names(served)
 
 
-def test_gc_tells_what_and_why(cli: Node, registry: FakeRegistry) -> None:
+def test_gc_tells_what_and_why(served: Node, registry: FakeRegistry) -> None:
     image = build_image([{"garbage": b"1"}])
-    blob = cli.root / "images/blobs/sha256" / ("0" * 63 + "1")
-    said(cli, "gc")
+    blob = served.root / "images/blobs/sha256" / ("0" * 63 + "1")
+    said(served, "gc")
     blob.write_bytes(b"x" * 5000)
-    planned = json.loads(said(cli, "gc", "--dry-run", "--format", "json"))
+    planned = json.loads(said(served, "gc", "--dry-run", "--format", "json"))
     assert [(item["kind"], item["name"], item["why"]) for item in planned] == [
         ("blob", f"sha256:{blob.name}", "no image names it")
     ]
     assert planned[0]["bytes"] >= 5000 and blob.exists()
-    assert b"1 things" in said(cli, "gc") and not blob.exists()
+    assert b"1 things" in said(served, "gc") and not blob.exists()
     reference = registry.add("garbage", "1", image)
-    said(cli, "pull", reference)
-    assert json.loads(said(cli, "gc", "--dry-run", "--format", "json")) == []
-    said(cli, "rmi", reference)
+    said(served, "pull", reference)
+    assert json.loads(said(served, "gc", "--dry-run", "--format", "json")) == []
+    said(served, "rmi", reference)
 
 
-def test_doctor_finds_and_repairs(cli: Node, registry: FakeRegistry) -> None:
+def test_doctor_finds_and_repairs(served: Node, registry: FakeRegistry) -> None:
     image = build_image([{"sick": b"1" * 100}, {"well": b"2"}])
     reference = registry.add("sick", "1", image)
-    said(cli, "pull", reference)
-    assert b"everything is as it is recorded" in said(cli, "doctor")
-    blob = cli.root / "images/blobs/sha256" / image.layer_digests[0][7:]
+    said(served, "pull", reference)
+    assert b"everything is as it is recorded" in said(served, "doctor")
+    blob = served.root / "images/blobs/sha256" / image.layer_digests[0][7:]
     data = bytearray(blob.read_bytes())
     data[20] ^= 1
     blob.write_bytes(data)
-    (found,) = (cli.root / "snapshots/layers").glob("*/fs/well")
+    (found,) = (served.root / "snapshots/layers").glob("*/fs/well")
     found.unlink()
-    problems = json.loads(said(cli, "doctor", "--format", "json", code=1))["problems"]
+    problems = json.loads(said(served, "doctor", "--format", "json", code=1))["problems"]
     assert {problem["kind"] for problem in problems} == {"blob", "layer"}
     assert blob.read_bytes() == data, "looking changed something"
-    answer = json.loads(said(cli, "doctor", "--repair", "--format", "json"))
+    answer = json.loads(said(served, "doctor", "--repair", "--format", "json"))
     assert answer["left"] == []
-    assert b"everything is as it is recorded" in said(cli, "doctor")
-    (found,) = (cli.root / "snapshots/layers").glob("*/fs/well")
+    assert b"everything is as it is recorded" in said(served, "doctor")
+    (found,) = (served.root / "snapshots/layers").glob("*/fs/well")
     assert found.read_bytes() == b"2"
-    said(cli, "rmi", reference)
+    said(served, "rmi", reference)
 
 
-def test_events(cli: Node, registry: FakeRegistry) -> None:
-    if not cli.process:
-        refused = ocid(cli, "events")
-        assert refused.returncode == 125 and b"no daemon" in refused.stderr
-        return
+def test_events(served: Node, alone: Node, registry: FakeRegistry) -> None:
+    refused = ocid(alone, "events")
+    assert refused.returncode == 125 and b"no daemon" in refused.stderr
     image = build_image([{"events": b"1"}])
     reference = registry.add("events", "1", image)
-    watching = subprocess.Popen([*cli.words, "events", "--format", "json"], stdout=subprocess.PIPE)
+    watching = subprocess.Popen([*served.words, "events", "--format", "json"], stdout=subprocess.PIPE)
     try:
         assert watching.stdout is not None
         data = b""
         for _ in range(100):  # a watcher that is not there yet misses the first pulls
-            said(cli, "pull", reference)
-            said(cli, "rmi", reference)
-            said(cli, "gc")
+            said(served, "pull", reference)
+            said(served, "rmi", reference)
+            said(served, "gc")
             while select.select([watching.stdout], [], [], 0.2)[0]:
                 data += os.read(watching.stdout.fileno(), 1 << 16)
             if b'"done"' in data:
