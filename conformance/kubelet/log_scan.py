@@ -35,6 +35,7 @@ ALLOWED: dict[str, str] = {
     # It probes until a container's end is known to it.
     r"ExecSync cmd from runtime service failed.*(the container has ended|a stopped container)": "it has, meanwhile",
     r"code = Canceled desc = context canceled": "its own call, cancelled by its own end",
+    r"reopen the log of .*the container has ended": "likewise, and the CRI lets a runtime refuse it then",
     # As a member of a cluster.
     r"""nodes? \\*"node0\\*" not found""": "it has just joined, and the node is not there yet",
     r"failed to read memory cgroup (config|limits) for the pod.*no such file": "the pod has ended",
