@@ -49,13 +49,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
         retired(made, before)
 
 
-@pytest.fixture(params=["alone", "served"])
-def cli(request: pytest.FixtureRequest) -> Node:
-    """For what takes another way through a daemon than without one."""
-    made: Node = request.getfixturevalue(request.param)
-    return made
-
-
 @pytest.fixture(autouse=True)
 def unpackers_end(served: Node) -> Iterator[None]:
     """Those of a daemon outlive the pull that they were started for."""
@@ -87,30 +80,41 @@ def names(cli: Node) -> set[str]:
     return {tag for image in listed for tag in image["tags"]}
 
 
-def test_tag_save_rmi_load(cli: Node, registry: FakeRegistry, tmp_path: Path) -> None:
+def test_tag_save_rmi_load(served: Node, registry: FakeRegistry, tmp_path: Path) -> None:
     """What was saved comes back as it was: by a file, by a pipe, and compressed."""
     image = build_image([{"saved": b"1"}])
     reference = registry.add("saved", "1", image)
-    said(cli, "pull", reference)
-    said(cli, "tag", reference, "localhost/mine:2", "mine:3")
-    assert {reference, "localhost/mine:2", "docker.io/library/mine:3"} <= names(cli)
+    said(served, "pull", reference)
+    said(served, "tag", reference, "localhost/mine:2", "mine:3")
+    assert {reference, "localhost/mine:2", "docker.io/library/mine:3"} <= names(served)
     file = tmp_path / "saved.tar"
-    said(cli, "save", "-o", str(file), "localhost/mine:2", "mine:3")
-    piped = said(cli, "save", "localhost/mine:2")
-    said(cli, "save", "--format", "oci-archive", "-o", str(tmp_path / "oci.tar"), reference)
-    said(cli, "rmi", reference, "localhost/mine:2", "mine:3")
-    said(cli, "gc")
-    assert reference not in names(cli)
-    assert image.config_digest in said(cli, "load", "-i", str(file)).decode()
-    assert {"localhost/mine:2", "docker.io/library/mine:3"} <= names(cli)
-    said(cli, "rmi", "localhost/mine:2", "mine:3")
-    said(cli, "load", stdin=gzip.compress(piped))
-    assert "localhost/mine:2" in names(cli)
-    said(cli, "load", "-q", "-i", str(tmp_path / "oci.tar"))
-    assert reference in names(cli)
-    said(cli, "rmi", reference, "localhost/mine:2")
-    bad = ocid(cli, "load", stdin=b"no archive at all" * 100)
+    said(served, "save", "-o", str(file), "localhost/mine:2", "mine:3")
+    piped = said(served, "save", "localhost/mine:2")
+    said(served, "save", "--format", "oci-archive", "-o", str(tmp_path / "oci.tar"), reference)
+    said(served, "rmi", reference, "localhost/mine:2", "mine:3")
+    said(served, "gc")
+    assert reference not in names(served)
+    assert image.config_digest in said(served, "load", "-i", str(file)).decode()
+    assert {"localhost/mine:2", "docker.io/library/mine:3"} <= names(served)
+    said(served, "rmi", "localhost/mine:2", "mine:3")
+    said(served, "load", stdin=gzip.compress(piped))
+    assert "localhost/mine:2" in names(served)
+    said(served, "load", "-q", "-i", str(tmp_path / "oci.tar"))
+    assert reference in names(served)
+    said(served, "rmi", reference, "localhost/mine:2")
+    bad = ocid(served, "load", stdin=b"no archive at all" * 100)
     assert bad.returncode == 125 and len(bad.stderr.splitlines()) == 1
+
+
+def test_without_a_daemon(alone: Node, registry: FakeRegistry, tmp_path: Path) -> None:
+    """The same calls in the command's own process. Each starts all parts: a few are enough."""
+    reference = registry.add("alone", "1", build_image([{"alone": b"1"}]))
+    said(alone, "pull", reference)
+    said(alone, "tag", reference, "localhost/alone:2")
+    said(alone, "save", "-o", str(tmp_path / "alone.tar"), "localhost/alone:2")
+    said(alone, "rmi", "localhost/alone:2")
+    said(alone, "load", "-i", str(tmp_path / "alone.tar"))
+    assert "localhost/alone:2" in names(alone)
 
 
 def test_copy_from_and_to_the_store(served: Node, registry: FakeRegistry, tmp_path: Path) -> None:
