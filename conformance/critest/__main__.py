@@ -126,6 +126,7 @@ def main() -> int:
     parser.add_argument("--mode", choices=tuple(MODES), action="append", help="only this way to run it; again for more")
     parser.add_argument("--repeat", type=int, default=1, help="how often (default: 1)")
     parser.add_argument("--focus", action="append", default=[], help="only specs with this in their name (a pattern)")
+    parser.add_argument("--layout", type=Path, help="the images, where they cannot be made (default: they are made)")
     parser.add_argument("--seed", type=int, default=0, help="the order of an earlier run")
     args = parser.parse_args()
     if args.runtime or args.mode:
@@ -133,7 +134,7 @@ def main() -> int:
     else:
         plan = list(PLAN)
     built("critest"), built("ginkgo")
-    images = critest()
+    images = args.layout or critest()
     reenter("conformance.critest", sys.argv[1:])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception it takes daemons and files with it
     with tempfile.TemporaryDirectory(prefix="critest-") as base:

@@ -8,8 +8,11 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from conformance.critest import tool
+from conformance.images.critest import critest
 from conformance.vm.disk import write_disk
 from conformance.vm.image import image
 from conformance.vm.machine import boot
@@ -20,6 +23,16 @@ TESTS = ("tests/vm",)
 
 def _say(text: str) -> None:
     print(f"[vm] {text}", flush=True)
+
+
+def _built(tests: Sequence[str]) -> list[Path]:
+    """critest and its images, for the tests that play it; nothing on a machine without a Go compiler."""
+    if not any(path in ("tests", "tests/vm") or "critest" in path for path in tests):
+        return []
+    if not tool.compiler():
+        _say("no Go compiler is here: critest cannot be built, and its test skips")
+        return []
+    return [tool.built("critest"), tool.built("ginkgo"), critest()]
 
 
 def main() -> int:
@@ -37,6 +50,7 @@ def main() -> int:
         write_disk(
             Path(directory, "clone.ext4"),
             [*flags, *(chosen.tests or TESTS)],
+            _built(chosen.tests or TESTS),
             shell=chosen.shell,
             runtime=chosen.runtime,
             require_all=bool(os.environ.get("OCID_REQUIRE_ALL")),

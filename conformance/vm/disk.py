@@ -15,11 +15,13 @@ from pathlib import Path
 
 from conformance.vm.image import ROOT, write_ext4
 
-_TREES = ("runtime", "conformance", "tests")  # of the others the tests here import nothing
+_TREES = ("runtime", "cri", "imagestore", "snapshotter", "conformance", "tests")
 
 
-def write_disk(target: Path, arguments: Sequence[str], *, shell: bool, runtime: str, require_all: bool) -> None:
-    """Makes `target`: the clone, and below .vm/ what the machine is to run."""
+def write_disk(
+    target: Path, arguments: Sequence[str], built: Sequence[Path], *, shell: bool, runtime: str, require_all: bool
+) -> None:
+    """Makes `target`: the clone with what was built in it, and below .vm/ what the machine is to run."""
     staging = target.with_name("clone")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -32,6 +34,10 @@ def write_disk(target: Path, arguments: Sequence[str], *, shell: bool, runtime: 
         if source.is_file() and not source.is_symlink():
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, staging / name)
+    for path in built:
+        copy = shutil.copytree if path.is_dir() else shutil.copy2
+        (staging / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        copy(path, staging / path.relative_to(ROOT))
     for tree in _TREES:
         # The machine has this Python's minor version: image.key() says so.
         compileall.compile_dir(staging / tree, quiet=2, stripdir=str(staging), prependdir="/ocid")

@@ -34,7 +34,7 @@ KERNEL = "linux-image-cloud-amd64"
 # What the tests run on and are compared with; python3-minimal's few modules are not enough for pytest.
 PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "kmod", "procps", "iproute2", "nftables", "util-linux", "libseccomp2"),
-    *("apparmor", "busybox-static", "criu", "iptables", "python3", "runc", "crun", "uidmap"),
+    *("apparmor", "busybox-static", "criu", "docker-registry", "iptables", "python3", "runc", "crun", "uidmap"),
 )
 # For building and booting. Not in hack/setup: they are large, and only this lane needs them.
 HOST_TOOLS = {
@@ -44,7 +44,8 @@ HOST_TOOLS = {
     "depmod": "kmod",
     "cpio": "cpio",
 }
-PYTHON_PACKAGES = ("pytest", "hypothesis")
+# With what ocid itself needs; its own code is on the clone's disk.
+PYTHON_PACKAGES = ("pytest", "hypothesis", "ocid")
 _IN_IMAGE = ("initrd-init", "ocid-tests.service")  # of guest/
 KEPT = 4  # images: clones of several branches may share a cache
 _DISK_MIB = 2048  # sparse
@@ -230,10 +231,11 @@ def _kernel(part: Path, root: Path) -> str:
 
 
 def _python(root: Path) -> None:
-    """pytest as this clone's lock has it: its files were checked against their hashes when they came into .venv."""
+    """The packages as this clone's lock has them: their files were checked against their hashes when they came into
+    .venv."""
     site = root / "opt/venv/lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
     site.mkdir(parents=True)
-    for name in sorted(_closure(PYTHON_PACKAGES)):
+    for name in sorted(_closure(PYTHON_PACKAGES) - {"ocid"}):
         found = distribution(name)
         for file in found.files or ():
             if not str(file).startswith(".."):
@@ -243,6 +245,10 @@ def _python(root: Path) -> None:
     programs = root / "opt/venv/bin"
     programs.mkdir()
     (programs / "python").symlink_to("/usr/bin/python3")
+    (programs / "ocid").write_text(
+        "#!/opt/venv/bin/python\nimport sys\nfrom cri.cli.main import main\nsys.exit(main())\n"
+    )
+    (programs / "ocid").chmod(0o755)
     (root / "opt/venv/pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
 
 
