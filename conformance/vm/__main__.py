@@ -39,7 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="hack/vm", description="Runs tests in a virtual machine with cgroup v2.")
     parser.add_argument("--rebuild", action="store_true", help="make the image anew")
     parser.add_argument("--shell", action="store_true", help="a shell in the machine instead; it ends with it")
-    parser.add_argument("--timeout", type=float, default=1500, metavar="S", help="seconds it may take (default: 1500)")
+    parser.add_argument("--timeout", type=float, default=2400, metavar="S", help="seconds it may take (default: 2400)")
     parser.add_argument("--runtime", default="", help="what the tests run in ocirun's place, such as runc")
     parser.add_argument("tests", nargs="*", help=f"arguments of pytest (default: {' '.join(TESTS)})")
     chosen, flags = parser.parse_known_args()
