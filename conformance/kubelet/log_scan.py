@@ -32,10 +32,10 @@ ALLOWED: dict[str, str] = {
     # that there is none, as from every runtime.
     r"ContainerStatus from runtime service failed.*NotFound": "removed by another of its workers",
     r"(DeleteContainer returned error|Error getting ContainerStatus|Failed to monitor images).*NotFound": "likewise",
-    # It probes until a container's end is known to it.
+    # It probes, and rotates logs, until a container's end is known to it.
     r"ExecSync cmd from runtime service failed.*(the container has ended|a stopped container)": "it has, meanwhile",
-    r"code = Canceled desc = context canceled": "its own call, cancelled by its own end",
     r"reopen the log of .*the container has ended": "likewise, and the CRI lets a runtime refuse it then",
+    r"code = Canceled desc = context canceled": "its own call, cancelled by its own end",
     # As a member of a cluster.
     r"""nodes? \\*"node0\\*" not found""": "it has just joined, and the node is not there yet",
     r"failed to read memory cgroup (config|limits) for the pod.*no such file": "the pod has ended",
@@ -45,7 +45,9 @@ ALLOWED: dict[str, str] = {
     r"runAsNonRoot and image will run as root": "confinement.identity: it must refuse",
     r"/no/such/command": "lifecycle.exits: there is none",
     r"ExecSync.*DeadlineExceeded.*sleep.*54321": "probes.hanging: it must be ended",
-    r"CrashLoopBackOff.*pod=(backoff|init-fails|empty-dirs|exits)-": "their containers fail on purpose",
+    r"CrashLoopBackOff.*pod=(backoff|init-fails|empty-dirs|exits|liveness|(kubelet|ocid|both)-ends|resized)[-_]": (
+        "their containers end on purpose"
+    ),
     r"eviction_manager.go .*(cannot evict a critical pod|no pods are active to evict)": "static pods are",
 }
 
