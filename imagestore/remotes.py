@@ -13,7 +13,7 @@ from imagestore.hosts import Host, configured, upstream_host
 from imagestore.keyring import Keyring
 from imagestore.model import Credentials
 from imagestore.rate import Rate
-from imagestore.reference import Reference
+from imagestore.reference import Reference, is_qualified, parse
 from imagestore.registries_conf import RegistriesFiles
 from imagestore.registry import Repository
 from imagestore.threads import Threads
@@ -32,6 +32,8 @@ class Remotes:
 
     def candidates(self, text: str) -> tuple[Reference, ...]:
         """What `text` may mean, in the order in which to try. Blocks. Raises ReferenceInvalid, ImageError."""
+        if is_qualified(text):  # no file says otherwise, and this is asked for each container
+            return (parse(text),)
         return self._files.now().candidates(text)
 
     async def repositories(

@@ -4,6 +4,7 @@ bytes both ways, exit codes, window sizes, and a client that goes away."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -95,7 +96,13 @@ def attach(it: Scenario) -> None:
         )
         log = (it.logs / f"{name}.log").read_text()
         check("said two" in log and "over" in log, f"the log has {log!r}")
-        it.crictl.ok("rm", "-f", container)
+        # Removing it in the moment of its end is a race that containerd loses.
+        eventually(functools.partial(_has_ended, it, container), "the container has ended")
+        it.crictl.ok("rm", container)
+
+
+def _has_ended(it: Scenario, container: str) -> bool:
+    return "CONTAINER_EXITED" in it.crictl.ok("inspect", container)
 
 
 def port_forward(it: Scenario) -> None:
