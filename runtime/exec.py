@@ -11,7 +11,7 @@ import errno
 import os
 
 from runtime import exec_cgroup, ids, labels, namespaces, process, state, sync
-from runtime.cgroups.manager import Gate
+from runtime.cgroups.manager import Gate, manager_from_paths
 from runtime.errors import RuntimeFailure
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import AT_FDCWD, read_bounded, write_durable
@@ -94,17 +94,15 @@ def rehearse(request: ExecRequest) -> None:
 
 def _with_entry(request: ExecRequest, act: Callable[[_Entry], _R]) -> _R:
     facts = state.load(request.root, request.id)
-    now = state.status(request.root, facts)
-    if now == "stopped":
-        raise RuntimeFailure(_STOPPED, code="failed_precondition")
-    if now == "paused" and not request.ignore_paused:
-        words = "cannot exec in a paused container (use --ignore-paused to override)"
-        raise RuntimeFailure(words, hint="resume it first", code="failed_precondition")
-    labels.check(request.process)
-    program = _filter_of(request.root, facts)
     init_fd = _hold(facts)
     try:
-        with exec_cgroup.manager(facts, request.cgroups).gate() as gate:
+        own = manager_from_paths(dict(facts.cgroup_paths))
+        if not request.ignore_paused and state.is_frozen(facts, own):
+            words = "cannot exec in a paused container (use --ignore-paused to override)"
+            raise RuntimeFailure(words, hint="resume it first", code="failed_precondition")
+        labels.check(request.process)
+        program = _filter_of(request.root, facts)
+        with exec_cgroup.manager(facts, request.cgroups, own).gate() as gate:
             return act(_Entry(request, facts, init_fd, gate, program))
     except (RuntimeFailure, OSError) as error:
         if (isinstance(error, sync.Closed) or error.errno in _ENDING) and _ends(init_fd):

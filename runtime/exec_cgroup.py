@@ -42,11 +42,12 @@ def _wrong(problem: str) -> RuntimeFailure:
     return RuntimeFailure(f"invalid --cgroup argument: {problem}", code="invalid_argument")
 
 
-def manager(facts: State, wanted: tuple[tuple[str, str], ...]) -> Manager:
-    """The cgroups to enter. Raises RuntimeFailure."""
+def manager(facts: State, wanted: tuple[tuple[str, str], ...], own: Manager) -> Manager:
+    """The cgroups to enter; `own` is the manager of the container's. Raises RuntimeFailure."""
     paths = dict(facts.cgroup_paths)
     if not wanted:
-        return manager_from_paths(_beside_init(facts, paths))
+        beside = _beside_init(facts, paths)
+        return own if beside == paths else manager_from_paths(beside)
     for controller, path in wanted:
         if controller and controller not in paths:
             raise RuntimeFailure(f"unknown controller {controller[:40]} in --cgroup", code="invalid_argument")

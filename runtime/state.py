@@ -341,11 +341,19 @@ def status(root: str, state: State) -> str:
     if not is_running(state.pid, state.started):
         return "stopped"
     try:
-        if state.cgroup_paths and state.manager().frozen():
+        if state.cgroup_paths and is_frozen(state, state.manager()):
             return "paused"
     except (OSError, RuntimeFailure):
-        pass  # the cgroup is going away: so is the container
+        pass  # of a hierarchy that is no longer there
     return "created" if waits(root, state.id) else "running"
+
+
+def is_frozen(state: State, manager: Manager) -> bool:
+    """Whether the container, whose cgroups are `manager`'s, stands still."""
+    try:
+        return bool(state.cgroup_paths) and manager.frozen()
+    except (OSError, RuntimeFailure):
+        return False  # the cgroup is going away: so is the container
 
 
 def waits(root: str, container_id: str) -> bool:
