@@ -23,7 +23,7 @@ from typing import Any
 
 from runtime.linux.mount import mountinfo
 from runtime.linux.process import set_child_subreaper
-from tests.support import SOON_S, eventually
+from tests.support import SOON_S, eventually, take_away
 
 # Another runtime takes its place where a test is to be seen to hold for that one too (hack/vm --runtime).
 OCIRUN = os.environ.get("OCID_RUNTIME") or str(Path(sys.executable).parent / "ocirun")
@@ -290,14 +290,14 @@ class Bundles:
         return [point.target for point in mountinfo() if point.target.startswith(str(self.directory.parent))]
 
     def close(self) -> None:
-        for name in sorted(os.listdir(self.root)) if self.root.exists() else ():
-            if not name.startswith("."):
-                self.ocirun("delete", "--force", name).ok()
-        eventually(lambda: not self.processes(), what=f"processes {self.processes()} to end")
-        assert self.cgroups() == [] and self.mounts() == []
-        for top in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()):
-            if not top.is_symlink() and (top / self.cgroup).is_dir():
-                (top / self.cgroup).rmdir()
+        try:
+            for name in sorted(os.listdir(self.root)) if self.root.exists() else ():
+                if not name.startswith("."):
+                    self.ocirun("delete", "--force", name).ok()
+            eventually(lambda: not self.processes(), what=f"processes {self.processes()} to end")
+            assert self.cgroups() == [] and self.mounts() == []
+        finally:
+            take_away(self.cgroup, self.processes, self.mounts)
 
 
 def _wait(child: subprocess.Popen[bytes], seconds: float) -> int:

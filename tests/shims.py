@@ -12,7 +12,7 @@ import secrets
 import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from runtime.linux.mount import FsMount, mountinfo
@@ -21,7 +21,7 @@ from runtime.linux.sockets import connect_unix, recv_frame, send_frame
 from runtime.shim import protocol
 from runtime.shim.client import Shims
 from runtime.shim.model import ContainerFacts, ContainerSpec, ExecResult, ExecSpec, Sandbox, SandboxSpec
-from tests.support import SOON_S, eventually
+from tests.support import SOON_S, eventually, take_away
 
 RUNC = shutil.which("runc") or "/usr/sbin/runc"
 CAPABILITIES = ["CAP_KILL", "CAP_CHOWN", "CAP_SETUID", "CAP_SETGID", "CAP_DAC_OVERRIDE", "CAP_SYS_CHROOT"]
@@ -218,11 +218,6 @@ class Machine:
                     found.append(int(entry))
         return found
 
-    def remove_cgroups(self) -> None:
-        for top in [Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()]:
-            if not top.is_symlink() and (top / self.cgroup).is_dir():
-                (top / self.cgroup).rmdir()
-
 
 class Lab:
     """A state directory with its zygote, pods in it, and at the end nothing of them."""
@@ -268,13 +263,19 @@ class Lab:
             return int(protocol.parse_reply(received[0])["pid"])
 
     def close(self) -> None:
-        for pod in self.pods:
-            pod.stop()
-        self.shims.end_zygote()
+        # Each of it happens whatever becomes of the others.
+        with ExitStack() as undo:
+            machine = self.machine
+            undo.callback(take_away, machine.cgroup, machine.processes, machine.mounts)
+            undo.callback(self._check)
+            undo.callback(self.shims.end_zygote)
+            for pod in reversed(self.pods):
+                undo.callback(pod.stop)
+
+    def _check(self) -> None:
         assert self.machine.mounts() == []
         assert self.machine.cgroups() == []
         eventually(lambda: not self.machine.processes(), what=f"processes {self.machine.processes()} to end")
-        self.machine.remove_cgroups()
 
 
 @contextmanager

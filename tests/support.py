@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import TypeVar
 
 import pytest
 
+from runtime.linux.mount import MNT_DETACH, umount2
 from tests.costs import SOON_S
 
 T = TypeVar("T")
@@ -55,3 +58,18 @@ def eventually(probe: Callable[[], T], seconds: float = SOON_S, what: str = "") 
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds} s: {what or probe}")
         select.select([], [], [], 0.005)
+
+
+def take_away(cgroup: str, processes: Callable[[], list[int]], mounts: Callable[[], list[str]]) -> None:
+    """What a test that has failed left, in this order: its processes, its mounts, and `cgroup` at the top of each
+    hierarchy with all below it. Later tests, and the machine, are not to see it."""
+    for pid in processes():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not processes(), what="processes of the test to die")
+    for target in reversed(mounts()):
+        umount2(target, MNT_DETACH)
+    for top in [Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()]:
+        if not top.is_symlink():
+            for directory, _, _ in os.walk(top / cgroup, topdown=False):
+                os.rmdir(directory)

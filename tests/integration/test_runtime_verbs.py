@@ -391,3 +391,16 @@ def test_run_releases_its_own_init_and_leaves_no_socket(home: Bundles) -> None:
     missing = home.make("no-such-command")
     missing.run().failed("executable file not found")
     missing.gone()
+
+
+def test_bundles_whose_test_and_clean_up_fail_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_words: str) -> None:
+        raise LookupError("not deleted")
+
+    with pytest.raises(ValueError, match="of the test"), bundles(tmp_path) as opened:
+        opened.make("sleep", "1000").up()
+        assert opened.cgroups() and opened.processes()
+        monkeypatch.setattr(opened, "ocirun", refuse)
+        raise ValueError("of the test")
+    left = opened.cgroups(), opened.processes(), opened.mounts()
+    assert left == ([], [], []) and not list(Path("/sys/fs/cgroup").glob(f"*/{opened.cgroup}"))

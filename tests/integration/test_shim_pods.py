@@ -345,3 +345,16 @@ def test_garbage_on_the_socket_harms_nobody(pods: Lab) -> None:
             with contextlib.suppress(ConnectionResetError):
                 peer.recv(1000)
     assert pods.shims.reconnect(pod.sandbox) == []
+
+
+def test_a_lab_whose_test_and_clean_up_fail_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_sandbox: object) -> None:
+        raise LookupError("not stopped")
+
+    with pytest.raises(ValueError, match="of the test"), lab(tmp_path) as opened:
+        opened.pod().run("c", ["sleep", "1000"])
+        assert opened.machine.cgroups() and opened.machine.processes()
+        monkeypatch.setattr(opened.shims, "stop", refuse)
+        raise ValueError("of the test")
+    left = opened.machine.cgroups(), opened.machine.processes(), opened.machine.mounts()
+    assert left == ([], [], []) and not list(Path("/sys/fs/cgroup").glob(f"*/{opened.machine.cgroup}"))
