@@ -1,16 +1,16 @@
 """A layer's blob as a stream of tar bytes: gzip through isal, zstd, or plain; told by magic, checked against the type.
 
 It refuses xz, bzip2 and what it does not know, a type that disagrees with the content, garbage after the end, and
-more output than `Limits` allow. Invariant: a chunk is at most CHUNK bytes, so memory does not depend on the blob
-(threats S37, S41, P13).
+more output than `Limits` allow. An encrypted blob is decrypted on the way. Invariant: a chunk is at most CHUNK bytes,
+so memory does not depend on the blob (threats S37, S41, P13).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from snapshotter.model import Limits, UnpackError
+from snapshotter.model import LayerKey, Limits, UnpackError
 
 CHUNK = 1 << 20
 _READ = 256 << 10
@@ -44,13 +44,49 @@ def kind_of(start: bytes, media_type: str) -> str:
     return found
 
 
-def inflate(blob_fd: int, media_type: str, limits: Limits) -> Iterator[bytes]:
-    """The tar's bytes. Raises UnpackError, OSError."""
-    kind = kind_of(os.pread(blob_fd, 512, 0), media_type)
+class _Reader:
+    """Bytes in their order; `peek` shows the first ones before they are read."""
+
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        self._read = read
+        self._ahead = b""
+
+    def peek(self, size: int) -> bytes:
+        while len(self._ahead) < size and (more := self._read(size)):
+            self._ahead += more
+        return self._ahead[:size]
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes, b"" at the end."""
+        if self._ahead:
+            data, self._ahead = self._ahead[:size], self._ahead[size:]
+            return data
+        return self._read(size)
+
+
+def inflate(blob_fd: int, media_type: str, limits: Limits, key: LayerKey | None = None) -> Iterator[bytes]:
+    """The tar's bytes; with `key` those of an encrypted blob whose plain text has `media_type`. It has ended only once
+    it is known that they were right. Raises UnpackError, OSError."""
     compressed = os.fstat(blob_fd).st_size
-    most = min(limits.layer_bytes, max(limits.inflate_floor, compressed * limits.inflate_ratio))
     os.lseek(blob_fd, 0, os.SEEK_SET)
-    chunks = {"gzip": _gzip, "zstd": _zstd, "tar": _plain}[kind](blob_fd, limits)
+    if key is None:
+        yield from _bounded(_Reader(lambda size: os.read(blob_fd, size)), compressed, media_type, limits)
+        return
+    from snapshotter.sealed import Sealed
+
+    sealed = Sealed(lambda size: os.read(blob_fd, size), key)
+    try:
+        yield from _bounded(_Reader(sealed.read), compressed, media_type, limits)
+    except UnpackError:
+        sealed.finish()  # a wrong key makes noise of the plain text: that it is no gzip would be the lesser half of it
+        raise
+    sealed.finish()
+
+
+def _bounded(blob: _Reader, compressed: int, media_type: str, limits: Limits) -> Iterator[bytes]:
+    kind = kind_of(blob.peek(512), media_type)
+    most = min(limits.layer_bytes, max(limits.inflate_floor, compressed * limits.inflate_ratio))
+    chunks = {"gzip": _gzip, "zstd": _zstd, "tar": _plain}[kind](blob, limits)
     total = 0
     for chunk in chunks:
         total += len(chunk)
@@ -60,16 +96,16 @@ def inflate(blob_fd: int, media_type: str, limits: Limits) -> Iterator[bytes]:
         yield chunk
 
 
-def _plain(blob_fd: int, limits: Limits) -> Iterator[bytes]:
-    while chunk := os.read(blob_fd, CHUNK):
+def _plain(blob: _Reader, limits: Limits) -> Iterator[bytes]:
+    while chunk := blob.read(CHUNK):
         yield chunk
 
 
-def _gzip(blob_fd: int, limits: Limits) -> Iterator[bytes]:
+def _gzip(blob: _Reader, limits: Limits) -> Iterator[bytes]:
     from isal import igzip_lib  # only the worker pays for it
 
     decoder = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP)
-    data = os.read(blob_fd, _READ)
+    data = blob.read(_READ)
     while True:
         try:
             chunk = decoder.decompress(data, CHUNK)
@@ -81,28 +117,27 @@ def _gzip(blob_fd: int, limits: Limits) -> Iterator[bytes]:
         if decoder.eof:
             # RFC 1952, 2.2: members follow one another. GNU gzip lets zeros follow the last, as tapes do.
             rest = decoder.unused_data.lstrip(b"\0")
-            while len(rest) < 2 and (more := os.read(blob_fd, _READ)):
+            while len(rest) < 2 and (more := blob.read(_READ)):
                 rest = (rest + more).lstrip(b"\0")
             if not rest:
                 return
             if not rest.startswith(_GZIP):
                 raise UnpackError("layer has garbage after the end of its gzip data")
             decoder, data = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP), rest
-        elif decoder.needs_input and not (data := os.read(blob_fd, _READ)):
+        elif decoder.needs_input and not (data := blob.read(_READ)):
             raise UnpackError("layer is truncated: its gzip data has no end")
 
 
-def _zstd(blob_fd: int, limits: Limits) -> Iterator[bytes]:
+def _zstd(blob: _Reader, limits: Limits) -> Iterator[bytes]:
     import zstandard  # only the worker pays for it
 
     decoder = zstandard.ZstdDecompressor(max_window_size=limits.zstd_window)
-    with os.fdopen(os.dup(blob_fd), "rb", buffering=0) as file:
-        reader = decoder.stream_reader(file, read_size=_READ, read_across_frames=True, closefd=False)
-        try:
-            while chunk := reader.read(CHUNK):
-                yield chunk
-        except zstandard.ZstdError as error:
-            raise UnpackError(
-                f"layer is no valid zstd (windows up to {limits.zstd_window} bytes are accepted, "
-                f"limit zstd_window): {error}"
-            ) from error
+    reader = decoder.stream_reader(blob, read_size=_READ, read_across_frames=True, closefd=False)  # type: ignore[arg-type]
+    try:
+        while chunk := reader.read(CHUNK):
+            yield chunk
+    except zstandard.ZstdError as error:
+        raise UnpackError(
+            f"layer is no valid zstd (windows up to {limits.zstd_window} bytes are accepted, "
+            f"limit zstd_window): {error}"
+        ) from error

@@ -23,7 +23,7 @@ from runtime.linux.libc import KernelError
 from snapshotter import protocol
 from snapshotter.durable import Syncer
 from snapshotter.layout import Layout, make_root
-from snapshotter.model import Config, NotFound, SnapshotError, UnpackError, Usage
+from snapshotter.model import Config, LayerKey, NotFound, SnapshotError, UnpackError, Usage
 from snapshotter.pool import Pool
 from snapshotter.records import LayerRecord, Records
 from snapshotter.trash import Trash
@@ -103,7 +103,15 @@ class Layers:
             layers = tuple(self._records.layers.values())
         return Usage(sum(layer.bytes for layer in layers), sum(layer.inodes for layer in layers))
 
-    def unpack(self, blob: Path, media_type: str, diff_id: str, chain_id: str, parent: str | None) -> None:
+    def unpack(
+        self,
+        blob: Path,
+        media_type: str,
+        diff_id: str,
+        chain_id: str,
+        parent: str | None,
+        key: LayerKey | None = None,
+    ) -> None:
         """See imagestore.model.Unpacker.unpack_layer."""
         with self._changed:
             if self._closed:
@@ -117,7 +125,7 @@ class Layers:
             flight = self._flights[chain_id] = _Flight(parent)
             self._failures.pop(chain_id, None)
         try:
-            self._make(blob, media_type, diff_id, chain_id, flight)
+            self._make(blob, media_type, diff_id, chain_id, flight, key)
         except BaseException as error:
             flight.error = error
             raise
@@ -218,13 +226,15 @@ class Layers:
         if flight.error is not None:
             raise _again(flight.error)
 
-    def _make(self, blob: Path, media_type: str, diff_id: str, chain_id: str, flight: _Flight) -> None:
+    def _make(
+        self, blob: Path, media_type: str, diff_id: str, chain_id: str, flight: _Flight, key: LayerKey | None
+    ) -> None:
         with self._changed:
             number = self._layout.number()
         hidden, final = self._layout.hidden(self._layout.layers, number), self._layout.layer(number).parent
         blob_fd = os.open(blob, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            made = self._extract(blob_fd, hidden, media_type, diff_id, flight)
+            made = self._extract(blob_fd, hidden, media_type, diff_id, flight, key)
             failpoint("snapshots.layer.extracted")
             hidden.rename(final)
             self._syncer.sync()
@@ -242,14 +252,16 @@ class Layers:
         finally:
             os.close(blob_fd)
 
-    def _extract(self, blob_fd: int, hidden: Path, media_type: str, diff_id: str, flight: _Flight) -> protocol.Done:
+    def _extract(
+        self, blob_fd: int, hidden: Path, media_type: str, diff_id: str, flight: _Flight, key: LayerKey | None
+    ) -> protocol.Done:
         """Unpacks into `hidden`/fs and finishes it on the parent's chain."""
         aliases: dict[bytes, bytes] = {}
         for _ in range(_ROUNDS):
             hidden.mkdir(0o700)
             layer_fd = make_root(hidden / "fs")
             try:
-                request = protocol.Unpack(media_type, diff_id, flight.parent is None, aliases, self._config.limits)
+                request = protocol.Unpack(media_type, diff_id, flight.parent is None, aliases, self._config.limits, key)
                 made = self.pool.ask(flight, request, blob_fd, layer_fd)
                 lowers = self._lowers(flight)
                 more = self.pool.ask(flight, protocol.Finish(lowers, made.implied, made.links), layer_fd).aliases

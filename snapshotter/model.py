@@ -6,6 +6,10 @@ Invariant: a layer or an active snapshot is there in full or not at all, to ever
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
+
+LayerKey: TypeAlias = tuple[bytes, bytes, bytes]
+"""What opens an encrypted layer: the AES-256 key, the nonce, and the HMAC that the encrypted bytes have."""
 
 
 @dataclass(frozen=True, slots=True)

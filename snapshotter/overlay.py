@@ -19,7 +19,7 @@ from runtime.linux.mount import FsMount
 from snapshotter.layers import Layers
 from snapshotter.layout import DIRECTORY, Layout, make_root
 from snapshotter.looks import copy_looks
-from snapshotter.model import AlreadyExists, Config, IdMap, NotFound, SnapshotInfo, Usage
+from snapshotter.model import AlreadyExists, Config, IdMap, LayerKey, NotFound, SnapshotInfo, Usage
 from snapshotter.mounts import boot_id, has_lowerdir_plus, overlay_mount, settle_volatile
 from snapshotter.pack import pack
 from snapshotter.records import ActiveRecord, LayerRecord, Records
@@ -146,10 +146,18 @@ class Overlay:
         """See imagestore.model.Unpacker.has_layer."""
         return self._layers.has(chain_id)
 
-    def unpack_layer(self, blob: Path, media_type: str, diff_id: str, chain_id: str, parent: str | None) -> None:
+    def unpack_layer(
+        self,
+        blob: Path,
+        media_type: str,
+        diff_id: str,
+        chain_id: str,
+        parent: str | None,
+        key: LayerKey | None = None,
+    ) -> None:
         """See imagestore.model.Unpacker.unpack_layer. A layer that is ready holds its thread until the parent is
         there: give parents theirs first."""
-        self._layers.unpack(blob, media_type, diff_id, chain_id, parent)
+        self._layers.unpack(blob, media_type, diff_id, chain_id, parent, key)
 
     def cancel(self, chain_id: str) -> None:
         """Ends an `unpack_layer` of `chain_id`, be it at work or waiting for a parent that will not come: every call

@@ -16,10 +16,10 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from runtime.linux.libc import KernelError
-from snapshotter.model import Limits, SnapshotError, UnpackError
+from snapshotter.model import LayerKey, Limits, SnapshotError, UnpackError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class Unpack:
     base: bool
     aliases: Mapping[bytes, bytes]
     limits: Limits
+    key: LayerKey | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,7 @@ def encode_request(request: Unpack | Finish) -> bytes:
         "diff_id": request.diff_id,
         "base": request.base,
         "limits": limits,
+        "key": [part.hex() for part in request.key or ()],
     }
     return _pack(head, list(request.aliases), list(request.aliases.values()))
 
@@ -123,14 +125,16 @@ def decode_request(frame: bytes) -> Unpack | Finish:
     if head["type"] == "finish":
         lowers, implied, links = lists
         return Finish([path.decode("utf-8", "surrogateescape") for path in lowers], implied, links)
-    limits = head["limits"]
-    assert isinstance(limits, dict)
+    limits, key = head["limits"], head["key"]
+    assert isinstance(limits, dict) and isinstance(key, list)
+    secret, nonce, hmac = map(bytes.fromhex, key or ("", "", ""))
     return Unpack(
         str(head["media_type"]),
         str(head["diff_id"]),
         bool(head["base"]),
         dict(zip(lists[0], lists[1], strict=True)),
         Limits(**limits),
+        (secret, nonce, hmac) if key else None,
     )
 
 

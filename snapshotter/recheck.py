@@ -15,11 +15,11 @@ import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime.linux.files import open_beneath, remove_tree
-from snapshotter.model import Config
+from snapshotter.model import Config, LayerKey
 from snapshotter.overlay import Overlay
 
 _PIECE = 1 << 20
@@ -37,6 +37,7 @@ class Checked:
     media_type: str
     diff_id: str
     chain_id: str
+    key: LayerKey | None = field(default=None, repr=False)
 
 
 def directories(database: Path, root: Path) -> dict[str, Path]:
@@ -60,7 +61,7 @@ def recheck(scratch: Path, layers: Sequence[Checked], unpacked: dict[str, Path])
     try:
         parent = None
         for layer in layers:
-            anew.unpack_layer(layer.blob, layer.media_type, layer.diff_id, layer.chain_id, parent)
+            anew.unpack_layer(layer.blob, layer.media_type, layer.diff_id, layer.chain_id, parent, layer.key)
             parent = layer.chain_id
             name = f"layer {layer.diff_id}"
             there = unpacked.get(layer.chain_id)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from runtime.linux.writeback import syncfs
 from snapshotter import inflate
 from snapshotter.extract import Extracted, Extractor
-from snapshotter.model import Limits, UnpackError
+from snapshotter.model import LayerKey, Limits, UnpackError
 from snapshotter.tar import Walker
 from snapshotter.tar_feed import Feed
 
@@ -34,19 +34,19 @@ class Unpacked(NamedTuple):
 class _Producer:
     """The inflating thread; `take` is its other end."""
 
-    def __init__(self, blob_fd: int, media_type: str, limits: Limits) -> None:
+    def __init__(self, blob_fd: int, media_type: str, limits: Limits, key: LayerKey | None) -> None:
         self._queue: queue.Queue[bytes | BaseException] = queue.Queue(QUEUED)
         self._stop = False
         self._ended = False
         self._hash = hashlib.sha256()
         self._thread = threading.Thread(
-            target=self._run, args=(blob_fd, media_type, limits), name="inflate", daemon=True
+            target=self._run, args=(blob_fd, media_type, limits, key), name="inflate", daemon=True
         )
         self._thread.start()
 
-    def _run(self, blob_fd: int, media_type: str, limits: Limits) -> None:
+    def _run(self, blob_fd: int, media_type: str, limits: Limits, key: LayerKey | None) -> None:
         try:
-            for chunk in inflate.inflate(blob_fd, media_type, limits):
+            for chunk in inflate.inflate(blob_fd, media_type, limits, key):
                 self._hash.update(chunk)
                 self._queue.put(chunk)
                 if self._stop:
@@ -119,9 +119,10 @@ def unpack(
     *,
     base: bool,
     aliases: Mapping[bytes, bytes] | None = None,
+    key: LayerKey | None = None,
 ) -> Unpacked:
     """Unpacks the blob into the empty directory `layer_fd`. Raises UnpackError, OSError."""
-    producer = _Producer(blob_fd, media_type, limits)
+    producer = _Producer(blob_fd, media_type, limits, key)
     writeback = _Writeback(layer_fd)
 
     def more() -> bytes:

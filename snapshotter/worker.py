@@ -33,7 +33,14 @@ def work(request: protocol.Unpack | protocol.Finish, fds: list[int]) -> protocol
         return protocol.Done(aliases=[part for pair in aliases.items() for part in pair])
     blob, layer = fds
     made = unpack(
-        blob, layer, request.media_type, request.diff_id, request.limits, base=request.base, aliases=request.aliases
+        blob,
+        layer,
+        request.media_type,
+        request.diff_id,
+        request.limits,
+        base=request.base,
+        aliases=request.aliases,
+        key=request.key,
     ).extracted
     failpoint("snapshots.worker.unpacked")
     return protocol.Done(made.size, made.inodes, made.opaque, made.implied, made.links)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import os
 import sqlite3
 import tarfile
 import threading
@@ -16,7 +19,7 @@ from cri.interfaces import Snapshots
 from imagestore.model import Unpacker
 from snapshotter.model import AlreadyExists, Config, NotFound, UnpackError
 from snapshotter.overlay import Overlay
-from tests.fakes.snapshots import GZIP, PLAIN, ZSTD, Blob, MemorySnapshots, blob, directory, file
+from tests.fakes.snapshots import GZIP, PLAIN, ZSTD, Blob, MemorySnapshots, blob, directory, file, opened, seal
 from tests.support import SOON_S, needs
 
 
@@ -155,6 +158,35 @@ def test_wrong_diff_id_leaves_nothing_and_the_right_one_works(snapshots: Both, b
     assert not snapshots.has_layer(base.chain_id)
     snapshots.unpack_layer(*base.arguments())
     assert snapshots.has_layer(base.chain_id)
+
+
+@pytest.mark.parametrize("media_type", [GZIP, ZSTD, PLAIN])
+def test_an_encrypted_layer_is_opened_by_its_key_alone(snapshots: Both, tmp_path: Path, media_type: str) -> None:
+    layer = blob(tmp_path, [file("etc/secret", b"s" * 300_000)], media_type)
+    data, key = seal(layer.path.read_bytes())
+    layer.path.write_bytes(data)
+    other = (os.urandom(32), *key[1:])
+    for wrong in (other, (*key[:2], bytes(32)), None):
+        with pytest.raises(UnpackError):
+            snapshots.unpack_layer(*layer.arguments(), wrong)
+        assert not snapshots.has_layer(layer.chain_id)
+    snapshots.unpack_layer(*layer.arguments(), key)
+    assert snapshots.has_layer(layer.chain_id)
+
+
+def test_an_encrypted_layer_that_was_altered_is_refused(snapshots: Both, tmp_path: Path) -> None:
+    """Counter mode lets whoever has no key turn over bits of the plain text: only the HMAC sees it."""
+    layer = blob(tmp_path, [file("etc/secret", b"s" * 3000)], PLAIN)
+    data, key = seal(layer.path.read_bytes())
+    at = data.index(data[600:700])  # inside the file's content: the tar itself stays well formed
+    altered = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+    raw = opened(altered, (*key[:2], hmac.digest(key[0], altered, "sha256")))
+    layer.path.write_bytes(altered)
+    with pytest.raises(UnpackError, match="HMAC"):
+        snapshots.unpack_layer(
+            layer.path, PLAIN, f"sha256:{hashlib.sha256(raw).hexdigest()}", layer.chain_id, None, key
+        )
+    assert not snapshots.has_layer(layer.chain_id)
 
 
 def test_broken_blob_is_an_unpack_error(snapshots: Both, base: Blob) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import hmac
 import io
 import os
 import tarfile
@@ -18,9 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import zstandard
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CTR
 
 from runtime.linux.mount import FsMount
-from snapshotter.model import AlreadyExists, IdMap, NotFound, SnapshotInfo, UnpackError, Usage
+from snapshotter.model import AlreadyExists, IdMap, LayerKey, NotFound, SnapshotInfo, UnpackError, Usage
+from snapshotter.sealed import Sealed
 
 GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
 ZSTD = "application/vnd.oci.image.layer.v1.tar+zstd"
@@ -120,6 +125,23 @@ def blob(
     return Blob(path, media_type, diff_id, chain, above)
 
 
+def seal(raw: bytes, media_type: str = GZIP) -> tuple[bytes, LayerKey]:
+    """An encrypted layer, and what opens it."""
+    secret, nonce = os.urandom(32), os.urandom(16)
+    data = Cipher(AES(secret), CTR(nonce)).encryptor().update(raw)
+    return data, (secret, nonce, hmac.digest(secret, data, "sha256"))
+
+
+def opened(data: bytes, key: LayerKey | None) -> bytes:
+    """The plain text of a layer. Raises UnpackError."""
+    if key is None:
+        return data
+    sealed = Sealed(io.BytesIO(data).read, key)
+    plain = sealed.read(len(data))
+    sealed.finish()
+    return plain
+
+
 class MemorySnapshots:
     """cri.interfaces.Snapshots and imagestore.model.Unpacker, without a kernel."""
 
@@ -179,14 +201,22 @@ class MemorySnapshots:
         with self._changed:
             return chain_id in self._layers
 
-    def unpack_layer(self, blob: Path, media_type: str, diff_id: str, chain_id: str, parent: str | None) -> None:
+    def unpack_layer(
+        self,
+        blob: Path,
+        media_type: str,
+        diff_id: str,
+        chain_id: str,
+        parent: str | None,
+        key: LayerKey | None = None,
+    ) -> None:
         with self._changed:
             self._changed.wait_for(lambda: chain_id not in self._unpacking)
             if chain_id in self._layers:
                 return
             self._unpacking.add(chain_id)
         try:
-            raw = blob.read_bytes()
+            raw = opened(blob.read_bytes(), key)
             try:
                 if media_type.endswith("gzip"):
                     raw = gzip.decompress(raw)

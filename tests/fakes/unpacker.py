@@ -14,7 +14,8 @@ from pathlib import Path
 
 import zstandard
 
-from snapshotter.model import UnpackError
+from snapshotter.model import LayerKey, UnpackError
+from tests.fakes.snapshots import opened
 from tests.support import SOON_S
 
 
@@ -36,7 +37,15 @@ class MemoryUnpacker:
     def has_layer(self, chain_id: str) -> bool:
         return chain_id in self.layers
 
-    def unpack_layer(self, blob: Path, media_type: str, diff_id: str, chain_id: str, parent: str | None) -> None:
+    def unpack_layer(
+        self,
+        blob: Path,
+        media_type: str,
+        diff_id: str,
+        chain_id: str,
+        parent: str | None,
+        key: LayerKey | None = None,
+    ) -> None:
         with self._changed:
             self.calls.append(chain_id)
             self._active[chain_id] += 1
@@ -47,7 +56,7 @@ class MemoryUnpacker:
                 raise UnpackError("the test's gate stayed shut")
             if chain_id in self.fail:
                 raise self.fail[chain_id]
-            tar = _inflate(blob.read_bytes(), media_type)
+            tar = _inflate(opened(blob.read_bytes(), key), media_type)
             found = f"sha256:{hashlib.sha256(tar).hexdigest()}"
             if found != diff_id:
                 raise UnpackError(f"layer's diff id is {found}, the image's config says {diff_id}")
