@@ -14,6 +14,7 @@ from runtime.errors import RuntimeFailure
 from runtime.linux.cgroup import cgroups_of
 
 NAME = "ocid.shims"
+ZYGOTE = "ocid-zygote"  # a zygote's name, and its forks' until they hold a pod
 
 
 def leave_daemon(*, always: bool) -> None:
@@ -47,14 +48,29 @@ def _enter(hierarchy: Hierarchy) -> None:
         file.write(b"0")
 
 
+def processes() -> set[int]:
+    """Whoever is in the shims' cgroup, of those that this pid namespace knows."""
+    found: set[int] = set()
+    for directory in _directories():
+        try:
+            with open(f"{directory}/cgroup.procs", encoding="ascii") as file:
+                found.update(map(int, file))
+        except OSError:  # not there
+            continue
+    return found - {0}  # those of others
+
+
 def remove_if_empty() -> None:
     """Removes the shims' cgroup where nobody is in it any more."""
-    try:
-        hierarchies = detect()
-    except (OSError, RuntimeFailure):
-        return
-    for hierarchy in hierarchies:
+    for directory in _directories():
         try:
-            os.rmdir(f"{hierarchy.mount}/{NAME}")
+            os.rmdir(directory)
         except OSError:  # not there, or still in use
             continue
+
+
+def _directories() -> list[str]:
+    try:
+        return [f"{hierarchy.mount}/{NAME}" for hierarchy in detect()]
+    except (OSError, RuntimeFailure):
+        return []

@@ -135,7 +135,6 @@ class Shims:
     def end_zygote(self) -> None:
         """Ends the zygote; shims stay. The next `start` makes a new one. Idempotent."""
         self._launcher.end()
-        remove_if_empty()
 
     # -------------------------------------------------------------------------------------------------- containers
 

@@ -26,6 +26,7 @@ from runtime.linux.libc import KernelError
 from runtime.linux.process import pidfd_open
 from runtime.linux.sockets import connect_unix, recv_frame, send_frame
 from runtime.shim import protocol
+from runtime.shim.cgroup import ZYGOTE, processes, remove_if_empty
 
 _START_TIMEOUT = 30.0
 _HELLO_TIMEOUT = 5.0
@@ -54,10 +55,13 @@ class Launcher:
             self._connect_zygote().close()
 
     def end(self) -> None:
-        """Asks the zygote to quit and waits until it has; nobody there is fine."""
+        """Asks the zygote to quit, waits until it has, and takes the shims' cgroup away where nobody else is in it;
+        nobody there is fine."""
         with self._lock:
             self._end()
             self._version = ""
+            self._see_out()
+            remove_if_empty()
 
     def _connect_zygote(self) -> socket.socket:
         path = self._state / "zygote.sock"
@@ -92,22 +96,25 @@ class Launcher:
             return "", 0
 
     def _end(self) -> None:
-        _, pid = self._hello()
-        try:
-            pidfd = pidfd_open(pid) if pid else -1
-        except KernelError:
-            return
-        if pidfd < 0:
-            return
         try:
             with connect_unix(self._state / "zygote.sock", _HELLO_TIMEOUT) as connection:
                 send_frame(connection, protocol.request("quit"))
-                recv_frame(connection)
-            select.select([pidfd], [], [], _HELLO_TIMEOUT)
+                received = recv_frame(connection)
         except (FileNotFoundError, ConnectionError):
-            pass
-        finally:
-            os.close(pidfd)
+            return
+        value = protocol.parse_reply(received[0]) if received else {}
+        _wait_for(int(value.get("pid", 0)))
+
+    def _see_out(self) -> None:
+        """Waits for the forks of a zygote that is gone which were to answer: they are in the shims' cgroup, too."""
+        deadline = time.monotonic() + _HELLO_TIMEOUT
+        words = os.fsencode(f"zygote\0{self._state}\0")
+        while time.monotonic() < deadline:
+            left = [pid for pid in processes() if _answers(pid, words)]
+            if not left:
+                return
+            for pid in left:
+                _wait_for(pid)
 
     def _spawn_zygote(self) -> None:
         """Starts one and waits until it serves, or says that another one does."""
@@ -186,6 +193,28 @@ def _environment() -> dict[str, str]:
     """Nothing of the daemon's but what runtime binaries and tests of ours look for."""
     names = ("PATH", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "OCID_FAILPOINTS")
     return {**{name: os.environ[name] for name in names if name in os.environ}, "OCID_VERSION": version()}
+
+
+def _wait_for(pid: int) -> None:
+    """Until that process has ended, as far as it exists and does so in time."""
+    try:
+        pidfd = pidfd_open(pid) if pid else -1
+    except KernelError:
+        return
+    if pidfd >= 0:
+        select.select([pidfd], [], [], _HELLO_TIMEOUT)
+        os.close(pidfd)
+
+
+def _answers(pid: int, words: bytes) -> bool:
+    """Whether that is a zygote, or a fork of one that holds no pod, whose command line ends with `words`; one that has
+    let go of its memory has none any more, and is in its cgroup until a moment later."""
+    try:
+        named = Path(f"/proc/{pid}/comm").read_text() == f"{ZYGOTE}\n"
+        line = Path(f"/proc/{pid}/cmdline").read_bytes() if named else b"?"
+    except OSError:
+        return False
+    return not line or line.endswith(words)
 
 
 def _read_within(fd: int, seconds: float) -> bytes:

@@ -21,7 +21,7 @@ from runtime.linux.memory import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, malloc_trim
 from runtime.linux.process import close_range, set_child_subreaper, set_comm
 from runtime.linux.sockets import listen_unix
 from runtime.process import bounding_set
-from runtime.shim.cgroup import leave_daemon
+from runtime.shim.cgroup import ZYGOTE, leave_daemon
 from runtime.shim.helper import first_helper, kill_rest, serve
 from runtime.shim.rehearsal import rehearse
 from runtime.shim.resident import Resident, report
@@ -60,7 +60,7 @@ def _zygote(state: str) -> None:
     lock = os.open(f"{state}/zygote.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     if os.fork():
         os._exit(0)
-    _detach("ocid-zygote")
+    _detach(ZYGOTE)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from runtime.cgroups.hierarchy import detect
 from runtime.linux.mount import mountinfo
 from runtime.linux.process import is_running, start_time
+from runtime.shim.cgroup import NAME
 from runtime.shim.client import Shims
 from runtime.shim.model import ContainerError, Sandbox, SandboxSpec, ShimUnresponsive
 from tests.shims import Lab, kill, lab
@@ -267,6 +269,29 @@ def test_a_zygote_of_other_code_is_replaced_and_its_shims_stay(pods: Lab, monkey
     assert pods.zygote() != old
     eventually(lambda: not Path(f"/proc/{old}/exe").exists(), what="the old zygote to end")
     assert pods.shims.reconnect(pod.sandbox) == [] and pods.shims.reconnect(second.sandbox) == []
+
+
+def test_nobody_of_a_zygote_that_was_asked_to_quit_is_in_the_shims_cgroup(tmp_path: Path) -> None:
+    """Whoever lingers there keeps the cgroup from being removed with its last user. Others may be in it meanwhile."""
+    needs("root")
+    shims = Shims(tmp_path)
+    for _ in range(3):
+        shims.prepare()
+        assert _in_shims_cgroup(tmp_path)
+        shims.end_zygote()
+        assert not _in_shims_cgroup(tmp_path)
+
+
+def _in_shims_cgroup(state: Path) -> list[str]:
+    """Processes there that were forked from the zygote of `state`, itself included."""
+    files = [Path(hierarchy.mount, NAME, "cgroup.procs") for hierarchy in detect()]
+    pids = {pid for file in files if file.exists() for pid in file.read_text().split()}
+    found = []
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if os.fsencode(state) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+                found.append(pid)
+    return found
 
 
 def test_direct_mode_has_no_zygote(tmp_path: Path) -> None:
