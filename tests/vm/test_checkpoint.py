@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.bundles import Bundle, Bundles, Result
+from tests.shims import lab
+from tests.support import eventually
 
 # Counts in a variable of the shell: only memory that came through can go on with it.
 COUNT = "i=0; while read x; do i=$((i+1)); echo $i; done"
@@ -361,6 +363,39 @@ def test_a_paused_container_is_dumped_too(counting: tuple[Bundle, Talk], talks: 
         bundle.home.ocirun("resume", bundle.id).ok()
     talk.say("next")
     talk.hear("3")
+
+
+def test_one_that_stands_still_is_dumped_stands_still_and_goes_on(counting: tuple[Bundle, Talk]) -> None:
+    bundle, talk = counting
+    bundle.home.ocirun("pause", bundle.id).ok()
+    _checkpoint(bundle, "--leave-running").ok()
+    assert bundle.status() == "paused", "criu let it go, while others of its pod were still to be dumped"
+    bundle.home.ocirun("resume", bundle.id).ok()
+    talk.say("next")
+    talk.hear("3")
+
+
+def test_a_container_of_a_shim_is_dumped_and_runs_on(tmp_path: Path) -> None:
+    with lab(tmp_path) as opened:
+        pod = opened.pod()
+        one = pod.run("c", ["sh", "-c", "i=0; while :; do i=$((i+1)); echo $i; sleep 0.1; done"])
+        eventually(lambda: pod.lines("c"), 20, "the container to count")
+        images, work = tmp_path / "images", tmp_path / "work"
+        for directory in (images, work):
+            directory.mkdir()
+        opened.shims.pause(pod.sandbox, one)
+        try:
+            opened.shims.checkpoint(pod.sandbox, one, images, work, "criu", 120)
+        except Exception:
+            _show_log(work / "dump.log")
+            raise
+        finally:
+            opened.shims.resume(pod.sandbox, one)
+        assert list(images.glob("pages-*.img")) and list(images.glob("core-*.img"))
+        known = len(pod.lines("c"))
+        eventually(lambda: len(pod.lines("c")) > known, 20, "the container to count on")
+        numbers = [int(line) for line in pod.lines("c")]
+        assert numbers == list(range(1, len(numbers) + 1)), "it counted anew, or lost a line"
 
 
 def test_its_children_come_along(home: Bundles, talks: list[Talk]) -> None:
