@@ -198,6 +198,12 @@ class ImageSection:
         "Take sigstore bundles that name no repository, as cosign 3 makes them, for signatures of the repository that "
         "they are found in: whoever may write there may then bring in a signed image from elsewhere.",
     )
+    decryption_keys_path: str = _key(
+        "/etc/ocid/keys",
+        "Where private keys lie (PEM or DER, without passwords) that open encrypted layers: every file in there, and "
+        'below. "" means that this node has none.',
+        check=_absolute_or_none,
+    )
     pinned: tuple[str, ...] = _key((), "References of images that are reported as pinned: a kubelet keeps those.")
     concurrent_pulls: int = _key(16, "Images that are pulled at once.", least=1)
     concurrent_downloads: int = _key(4, "Layers that one pull downloads at once.", least=1)

@@ -72,6 +72,7 @@ CODES: dict[type[BaseException], StatusCode] = {
     images.AccessDenied: StatusCode.PERMISSION_DENIED,
     images.RegistryUnavailable: StatusCode.UNAVAILABLE,
     images.ContentInvalid: StatusCode.DATA_LOSS,
+    images.DecryptionRefused: StatusCode.PERMISSION_DENIED,
     images.PolicyInvalid: StatusCode.FAILED_PRECONDITION,
     # As CRI-O answers: a kubelet looks for the word in front of the message only where the code is UNKNOWN.
     images.SignatureRefused: StatusCode.UNKNOWN,

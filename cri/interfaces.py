@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from imagestore.model import Credentials, Image, ProgressFunction
+from imagestore.model import Credentials, Image, KeyFile, ProgressFunction
 from imagestore.model import Usage as ImageUsage
 from runtime.linux.mount import FsMount
 from runtime.shim.model import (
@@ -68,10 +68,12 @@ class Images(Protocol):
         credentials: Credentials | None = None,
         progress: ProgressFunction | None = None,
         namespace: str = "",
+        keys: tuple[KeyFile, ...] = (),
     ) -> Image:
         """Before: anything. After: the image is whole, unpacked, durable and has `reference` as tag or digest.
 
-        `namespace` is that of the pod it is for, which may have a signature policy of its own. Equal pulls at once are
+        `namespace` is that of the pod it is for, which may have a signature policy of its own. `keys` open encrypted
+        layers, besides those that this node has. Equal pulls at once are
         one; cancelling the last waiter leaves only resumable ingests. Idempotent: asks the registry for the tag's
         digest each time. Raises imagestore.model.ImageError and its kinds.
         """
@@ -81,9 +83,11 @@ class Images(Protocol):
         """By image id ("sha256:…", or an unambiguous prefix of ≥ 3 hex digits), tag or digest reference, normalised."""
         ...
 
-    def permit(self, image: Image, name: str, namespace: str = "") -> None:
+    def permit(self, image: Image, name: str, namespace: str = "", keys: tuple[KeyFile, ...] = ()) -> None:
         """Raises SignatureRefused unless the signature policy of today accepts `image`, called `name` by whoever wants
-        to run it (a reference, or its id), with the signatures that it came with. No network. PolicyInvalid."""
+        to run it (a reference, or its id), with the signatures that it came with. No network. PolicyInvalid.
+        DecryptionRefused unless today's keys, `keys` among them, open its layers, where those are encrypted: that they
+        have been unpacked for one who had a key is no reason to give them to another."""
         ...
 
     def list(self) -> Sequence[Image]:

@@ -41,10 +41,13 @@ from cri.verbs import (
     update_pod,
 )
 
-# gRPC metadata of RunPodSandbox that our own command line sends: a network's name, or "none".
+# gRPC metadata that our own command line sends: with RunPodSandbox a network's name, or "none"; with PullImage and
+# CreateContainer the private keys that open the image's layers, as imagestore.encryption.keys.pack writes them.
 NETWORK_KEY = "ocid-network"
+KEYS_KEY = "ocid-decryption-keys-bin"
+_CARRYING = frozenset({"RunPodSandbox", "PullImage", "CreateContainer"})
 
-Verb = Callable[[Node, Any], Awaitable[Any]]
+Verb = Callable[..., Awaitable[Any]]
 Stream = Callable[[Node, Any, Begun], AsyncGenerator[bytes, None]]
 Metadata = Sequence[tuple[str, Any]]
 
@@ -134,6 +137,11 @@ class Service:
         if name == "RunPodSandbox":
             network = next((str(value) for key, value in metadata if key == NETWORK_KEY), "")
             return await run_pod.run_pod(self.node, request, network)
+        packed = next((value for key, value in metadata if key == KEYS_KEY), None)
+        if packed is not None and name in ("PullImage", "CreateContainer"):
+            from imagestore.encryption.keys import unpack
+
+            return await verb(self.node, request, unpack(packed))
         return await verb(self.node, request)
 
     def stream(self, name: str, request: Any, begun: Begun) -> AsyncGenerator[bytes, None]:
@@ -156,7 +164,7 @@ class Service:
 
         async def unary(request: Any, context: grpc.aio.ServicerContext) -> bytes:
             try:
-                wanted = name == "RunPodSandbox" or self.intercept.watched
+                wanted = name in _CARRYING or self.intercept.watched
                 metadata = context.invocation_metadata() or () if wanted else ()
                 answer: bytes = (await self.call(name, request, metadata)).SerializeToString()
                 return answer

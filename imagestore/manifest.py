@@ -1,6 +1,6 @@
 """Manifests, indexes and image configs: bytes from a registry become values, or a ContentInvalid that says why not.
 
-Pure. Reads OCI image-spec 1.1 and Docker schema 2; refuses schema 1, foreign and encrypted layers, artifacts that are
+Pure. Reads OCI image-spec 1.1 and Docker schema 2; refuses schema 1, foreign layers, artifacts that are
 no container images, documents that are both index and manifest, and media types that contradict one another
 (CVE-2021-41190, threats S25). Invariant: a descriptor behind this module has a strict digest and a size within limits.
 """
@@ -11,6 +11,7 @@ import hashlib
 from dataclasses import dataclass, replace
 
 from imagestore.config import StoreConfig
+from imagestore.encryption.layers import is_encrypted, own_annotations, plain_type, seal
 from imagestore.model import ContentInvalid, Descriptor, ImageConfig, ImageNotFound, Layer
 from imagestore.platforms import Platform
 from imagestore.reference import is_digest
@@ -134,14 +135,15 @@ def _manifest(document: Fields, media_type: str, config: StoreConfig) -> Manifes
 
 
 def _layer(fields: Fields, config: StoreConfig) -> Descriptor:
-    found = replace(descriptor(fields, config.blob_bytes), annotations={})  # nobody may act on them (threats S47)
+    found = descriptor(fields, config.blob_bytes)
+    # Nobody may act on others than those that open it (threats S47).
+    found = replace(found, annotations=own_annotations(found.annotations) if is_encrypted(found) else {})
     if found.media_type.startswith(_FOREIGN):
         raise ContentInvalid(
             f"{fields.path}: a foreign layer ({found.media_type}), which must not be fetched from a registry"
         )
-    if found.media_type not in _LAYERS:
-        hint = ": encrypted layers are not supported" if "encrypted" in found.media_type else ""
-        raise ContentInvalid(f"{fields.path}.mediaType: {found.media_type[:100]!r} is no layer type we unpack{hint}")
+    if plain_type(found) not in _LAYERS:
+        raise ContentInvalid(f"{fields.path}.mediaType: {found.media_type[:100]!r} is no layer type we unpack")
     return found
 
 
@@ -210,9 +212,10 @@ def parse_config(
             raise ContentInvalid(
                 f"{what}.rootfs.diff_ids: {diff_id[:100]!r} is not sha256: and 64 lower-case hex digits"
             )
+    seals = tuple(map(seal, manifest.layers))
     layers = tuple(
         Layer(blob, diff_id, chain)
-        for blob, diff_id, chain in zip(manifest.layers, diff_ids, chain_ids(diff_ids), strict=True)
+        for blob, diff_id, chain in zip(manifest.layers, diff_ids, chain_ids(diff_ids, seals), strict=True)
     )
     return _image_config(document), layers
 
@@ -243,9 +246,13 @@ def check_platform(image: ImageConfig, platform: Platform, what: str) -> None:
         raise ImageNotFound(f"{what}: the image is for {offered}, this machine is {platform}")
 
 
-def chain_ids(diff_ids: tuple[str, ...]) -> tuple[str, ...]:
-    """image-spec config.md, "Layer ChainID": each names its layer applied on all those below."""
+def chain_ids(diff_ids: tuple[str, ...], seals: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """image-spec config.md, "Layer ChainID": each names its layer applied on all those below. Where a layer is
+    encrypted, its seal is in the chain as well."""
     chains: list[str] = []
-    for diff_id in diff_ids:
-        chains.append(digest_of(f"{chains[-1]} {diff_id}".encode()) if chains else diff_id)
+    for diff_id, sealed in zip(diff_ids, seals or ("",) * len(diff_ids), strict=True):
+        if sealed:
+            chains.append(digest_of(" ".join((*chains[-1:], diff_id, sealed)).encode()))
+        else:
+            chains.append(digest_of(f"{chains[-1]} {diff_id}".encode()) if chains else diff_id)
     return tuple(chains)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,15 @@ class Credentials:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyFile:
+    """A private key for encrypted layers, as its file was read; `name` is for messages."""
+
+    name: str
+    data: bytes = field(repr=False)
+    password: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """How far one blob is; `total` in bytes, `phase` one of "waiting", "download", "unpack", "done", "exists"."""
 
@@ -92,6 +101,9 @@ class Progress:
     done: int
     total: int
 
+
+LayerKey: TypeAlias = tuple[bytes, bytes, bytes]
+"""What opens an encrypted layer: the AES-256 key, the nonce, and the HMAC that the encrypted bytes have."""
 
 ProgressFunction = Callable[[Progress], None]
 
@@ -111,8 +123,17 @@ class Unpacker(Protocol):
         """True when the layer is committed and durable."""
         ...
 
-    def unpack_layer(self, blob: Path, media_type: str, diff_id: str, chain_id: str, parent: str | None) -> None:
-        """Unpacks the verified `blob` as `chain_id` on `parent`; returns once it is durable and visible.
+    def unpack_layer(
+        self,
+        blob: Path,
+        media_type: str,
+        diff_id: str,
+        chain_id: str,
+        parent: str | None,
+        key: LayerKey | None = None,
+    ) -> None:
+        """Unpacks the verified `blob` as `chain_id` on `parent`; returns once it is durable and visible. With `key` the
+        blob is encrypted (AES-256-CTR), and `media_type` that of its plain text.
 
         Layers of one image may be unpacked at once: commit waits for the parent's. Idempotent; equal calls at once
         are one. After a failure or a crash nothing is visible and the rest is garbage for the next `collect`.
@@ -160,6 +181,10 @@ class RegistryUnavailable(ImageError):
 
 class ContentInvalid(ImageError):
     """What came is not what was announced: digest, size, media type, JSON or limits."""
+
+
+class DecryptionRefused(ImageError):
+    """The layers are encrypted, and no key that was given or that this node has opens them; or such a key is none."""
 
 
 class PolicyInvalid(ImageError):

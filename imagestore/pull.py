@@ -12,11 +12,12 @@ whole blobs, committed layers and resumable ingests, which the next `collect` or
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from imagestore.config import StoreConfig
 from imagestore.content import Blobs, Ingest, errno_text
+from imagestore.encryption.layers import Opener
 from imagestore.leases import Leases
 from imagestore.manifest import check_platform, parse_config
 from imagestore.model import (
@@ -24,7 +25,9 @@ from imagestore.model import (
     Descriptor,
     ImageConfig,
     ImageError,
+    KeyFile,
     Layer,
+    LayerKey,
     Progress,
     ProgressFunction,
     Unpacker,
@@ -55,9 +58,10 @@ class Pulled:
 
 @dataclass(slots=True)
 class Held:
-    """The leases of one pull, and its turns at downloading."""
+    """The leases of one pull, its turns at downloading, and the private keys that its caller gave."""
 
     turns: asyncio.Semaphore
+    keys: tuple[KeyFile, ...] = ()
     blobs: set[str] = field(default_factory=set)
     layers: set[str] = field(default_factory=set)
 
@@ -75,6 +79,7 @@ class Puller:
         self._flights = Flights()
         self._downloads = Slots(config.node_downloads)
         self.unpacks = Slots(config.concurrent_unpacks)
+        self.opener = Opener(config.decryption_keys)
 
     async def run(self, source: Source, held: Held, tell: ProgressFunction, admit: Admit) -> Pulled:
         """`admit` is asked with the digests of what the name led to and of the manifest, before anything is fetched
@@ -90,7 +95,8 @@ class Puller:
         data = await self.threads.io(self.blobs.read, manifest.config.digest, self.config.config_bytes)
         config, layers = await self.threads.io(parse_config, data, manifest, what, self.config)
         check_platform(config, self.config.platform, what)
-        await _Layers(self, source, layers, held, tell).run()
+        opened = await self.threads.io(self.opener.open, layers, held.keys)
+        await _Layers(self, source, layers, held, tell, opened).run()
         descriptor = Descriptor(manifest.media_type, chosen.digest, len(chosen.data))
         return Pulled(manifest.config.digest, descriptor, top.digest, config, layers)
 
@@ -148,13 +154,20 @@ class _Layers:
     """The layers of one pull, downloaded and unpacked at once."""
 
     def __init__(
-        self, puller: Puller, source: Source, layers: tuple[Layer, ...], held: Held, tell: ProgressFunction
+        self,
+        puller: Puller,
+        source: Source,
+        layers: tuple[Layer, ...],
+        held: Held,
+        tell: ProgressFunction,
+        keys: Mapping[str, LayerKey],
     ) -> None:
         self._puller = puller
         self._source = source
         self._layers = layers
         self._held = held
         self._tell = tell
+        self._keys = keys
         self._arrived = [asyncio.Event() for _ in layers]
         self._committed = [asyncio.Event() for _ in layers]
         self._leased = asyncio.Event()
@@ -202,17 +215,18 @@ class _Layers:
         puller = self._puller
         blob = puller.blobs.path(layer.blob.digest)
         parent = self._layers[number - 1].chain_id if number else None
+        key = self._keys.get(layer.chain_id)
         slot = await self._slot(number)
         try:
             self._report(layer, "unpack", 0)
             try:
-                await puller.unpacking.unpack(layer, blob, parent)
+                await puller.unpacking.unpack(layer, blob, parent, key)
             except ContentInvalid:
                 if await puller.threads.io(puller.blobs.is_sound, layer.blob):
                     raise
                 # It was damaged on this disk since it was verified: that is no fault of the image.
                 await puller.fetch(self._source, layer.blob, self._held, self._tell)
-                await puller.unpacking.unpack(layer, blob, parent)
+                await puller.unpacking.unpack(layer, blob, parent, key)
         finally:
             if slot:
                 puller.unpacks.here().release()

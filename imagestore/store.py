@@ -32,11 +32,13 @@ from imagestore.model import (
     AccessDenied,
     ContentInvalid,
     Credentials,
+    DecryptionRefused,
     Descriptor,
     Image,
     ImageConfig,
     ImageError,
     ImageNotFound,
+    KeyFile,
     Layer,
     PolicyInvalid,
     Progress,
@@ -72,6 +74,7 @@ _KINDS: tuple[type[ImageError], ...] = (
     ContentInvalid,
     SignatureRefused,
     PolicyInvalid,
+    DecryptionRefused,
     ImageError,
 )
 
@@ -87,6 +90,15 @@ class _Contents:
     @property
     def size(self) -> int:
         return self.config_blob.size + sum(layer.blob.size for layer in self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Caller:
+    """Who asks for a pull: a login, the pod's namespace, private keys."""
+
+    credentials: Credentials | None
+    namespace: str
+    keys: tuple[KeyFile, ...]
 
 
 class Store:
@@ -128,31 +140,30 @@ class Store:
         credentials: Credentials | None = None,
         progress: ProgressFunction | None = None,
         namespace: str = "",
+        keys: tuple[KeyFile, ...] = (),
     ) -> Image:
         """See cri.interfaces.Images.pull. A short name that may mean several images is the first that there is."""
+        caller = _Caller(credentials, namespace, keys)
         candidates = self._remotes.candidates(reference)
         said: list[str] = []
         for wanted in candidates[:-1]:
             try:
-                return await self._pull_one(wanted, credentials, progress, namespace)
+                return await self._pull_one(wanted, caller, progress)
             except (ImageNotFound, AccessDenied, RegistryUnavailable) as error:
                 said.append(str(error))
         try:
-            return await self._pull_one(candidates[-1], credentials, progress, namespace)
+            return await self._pull_one(candidates[-1], caller, progress)
         except ImageError as error:
             if not said or isinstance(error, SignatureRefused):
                 raise
             kind = next(kind for kind in _KINDS if isinstance(error, kind))
             raise kind("; ".join([*said[:8], str(error)])) from error
 
-    async def _pull_one(
-        self, wanted: Reference, credentials: Credentials | None, progress: ProgressFunction | None, namespace: str
-    ) -> Image:
-        # Who asks is part of what is asked: nobody joins a pull that somebody else's password, or policy, has opened.
-        key = (str(wanted), credentials, namespace)
+    async def _pull_one(self, wanted: Reference, caller: _Caller, progress: ProgressFunction | None) -> Image:
+        # Who asks is part of what is asked: nobody joins a pull that somebody else's password, key or policy opened.
         try:
             image = await self._shared.join(
-                key, lambda tell: self._pull(wanted, credentials, self._also(wanted, tell), namespace), progress
+                (str(wanted), caller), lambda tell: self._pull(wanted, caller, self._also(wanted, tell)), progress
             )
             if not self._config.keep_blobs:
                 await asyncio.to_thread(self._drop_layers, image)
@@ -160,24 +171,22 @@ class Store:
         except ImageError as error:
             raise _told(f"pull {wanted}", error) from error
 
-    async def _pull(
-        self, wanted: Reference, credentials: Credentials | None, tell: ProgressFunction, namespace: str
-    ) -> Image:
+    async def _pull(self, wanted: Reference, caller: _Caller, tell: ProgressFunction) -> Image:
         async def work(held: Held) -> Image:
             subject = in_registry(wanted)
-            requirements = await self._threads.io(self._trust.before, subject, namespace)
+            requirements = await self._threads.io(self._trust.before, subject, caller.namespace)
             await self._threads.io(preload)
             async with self._transport.open():
-                source = RegistrySource(wanted, await self._remotes.repositories(wanted, credentials))
-                image = await self._unchanged(wanted, source, namespace)
+                source = RegistrySource(wanted, await self._remotes.repositories(wanted, caller.credentials))
+                image = await self._unchanged(wanted, source, caller)
                 if image is None:
                     finder = Finder(wanted, source, self._transport, self._config)
-                    gate = Gate(self._trust, subject, requirements, finder, namespace)
+                    gate = Gate(self._trust, subject, requirements, finder, caller.namespace)
                     pulled = await self._puller.run(source, held, tell, gate.admit)
                     image = await self._threads.io(self._record, wanted, pulled, pulled.served, gate)
                 return image
 
-        return await self._session(work)
+        return await self._session(work, caller.keys)
 
     @contextmanager
     def watched(self, listener: Callable[[str, Progress], None]) -> Iterator[None]:
@@ -200,7 +209,7 @@ class Store:
         for layer in image.layers:
             self._collector.remove_blob(layer.blob.digest)
 
-    async def _unchanged(self, wanted: Reference, source: RegistrySource, namespace: str) -> Image | None:
+    async def _unchanged(self, wanted: Reference, source: RegistrySource, caller: _Caller) -> Image | None:
         """The image when the registry still means by `wanted` what is here, whole."""
         record = await self._threads.io(self._records.by_name, wanted)
         served = {name.served for name in record.names if name.name == str(wanted)} if record else set()
@@ -212,14 +221,14 @@ class Store:
             return None  # some registries know no HEAD: then the manifest itself tells
         if digest not in served:
             return None
-        return await self._threads.io(self._still_permitted, record, str(wanted), namespace)
+        return await self._threads.io(self._still_permitted, record, str(wanted), caller)
 
-    def _still_permitted(self, record: ImageRecord, name: str, namespace: str) -> Image | None:
+    def _still_permitted(self, record: ImageRecord, name: str, caller: _Caller) -> Image | None:
         """The image of a record, if it is whole and the policy of today accepts it with the signatures it came with."""
         image = self._image(record, again=True)
         try:
             if image is not None:
-                self.permit(image, name, namespace)
+                self.permit(image, name, caller.namespace, caller.keys)
         except SignatureRefused:
             return None  # there may be other signatures by now
         return image
@@ -270,10 +279,10 @@ class Store:
         except ImageError as error:
             raise _told(f"import {path}", error) from error
 
-    async def _session(self, work: Callable[[Held], Awaitable[T]]) -> T:
+    async def _session(self, work: Callable[[Held], Awaitable[T]], keys: tuple[KeyFile, ...] = ()) -> T:
         """A pull's frame: its leases and worker threads exist as long as it does."""
         async with self._pulls.here():
-            held = Held(asyncio.Semaphore(self._config.concurrent_downloads))
+            held = Held(asyncio.Semaphore(self._config.concurrent_downloads), keys)
             self._threads.enter()
             try:
                 # Blocks while another process collects; entered for certain, so that `leave` is right.
@@ -309,10 +318,11 @@ class Store:
         record, _ = self._find(name)
         return self._image(record) if record else None
 
-    def permit(self, image: Image, name: str, namespace: str = "") -> None:
+    def permit(self, image: Image, name: str, namespace: str = "", keys: tuple[KeyFile, ...] = ()) -> None:
         """See cri.interfaces.Images.permit."""
         try:
             self._trust.permit(image, name, self._records.origins(image.id), namespace)
+            self._puller.opener.open(image.layers, keys)
         except ImageError as error:
             raise _told(f"use image {name}", error) from error
 

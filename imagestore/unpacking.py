@@ -16,8 +16,9 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from imagestore.content import errno_text
+from imagestore.encryption.layers import plain_type
 from imagestore.leases import Leases
-from imagestore.model import ContentInvalid, ImageError, Layer, Unpacker
+from imagestore.model import ContentInvalid, ImageError, Layer, LayerKey, Unpacker
 from imagestore.threads import Threads
 
 # An unpacker that is told to stop a moment before it has begun does not hear it: it is told again.
@@ -44,14 +45,14 @@ class Unpacking:
         self.can_cancel = hasattr(unpacker, "cancel")
         """Whether the unpacker can be told to stop waiting for a parent. Its Protocol leaves that open."""
 
-    async def unpack(self, layer: Layer, blob: Path, parent: str | None) -> None:
+    async def unpack(self, layer: Layer, blob: Path, parent: str | None, key: LayerKey | None = None) -> None:
         """After: the layer is committed. Raises ContentInvalid, ImageError."""
         job = self._jobs.get(layer.chain_id)
         if job is not None and job.doomed:
             await self._end(layer.chain_id, job, None)
             job = self._jobs.get(layer.chain_id)
         if job is None:
-            job = self._start(layer, blob, parent)
+            job = self._start(layer, blob, parent, key)
         try:
             await asyncio.wait({asyncio.wrap_future(job.future)})
         except asyncio.CancelledError:
@@ -71,11 +72,11 @@ class Unpacking:
             if self._leases.holders(chain_id) == 0:
                 self._doom(chain_id, job)
 
-    def _start(self, layer: Layer, blob: Path, parent: str | None) -> _Job:
+    def _start(self, layer: Layer, blob: Path, parent: str | None, key: LayerKey | None) -> _Job:
         chain_id = layer.chain_id
         job = self._jobs[chain_id] = _Job(
             self._threads.start_unpack(
-                self._unpacker.unpack_layer, blob, layer.blob.media_type, layer.diff_id, chain_id, parent
+                self._unpacker.unpack_layer, blob, plain_type(layer.blob), layer.diff_id, chain_id, parent, key
             )
         )
 

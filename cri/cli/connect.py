@@ -41,9 +41,10 @@ class Api:
 
             self._stubs = (api_pb2_grpc.RuntimeServiceStub(channel), api_pb2_grpc.ImageServiceStub(channel))
 
-    async def call(self, name: str, request: Any, *, network: str = "") -> Any:
-        """One unary call. Raises ApiError."""
-        metadata = (("ocid-network", network),) if network else ()
+    async def call(self, name: str, request: Any, *, network: str = "", keys: bytes = b"") -> Any:
+        """One unary call; cri.service says what goes along with which. Raises ApiError."""
+        carried = (("ocid-network", network), ("ocid-decryption-keys-bin", keys))
+        metadata = tuple((key, value) for key, value in carried if value)
         if self._stubs is None:
             from cri.errors import CallFailed
 

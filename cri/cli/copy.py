@@ -21,11 +21,12 @@ from cri.cli.places import (
     store_root,
     stored_digest,
 )
-from cri.cli.pull import credentials
+from cri.cli.pull import credentials, given_keys, keys_argument
 from imagestore.copying.copy import CopyOptions
 from imagestore.copying.places import Place, parse_place
 from imagestore.copying.session import beside
-from imagestore.model import ReferenceInvalid
+from imagestore.encryption.keys import recipients
+from imagestore.model import ImageError, ReferenceInvalid
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--src-creds", metavar="USER:PASSWORD", help="log in to the source's registry with these")
     parser.add_argument("--dest-creds", metavar="USER:PASSWORD", help="log in to the target's registry with these")
     authfile_argument(parser)
+    keys_argument(parser)
+    parser.add_argument(
+        "--encryption-key",
+        action="append",
+        default=[],
+        metavar="jwe:FILE|pkcs7:FILE",
+        help="encrypt every layer for whoever has the private key to this public key or certificate; may be repeated",
+    )
     parser.add_argument("--insecure-policy", action="store_true", help="do not ask the signature policy of the source")
     parser.add_argument("--digestfile", metavar="FILE", help="write the digest there, too")
     parser.add_argument("source", help="from where, such as docker://docker.io/library/busybox:1 or oci:DIR:TAG")
@@ -81,4 +90,16 @@ async def _run(args: argparse.Namespace, source: Place, target: Place) -> str:
 def _options(args: argparse.Namespace, platform: object, target: Place) -> CopyOptions:
     # A registry is sent compressed layers, as everybody does; files are left as they are.
     compress = args.compress or ("plain" if target.kind == "docker" and not args.preserve_digests else "")
-    return CopyOptions(platform, args.all, args.format, compress, args.preserve_digests)  # type: ignore[arg-type]
+    try:
+        to = recipients(args.encryption_key)
+    except ImageError as error:
+        raise CommandError(str(error)) from None
+    return CopyOptions(
+        platform,  # type: ignore[arg-type]
+        args.all,
+        args.format,
+        compress,
+        args.preserve_digests,
+        given_keys(args),
+        to,
+    )

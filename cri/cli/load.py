@@ -18,7 +18,7 @@ from pathlib import Path
 from cri.api import api_pb2 as pb
 from cri.cli.connect import Api, configuration, connect
 from cri.cli.main import CommandError
-from cri.cli.pull import pull
+from cri.cli.pull import given_keys, pull
 from imagestore.copying.archives import ArchiveImages, images_in, plain_copy
 from imagestore.copying.places import Place
 from imagestore.model import ImageError
@@ -74,9 +74,15 @@ def _request(found: ArchiveImages, path: Path, tag: str, name: str) -> dict[str,
 
 async def into_store(args: argparse.Namespace, source: Place, name: str) -> str:
     """What `ocid copy SOURCE ocid:NAME` does; the digest of the image's manifest."""
+    if args.encryption_key:
+        raise CommandError("--encryption-key: what is in the store is as it came; copy it from there to elsewhere")
+    if args.decryption_key and source.kind != "docker":
+        raise CommandError("--decryption-key: from files the store takes layers that the node's own keys open")
     async with connect(args) as api:
         if source.kind in ("docker", "ocid"):
-            image = await pull(api, source.name, creds=args.src_creds) if source.kind == "docker" else source.name
+            image = source.name
+            if source.kind == "docker":
+                image = await pull(api, source.name, creds=args.src_creds, keys=given_keys(args))
             if name:
                 await api.own("Tag", {"name": image, "new": name})
         elif source.kind in ("oci", "oci-archive", "docker-archive"):

@@ -15,11 +15,12 @@ from cri.cli.connect import Api, connect
 from cri.cli.main import CommandError
 
 if TYPE_CHECKING:
-    from imagestore.model import Credentials
+    from imagestore.model import Credentials, KeyFile
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="log in to the registry with these")
+    keys_argument(parser)
     parser.add_argument("image", help="reference, such as docker.io/library/nginx:1.27 or host:5000/app@sha256:…")
 
 
@@ -29,22 +30,55 @@ def run(args: argparse.Namespace) -> int:
 
 async def _run(args: argparse.Namespace) -> int:
     async with connect(args) as api:
-        print(await pull(api, args.image, creds=args.creds))
+        print(await pull(api, args.image, creds=args.creds, keys=given_keys(args)))
     return 0
 
 
-async def pull(api: Api, image: str, *, creds: str | None = None) -> str:
+def keys_argument(parser: argparse.ArgumentParser) -> None:
+    """The `--decryption-key` option."""
+    parser.add_argument(
+        "--decryption-key",
+        action="append",
+        default=[],
+        metavar="FILE[:PASSWORD]",
+        help="a private key that opens encrypted layers; PASSWORD, file=FILE or fd=N where it has one; may be repeated",
+    )
+
+
+def given_keys(args: argparse.Namespace) -> tuple[KeyFile, ...]:
+    """What `--decryption-key` names. Raises CommandError."""
+    if not args.decryption_key:
+        return ()
+    from imagestore.encryption.keys import key_files
+    from imagestore.model import ImageError
+
+    try:
+        return key_files(args.decryption_key)
+    except ImageError as error:
+        raise CommandError(str(error)) from None
+
+
+def packed(keys: tuple[KeyFile, ...]) -> bytes:
+    """The keys as they go along with a call."""
+    if not keys:
+        return b""
+    from imagestore.encryption.keys import pack
+
+    return pack(keys)
+
+
+async def pull(api: Api, image: str, *, creds: str | None = None, keys: tuple[KeyFile, ...] = ()) -> str:
     """Pulls and returns the image's id; shows bars on a terminal when the work is done in this process."""
     if api.local is not None and sys.stderr.isatty():
-        return await _pull_with_bars(api, image, creds)
+        return await _pull_with_bars(api, image, creds, keys)
     if sys.stderr.isatty():
         watching = asyncio.create_task(_watch(api))
         try:
-            return await _ask(api, image, creds)
+            return await _ask(api, image, creds, keys)
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
-    return await _ask(api, image, creds)
+    return await _ask(api, image, creds, keys)
 
 
 async def _watch(api: Api) -> None:
@@ -57,20 +91,20 @@ async def _watch(api: Api) -> None:
             show(Progress(step["digest"], step["phase"], step["done"], step["total"]))
 
 
-async def _ask(api: Api, image: str, creds: str | None) -> str:
+async def _ask(api: Api, image: str, creds: str | None, keys: tuple[KeyFile, ...]) -> str:
     request = pb.PullImageRequest(image=pb.ImageSpec(image=image))
     if creds:
         request.auth.username, _, request.auth.password = creds.partition(":")
-    return str((await api.call("PullImage", request)).image_ref)
+    return str((await api.call("PullImage", request, keys=packed(keys))).image_ref)
 
 
-async def _pull_with_bars(api: Api, image: str, creds: str | None) -> str:
+async def _pull_with_bars(api: Api, image: str, creds: str | None, keys: tuple[KeyFile, ...]) -> str:
     from cri.cli.bars import bars
     from imagestore.model import ImageError
 
     with bars() as show:
         try:
-            return str((await api.local.images.pull(image, credentials(creds), show)).id)
+            return str((await api.local.images.pull(image, credentials(creds), show, keys=keys)).id)
         except ImageError as error:
             raise CommandError(str(error)) from None
 

@@ -22,7 +22,7 @@ from cri.cli import names, options
 from cri.cli.attach import Streams
 from cri.cli.connect import Api, ApiError, connect
 from cri.cli.main import CommandError
-from cri.cli.pull import pull
+from cri.cli.pull import given_keys, keys_argument, packed, pull
 from cri.cli.rm import remove
 from cri.cli.watch import wait_exit
 from runtime.linux.files import remove_tree
@@ -72,6 +72,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--privileged", action="store_true", help="all capabilities and devices of this node, no seccomp")
     add("--hostname", default="", help="its host name (default: its name)")
     add("--pull", choices=("missing", "always", "never"), default="missing", help="when to fetch (default: missing)")
+    keys_argument(parser)
     add("image", help="reference, docker://…, oci:DIR[:TAG], oci-archive:FILE or docker-archive:FILE")
     add("command", nargs=argparse.REMAINDER, help="command and arguments (default: the image's)")
 
@@ -128,7 +129,8 @@ async def _launch(api: Api, args: argparse.Namespace, name: str) -> tuple[str, s
         create = pb.CreateContainerRequest(
             pod_sandbox_id=pod, config=_container_config(args, name, image), sandbox_config=sandbox_config
         )
-        container = str((await _command(api, "CreateContainer", create)).container_id)
+        made = await _command(api, "CreateContainer", create, packed(given_keys(args)))
+        container = str(made.container_id)
         streams = None if args.detach else _attach(api, args, pod, container)
         await _command(api, "StartContainer", pb.StartContainerRequest(container_id=container))
         undo.pop_all()
@@ -149,10 +151,10 @@ def _attach(api: Api, args: argparse.Namespace, pod: str, container: str) -> Str
     return streams
 
 
-async def _command(api: Api, name: str, request: Any) -> Any:
+async def _command(api: Api, name: str, request: Any, keys: bytes = b"") -> Any:
     """A call that fails when the command cannot be run; that has exit codes of its own."""
     try:
-        return await api.call(name, request)
+        return await api.call(name, request, keys=keys)
     except ApiError as error:
         raise CommandError(str(error), _exit_code(str(error))) from None
 
@@ -181,7 +183,7 @@ async def _image(api: Api, args: argparse.Namespace) -> str:
             raise CommandError(f"there is no image {args.image!r}, and --pull never forbids fetching it")
     if sys.stderr.isatty():
         print(f"pulling {args.image}", file=sys.stderr)
-    return await pull(api, args.image)
+    return await pull(api, args.image, keys=given_keys(args))
 
 
 async def _import(api: Api, source: str, path: str) -> str:

@@ -12,10 +12,15 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cri.cli import output
 from cri.cli.main import CommandError
+from cri.cli.pull import given_keys, keys_argument
+
+if TYPE_CHECKING:
+    from cri.config import Config
+    from imagestore.model import KeyFile
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="look at the unpacked layers of an image that is here instead: unpack it once more and compare",
     )
+    keys_argument(parser)
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="log in to the registry with these")
     output.format_argument(parser)
     parser.add_argument("image", help="an image in a registry; with --deep one that was pulled")
@@ -100,11 +106,10 @@ async def _deep(args: argparse.Namespace) -> int:
     async with connect(args) as api:
         asked = pb.ImageStatusRequest(image=pb.ImageSpec(image=args.image), verbose=True)
         answer = await api.call("ImageStatus", asked)
-        root = api.config.root
     if not answer.HasField("image"):
         raise CommandError(f"image {args.image!r} is not here; pull it first")
     manifest = json.loads(answer.info["info"])["manifestDigest"]
-    differences = await asyncio.to_thread(_differences, root, manifest)
+    differences = await asyncio.to_thread(_differences, api.config, manifest, given_keys(args))
     if args.format == "json":
         output.as_json({"image": answer.image.id, "manifest": manifest, "differences": differences})
     else:
@@ -115,20 +120,31 @@ async def _deep(args: argparse.Namespace) -> int:
     return 1 if differences else 0
 
 
-def _differences(root: Path, manifest: str) -> list[str]:
+def _differences(config: Config, manifest: str, keys: tuple[KeyFile, ...]) -> list[str]:
+    from cri.image_config import store_config
     from imagestore.content import Blobs
     from imagestore.deep import layers_of
+    from imagestore.encryption.layers import Opener, plain_type
     from imagestore.model import ImageError
     from snapshotter.model import SnapshotError
     from snapshotter.recheck import Checked, directories, recheck
 
+    root = config.root
     blobs = Blobs(root / "images")
     try:
         layers, damaged = layers_of(blobs, manifest)
         if damaged:
             return damaged
+        opened = Opener(store_config(config).decryption_keys).open(layers, keys)
         checked = [
-            Checked(blobs.path(one.blob.digest), one.blob.media_type, one.diff_id, one.chain_id) for one in layers
+            Checked(
+                blobs.path(one.blob.digest),
+                plain_type(one.blob),
+                one.diff_id,
+                one.chain_id,
+                opened.get(one.chain_id),
+            )
+            for one in layers
         ]
         return list(recheck(_scratch(root), checked, directories(root / "ocid.db", root / "snapshots")))
     except (ImageError, SnapshotError, OSError) as error:

@@ -27,15 +27,17 @@ from cri.undo import Undo
 from cri.verbs.remove_container import take_away
 from cri.verbs.run_pod import cgroup_parent, check_labels, hostname, namespaces
 from cri.verbs.stop_container import signal_number
-from imagestore.model import Image
+from imagestore.model import Image, KeyFile
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import write_durable
 
 log = logging.getLogger(__name__)
 
 
-async def create_container(node: Node, request: pb.CreateContainerRequest) -> pb.CreateContainerResponse:
-    """Makes the container in its pod."""
+async def create_container(
+    node: Node, request: pb.CreateContainerRequest, keys: tuple[KeyFile, ...] = ()
+) -> pb.CreateContainerResponse:
+    """Makes the container in its pod. `keys` are the caller's, for images whose layers are encrypted."""
     pod = node.pod(request.pod_sandbox_id)
     config = request.config
     metadata = config.metadata
@@ -67,7 +69,7 @@ async def create_container(node: Node, request: pb.CreateContainerRequest) -> pb
         log_path=log_path(pod, config),
         resources=config.linux.resources.SerializeToString(),
     )
-    made = await node.container_names.once(key, fingerprint, what, lambda: _make(node, pod, container))
+    made = await node.container_names.once(key, fingerprint, what, lambda: _make(node, pod, container, keys))
     return pb.CreateContainerResponse(container_id=made)
 
 
@@ -83,14 +85,14 @@ def log_path(pod: Pod, config: pb.ContainerConfig) -> str:
     return os.path.join(directory, config.log_path) if directory and config.log_path else ""
 
 
-async def _make(node: Node, pod: Pod, container: Container) -> str:
+async def _make(node: Node, pod: Pod, container: Container, keys: tuple[KeyFile, ...]) -> str:
     trace.about(container=container.id)
     async with node.locks.held(container.id), Undo() as undo:
         undo.did("forget the container", lambda: _forget(node, container, undo))
         await node.store.add(container)
         failpoint("create_container.recorded")
         undo.did("remove the container", lambda: to_thread(take_away, node, container))
-        made = await to_thread(_build_and_create, node, pod, container)
+        made = await to_thread(_build_and_create, node, pod, container, keys)
         failpoint("create_container.created")
         # Before it is visible: StopPodSandbox may have begun meanwhile, and would have missed it.
         require_ready(node.store.pods[pod.id], f"create container {container.name}")
@@ -140,12 +142,12 @@ class _Made:
     facts: ContainerFacts
 
 
-def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
+def _build_and_create(node: Node, pod: Pod, container: Container, keys: tuple[KeyFile, ...]) -> _Made:
     """All that blocks, in one go. What it leaves when it fails is `take_away`'s to remove."""
     config = container.request
     image = find_image(node, config.image.image)
     # By the name that the pod asked for: a kubelet asks by id, and policies are about names.
-    node.parts.images.permit(image, config.image.user_specified_image or config.image.image, pod.namespace)
+    node.parts.images.permit(image, config.image.user_specified_image or config.image.image, pod.namespace, keys)
     stop_signal = stop_signal_of(config, image)
     user = _user(node, config, image)
     name, handler = node.handler(pod.handler)
@@ -168,7 +170,7 @@ def _build_and_create(node: Node, pod: Pod, container: Container) -> _Made:
                 **validate.passed(pod.request.annotations, node.config.runtime.pod_annotations),
                 **validate.passed(config.annotations, node.config.runtime.container_annotations),
             },
-            image_mounts={} if handler else _image_mounts(node, container, pod.namespace, ids),
+            image_mounts={} if handler else _image_mounts(node, container, pod.namespace, ids, keys),
         )
     )
     rootfs = node.parts.snapshots.prepare(container.id, image.chain_id if image.layers else None, ids)
@@ -203,14 +205,16 @@ def _check_foreign(handler: str, config: pb.ContainerConfig) -> None:
                 raise InvalidArgument(f"mounts[{index}].{field}: not with runtime handler {handler!r}; native has it")
 
 
-def _image_mounts(node: Node, container: Container, namespace: str, ids: IdMap | None) -> dict[int, ImageMount]:
+def _image_mounts(
+    node: Node, container: Container, namespace: str, ids: IdMap | None, keys: tuple[KeyFile, ...]
+) -> dict[int, ImageMount]:
     """The images that mounts show, each by a snapshot that keeps its layers; `take_away` removes those."""
     found = {}
     for index, mount in enumerate(container.request.mounts):
         if not mount.HasField("image"):
             continue
         image = find_image(node, images.check(f"mounts[{index}]", mount))
-        node.parts.images.permit(image, mount.image.user_specified_image or mount.image.image, namespace)
+        node.parts.images.permit(image, mount.image.user_specified_image or mount.image.image, namespace, keys)
         key = volume_key(container.id, index)
         layers = node.parts.snapshots.prepare(key, image.chain_id if image.layers else None, ids)
         found[index] = ImageMount(layers, ids is not None)

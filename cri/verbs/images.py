@@ -20,7 +20,7 @@ from cri.api import api_pb2 as pb
 from cri.errors import InvalidArgument
 from cri.node import Node
 from cri.threads import to_thread
-from imagestore.model import Credentials, Image
+from imagestore.model import Credentials, Image, KeyFile
 from runtime.linux.failpoint import failpoint
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ async def image_status(node: Node, request: pb.ImageStatusRequest) -> pb.ImageSt
     return response
 
 
-async def pull_image(node: Node, request: pb.PullImageRequest) -> pb.PullImageResponse:
+async def pull_image(node: Node, request: pb.PullImageRequest, keys: tuple[KeyFile, ...] = ()) -> pb.PullImageResponse:
     """Pulls; cancelling it cancels this caller's part in the pull."""
     name = _name(request.image)
     if request.image.runtime_handler:
@@ -100,7 +100,7 @@ async def pull_image(node: Node, request: pb.PullImageRequest) -> pb.PullImageRe
     started = time.monotonic()
     login = credentials(request.auth) if request.HasField("auth") else None
     with trace.pull_watched() as progress:
-        image = await node.parts.images.pull(name, login, progress, request.sandbox_config.metadata.namespace)
+        image = await node.parts.images.pull(name, login, progress, request.sandbox_config.metadata.namespace, keys)
     log.info("image %s is here as %s, after %.1f s", name, image.id, time.monotonic() - started)
     return pb.PullImageResponse(image_ref=image.id)
 

@@ -11,10 +11,12 @@ import hashlib
 import os
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from imagestore.copying.contents import Contents, encode
+from imagestore.encryption.layers import ENCRYPTED, is_encrypted, own_annotations, plain_type
 from imagestore.manifest import (
     DOCKER_CONFIG,
     DOCKER_MANIFEST,
@@ -79,6 +81,12 @@ def rewritten(document: Document, contents: Contents, format_type: str, layers: 
 
 
 def _described(layer: Descriptor, format_type: str) -> dict[str, Any]:
+    if is_encrypted(layer):
+        if format_type == DOCKER_MANIFEST:
+            raise ContentInvalid(f"layer {layer.digest}: docker's format has no encrypted layers (--format oci has)")
+        plain = _described(replace(layer, media_type=plain_type(layer)), format_type)
+        opening = own_annotations(layer.annotations)
+        return {**plain, "mediaType": plain["mediaType"] + ENCRYPTED, "annotations": opening}
     how = compression(layer)
     if how is None:
         raise ContentInvalid(f"layer {layer.digest}: {layer.media_type[:80]} has no name in {format_type}")

@@ -1,6 +1,6 @@
 """One image, or all of an index, from a source to a target.
 
-    top ─┬─ a manifest ──> its blobs, each: there already? ─no─> staged, verified ─> (recompressed) ─> handed over
+    top ─┬─ a manifest ──> its blobs, each: there already? ─no─> staged, verified ─> (changed) ─> handed over
          └─ an index ──> the one for a platform, or with `all` every child, then the index itself
 
 Event loop only. Refuses indexes within indexes beyond `index_depth`, and with `preserve_digests` any change. Invariant:
@@ -20,6 +20,9 @@ from imagestore.content import Blobs, errno_text
 from imagestore.copying.contents import Contents, encode, read
 from imagestore.copying.convert import FORMATS, compression, recompress, rewritten
 from imagestore.copying.targets import Target
+from imagestore.encryption.keys import Recipients
+from imagestore.encryption.layers import is_encrypted, plain_type
+from imagestore.encryption.sealing import decrypt, encrypt
 from imagestore.manifest import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
@@ -27,7 +30,7 @@ from imagestore.manifest import (
     OCI_MANIFEST,
     digest_of,
 )
-from imagestore.model import ContentInvalid, Descriptor, ImageError, Progress, ProgressFunction
+from imagestore.model import ContentInvalid, Descriptor, ImageError, KeyFile, Progress, ProgressFunction
 from imagestore.platforms import Platform
 from imagestore.pull import Admit
 from imagestore.registry import Document
@@ -46,6 +49,22 @@ class CopyOptions:
     format: str = ""
     compress: str = ""
     preserve_digests: bool = False
+    decryption_keys: tuple[KeyFile, ...] = ()
+    """With any, every encrypted layer is decrypted, or the copy fails."""
+    recipients: Recipients = Recipients()
+    """With any, every layer is encrypted for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """What a layer goes through on its way: decrypted, compressed with `how` unless that is None, encrypted."""
+
+    decrypt: bool = False
+    how: str | None = None
+    encrypt: bool = False
+
+    def __bool__(self) -> bool:
+        return self != _Change()
 
 
 class Copy:
@@ -128,13 +147,13 @@ class Copy:
         return {OCI_MANIFEST: OCI_INDEX, DOCKER_MANIFEST: DOCKER_LIST}.get(format_type, contents.media_type)
 
     async def _manifest(self, document: Document, contents: Contents) -> Document:
-        wanted = {layer.digest: self._compression(layer) for layer in contents.layers}
-        if any(how is not None for how in wanted.values()):
+        wanted = {layer.digest: self._change(layer) for layer in contents.layers}
+        if any(wanted.values()):
             self._may_change(document)
         found: dict[str, Descriptor] = {}
 
         async def carry(blob: Descriptor) -> None:
-            made = await self._blob(blob, wanted.get(blob.digest))
+            made = await self._blob(blob, wanted.get(blob.digest, _Change()))
             if made.digest != blob.digest:
                 found[blob.digest] = made
 
@@ -145,7 +164,8 @@ class Copy:
         except BaseExceptionGroup as failed:
             raise _first(failed) from None
         # An artifact has no words in another format: it stays what it is, unless the target insists.
-        format_type = self._target.format_type or FORMATS.get(self._options.format, "") or contents.media_type
+        own = OCI_MANIFEST if self._options.recipients else contents.media_type  # Docker's has no encrypted layers
+        format_type = self._target.format_type or FORMATS.get(self._options.format, "") or own
         made = rewritten(document, contents, format_type, found)
         if made.digest != document.digest:
             self._may_change(document)
@@ -154,6 +174,15 @@ class Copy:
     def _may_change(self, document: Document) -> None:
         if self._options.preserve_digests:
             raise ImageError(f"manifest {document.digest}: it would have to change, and its digest is to be preserved")
+
+    def _change(self, layer: Descriptor) -> _Change:
+        options, sealed = self._options, is_encrypted(layer)
+        decrypt = sealed and bool(options.decryption_keys)
+        if sealed and options.recipients and not decrypt:
+            raise ImageError(f"layer {layer.digest}: it is encrypted already, and no key is given to open it")
+        plain = replace(layer, media_type=plain_type(layer)) if decrypt else layer
+        encrypt = bool(options.recipients) and compression(plain) is not None
+        return _Change(decrypt, self._compression(plain), encrypt)
 
     def _compression(self, layer: Descriptor) -> str | None:
         """What the layer has to be compressed with, None when it stays as it is."""
@@ -172,42 +201,55 @@ class Copy:
 
     # ------------------------------------------------------------------------------------------------------- blobs
 
-    async def _blob(self, blob: Descriptor, how: str | None) -> Descriptor:
+    async def _blob(self, blob: Descriptor, change: _Change) -> Descriptor:
         """Carries a blob over, once for however many manifests name it; the descriptor that it has there."""
         async with self._locks.setdefault(blob.digest, asyncio.Lock()):
             if blob.digest not in self._done:
                 async with self._slots:
-                    self._done[blob.digest] = await self._carry(blob, how)
+                    self._done[blob.digest] = await self._carry(blob, change)
             return self._done[blob.digest]
 
-    async def _carry(self, blob: Descriptor, how: str | None) -> Descriptor:
-        if how is None and await self._target.has(blob):
+    async def _carry(self, blob: Descriptor, change: _Change) -> Descriptor:
+        if not change and await self._target.has(blob):
             self._tell(Progress(blob.digest, "exists", blob.size, blob.size))
             return blob
         await self._stage(blob, self._teller(blob, "download"))
         path = self._staging.path(blob.digest)
         made = blob
         try:
-            if how is not None:
+            if change:
                 self._tell(Progress(blob.digest, "compress", 0, blob.size))
-                path, made = await self._threads.io(self._recompress, path, blob, how)
-            if how is None or not await self._target.has(made):
+                path, made = await self._threads.io(self._changed, path, blob, change)
+            if not change or not await self._target.has(made):
                 await self._target.put(made, path, self._teller(made, "upload"))
         finally:
             await self._threads.io(_unlink, path, self._staging.path(blob.digest))
         self._tell(Progress(blob.digest, "done", blob.size, blob.size))
         return made
 
-    def _recompress(self, path: Path, blob: Descriptor, how: str) -> tuple[Path, Descriptor]:
-        other = path.with_name(f".{path.name}.{how or 'plain'}")
+    def _changed(self, path: Path, blob: Descriptor, change: _Change) -> tuple[Path, Descriptor]:
+        """Another file and its descriptor; of the files between nothing is left."""
+        options, limit = self._options, self._config.image_bytes
+        steps: list[tuple[str, Callable[[Path, Descriptor, Path], Descriptor]]] = []
+        if change.decrypt:
+            steps.append(("open", lambda old, of, new: decrypt(old, of, options.decryption_keys, new)))
+        if (how := change.how) is not None:
+            steps.append((how or "plain", lambda old, of, new: recompress(old, of, how, new, limit)))
+        if change.encrypt:
+            steps.append(("sealed", lambda old, of, new: encrypt(old, of, options.recipients, new)))
+        made, files = blob, [path]
         try:
-            return other, recompress(path, blob, how, other, self._config.image_bytes)
+            for name, step in steps:
+                files.append(path.with_name(f".{path.name}.{name}"))
+                made = step(files[-2], made, files[-1])
         except OSError as error:
-            _unlink(other)
+            _unlink(*files[1:])
             raise ImageError(f"layer {blob.digest}: {errno_text(error)}") from error
-        except ContentInvalid:
-            _unlink(other)
+        except ImageError:
+            _unlink(*files[1:])
             raise
+        _unlink(*files[1:-1])
+        return files[-1], made
 
     async def _stage(self, blob: Descriptor, report: Callable[[int], None]) -> None:
         ingest = await self._threads.io(self._staging.ingest, blob)

@@ -19,6 +19,7 @@ from imagestore.model import (
     ImageConfig,
     ImageError,
     ImageNotFound,
+    KeyFile,
     Layer,
     Progress,
     ProgressFunction,
@@ -96,6 +97,7 @@ class MemoryImages:
         credentials: Credentials | None = None,
         progress: ProgressFunction | None = None,
         namespace: str = "",
+        keys: tuple[KeyFile, ...] = (),
     ) -> Image:
         self.namespaces.append(namespace)
         wanted = parse(reference)
@@ -185,7 +187,7 @@ class MemoryImages:
             if name.reference.repository == wanted.repository and name.served == wanted.digest
         ]
 
-    def permit(self, image: Image, name: str, namespace: str = "") -> None:
+    def permit(self, image: Image, name: str, namespace: str = "", keys: tuple[KeyFile, ...] = ()) -> None:
         self.namespaces.append(namespace)
         refused = self.refused.get(name)
         if refused is not None:
