@@ -90,8 +90,9 @@ def busybox_root(directory: Path, *, copy: bool = False) -> Path:
 
 
 def _busybox(directory: Path) -> Path:
-    # pytest's directories are /tmp/pytest-of-…/pytest-N/test0/…: the copy lies beside the tests of this session.
-    above = next((p.parent for p in directory.parents if p.parent.name.startswith("pytest-")), directory.parent)
+    # pytest's directories are /tmp/pytest-of-…/pytest-N/test0/…, or …/pytest/test0/… in hack/test: the copy lies
+    # beside the tests of this session.
+    above = next((p.parent for p in directory.parents if p.parent.name.startswith("pytest")), directory.parent)
     shared = above / "busybox-binary"
     if not shared.exists():
         temporary = above / f".busybox.{secrets.token_hex(4)}"
