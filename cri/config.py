@@ -198,6 +198,12 @@ class ImageSection:
         "Take sigstore bundles that name no repository, as cosign 3 makes them, for signatures of the repository that "
         "they are found in: whoever may write there may then bring in a signed image from elsewhere.",
     )
+    timestamp_authorities: str = _key(
+        "",
+        "PEM file of time-stamping authorities (RFC 3161), roots and what leads to them, whose times count where a "
+        'sigstore bundle has none of its log, as with Rekor 2. "" trusts none.',
+        check=_absolute_or_none,
+    )
     decryption_keys_path: str = _key(
         "/etc/ocid/keys",
         "Where private keys lie (PEM or DER, without passwords) that open encrypted layers: every file in there, and "

@@ -31,6 +31,7 @@ def store_config(config: Config, measure: Callable[[], Usage] | None = None) -> 
         policy_defaults=(DEFAULT_POLICY,),
         policy_directory=Path(section.signature_policy_dir) if section.signature_policy_dir else None,
         registries_d=(section.registries_d,),
+        timestamp_authorities=Path(section.timestamp_authorities) if section.timestamp_authorities else None,
         decryption_keys=Path(section.decryption_keys_path) if section.decryption_keys_path else None,
         accept_unnamed_bundles=section.accept_unnamed_bundles,
         concurrent_pulls=section.concurrent_pulls,

@@ -40,6 +40,8 @@ class StoreConfig:
     registries_d: tuple[Path, ...] = ()
     accept_unnamed_bundles: bool = False
     """Take sigstore bundles that name no repository, as cosign 3 makes them, for ones of the repository they are in."""
+    timestamp_authorities: Path | None = None
+    """PEM: the authorities whose RFC 3161 times count for sigstore bundles."""
     decryption_keys: Path | None = None
     """Where the private keys lie that open encrypted layers, for pulls and for every use of what was pulled."""
     user_agent: str = "ocid/0.1"

@@ -3,9 +3,10 @@
     promise   the log's signature over {body, integratedTime, logID, logIndex} (a SET): says when
     proof     a Merkle path from the body to a root that the log has signed (a checkpoint): says that, not when
 
-One of both must hold, and of what is there both; a path without a checkpoint, as in bundles of v0.1, says nothing.
-Refuses entries about other signatures, other keys or other payloads.
-All of it works offline. Invariant: a time that comes from here was signed by the log.
+Logs of Rekor 1 give both, those of Rekor 2 the proof alone (timestamps.py tells the time there). One of both must hold,
+and of what is there both; a path without a checkpoint, as in bundles of v0.1, says nothing. Refuses entries about other
+signatures, other keys or other payloads. All of it works offline. Invariant: a time that comes from here was signed by
+the log.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _EVER = (1 << 63) - 1
 _VALUES = 10_000
 _PATH = 64
 _NOTE = 64 << 10
+_SIGNERS = 64
+_HASHES = {"SHA2_256": "sha256", "SHA2_384": "sha384", "SHA2_512": "sha512"}
 
 
 class Unproven(Exception):
@@ -67,6 +70,8 @@ class Logged:
     """PEM or DER: a certificate, or a public key."""
     signature: bytes
     payload: bytes
+    data: bytes
+    """What the signature is over: the payload, or an envelope's pre-authentication encoding of it."""
     envelope: bool
 
 
@@ -197,7 +202,7 @@ def _checkpoint(note: str, logs: Sequence[PublicKey]) -> tuple[int, bytes]:
     if not blank or len(lines) < 3 or not (lines[1].isascii() and lines[1].isdecimal() and len(lines[1]) <= 18):
         raise Unproven("the log's checkpoint is no signed note")
     signed = (text + "\n").encode()
-    for line in signatures.split("\n")[:16]:
+    for line in signatures.split("\n")[:_SIGNERS]:  # witnesses have signed it, too
         parts = line.split(" ")
         if len(parts) != 3 or parts[0] != "\u2014":
             continue
@@ -216,6 +221,9 @@ def _check_body(body: bytes, about: Logged) -> None:
     document = parse_object(body, "log entry's body", _VALUES)
     kind = (document.string("kind"), document.string("apiVersion"))
     spec = document.object("spec") or Fields({}, "spec")
+    if kind[1] == "0.0.2":
+        _check_body_2(kind[0], spec, about)
+        return
     wanted = ("dsse", "0.0.1") if about.envelope else ("hashedrekord", "0.0.1")
     if kind != wanted:
         raise Unproven(f"the log entry is a {kind[0][:40]} {kind[1][:20]}, expected {wanted[0]} {wanted[1]}")
@@ -231,6 +239,37 @@ def _check_body(body: bytes, about: Logged) -> None:
         raise Unproven("the log entry has no sha256 of what was signed")
     if digest.string("value") != hashlib.sha256(about.payload).hexdigest():
         raise Unproven("the log entry is about another payload")
+    _check_signer(made, about)
+
+
+def _check_body_2(kind: str, spec: Fields, about: Logged) -> None:
+    """Rekor 2: hashes and signers are protobuf messages; an envelope may be logged by the hash of what was signed."""
+    if kind == "hashedrekord":
+        inner = spec.object("hashedRekordV002") or Fields({}, "hashedRekordV002")
+        digest, listed, signed = inner.object("data"), inner.object("signature"), about.data
+        signatures = [listed] if listed else []
+    elif kind == "dsse" and about.envelope:
+        inner = spec.object("dsseV002") or Fields({}, "dsseV002")
+        digest, signatures, signed = inner.object("payloadHash"), list(inner.objects("signatures", 16)), about.payload
+    else:
+        raise Unproven(f"the log entry is a {kind[:40]} 0.0.2, expected hashedrekord or dsse")
+    hash_ = _HASHES.get(digest.string("algorithm")) if digest else None
+    if digest is None or hash_ is None:
+        raise Unproven("the log entry has no SHA-2 of what was signed")
+    if decoded(digest, "digest") != hashlib.new(hash_, signed).digest():
+        raise Unproven("the log entry is about another payload")
+    _check_signer([(decoded(one, "content"), _verifier_of(one)) for one in signatures], about)
+
+
+def _verifier_of(signature: Fields) -> bytes:
+    """The DER of a certificate or of a public key."""
+    verifier = signature.object("verifier")
+    holders = [verifier.object(name) for name in ("x509Certificate", "publicKey")] if verifier else []
+    return next((decoded(holder, "rawBytes") for holder in holders if holder), b"")
+
+
+def _check_signer(made: Sequence[tuple[bytes, bytes]], about: Logged) -> None:
+    """Signatures with who made them, as an entry has them."""
     if all(signature != about.signature for signature, _ in made):
         raise Unproven("the log entry is about another signature")
     signers = {_inner(one) for one in about.signers}

@@ -1,7 +1,8 @@
 """sigstore signatures, the old form (a claim and annotations) and the new (a bundle), against one sigstoreSigned.
 
     who signed       keys of the policy, or a certificate that its roots lead to (certificates.py)
-    since when       an entry of a log that the policy trusts (rekor.py); without it, for keys, any time will do
+    since when       an entry of a log that the policy trusts (rekor.py), a time-stamping authority's word
+                     (timestamps.py); without either, for keys, any time will do
     what was signed  a claim (claims.py), read only after its signature was verified
 
 Refuses a certificate where the policy has keys, and the other way round. All of it works offline. Invariant: a claim
@@ -21,6 +22,7 @@ from imagestore.keys import der, fingerprint, load_key, pem, verifies
 from imagestore.policy import Material, SigstoreSigned
 from imagestore.signatures import CERTIFICATE, CHAIN, ENTRY, SIGNATURE, Bundle, Cosign, decoded, from_base64
 from imagestore.strict_json import Fields, parse_object
+from imagestore.timestamps import Authorities, Untimed, authorities, time_of
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
@@ -42,6 +44,7 @@ class Trusted:
     requirement: SigstoreSigned
     keys: tuple[PublicKey, ...]
     logs: tuple[PublicKey, ...]
+    authorities: Authorities | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +59,13 @@ class _Signed:
     chain: bytes
     entry: rekor.Entry | None
     envelope: bool
+    tokens: tuple[bytes, ...] = ()
+    """RFC 3161 responses."""
 
 
-def trusted(requirement: SigstoreSigned) -> Trusted:
-    """Raises PolicyInvalid."""
-    return Trusted(requirement, _keys(requirement.keys), _keys(requirement.rekor))
+def trusted(requirement: SigstoreSigned, timestamps: Material | None = None) -> Trusted:
+    """`timestamps` is where the certificates of time-stamping authorities are. Raises PolicyInvalid."""
+    return Trusted(requirement, _keys(requirement.keys), _keys(requirement.rekor), authorities(timestamps))
 
 
 def _keys(materials: tuple[Material, ...]) -> tuple[PublicKey, ...]:
@@ -95,13 +100,33 @@ def _signer(signed: _Signed, roots: Trusted, now: float) -> tuple[PublicKey, str
     chain = _chain(signed.chain)
     when, logged = _logged(signed, roots, (signed.leaf,))
     if requirement.fulcio is not None:
-        if when is None:
-            raise NotSigned("the log's proof does not say when it was made, so a certificate of minutes proves nothing")
-        key, who = by_fulcio(leaf, chain, requirement.fulcio, when)
+        times = [] if when is None else [when]
+        stamped = _stamped(signed, roots, needed=not times)
+        for at in (*times, *stamped):  # it must have been good whenever somebody says that it was used
+            key, who = by_fulcio(leaf, chain, requirement.fulcio, at)
+        logged += ", with the time of an authority" if stamped else ""
     else:
         assert requirement.pki is not None  # one of the three is there: policy.py
         key, who = by_pki(leaf, chain, requirement.pki, int(now))
     return key, who + logged
+
+
+def _stamped(signed: _Signed, roots: Trusted, *, needed: bool) -> list[int]:
+    """The times that trusted authorities have signed. Raises NotSigned where one is `needed` and there is none."""
+    found, reason = [], "it has no RFC 3161 timestamp"
+    if roots.authorities is None:
+        reason = "no time-stamping authority is trusted (image.timestamp_authorities)"
+    else:
+        for token in signed.tokens:
+            try:
+                found.append(time_of(token, signed.signature, roots.authorities))
+            except Untimed as error:
+                reason = str(error)
+    if needed and not found:
+        raise NotSigned(
+            "the log's proof does not say when it was made, so a certificate of minutes proves nothing: " + reason
+        )
+    return found
 
 
 def _logged(signed: _Signed, roots: Trusted, signers: tuple[bytes, ...]) -> tuple[int | None, str]:
@@ -110,7 +135,7 @@ def _logged(signed: _Signed, roots: Trusted, signers: tuple[bytes, ...]) -> tupl
         return None, ""
     if signed.entry is None:
         raise NotSigned("it has no log entry, and the policy wants one (rekorPublicKey)")
-    about = rekor.Logged(signers, signed.signature, signed.payload, signed.envelope)
+    about = rekor.Logged(signers, signed.signature, signed.payload, signed.data, signed.envelope)
     when = rekor.check(signed.entry, roots.logs, about)
     return when, f", logged as number {signed.entry.index}"
 
@@ -169,7 +194,14 @@ def _from_bundle(found: Bundle) -> _Signed:
         chain,
         entries[0] if entries else None,
         envelope=True,
+        tokens=_tokens(material),
     )
+
+
+def _tokens(material: Fields) -> tuple[bytes, ...]:
+    found = material.object("timestampVerificationData")
+    listed = found.objects("rfc3161Timestamps", _ENTRIES) if found else ()
+    return tuple(dict.fromkeys(decoded(item, "signedTimestamp") for item in listed))
 
 
 def _certificates(material: Fields) -> tuple[bytes, bytes]:

@@ -28,7 +28,7 @@ from imagestore.model import (
     SignatureRefused,
 )
 from imagestore.origins import Origin
-from imagestore.policy import ANYTHING, Policy, Requirements, SigstoreSigned, read_policy
+from imagestore.policy import ANYTHING, Material, Policy, Requirements, SigstoreSigned, read_policy
 from imagestore.reference import Reference, parse
 from imagestore.scopes import Subject, in_registry
 from imagestore.signatures import Signature, dump, load, to_blob
@@ -48,6 +48,7 @@ class Trust:
 
     def __init__(self, config: StoreConfig) -> None:
         self._config = config
+        self._timestamps = timestamp_authorities(config)
         self._read: dict[Path, tuple[_Stamp, Policy]] = {}
         self._accepted: dict[tuple[_Stamp, str, str], float] = {}
 
@@ -76,12 +77,24 @@ class Trust:
         if path is None:
             return (), ANYTHING
         known = self._read.get(path)
-        if known is not None and known[0] == _stamp(path, known[1]):
+        if known is not None and known[0] == self._stamp(path, known[1]):
             return known
         policy = read_policy(path)
         # The stamp is of the files behind the policy too: a key that was exchanged is another policy.
-        self._read[path] = known = (_stamp(path, policy), policy)
+        self._read[path] = known = (self._stamp(path, policy), policy)
         return known
+
+    def _stamp(self, path: Path, policy: Policy) -> _Stamp:
+        """What files the policy stands on are, as far as that can be seen without reading them."""
+        found = []
+        times = [self._timestamps] if self._timestamps is not None else []
+        for name in (path, *(material.path for material in (*policy.materials(), *times) if material.path is not None)):
+            try:
+                status = os.stat(name)
+                found.append((str(name), status.st_ino, status.st_mtime_ns, status.st_size))
+            except OSError as error:
+                found.append((str(name), -(error.errno or 1), 0, 0))
+        return tuple(found)
 
     # --------------------------------------------------------------------------------------------------------- pulls
 
@@ -97,8 +110,15 @@ class Trust:
         self, subject: Subject, digests: tuple[str, ...], signatures: Sequence[Signature], namespace: str = ""
     ) -> Verdict:
         """The verdict of today's policy. Raises PolicyInvalid."""
-        unnamed = self._config.accept_unnamed_bundles
-        return judge(self.policy(namespace), subject, digests, signatures, time.time(), unnamed=unnamed)
+        return judge(
+            self.policy(namespace),
+            subject,
+            digests,
+            signatures,
+            time.time(),
+            unnamed=self._config.accept_unnamed_bundles,
+            timestamps=self._timestamps,
+        )
 
     # ----------------------------------------------------------------------------------------------------------- use
 
@@ -133,16 +153,10 @@ class Trust:
         return self.judge(_subject(origin), origin.digests, signatures, namespace)
 
 
-def _stamp(path: Path, policy: Policy) -> _Stamp:
-    """What files the policy stands on are, as far as that can be seen without reading them."""
-    found = []
-    for name in (path, *(material.path for material in policy.materials() if material.path is not None)):
-        try:
-            status = os.stat(name)
-            found.append((str(name), status.st_ino, status.st_mtime_ns, status.st_size))
-        except OSError as error:
-            found.append((str(name), -(error.errno or 1), 0, 0))
-    return tuple(found)
+def timestamp_authorities(config: StoreConfig) -> Material | None:
+    """Where the certificates of time-stamping authorities are: policy.json has no place for them."""
+    path = config.timestamp_authorities
+    return Material("image.timestamp_authorities", path) if path is not None else None
 
 
 def _named(origins: Sequence[Origin], asked: str) -> list[Origin]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from imagestore.claims import Claim
 from imagestore.identity import Identity
 from imagestore.model import ContentInvalid, SignatureRefused
-from imagestore.policy import Accept, Policy, Reject, Requirement, SignedBy, SigstoreSigned
+from imagestore.policy import Accept, Material, Policy, Reject, Requirement, SignedBy, SigstoreSigned
 from imagestore.scopes import Subject
 from imagestore.signatures import Signature, Simple
 
@@ -80,10 +80,12 @@ def judge(
     now: float,
     *,
     unnamed: bool = False,
+    timestamps: Material | None = None,
 ) -> Verdict:
-    """`now` in seconds since the epoch; `unnamed` accepts bundles that name no repository. Raises PolicyInvalid."""
+    """`now` in seconds since the epoch; `unnamed` accepts bundles that name no repository; `timestamps` are the
+    certificates of time-stamping authorities. Raises PolicyInvalid."""
     scope, requirements = policy.requirements(subject)
-    outcomes = tuple(_outcome(one, subject, digests, signatures, now, unnamed) for one in requirements)
+    outcomes = tuple(_outcome(one, subject, digests, signatures, now, unnamed, timestamps) for one in requirements)
     return Verdict(subject, digests, scope, outcomes)
 
 
@@ -94,6 +96,7 @@ def _outcome(
     signatures: Sequence[Signature],
     now: float,
     unnamed: bool,
+    timestamps: Material | None,
 ) -> Outcome:
     if isinstance(requirement, Accept):
         return Outcome(requirement, met=True)
@@ -106,7 +109,7 @@ def _outcome(
         others = f" ({len(signatures)} of another kind)" if signatures else ""
         return Outcome(requirement, met=False, reasons=(f"there is no {kind} signature{others}",))
     reasons: list[str] = []
-    for found, claims, who in _verified(requirement, fitting, now, reasons):
+    for found, claims, who in _verified(requirement, fitting, now, reasons, timestamps):
         for claim in claims:
             wrong = _mismatch(claim, subject, digests, requirement.identity, unnamed)
             if not wrong:
@@ -118,13 +121,17 @@ def _outcome(
 
 
 def _verified(
-    requirement: SignedBy | SigstoreSigned, signatures: Sequence[Signature], now: float, reasons: list[str]
+    requirement: SignedBy | SigstoreSigned,
+    signatures: Sequence[Signature],
+    now: float,
+    reasons: list[str],
+    timestamps: Material | None,
 ) -> Iterator[tuple[Signature, tuple[Claim, ...], str]]:
     """The signatures that are good, with what they say and who made them; why others are not goes to `reasons`."""
     from imagestore import sigstore, simple_signing  # with the libraries behind them: only where a policy asks for it
 
     keys = simple_signing.keyring(requirement) if isinstance(requirement, SignedBy) else None
-    roots = None if isinstance(requirement, SignedBy) else sigstore.trusted(requirement)
+    roots = None if isinstance(requirement, SignedBy) else sigstore.trusted(requirement, timestamps)
     for found in signatures:
         try:
             if isinstance(found, Simple):

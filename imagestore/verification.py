@@ -20,7 +20,7 @@ from imagestore.scopes import in_registry
 from imagestore.source import RegistrySource
 from imagestore.threads import Threads
 from imagestore.transport import Transport, preload
-from imagestore.trust import Finder, Trust
+from imagestore.trust import Finder, Trust, timestamp_authorities
 from imagestore.verdict import Verdict, judge, needs_signatures
 
 
@@ -88,4 +88,12 @@ async def verify(reach: Reach, text: str, credentials: Credentials | None) -> Ve
     if needs_signatures(requirements):
         finder = Finder(found.reference, found.source, reach.transport, config)
         signatures = await finder.find(found.digests, requirements)
-    return judge(policy, subject, found.digests, signatures, time.time(), unnamed=config.accept_unnamed_bundles)
+    return judge(
+        policy,
+        subject,
+        found.digests,
+        signatures,
+        time.time(),
+        unnamed=config.accept_unnamed_bundles,
+        timestamps=timestamp_authorities(config),
+    )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from imagestore.signatures import Bundle, Cosign, Signature, Simple
-from tests.vectors import Maker, b64, payload
+from tests.vectors import Certificate, Maker, b64, payload
 
 MAIL = "release@example.com"
 WEEK = 7 * 86400
@@ -80,6 +80,28 @@ def by_certificate(root: str, san: str = "email", bundle: bool = False, logged: 
     return sign
 
 
+def by_rekor_2(certified: bool, kind: str = "hashedrekord") -> Make:
+    def sign(maker: Maker, digest: str, name: str, key: str = "good", mail: str = MAIL, log: bool = True) -> Signature:
+        entry = "log" if log else ""
+        if not certified:
+            return maker.bundle_2(f"{key}-p256", digest, name, log=entry, kind=kind)
+        authority = "fulcio" if key == "good" else "evil-fulcio"
+        leaf = maker.leaf(f"{authority}-email-{mail.partition('@')[0]}", authority, f"email:{mail}")
+        return stamped(maker, leaf, digest, name, entry, kind)
+
+    return sign
+
+
+def stamped(maker: Maker, leaf: Certificate, digest: str, name: str, log: str, kind: str = "hashedrekord") -> Bundle:
+    maker.stamper("stamper", "tsa")
+    return maker.bundle_2(leaf.key, digest, name, certificate=leaf, log=log, stamper="stamper", kind=kind)
+
+
+def timestamp_authorities(maker: Maker) -> Path:
+    """What image.timestamp_authorities names."""
+    return maker.authority("tsa")
+
+
 # -------------------------------------------------------------------------------------------------- what is required
 
 
@@ -143,6 +165,12 @@ def between_fulcio(maker: Maker) -> Path:
     return maker.between("fulcio-between", "fulcio")
 
 
+def fulcio_of_bundles(maker: Maker) -> dict[str, object]:
+    """A bundle carries the leaf alone: the policy's roots have to hold what is between."""
+    who = {"oidcIssuer": "https://accounts.example.com", "subjectEmail": MAIL}
+    return {**fulcio()(maker), "fulcio": {"caPath": str(between_fulcio(maker)), **who}}
+
+
 def without_chain(make: Make) -> Make:
     def sign(*words: object, **how: object) -> Signature:
         found = make(*words, **how)
@@ -189,18 +217,19 @@ ROWS = {
         fulcio("caData"), by_certificate("fulcio"), certificate=True, logged=True
     ),
     "… fulcio caPath + rekorPublicKeyPath, bundle": Kind(
-        # A bundle carries the leaf alone: the policy's roots have to hold what is between.
-        lambda maker: {
-            **fulcio()(maker),
-            "fulcio": {
-                "caPath": str(between_fulcio(maker)),
-                "oidcIssuer": "https://accounts.example.com",
-                "subjectEmail": MAIL,
-            },
-        },
+        fulcio_of_bundles,
         by_certificate("fulcio", bundle=True),
         certificate=True,
         logged=True,
+    ),
+    "… keyPath + rekorPublicKeyPath, bundle of Rekor 2": Kind(
+        sigstore("keyPath", rekor="rekorPublicKeyPath"), by_rekor_2(certified=False), logged=True
+    ),
+    "… fulcio caPath + rekorPublicKeyPath, bundle of Rekor 2 with RFC 3161 time": Kind(
+        fulcio_of_bundles, by_rekor_2(certified=True), certificate=True, logged=True
+    ),
+    "… the same, logged as dsse": Kind(
+        fulcio_of_bundles, by_rekor_2(certified=True, kind="dsse"), certificate=True, logged=True
     ),
     "… pki caRootsPath, subjectEmail": Kind(pki(), by_certificate("pki", logged=False), certificate=True),
     "… pki caRootsData, subjectHostname": Kind(
@@ -293,6 +322,10 @@ def expired(
         message = payload(ATOMIC, wanted.digest, wanted.name, optional)
         kept = {name: value for name, value in requirement.items() if not name.startswith("key") or name == "keyType"}
         return {**kept, "keyPath": str(key)}, maker.simple("old@example.com", message, at="20200102T000000")
+    if "Rekor 2" in row or "dsse" in row:
+        # Stamped today, with a certificate of one day in 2020: openssl stamps at no other time.
+        leaf = maker.leaf("fulcio-old", "fulcio", f"email:{MAIL}", days_of_2020=True)
+        return requirement, stamped(maker, leaf, wanted.digest, wanted.name, "log")
     if "fulcio" in row:
         # Logged a week after the certificate's only day: what counts is when it was used, not now.
         leaf, late = maker.leaf("fulcio-email-release", "fulcio", f"email:{MAIL}"), maker.now + WEEK

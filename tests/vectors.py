@@ -226,6 +226,42 @@ class Maker:
             "checkpoint": {"envelope": f"{note}\n\u2014 log.example {line}\n"},
         }  # fmt: skip
 
+    def record_2(self, signature: bytes, data: bytes, signer: bytes, *, kind: str = "hashedrekord") -> bytes:
+        """A hashedrekord of Rekor 2 about what was signed, or its dsse about a payload."""
+        form = "x509Certificate" if b"CERTIFICATE" in signer else "publicKey"
+        verifier = {"keyDetails": "PKIX_ECDSA_P256_SHA_256", form: {"rawBytes": b64(_der_of(signer))}}
+        digest = {"algorithm": "SHA2_256", "digest": b64(hashlib.sha256(data).digest())}
+        made = {"content": b64(signature), "verifier": verifier}
+        spec: dict[str, object] = {"hashedRekordV002": {"data": digest, "signature": made}}
+        if kind == "dsse":
+            spec = {"dsseV002": {"payloadHash": digest, "signatures": [made]}}
+        return compact({"apiVersion": "0.0.2", "kind": kind, "spec": spec})
+
+    # -------------------------------------------------------------------------------------------------------- times
+
+    def stamper(self, name: str, root: str, *, usage: str = "critical,timeStamping", of_2020: bool = False) -> Path:
+        """A time-stamping authority's own certificate, below `root`."""
+        path = self.directory / f"{name}.tsa.pem"
+        if not path.exists():
+            self.authority(root)
+            extensions = f"extendedKeyUsage={usage}\n"
+            issue = self._issue_in_2020(name, root, extensions) if of_2020 else b""
+            path.write_bytes(issue or self._issue(name, root, f"/CN={name}", extensions, "30"))
+        return path
+
+    def stamp(self, name: str, data: bytes, *, certificate: bool = True) -> bytes:
+        """An RFC 3161 response about `data`, of now, by the authority `name` that `stamper` made."""
+        (self.directory / "stamped").write_bytes(data)
+        (self.directory / "tsa.conf").write_text(
+            f"[tsa]\ndefault_tsa=it\n[it]\nserial=tsa.serial\nsigner_cert={name}.tsa.pem\nsigner_key={name}.key\n"
+            "signer_digest=sha256\ndefault_policy=1.2.3.4\ndigests=sha256,sha512\ness_cert_id_alg=sha256\n"
+        )
+        wants = ["-cert"] if certificate else []
+        query = self._openssl("ts", "-query", "-data", "stamped", "-sha256", "-no_nonce", *wants)
+        (self.directory / "query").write_bytes(query)
+        self._openssl("ts", "-reply", "-config", "tsa.conf", "-queryfile", "query", "-out", "reply")
+        return (self.directory / "reply").read_bytes()
+
     # ---------------------------------------------------------------------------------------------------- signatures
 
     def cosign(
@@ -289,6 +325,39 @@ class Maker:
         envelope = {"payload": b64(statement), "payloadType": kind, "signatures": [{"sig": b64(signature)}]}
         document = {"mediaType": BUNDLE_TYPE, "verificationMaterial": material, "dsseEnvelope": envelope}
         return Bundle(compact(document), "test")
+
+    def bundle_2(
+        self,
+        key: str,
+        digest: str,
+        name: str,
+        *,
+        certificate: Certificate | None = None,
+        log: str = "",
+        stamper: str = "",
+        kind: str = "hashedrekord",
+    ) -> Bundle:
+        """As `bundle`, by the rules of Rekor 2: a proof, no promise, and the time from elsewhere."""
+        made = json.loads(self.bundle(key, digest, name, certificate=certificate).data)
+        material, envelope = made["verificationMaterial"], made["dsseEnvelope"]
+        statement, signature = (
+            base64.b64decode(text) for text in (envelope["payload"], envelope["signatures"][0]["sig"])
+        )
+        if log:
+            signer = certificate.pem if certificate else self.public(key).read_bytes()
+            data = statement if kind == "dsse" else pae(envelope["payloadType"], statement)
+            body = self.record_2(signature, data, signer, kind=kind)
+            material["tlogEntries"] = [
+                {
+                    "logIndex": "3", "logId": {"keyId": b64(hashlib.sha256(self._der(self.public(log))).digest())},
+                    "kindVersion": {"kind": kind, "version": "0.0.2"}, "canonicalizedBody": b64(body),
+                    "inclusionProof": self.proof(log, body),
+                }
+            ]  # fmt: skip
+        if stamper:
+            stamps = [{"signedTimestamp": b64(self.stamp(stamper, signature))}]
+            material["timestampVerificationData"] = {"rfc3161Timestamps": stamps}
+        return Bundle(compact(made), "test")
 
     # ----------------------------------------------------------------------------------------------------------- gpg
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from imagestore.policy import parse_policy
+from imagestore.policy import Material, parse_policy
 from imagestore.reference import parse
 from imagestore.scopes import in_registry
 from imagestore.signatures import Signature
 from imagestore.verdict import Verdict, judge
-from tests.trust_table import ACCEPTED, COLUMNS, NOTHING, ROWS, Wanted, case, cell
+from tests.trust_table import ACCEPTED, COLUMNS, NOTHING, ROWS, Wanted, case, cell, timestamp_authorities
 from tests.vectors import Maker
 
 ROOT = Path(__file__).parents[2]
@@ -32,9 +32,10 @@ def maker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maker]:
     found.close()
 
 
-def judged(requirement: dict[str, object], signature: Signature, now: float) -> Verdict:
+def judged(requirement: dict[str, object], signature: Signature, now: float, stampers: Path | None = None) -> Verdict:
     policy = parse_policy(json.dumps({"default": [requirement]}).encode(), "test")
-    return judge(policy, in_registry(parse(WANTED.name)), (WANTED.digest,), [signature], now)
+    timestamps = Material("stampers", stampers) if stampers else None
+    return judge(policy, in_registry(parse(WANTED.name)), (WANTED.digest,), [signature], now, timestamps=timestamps)
 
 
 REASONS = {
@@ -59,7 +60,7 @@ def plain(row: str, column: str) -> str:
 @pytest.mark.parametrize(("row", "column"), CELLS, ids=[plain(*found) for found in CELLS])
 def test_cell(maker: Maker, row: str, column: str) -> None:
     requirement, signature = case(maker, row, column, WANTED)
-    verdict = judged(requirement, signature, maker.now + 60)
+    verdict = judged(requirement, signature, maker.now + 60, timestamp_authorities(maker))
     said = verdict.outcomes[0].sentence()
     assert verdict.accepted is (cell(row, column) == ACCEPTED), said
     if column != "good":
