@@ -6,6 +6,7 @@ Invariant: only what is known to be dead is said to have ended.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 
@@ -81,9 +82,9 @@ def written_facts(node: Node, container: Container) -> ContainerFacts | None:
     path = node.paths.bundle(container.id) / "exit.json"
     try:
         facts = parse_facts(json.loads(read_bounded(AT_FDCWD, str(path), MAX_FACTS)))
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOENT:
+            return None
         log.warning("container %s: %s: %s", container.id[:13], path, error)
         return None
     return facts if facts.id == container.id else None

@@ -7,6 +7,7 @@ Refuses two at once for one pod. Invariant: who finds that file thaws: whoever w
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from collections.abc import AsyncIterator, Sequence
@@ -70,8 +71,10 @@ async def thaw_left(node: Node, pod: Pod) -> None:
     """At a start: what a killed daemon left frozen goes on. Raises ContainerError, OSError."""
     try:
         raw = await to_thread(read_bounded, AT_FDCWD, str(_note(node, pod)), _MAX_NOTE)
-    except FileNotFoundError:
-        return
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return
+        raise
     try:
         noted = [str(item) for item in json.loads(raw)]
     except (ValueError, TypeError):  # a kill in the middle cannot do that; a full disk may

@@ -159,6 +159,17 @@ def test_a_killed_daemon_leaves_nobody_frozen(tmp_path: Path) -> None:
     _on(tmp_path, body)
 
 
+def test_a_start_that_finds_nobody_frozen_complains_of_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(rig: Rig) -> None:
+        await rig.run(await rig.run_pod())
+        await rig.restart()
+
+    _on(tmp_path, body)
+    assert [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
+
+
 def test_a_caller_that_leaves_leaves_nobody_frozen(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         pod = await rig.run_pod()
