@@ -10,7 +10,7 @@ from typing import Any
 
 from cri.api import api_pb2 as pb
 from cri.cli import names, output
-from cri.cli.connect import connect
+from cri.cli.connect import Api, connect
 from cri.cli.main import CommandError
 from imagestore.copying.places import KINDS
 
@@ -55,11 +55,13 @@ async def _run(args: argparse.Namespace) -> int:
     async with connect(args) as api:
         for wanted in args.name:
             response: Any
+            more: dict[str, Any] = {}
             try:
                 container = await names.find(api, wanted)
                 request = pb.ContainerStatusRequest(container_id=container.id, verbose=True)
                 response = await api.call("ContainerStatus", request)
                 status = response.status
+                more = {"pod": await _pod(api, container.pod_sandbox_id)}
             except CommandError as error:
                 image = pb.ImageStatusRequest(image=pb.ImageSpec(image=wanted), verbose=True)
                 response = await api.call("ImageStatus", image)
@@ -67,9 +69,21 @@ async def _run(args: argparse.Namespace) -> int:
                     raise CommandError(f"there is neither a container nor an image {wanted!r}", 1) from error
                 status = response.image
             info = {key: _decoded(value) for key, value in response.info.items()}
-            found.append({"status": MessageToDict(status), **info})
+            found.append({"status": MessageToDict(status), **more, **info})
     output.as_json(found)
     return 0
+
+
+async def _pod(api: Api, id: str) -> dict[str, Any]:
+    """Where the container is reached: its pod's addresses, and the ports of the host that lead to it."""
+    response = await api.call("PodSandboxStatus", pb.PodSandboxStatusRequest(pod_sandbox_id=id, verbose=True))
+    config = _decoded(response.info["info"])["config"]
+    network = response.status.network
+    return {
+        "id": id,
+        "addresses": [address for address in (network.ip, *(one.ip for one in network.additional_ips)) if address],
+        "ports": config.get("port_mappings", []),
+    }
 
 
 def _decoded(text: str) -> Any:

@@ -320,6 +320,28 @@ def test_network_of_its_own_of_the_host_and_none(cli: Node) -> None:
     assert "127.0.0.1/8" in alone and "eth0" not in alone
 
 
+def test_where_a_published_container_is_reached(cli: Node) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    said(cli, "run", "-d", "--name", "web", "-p", f"{port}:80", cli.image, "busybox", "httpd", "-f", "-p", "80")
+    pod = json.loads(said(cli, "inspect", "web"))[0]["pod"]
+    (address,) = pod["addresses"]
+    assert [(one["container_port"], one["host_port"]) for one in pod["ports"]] == [(80, port)]
+
+    def answers(host: str, at: int) -> bool:
+        try:
+            with socket.create_connection((host, at), COMMAND_S) as peer:
+                peer.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                return peer.recv(16).startswith(b"HTTP/1")
+        except ConnectionRefusedError:  # it does not listen yet
+            return False
+
+    eventually(lambda: answers(address, 80))
+    eventually(lambda: answers("127.0.0.1", port))
+    said(cli, "rm", "-f", "web")
+
+
 def test_image_from_a_layout(cli: Node) -> None:
     if cli.process is not None:
         done = ocid(cli, "run", "--rm", f"oci:{busybox_layout()}:busybox:1", "true")
