@@ -12,7 +12,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cri import config
+    from cri import config_write
 
-    print(config.default_toml() if args.default else config.as_toml(configuration(args)), end="")
+    print(config_write.default_toml() if args.default else config_write.as_toml(configuration(args)), end="")
     return 0

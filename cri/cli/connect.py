@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cri.cli.main import CommandError
-from cri.config import Config, load
+from cri.config import Config
 from cri.config import ConfigError as _ConfigError
+from cri.config_read import load
 
 _IMAGE_CALLS = frozenset({"ListImages", "ImageStatus", "PullImage", "RemoveImage", "ImageFsInfo"})
 

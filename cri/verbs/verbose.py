@@ -30,7 +30,7 @@ _OCI_VERSION = "1.2.0"
 
 def node_info(node: Node, trouble: str | None) -> dict[str, str]:
     """Of the node: the configuration in force, what there is, and the network."""
-    from cri.config import as_toml
+    from cri.config_write import as_toml
 
     network = {"ready": trouble is None, "reason": trouble or ""}
     facts = {

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cri.config import Config, ConfigError, default_toml, load
+from cri.config import Config, ConfigError
+from cri.config_read import load
+from cri.config_write import default_toml
 
 
 def _file(tmp_path: Path, text: str) -> Path:

@@ -16,7 +16,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cri import trace
-from cri.config import Config, ConfigError, as_toml, load
+from cri.config import Config, ConfigError
+from cri.config_read import load
+from cri.config_write import as_toml
 from cri.daemon import RECOVERING, _server
 from cri.discovery import Discovery
 from cri.intercept import Call, Intercept
