@@ -21,6 +21,7 @@ from pathlib import Path
 
 from runtime.linux.files import remove_tree
 from runtime.linux.writeback import syncfs
+from snapshotter.arriving import Reader
 from snapshotter.inflate import inflate
 from snapshotter.layout import spread
 from snapshotter.model import Config, Limits
@@ -91,7 +92,7 @@ def alone(path: Path, diff_id: str, scratch: Path) -> None:
     """Inflating, inflating with SHA-256, and one unpack in this process."""
     for hashed in (False, True):
         fd, start, digest = os.open(path, os.O_RDONLY), time.monotonic(), hashlib.sha256()
-        for chunk in inflate(fd, MEDIA_TYPE, Limits()):
+        for chunk in inflate(Reader(fd, os.fstat(fd).st_size), MEDIA_TYPE, Limits()):
             if hashed:
                 digest.update(chunk)
         timed("inflate + sha256" if hashed else "inflate", start)
@@ -102,7 +103,7 @@ def alone(path: Path, diff_id: str, scratch: Path) -> None:
     before = os.umask(0)
     blob, layer = os.open(path, os.O_RDONLY), os.open(target, os.O_RDONLY)
     start = time.monotonic()
-    result = unpack(blob, layer, MEDIA_TYPE, diff_id, Limits(), base=True)
+    result = unpack(Reader(blob, path.stat().st_size), layer, MEDIA_TYPE, diff_id, Limits(), base=True)
     timed(f"unpack, {result.extracted.inodes} inodes", start)
     start = time.monotonic()
     syncfs(layer)

@@ -211,6 +211,12 @@ class ImageSection:
         4, "Parts of a large layer that are downloaded at once where one connection is slow; 1 never does.", least=1
     )
     concurrent_unpacks: int = _key(8, "Layers that are unpacked at once, over all pulls.", least=1)
+    early_unpacks: int = _key(
+        2,
+        "Layers that are unpacked while they are still being downloaded, over all pulls, by as many processes more; "
+        "they are thrown away unless their digests turn out right. 0 unpacks only what was verified.",
+        least=0,
+    )
     unpack_processes: int = _key(
         0, "Processes that unpack layers, over all pulls; 0 means as many as there are CPUs.", least=0
     )

@@ -141,6 +141,7 @@ def build(config: Config, *, direct: bool) -> Built:
         databases[0],
         SnapshotConfig(
             workers=config.image.unpack_processes or min(os.cpu_count() or 1, 4),
+            arriving=config.image.early_unpacks,
             worker_idle_s=config.image.unpack_idle_s,
         ),
     )

@@ -41,6 +41,7 @@ def store_config(config: Config, measure: Callable[[], Usage] | None = None) -> 
         bandwidth_bytes=section.node_bandwidth,
         ranges=section.ranges,
         concurrent_unpacks=section.concurrent_unpacks,
+        early_unpacks=section.early_unpacks,
         stall_timeout_s=section.stall_s,
         retries=section.retries,
         blob_bytes=section.blob_bytes,

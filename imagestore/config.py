@@ -65,6 +65,11 @@ class StoreConfig:
     """Layers handed to the unpacker at once. It bounds its own processes, and a layer that waits for its parent holds
     a thread only: with fewer, small layers would stand in line behind a large one that is below them."""
 
+    early_unpacks: int = 2
+    early_bytes: int = 4 * _MIB
+    """Layers of at least `early_bytes` are unpacked while they are still being downloaded, so many of them at once over
+    all pulls; what was made is thrown away unless the digest turns out right. 0 unpacks what was verified only."""
+
     # what a registry or a layout may send
     manifest_bytes: int = 4 * _MIB
     config_bytes: int = 4 * _MIB

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from imagestore.growth import Growth
 from imagestore.model import ContentInvalid, Descriptor, ImageError
 from imagestore.reference import is_digest
 from runtime.linux.failpoint import failpoint
@@ -195,6 +196,13 @@ class Ingest:
         self.offset = 0
         self.resumed = False
         self._busy = threading.RLock()
+        self._growth: Growth | None = None
+
+    def follow(self) -> Growth:
+        """For one who reads what is written while it is. Raises OSError."""
+        with self._busy:
+            self._growth = Growth(self._path, self._blob, self.offset)
+            return self._growth
 
     def load(self) -> int:
         """Hashes what an earlier attempt left; returns how many bytes that are. A partial file that cannot be part
@@ -214,6 +222,7 @@ class Ingest:
         with self._busy:
             if self._fd < 0:
                 raise ImageError(f"write blob {self._blob.digest}: it was given up")
+            before = self.offset
             for piece in pieces:
                 if self.offset + len(piece) > self._blob.size:
                     raise ContentInvalid(f"blob {self._blob.digest}: more than the announced {self._blob.size} bytes")
@@ -224,10 +233,14 @@ class Ingest:
                 except OSError as error:
                     raise self._refused(error) from error
                 self.offset += len(piece)
+            if self._growth is not None:
+                self._growth.grew(self.offset - before)
 
     def restart(self) -> None:
         """Forgets all of it: the source begins anew."""
         with self._busy:
+            if self.offset:
+                self._let_go()
             os.ftruncate(self._fd, 0)
             self._hash = hashlib.sha256()
             self.offset = 0
@@ -251,6 +264,8 @@ class Ingest:
             except ContentInvalid:
                 self.discard()
                 raise
+            if self._growth is not None:
+                self._growth.verify()
             try:
                 failpoint("images.blob.verified")
                 os.fsync(self._fd)
@@ -260,6 +275,11 @@ class Ingest:
             except OSError as error:
                 raise self._refused(error) from error
             self.close()
+
+    def _let_go(self) -> None:
+        growth, self._growth = self._growth, None
+        if growth is not None:
+            growth.give_up()
 
     def _refused(self, error: OSError) -> ImageError:
         self.discard()
@@ -275,6 +295,7 @@ class Ingest:
     def close(self) -> None:
         """Lets go of the file and of its lock; an empty one is not worth keeping."""
         with self._busy:
+            self._let_go()
             fd, self._fd = self._fd, -1
             if fd < 0:
                 return

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +156,45 @@ class Unpacker(Protocol):
     def forget_layers(self, chain_ids: frozenset[str]) -> Sequence[str]:
         """Removes these layers and those above them, so that they can be unpacked again; returns those that an active
         snapshot stands on, which stay."""
+        ...
+
+
+class Arriving(Protocol):
+    """A blob while it is being written."""
+
+    size: int
+    """As announced."""
+
+    def open(self) -> tuple[int, int]:
+        """The file, and the eventfd(2) that counts the bytes of it which are there, each once; both become the
+        caller's. What will not be whole adds 2^62. Raises ContentInvalid when nobody writes it any more, OSError."""
+        ...
+
+    def verified(self, seconds: float) -> bool:
+        """Waits at most so long; True once all of it is there with the announced digest. Raises ContentInvalid when
+        that will not be."""
+        ...
+
+
+@runtime_checkable
+class Early(Unpacker, Protocol):
+    """An unpacker that begins before it has all of a blob."""
+
+    def unpack_arriving(
+        self,
+        blob: Arriving,
+        media_type: str,
+        diff_id: str,
+        chain_id: str,
+        parent: str | None,
+        key: LayerKey | None = None,
+    ) -> None:
+        """As `unpack_layer`; the layer is visible only once `blob` was verified. Whatever `verified` raises ends it,
+        and then nothing of it stays."""
+        ...
+
+    def cancel(self, chain_id: str) -> None:
+        """Ends the unpacking of `chain_id`, be it at work or waiting. Unknown: no-op."""
         ...
 
 

@@ -1,10 +1,11 @@
-"""From a source to a whole image: manifest, config, then all layers at once, each unpacked while others still come.
+"""From a source to a whole image: manifest, config, then all layers at once, each unpacked while it still comes.
 
     top ─> choose platform ─> admit ─> config ─┬─ layer 0: download ─> unpack ─┐
                                                ├─ layer 1: download ─> unpack ─┤ commit in order, by the unpacker
                                                └─ layer n: download ─> unpack ─┴─> Pulled
 
-Refuses to hand anything unverified to the unpacker. Invariant: when `run` returns, every blob is durable and every
+Refuses to make a layer visible of a blob that was not verified, and with `early_unpacks` 0 to hand anything else to
+the unpacker (imagestore.ahead, docs/decisions/0012). Invariant: when `run` returns, every blob is durable and every
 layer committed, and all of them are leased until the caller has recorded the image; when it raises, what is left is
 whole blobs, committed layers and resumable ingests, which the next `collect` or the next pull takes.
 """
@@ -15,6 +16,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
+from imagestore.ahead import Ahead, Attempt
 from imagestore.config import StoreConfig
 from imagestore.content import Blobs, Ingest, errno_text
 from imagestore.encryption.layers import Opener
@@ -76,6 +78,7 @@ class Puller:
         self.threads = threads
         self.config = config
         self.unpacking = Unpacking(unpacker, leases, threads, config.cancel_wait_s)
+        self.ahead = Ahead(self.unpacking, config)
         self._flights = Flights()
         self._downloads = Slots(config.node_downloads)
         self.unpacks = Slots(config.concurrent_unpacks)
@@ -106,8 +109,11 @@ class Puller:
 
     # ------------------------------------------------------------------------------------------------------- blobs
 
-    async def fetch(self, source: Source, blob: Descriptor, held: Held, tell: ProgressFunction) -> None:
-        """After: the blob is whole and durable. Whoever asks for the same blob meanwhile waits, and sees progress."""
+    async def fetch(
+        self, source: Source, blob: Descriptor, held: Held, tell: ProgressFunction, attempt: Attempt | None = None
+    ) -> None:
+        """After: the blob is whole and durable. Whoever asks for the same blob meanwhile waits, and sees progress.
+        `attempt` may begin with it before."""
         self.leases.lease_blob(blob.digest, held.blobs)
 
         def listener(phase: str, done: int) -> None:
@@ -122,7 +128,7 @@ class Puller:
             async with held.turns, self._downloads.here():
                 ingest = await self._ingest(blob)
                 if ingest is not None:
-                    await self._download(source, blob, ingest, lambda done: announce("download", done))
+                    await self._download(source, blob, ingest, lambda done: announce("download", done), attempt)
             announce("download", blob.size)
 
     async def _ingest(self, blob: Descriptor) -> Ingest | None:
@@ -135,10 +141,26 @@ class Puller:
             if await self.threads.io(self.blobs.has, blob):
                 return None
 
-    async def _download(self, source: Source, blob: Descriptor, ingest: Ingest, report: Callable[[int], None]) -> None:
+    async def _download(
+        self,
+        source: Source,
+        blob: Descriptor,
+        ingest: Ingest,
+        report: Callable[[int], None],
+        attempt: Attempt | None,
+    ) -> None:
         try:
-            report(await self.threads.io(ingest.load))
-            await source.blob(blob, ingest, report)
+            done = await self.threads.io(ingest.load)
+            if attempt is not None:
+                attempt.follow(await self.threads.io(ingest.follow))
+
+            def step(done: int) -> None:
+                report(done)
+                if attempt is not None:
+                    attempt.step()
+
+            step(done)
+            await source.blob(blob, ingest, step)
             await self.threads.io(ingest.finish)
         except ContentInvalid:
             ingest.discard()
@@ -191,30 +213,49 @@ class _Layers:
 
     async def _layer(self, number: int) -> None:
         layer = self._layers[number]
+        attempt = self._puller.ahead.attempt(layer, self._parent(number), self._keys.get(layer.chain_id))
+        try:
+            await self._fetch_and_unpack(number, attempt)
+        finally:
+            if attempt is not None:
+                await attempt.end()
+
+    async def _fetch_and_unpack(self, number: int, attempt: Attempt | None) -> None:
+        layer = self._layers[number]
         has = self._puller.unpacker.has_layer
+        if attempt is not None:
+            await self._leased.wait()  # or what is unpacked might be collected before it is
         if self._puller.config.keep_blobs:
-            await self._puller.fetch(self._source, layer.blob, self._held, self._tell)
+            await self._puller.fetch(self._source, layer.blob, self._held, self._tell, attempt)
             await self._leased.wait()
         else:
             await self._leased.wait()  # or what is here now might go while nothing is fetched in its place
             if not await self._puller.threads.io(has, layer.chain_id):
-                await self._puller.fetch(self._source, layer.blob, self._held, self._tell)
+                await self._puller.fetch(self._source, layer.blob, self._held, self._tell, attempt)
         if number and not self._puller.unpacking.can_cancel:
             # An unpack waits for its parent's commit. Where that wait cannot be ended, it must not begin before all
             # below have arrived: a download may fail.
             await self._arrived[number - 1].wait()
         self._arrived[number].set()
-        if await self._puller.threads.io(has, layer.chain_id):
+        if attempt is not None and attempt.begun:
+            attempt.whole()
+            self._report(layer, "unpack", 0)
+        if attempt is not None and await attempt.outcome():
+            self._report(layer, "done")
+        elif await self._puller.threads.io(has, layer.chain_id):
             self._report(layer, "exists")
         else:
             await self._unpack(number, layer)
             self._report(layer, "done")
         self._committed[number].set()
 
+    def _parent(self, number: int) -> str | None:
+        return self._layers[number - 1].chain_id if number else None
+
     async def _unpack(self, number: int, layer: Layer) -> None:
         puller = self._puller
         blob = puller.blobs.path(layer.blob.digest)
-        parent = self._layers[number - 1].chain_id if number else None
+        parent = self._parent(number)
         key = self._keys.get(layer.chain_id)
         slot = await self._slot(number)
         try:

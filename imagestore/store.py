@@ -123,7 +123,9 @@ class Store:
         self._doctor = Doctor(self._blobs, self._records, self._layout, unpacker, self._contents, config.keep_blobs)
         self._known: dict[str, _Contents] = {}
         self._whole: set[str] = set()
-        self._threads = Threads(config.concurrent_downloads + 2, config.concurrent_unpacks + config.concurrent_pulls)
+        self._threads = Threads(
+            config.concurrent_downloads + 2, config.concurrent_unpacks + config.concurrent_pulls + config.early_unpacks
+        )
         self._transport = Transport(config)
         self._remotes = Remotes(self._transport, self._threads, config)
         self._trust = Trust(config)

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
 from imagestore.content import errno_text
 from imagestore.encryption.layers import plain_type
+from imagestore.growth import Growth
 from imagestore.leases import Leases
-from imagestore.model import ContentInvalid, ImageError, Layer, LayerKey, Unpacker
+from imagestore.model import ContentInvalid, Early, ImageError, Layer, LayerKey, Unpacker
 from imagestore.threads import Threads
 
 # An unpacker that is told to stop a moment before it has begun does not hear it: it is told again.
@@ -26,11 +28,25 @@ _TELL_AGAIN_S = 0.05
 
 
 class _Job:
-    __slots__ = ("doomed", "future")
+    __slots__ = ("_doomed", "_growth", "future")
 
-    def __init__(self, future: Future[None]) -> None:
+    def __init__(self, future: Future[None], growth: Growth | None) -> None:
         self.future = future
-        self.doomed = False
+        self._growth = growth
+        self._doomed = False
+
+    @property
+    def doomed(self) -> bool:
+        return self._doomed or (self._growth is not None and self._growth.given_up)
+
+    def ended(self) -> asyncio.Future[None]:
+        """For the running loop. Its failure is `future`'s: asyncio must not complain that nobody asked for it here."""
+        ended = asyncio.wrap_future(self.future)
+        ended.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return ended
+
+    def doom(self) -> None:
+        self._doomed = True
 
 
 class Unpacking:
@@ -44,9 +60,11 @@ class Unpacking:
         self._jobs: dict[str, _Job] = {}
         self.can_cancel = hasattr(unpacker, "cancel")
         """Whether the unpacker can be told to stop waiting for a parent. Its Protocol leaves that open."""
+        self.can_begin_early = isinstance(unpacker, Early)
 
-    async def unpack(self, layer: Layer, blob: Path, parent: str | None, key: LayerKey | None = None) -> None:
-        """After: the layer is committed. Raises ContentInvalid, ImageError."""
+    async def unpack(self, layer: Layer, blob: Path | Growth, parent: str | None, key: LayerKey | None = None) -> None:
+        """After: the layer is committed. Only where `can_begin_early` may `blob` be a Growth. Raises ContentInvalid,
+        ImageError."""
         job = self._jobs.get(layer.chain_id)
         if job is not None and job.doomed:
             await self._end(layer.chain_id, job, None)
@@ -54,7 +72,7 @@ class Unpacking:
         if job is None:
             job = self._start(layer, blob, parent, key)
         try:
-            await asyncio.wait({asyncio.wrap_future(job.future)})
+            await asyncio.wait({job.ended()})
         except asyncio.CancelledError:
             if self._leases.holders(layer.chain_id) <= 1:
                 await self._end(layer.chain_id, job, self._patience_s)
@@ -72,13 +90,14 @@ class Unpacking:
             if self._leases.holders(chain_id) == 0:
                 self._doom(chain_id, job)
 
-    def _start(self, layer: Layer, blob: Path, parent: str | None, key: LayerKey | None) -> _Job:
-        chain_id = layer.chain_id
-        job = self._jobs[chain_id] = _Job(
-            self._threads.start_unpack(
-                self._unpacker.unpack_layer, blob, plain_type(layer.blob), layer.diff_id, chain_id, parent, key
-            )
-        )
+    def _start(self, layer: Layer, blob: Path | Growth, parent: str | None, key: LayerKey | None) -> _Job:
+        chain_id, unpacker = layer.chain_id, self._unpacker
+        growth = blob if isinstance(blob, Growth) else None
+        call: Callable[..., None] = unpacker.unpack_layer
+        if growth is not None and isinstance(unpacker, Early):
+            call = unpacker.unpack_arriving
+        future = self._threads.start_unpack(call, blob, plain_type(layer.blob), layer.diff_id, chain_id, parent, key)
+        job = self._jobs[chain_id] = _Job(future, growth)
 
         def forget(_: Future[None]) -> None:
             if self._jobs.get(chain_id) is job:
@@ -88,14 +107,14 @@ class Unpacking:
         return job
 
     def _doom(self, chain_id: str, job: _Job) -> None:
-        job.doomed = True
+        job.doom()
         if not job.future.cancel() and self.can_cancel:
             self._unpacker.cancel(chain_id)  # type: ignore[attr-defined]
 
     async def _end(self, chain_id: str, job: _Job, patience_s: float | None) -> None:
         """Waits for a job that nobody wants, and sees to it that it does not wait for anything itself."""
         began = time.monotonic()
-        ended = asyncio.wrap_future(job.future)
+        ended = job.ended()
         while not job.future.done() and (patience_s is None or time.monotonic() - began < patience_s):
             self._doom(chain_id, job)
             await asyncio.wait({ended}, timeout=_TELL_AGAIN_S)

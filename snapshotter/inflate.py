@@ -7,9 +7,9 @@ so memory does not depend on the blob (threats S37, S41, P13).
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 
+from snapshotter.arriving import Reader
 from snapshotter.model import LayerKey, Limits, UnpackError
 
 CHUNK = 1 << 20
@@ -44,7 +44,7 @@ def kind_of(start: bytes, media_type: str) -> str:
     return found
 
 
-class _Reader:
+class _Peeked:
     """Bytes in their order; `peek` shows the first ones before they are read."""
 
     def __init__(self, read: Callable[[int], bytes]) -> None:
@@ -64,26 +64,24 @@ class _Reader:
         return self._read(size)
 
 
-def inflate(blob_fd: int, media_type: str, limits: Limits, key: LayerKey | None = None) -> Iterator[bytes]:
+def inflate(blob: Reader, media_type: str, limits: Limits, key: LayerKey | None = None) -> Iterator[bytes]:
     """The tar's bytes; with `key` those of an encrypted blob whose plain text has `media_type`. It has ended only once
     it is known that they were right. Raises UnpackError, OSError."""
-    compressed = os.fstat(blob_fd).st_size
-    os.lseek(blob_fd, 0, os.SEEK_SET)
     if key is None:
-        yield from _bounded(_Reader(lambda size: os.read(blob_fd, size)), compressed, media_type, limits)
+        yield from _bounded(_Peeked(blob.read), blob.size, media_type, limits)
         return
     from snapshotter.sealed import Sealed
 
-    sealed = Sealed(lambda size: os.read(blob_fd, size), key)
+    sealed = Sealed(blob.read, key)
     try:
-        yield from _bounded(_Reader(sealed.read), compressed, media_type, limits)
+        yield from _bounded(_Peeked(sealed.read), blob.size, media_type, limits)
     except UnpackError:
         sealed.finish()  # a wrong key makes noise of the plain text: that it is no gzip would be the lesser half of it
         raise
     sealed.finish()
 
 
-def _bounded(blob: _Reader, compressed: int, media_type: str, limits: Limits) -> Iterator[bytes]:
+def _bounded(blob: _Peeked, compressed: int, media_type: str, limits: Limits) -> Iterator[bytes]:
     kind = kind_of(blob.peek(512), media_type)
     most = min(limits.layer_bytes, max(limits.inflate_floor, compressed * limits.inflate_ratio))
     chunks = {"gzip": _gzip, "zstd": _zstd, "tar": _plain}[kind](blob, limits)
@@ -96,12 +94,12 @@ def _bounded(blob: _Reader, compressed: int, media_type: str, limits: Limits) ->
         yield chunk
 
 
-def _plain(blob: _Reader, limits: Limits) -> Iterator[bytes]:
+def _plain(blob: _Peeked, limits: Limits) -> Iterator[bytes]:
     while chunk := blob.read(CHUNK):
         yield chunk
 
 
-def _gzip(blob: _Reader, limits: Limits) -> Iterator[bytes]:
+def _gzip(blob: _Peeked, limits: Limits) -> Iterator[bytes]:
     from isal import igzip_lib  # only the worker pays for it
 
     decoder = igzip_lib.IgzipDecompressor(igzip_lib.DECOMP_GZIP)
@@ -128,7 +126,7 @@ def _gzip(blob: _Reader, limits: Limits) -> Iterator[bytes]:
             raise UnpackError("layer is truncated: its gzip data has no end")
 
 
-def _zstd(blob: _Reader, limits: Limits) -> Iterator[bytes]:
+def _zstd(blob: _Peeked, limits: Limits) -> Iterator[bytes]:
     import zstandard  # only the worker pays for it
 
     decoder = zstandard.ZstdDecompressor(max_window_size=limits.zstd_window)

@@ -1,9 +1,11 @@
 """Committed layers: from a blob to a record, each once, in any order, several at a time.
 
     extract (a worker) ─▶ wait for the parent ─▶ finish on its chain (a worker) ─▶ rename ─▶ sync ─▶ record
+      └ of a blob that is still arriving: as far as it is there        └▶ wait until it is whole and verified
 
 It refuses a layer whose parent fails or never comes, and one whose diff id is not the announced one. Invariant: a
-layer is recorded only once its files and its directory's name are on disk, and its parent is recorded; after a failure
+layer is recorded only once its blob was verified, its files and its directory's name are on disk, and its parent is
+recorded; after a failure
 nothing of it is left but what the trash holds; no lock is held while files are made, synced or deleted (threats O43,
 O45, R14).
 """
@@ -23,7 +25,7 @@ from runtime.linux.libc import KernelError
 from snapshotter import protocol
 from snapshotter.durable import Syncer
 from snapshotter.layout import Layout, make_root
-from snapshotter.model import Config, LayerKey, NotFound, SnapshotError, UnpackError, Usage
+from snapshotter.model import Arriving, Config, LayerKey, NotFound, SnapshotError, UnpackError, Usage
 from snapshotter.pool import Pool
 from snapshotter.records import LayerRecord, Records
 from snapshotter.trash import Trash
@@ -32,6 +34,8 @@ from snapshotter.usage import measure
 # Each round follows links that the round before could not know of; more than this is no image.
 _ROUNDS = 4
 _FAILURES = 256
+# How often a wait for a blob's last bytes looks whether it is still wanted.
+_LOOK_S = 0.1
 
 
 class _Flight:
@@ -45,6 +49,35 @@ class _Flight:
         self.error: BaseException | None = None
         self.done = False
         self.cancelled = False
+
+
+class _Source:
+    """The blob of one unpacking, opened: whole already, or still arriving."""
+
+    def __init__(self, blob: Path | Arriving) -> None:
+        self._credit: list[int] = []
+        self._arriving: Arriving | None = None
+        if isinstance(blob, Path):
+            self.fd = os.open(blob, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self.size = os.fstat(self.fd).st_size
+        else:
+            self._arriving, self.size = blob, blob.size
+            self.fd, credit = blob.open()
+            self._credit.append(credit)
+        self._all = [self.fd, *self._credit]
+
+    def take_credit(self) -> list[int]:
+        """The eventfd, once: whoever reads the blob again does so when it is whole. It is closed with the rest."""
+        credit, self._credit = self._credit, []
+        return credit
+
+    def verified(self, seconds: float) -> bool:
+        """See Arriving.verified."""
+        return self._arriving is None or self._arriving.verified(seconds)
+
+    def close(self) -> None:
+        for fd in self._all:
+            os.close(fd)
 
 
 class Layers:
@@ -62,7 +95,7 @@ class Layers:
         self._failures: dict[str, tuple[float, str]] = {}
         self._fd = os.open(layout.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._syncer = Syncer(self._fd)
-        self.pool = Pool(config.workers, config.worker_idle_s)
+        self.pool = Pool(config.workers, config.worker_idle_s, config.arriving)
         self._closed = False
 
     def close(self) -> None:
@@ -105,14 +138,14 @@ class Layers:
 
     def unpack(
         self,
-        blob: Path,
+        blob: Path | Arriving,
         media_type: str,
         diff_id: str,
         chain_id: str,
         parent: str | None,
         key: LayerKey | None = None,
     ) -> None:
-        """See imagestore.model.Unpacker.unpack_layer."""
+        """See imagestore.model.Unpacker.unpack_layer, and Early.unpack_arriving there."""
         with self._changed:
             if self._closed:
                 raise SnapshotError("the snapshotter was closed")
@@ -227,15 +260,16 @@ class Layers:
             raise _again(flight.error)
 
     def _make(
-        self, blob: Path, media_type: str, diff_id: str, chain_id: str, flight: _Flight, key: LayerKey | None
+        self, blob: Path | Arriving, media_type: str, diff_id: str, chain_id: str, flight: _Flight, key: LayerKey | None
     ) -> None:
         with self._changed:
             number = self._layout.number()
         hidden, final = self._layout.hidden(self._layout.layers, number), self._layout.layer(number).parent
-        blob_fd = os.open(blob, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        source = _Source(blob)
         try:
-            made = self._extract(blob_fd, hidden, media_type, diff_id, flight, key)
+            made = self._extract(source, hidden, media_type, diff_id, flight, key)
             failpoint("snapshots.layer.extracted")
+            self._wait_for_blob(source, flight)
             hidden.rename(final)
             self._syncer.sync()
             failpoint("snapshots.layer.synced")
@@ -250,10 +284,10 @@ class Layers:
             self._trash.undo(error, hidden, final)
             raise
         finally:
-            os.close(blob_fd)
+            source.close()
 
     def _extract(
-        self, blob_fd: int, hidden: Path, media_type: str, diff_id: str, flight: _Flight, key: LayerKey | None
+        self, source: _Source, hidden: Path, media_type: str, diff_id: str, flight: _Flight, key: LayerKey | None
     ) -> protocol.Done:
         """Unpacks into `hidden`/fs and finishes it on the parent's chain."""
         aliases: dict[bytes, bytes] = {}
@@ -261,8 +295,10 @@ class Layers:
             hidden.mkdir(0o700)
             layer_fd = make_root(hidden / "fs")
             try:
-                request = protocol.Unpack(media_type, diff_id, flight.parent is None, aliases, self._config.limits, key)
-                made = self.pool.ask(flight, request, blob_fd, layer_fd)
+                base, limits = flight.parent is None, self._config.limits
+                request = protocol.Unpack(media_type, source.size, diff_id, base, aliases, limits, key)
+                credit = source.take_credit()
+                made = self.pool.ask(flight, request, source.fd, layer_fd, *credit, patient=bool(credit))
                 lowers = self._lowers(flight)
                 more = self.pool.ask(flight, protocol.Finish(lowers, made.implied, made.links), layer_fd).aliases
             finally:
@@ -271,7 +307,14 @@ class Layers:
                 return made
             aliases.update(zip(more[::2], more[1::2], strict=True))
             self._trash.discard(hidden)
+            self._wait_for_blob(source, flight)
         raise UnpackError(f"layer goes through links of the layers below in more than {_ROUNDS} steps")
+
+    def _wait_for_blob(self, source: _Source, flight: _Flight) -> None:
+        """Until all that was read has been verified. Raises UnpackError when it was not what it should be."""
+        while not source.verified(_LOOK_S):
+            if self._closed or flight.cancelled:
+                raise SnapshotError("the snapshotter was closed" if self._closed else "unpacking was cancelled")
 
     def _lowers(self, flight: _Flight) -> list[str]:
         """The directories below, once the parent is committed."""

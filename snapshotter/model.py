@@ -6,7 +6,7 @@ Invariant: a layer or an active snapshot is there in full or not at all, to ever
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 LayerKey: TypeAlias = tuple[bytes, bytes, bytes]
 """What opens an encrypted layer: the AES-256 key, the nonce, and the HMAC that the encrypted bytes have."""
@@ -27,6 +27,22 @@ class SnapshotInfo:
     key: str
     parent: str | None
     created_ns: int
+
+
+class Arriving(Protocol):
+    """A layer's blob while it is being written; snapshotter.arriving has the reader's side."""
+
+    size: int
+    """As announced."""
+
+    def open(self) -> tuple[int, int]:
+        """The file, and the eventfd(2) that counts the bytes of it which are there; both become the caller's."""
+        ...
+
+    def verified(self, seconds: float) -> bool:
+        """Waits at most so long; True once all of it is there with the announced digest. Raises, what its owner likes,
+        when that will not be."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +107,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """How the snapshotter works. `workers` 0 unpacks in the calling thread (tests).
+    """How the snapshotter works. `workers` 0 unpacks in the calling thread (tests); `arriving` more are for blobs that
+    are still being written.
 
     `volatile` mounts a container's writable layer without syncing it on unmount or fsync (threats O40).
     `parent_wait_s` is how long a layer that is ready waits for a parent nobody is unpacking.
     """
 
     workers: int = 2
+    arriving: int = 2
     worker_idle_s: float = 10.0
     parent_wait_s: float = 1800.0
     volatile: bool = True

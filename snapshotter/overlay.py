@@ -19,7 +19,7 @@ from runtime.linux.mount import FsMount
 from snapshotter.layers import Layers
 from snapshotter.layout import DIRECTORY, Layout, make_root
 from snapshotter.looks import copy_looks
-from snapshotter.model import AlreadyExists, Config, IdMap, LayerKey, NotFound, SnapshotInfo, Usage
+from snapshotter.model import AlreadyExists, Arriving, Config, IdMap, LayerKey, NotFound, SnapshotInfo, Usage
 from snapshotter.mounts import boot_id, has_lowerdir_plus, overlay_mount, settle_volatile
 from snapshotter.pack import pack
 from snapshotter.records import ActiveRecord, LayerRecord, Records
@@ -157,6 +157,18 @@ class Overlay:
     ) -> None:
         """See imagestore.model.Unpacker.unpack_layer. A layer that is ready holds its thread until the parent is
         there: give parents theirs first."""
+        self._layers.unpack(blob, media_type, diff_id, chain_id, parent, key)
+
+    def unpack_arriving(
+        self,
+        blob: Arriving,
+        media_type: str,
+        diff_id: str,
+        chain_id: str,
+        parent: str | None,
+        key: LayerKey | None = None,
+    ) -> None:
+        """See imagestore.model.Early.unpack_arriving."""
         self._layers.unpack(blob, media_type, diff_id, chain_id, parent, key)
 
     def cancel(self, chain_id: str) -> None:

@@ -1,4 +1,5 @@
-"""The daemon's side of the unpack workers: at most `size` processes, spawned when needed, ended when idle.
+"""The daemon's side of the unpack workers: at most `size` processes, and `patient` ones more for work that waits for
+the network; spawned when needed, ended when idle.
 
 It refuses to fork: workers are posix_spawn'ed, since the daemon has threads. Invariant: a worker is idle, or has one
 request; a worker that failed to answer is never used again, and every one that was started is waited for.
@@ -47,6 +48,7 @@ class _Worker:
                 os.close(null)
         self.socket = ours
         self.idle_since = 0.0
+        self.hung_up = False
 
     def ask(self, request: protocol.Unpack | protocol.Finish, fds: tuple[int, ...]) -> protocol.Done | protocol.Failed:
         send_frame(self.socket, protocol.encode_request(request), fds)
@@ -56,7 +58,8 @@ class _Worker:
         return protocol.decode_reply(message[0])
 
     def hang_up(self) -> None:
-        """Ends the conversation from another thread: whoever waits for the reply is told so."""
+        """Ends the conversation from another thread: whoever waits for the reply is told so. With the pool's lock."""
+        self.hung_up = True
         try:
             self.socket.shutdown(socket.SHUT_RDWR)
         except OSError:  # over already
@@ -73,31 +76,35 @@ class _Worker:
 
 
 class Pool:
-    """`ask` from any thread; it waits for a free worker. With `size` 0 the work is done in the calling thread."""
+    """`ask` from any thread; it waits for a free worker. With `size` 0 the work is done in the calling thread. What a
+    slow line holds up takes none of the `size` workers away from others (threats R14)."""
 
-    def __init__(self, size: int, idle_s: float) -> None:
+    def __init__(self, size: int, idle_s: float, patient: int = 0) -> None:
         self._size = size
+        self._free = {False: size, True: patient}
         self._idle_s = idle_s
         self._changed = threading.Condition()
         self._idle: list[_Worker] = []
-        self._busy: dict[_Worker, object] = {}
+        self._busy: dict[_Worker, object] = {}  # and whose work it is
         self._cancelled: set[object] = set()
         self._starting = 0
         self._closed = False
         self._reaper: threading.Thread | None = None
 
-    def ask(self, owner: object, request: protocol.Unpack | protocol.Finish, *fds: int) -> protocol.Done:
-        """Has a worker do `request`. Raises what it raises: UnpackError, OSError; SnapshotError when the worker died,
-        `owner` was cancelled or the pool closed meanwhile."""
+    def ask(
+        self, owner: object, request: protocol.Unpack | protocol.Finish, *fds: int, patient: bool = False
+    ) -> protocol.Done:
+        """Has a worker do `request`; `patient` is one that may wait for long. Raises what it raises: UnpackError,
+        OSError; SnapshotError when the worker died, `owner` was cancelled or the pool closed meanwhile."""
         if self._size == 0:
             from snapshotter.worker import work  # the daemon itself never needs it
 
             return work(request, list(fds))
-        worker = self._take(owner)
+        worker = self._take(owner, patient)
         try:
             reply = worker.ask(request, fds)
         except BaseException as error:
-            status = self._drop(worker)
+            status = self._drop(worker, patient)
             self._raise_if_over(owner)
             if isinstance(error, ConnectionError):
                 words = f"signal {signal.Signals(-status).name}" if status < 0 else f"code {status}"
@@ -105,7 +112,7 @@ class Pool:
                     f"unpack worker {worker.pid} ended with {words} in the middle of a layer"
                 ) from error
             raise
-        self._give_back(worker)
+        self._give_back(worker, patient)
         if isinstance(reply, protocol.Failed):
             reply.raise_()
         assert isinstance(reply, protocol.Done)
@@ -152,42 +159,47 @@ class Pool:
         if owner in self._cancelled:
             raise SnapshotError("unpacking was cancelled")
 
-    def _take(self, owner: object) -> _Worker:
+    def _take(self, owner: object, patient: bool) -> _Worker:
         with self._changed:
-            while True:
+            while not self._free[patient]:
                 self._raise_if_over(owner)
-                if self._idle:
-                    worker = self._idle.pop()
-                    self._busy[worker] = owner
-                    return worker
-                if len(self._busy) + self._starting < self._size:
-                    self._starting += 1
-                    break
                 self._changed.wait()
+            self._raise_if_over(owner)
+            self._free[patient] -= 1
+            if self._idle:
+                worker = self._idle.pop()
+                self._busy[worker] = owner
+                return worker
+            self._starting += 1
         started: _Worker | None = None
         try:
             started = _Worker()
         finally:
             with self._changed:
                 self._starting -= 1
-                if started is not None:
+                if started is None:
+                    self._free[patient] += 1
+                else:
                     self._busy[started] = owner
                     if self._closed or owner in self._cancelled:
                         started.hang_up()
                 self._changed.notify_all()
         return started
 
-    def _drop(self, worker: _Worker) -> int:
+    def _drop(self, worker: _Worker, patient: bool) -> int:
         status = worker.end()
         with self._changed:
             self._busy.pop(worker, None)
+            self._free[patient] += 1
             self._changed.notify_all()
         return status
 
-    def _give_back(self, worker: _Worker) -> None:
+    def _give_back(self, worker: _Worker, patient: bool) -> None:
         with self._changed:
-            if not self._closed:
+            # It may have answered in the moment in which it was told to end.
+            if not self._closed and not worker.hung_up:
                 self._busy.pop(worker, None)
+                self._free[patient] += 1
                 worker.idle_since = time.monotonic()
                 self._idle.append(worker)
                 self._changed.notify_all()
@@ -195,7 +207,7 @@ class Pool:
                     self._reaper = threading.Thread(target=self._reap, name="unpack-reaper", daemon=True)
                     self._reaper.start()
                 return
-        self._drop(worker)
+        self._drop(worker, patient)
 
     def _reap(self) -> None:
         """Ends workers that had nothing to do for `idle_s`; ends itself with the last of them."""

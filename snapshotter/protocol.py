@@ -1,7 +1,8 @@
 """What the daemon and an unpack worker say to each other: one request, one reply, frames of runtime.linux.sockets.
 
     daemon                                  worker (thread `main` reads, thread `job` works)
-      Unpack + fds (blob, layer directory) ──▶
+      Unpack + fds (blob, layer directory, ──▶            [eventfd]: only for a blob that is still arriving
+        [eventfd])
                                             ◀── Done(diff id, usage, implied, links) | Failed
       Finish + fd (layer directory)        ──▶
                                             ◀── Done(aliases) | Failed
@@ -24,9 +25,11 @@ from snapshotter.model import LayerKey, Limits, SnapshotError, UnpackError
 
 @dataclass(frozen=True, slots=True)
 class Unpack:
-    """Unpack the blob (first fd) into the layer directory (second fd)."""
+    """Unpack the blob (first fd) of `size` bytes into the layer directory (second fd). A third fd counts those of
+    them that are there (snapshotter.arriving)."""
 
     media_type: str
+    size: int
     diff_id: str
     base: bool
     aliases: Mapping[bytes, bytes]
@@ -112,6 +115,7 @@ def encode_request(request: Unpack | Finish) -> bytes:
     head = {
         "type": "unpack",
         "media_type": request.media_type,
+        "size": request.size,
         "diff_id": request.diff_id,
         "base": request.base,
         "limits": limits,
@@ -130,6 +134,7 @@ def decode_request(frame: bytes) -> Unpack | Finish:
     secret, nonce, hmac = map(bytes.fromhex, key or ("", "", ""))
     return Unpack(
         str(head["media_type"]),
+        int(str(head["size"])),
         str(head["diff_id"]),
         bool(head["base"]),
         dict(zip(lists[0], lists[1], strict=True)),

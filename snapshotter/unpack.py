@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from runtime.linux.writeback import syncfs
 from snapshotter import inflate
+from snapshotter.arriving import Reader
 from snapshotter.extract import Extracted, Extractor
 from snapshotter.model import LayerKey, Limits, UnpackError
 from snapshotter.tar import Walker
@@ -34,19 +35,18 @@ class Unpacked(NamedTuple):
 class _Producer:
     """The inflating thread; `take` is its other end."""
 
-    def __init__(self, blob_fd: int, media_type: str, limits: Limits, key: LayerKey | None) -> None:
+    def __init__(self, blob: Reader, media_type: str, limits: Limits, key: LayerKey | None) -> None:
+        self._blob = blob
         self._queue: queue.Queue[bytes | BaseException] = queue.Queue(QUEUED)
         self._stop = False
         self._ended = False
         self._hash = hashlib.sha256()
-        self._thread = threading.Thread(
-            target=self._run, args=(blob_fd, media_type, limits, key), name="inflate", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, args=(media_type, limits, key), name="inflate", daemon=True)
         self._thread.start()
 
-    def _run(self, blob_fd: int, media_type: str, limits: Limits, key: LayerKey | None) -> None:
+    def _run(self, media_type: str, limits: Limits, key: LayerKey | None) -> None:
         try:
-            for chunk in inflate.inflate(blob_fd, media_type, limits, key):
+            for chunk in inflate.inflate(self._blob, media_type, limits, key):
                 self._hash.update(chunk)
                 self._queue.put(chunk)
                 if self._stop:
@@ -74,6 +74,8 @@ class _Producer:
     def stop(self) -> None:
         """Ends the thread, whatever it is at."""
         self._stop = True
+        if self._thread.is_alive():
+            self._blob.stop()
         while self._thread.is_alive():
             try:
                 self._queue.get(timeout=0.01)
@@ -111,7 +113,7 @@ class _Writeback:
 
 
 def unpack(
-    blob_fd: int,
+    blob: Reader,
     layer_fd: int,
     media_type: str,
     diff_id: str,
@@ -122,7 +124,7 @@ def unpack(
     key: LayerKey | None = None,
 ) -> Unpacked:
     """Unpacks the blob into the empty directory `layer_fd`. Raises UnpackError, OSError."""
-    producer = _Producer(blob_fd, media_type, limits, key)
+    producer = _Producer(blob, media_type, limits, key)
     writeback = _Writeback(layer_fd)
 
     def more() -> bytes:

@@ -18,6 +18,7 @@ from runtime.linux.failpoint import failpoint
 from runtime.linux.process import capget, capset, set_name, set_no_new_privs
 from runtime.linux.sockets import recv_frame, send_frame
 from snapshotter import protocol
+from snapshotter.arriving import Reader
 from snapshotter.finish import finish
 from snapshotter.model import SnapshotError
 from snapshotter.unpack import unpack
@@ -31,9 +32,10 @@ def work(request: protocol.Unpack | protocol.Finish, fds: list[int]) -> protocol
     if isinstance(request, protocol.Finish):
         aliases = finish(fds[0], request.lowers, request.implied, request.links)
         return protocol.Done(aliases=[part for pair in aliases.items() for part in pair])
-    blob, layer = fds
+    blob, layer, *credit = fds
+    reader = Reader(blob, request.size, *credit)
     made = unpack(
-        blob,
+        reader,
         layer,
         request.media_type,
         request.diff_id,

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from runtime.linux.libc import KernelError
 from snapshotter import durable, protocol
 from snapshotter import trash as trash_module
+from snapshotter.arriving import GIVEN_UP, Reader
 from snapshotter.durable import Syncer
 from snapshotter.inflate import kind_of
 from snapshotter.merged import Merged
 from snapshotter.model import Limits, SnapshotError, UnpackError
 from snapshotter.mounts import overlay_mount
+from snapshotter.pool import Pool
 from snapshotter.records import ActiveRecord, LayerRecord, Records
 from snapshotter.trash import Trash
 from snapshotter.tree import Ignored, clean
@@ -35,7 +37,7 @@ PATHS = st.lists(st.binary(max_size=50).map(lambda raw: raw.replace(b"\0", b"\n"
 
 @given(PATHS, PATHS, st.booleans())
 def test_requests_come_back(one: list[bytes], two: list[bytes], base: bool) -> None:
-    unpack = protocol.Unpack(GZIP, "sha256:x", base, dict(zip(one, two, strict=False)), Limits(entries=7))
+    unpack = protocol.Unpack(GZIP, 9, "sha256:x", base, dict(zip(one, two, strict=False)), Limits(entries=7))
     assert protocol.decode_request(protocol.encode_request(unpack)) == unpack
     finish = protocol.Finish(["/a b", "/\udcff"], one, two)
     assert protocol.decode_request(protocol.encode_request(finish)) == finish
@@ -295,3 +297,56 @@ def test_records_come_back_and_chains_must_be_whole(tmp_path: Path) -> None:
     db.execute("UPDATE snapshotter_layers SET parent = 'b' WHERE chain_id = 'b'")
     assert Records(db).chain("b") is None  # a circle is no chain
     db.close()
+
+
+def test_a_worker_that_answers_while_it_is_cancelled_is_not_used_again(tmp_path: Path) -> None:
+    pool = Pool(1, 60.0)
+    directory = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        owner = object()
+        worker = pool._take(owner, patient=False)
+        pool.cancel(owner)
+        pool._give_back(worker, patient=False)
+        pool.forget(owner)
+        assert pool.processes() == []
+        pool.ask(object(), protocol.Finish([], [], []), directory)
+        assert worker.pid not in pool.processes()
+    finally:
+        os.close(directory)
+        pool.close()
+
+
+def test_no_more_is_read_than_was_counted(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"0123456789" + b"junk that nobody counted")
+    fd, credit = os.open(tmp_path / "blob", os.O_RDONLY), os.eventfd(4)
+    try:
+        reader = Reader(fd, 10, credit)
+        assert reader.read(100) == b"0123"
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(reader.read, 100)
+            os.eventfd_write(credit, 3)
+            assert waiting.result(SOON_S) == b"456"
+            os.eventfd_write(credit, 3)
+            assert reader.read(2) == b"78" and reader.read(2) == b"9" and reader.read(2) == b""
+    finally:
+        os.close(fd)
+        os.close(credit)
+
+
+@pytest.mark.parametrize("by", ["the writer", "the reader's own side"])
+def test_a_blob_that_is_given_up_ends_the_wait(tmp_path: Path, by: str) -> None:
+    (tmp_path / "blob").write_bytes(b"0123456789")
+    fd, credit = os.open(tmp_path / "blob", os.O_RDONLY), os.eventfd(0)
+    try:
+        reader = Reader(fd, 10, credit)
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(reader.read, 100)
+            if by == "the writer":
+                os.eventfd_write(credit, GIVEN_UP)
+            else:
+                reader.stop()
+            with pytest.raises(UnpackError, match="will not be whole"):
+                waiting.result(SOON_S)
+    finally:
+        os.close(fd)
+        os.close(credit)
