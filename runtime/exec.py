@@ -10,36 +10,23 @@ from __future__ import annotations
 import errno
 import os
 
-from runtime import exec_cgroup, ids, labels, namespaces, process, state, sync
+from runtime import exec_cgroup, labels, namespaces, process, state, sync
 from runtime.cgroups.manager import Gate, manager_from_paths
+from runtime.entering import Inside
 from runtime.errors import RuntimeFailure
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import AT_FDCWD, read_bounded, write_durable
 from runtime.linux.libc import KernelError
-from runtime.linux.process import (
-    CLONE_CLEAR_SIGHAND,
-    CLONE_NEWCGROUP,
-    CLONE_NEWUSER,
-    CLONE_PARENT,
-    clone3,
-    is_running,
-    personality,
-    pidfd_open,
-    pidfd_send_signal,
-    set_dumpable,
-    set_no_new_privs,
-    setns,
-)
+from runtime.linux.process import clone3, is_running, pidfd_open, pidfd_send_signal
 from runtime.linux.record import Record
-from runtime.seccomp_load import load
 from runtime.spec_process import Process
 from runtime.state import State
-from runtime.terminal import make_controlling, name_of, open_pair, send_master
+from runtime.terminal import send_master
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import NoReturn, TypeVar
+    from typing import TypeVar
 
     _R = TypeVar("_R")
 
@@ -54,8 +41,8 @@ _MAX_FILTER = 4096 * 8  # BPF_MAXINSNS of linux/filter.h, eight bytes each
 class ExecRequest(Record):
     """What exec is asked for; the fields are those of runtime.create.CreateRequest. `cgroups` names cgroups below the
     container's, by controller or by "" for all. `ignore_paused` runs into a frozen container, where the process waits
-    until it is thawed. `disposable`: the caller ends after this and stands in for
-    the process between; it is in the container's namespaces afterwards, and the process is its parent's child."""
+    until it is thawed. `disposable`: the caller ends after this and stands in for the process between; it is in the
+    container's namespaces afterwards, and the process is its parent's child."""
 
     root: str
     id: str
@@ -146,51 +133,38 @@ def _filter_of(root: str, facts: State) -> bytes:
     return program
 
 
-def _memory_policy(facts: State) -> Callable[[], None] | None:
-    policy = facts.memory_policy
-    if policy is None:
-        return None
-    from runtime import memory_policy  # imported here: a process in the container imports nothing
-
-    return lambda: memory_policy.apply(policy)
-
-
 class _Entry:
-    """One exec, both sides: the caller's, and the new process's."""
+    """One exec as its caller sees it."""
 
     def __init__(self, request: ExecRequest, facts: State, init_fd: int, gate: Gate, program: bytes) -> None:
         self._request = request
         self._facts = facts
-        self._process = request.process
         self._init_fd = init_fd
         self._gate = gate
         self._program = program
-        self._policy = _memory_policy(facts)
-        self._step = "namespaces"
         self._warnings: list[str] = []
-        self._proc = -1
-
-    # ------------------------------------------------------------------------------------------------ the caller
 
     def run(self) -> Executed:
         mine, its = sync.Channel.pair()
         pid = pidfd = console = -1
         # Held from before the caller joins anything: the container's own /proc is not asked (CVE-2025-52881).
-        proc = self._proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        waits = self._waits()
+        inside = Inside(self._request, self._facts, self._init_fd, self._gate, self._program, proc, waits)
         try:
             # Who has joined the container may no longer take an fd out of a process, nor reach resctrl.
             apart = self._facts.listener_path or self._facts.intel_rdt
             if self._request.disposable and not apart:
-                pid, pidfd = self._join_and_clone(its, mine)
+                pid, pidfd = inside.join_and_clone(its, mine)
                 its.close()
             else:
-                pid, pidfd = self._clone_between(mine, its)
+                pid, pidfd = self._clone_between(inside, mine, its)
             if self._facts.intel_rdt is not None:
                 from runtime import intel_rdt  # for machines that have it
 
                 intel_rdt.enter(self._facts.intel_rdt, pid)
             failpoint("exec.cloned")
-            if self._waits():
+            if waits:
                 mine.send("Go")
             console = self._hear(mine, pid, pidfd)
             if self._request.pidfd_socket:
@@ -211,6 +185,8 @@ class _Entry:
 
     def rehearse(self) -> None:
         """The parts of both sides that change nothing."""
+        wanted = self._request.process
+        Inside(self._request, self._facts, self._init_fd, self._gate, self._program, -1, self._waits())
         namespaces.others(self._facts.pid)
         mine, its = sync.Channel.pair()
         its.send("Ready", text=("rehearsed",))
@@ -221,11 +197,11 @@ class _Entry:
         mine.close()
         root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            process.find_command(self._process.args[0], process.environment(self._process, root))
+            process.find_command(wanted.args[0], process.environment(wanted, root))
         finally:
             os.close(root)
         process.verify_directory()
-        process.Identity(self._process, self._warnings.append)
+        process.Identity(wanted, self._warnings.append)
 
     def _waits(self) -> bool:
         """Whether the process waits for a Go. A word to and fro costs a change of processes, so it does not where the
@@ -261,12 +237,12 @@ class _Entry:
         agent = seccomp_notify.connect(self._facts.listener_path)
         seccomp_notify.deliver(agent, message, pidfd, self._facts, pid, "running")
 
-    def _clone_between(self, mine: sync.Channel, its: sync.Channel) -> tuple[int, int]:
+    def _clone_between(self, inside: Inside, mine: sync.Channel, its: sync.Channel) -> tuple[int, int]:
         """The process and its pidfd, made by a process between that joins for it."""
         between, between_fd = clone3(0)
         if between == 0:
             mine.close()
-            self._between(its)
+            inside.between(its)
         os.close(between_fd)
         its.close()
         try:
@@ -283,160 +259,6 @@ class _Entry:
         finally:
             os.close(master)
         return -1
-
-    # -------------------------------------------------------------------------------------------- the new process
-
-    def _between(self, channel: sync.Channel) -> NoReturn:
-        """Joins, clones the process as the caller's child, and ends."""
-        try:
-            pid, pidfd = self._join_and_clone(channel)
-            channel.send("Child", pid=pid, fds=(pidfd,))
-        except BaseException as error:
-            channel.fail(RuntimeFailure.of(error, step=self._step, what="join the container"))
-            os._exit(1)
-        os._exit(0)
-
-    def _join_and_clone(self, channel: sync.Channel, *close: sync.Channel) -> tuple[int, int]:
-        """Joins all namespaces and clones the process, a child of this one's parent, which talks on `channel`."""
-        self._oom_score()  # which is inherited; in a user namespace the process has no right to set its own
-        set_dumpable(False)  # from here on the container could look (CVE-2016-9962)
-        others = namespaces.others(self._facts.pid)
-        last = others & CLONE_NEWCGROUP
-        if last and others & CLONE_NEWUSER and namespaces.belongs_elsewhere(self._facts.pid, "cgroup"):
-            last = 0  # from inside the user namespace it would be out of reach
-        if together := others & ~last:
-            # In one call: what is joined is judged by the rights from before it, which a namespace of the host's in a
-            # container with a user namespace needs.
-            setns(self._init_fd, together)
-        pid, pidfd = clone3(CLONE_PARENT | CLONE_CLEAR_SIGHAND, cgroup_fd=self._gate.cgroup_fd)
-        if pid == 0:
-            for other in close:
-                other.close()
-            self._main(channel, others & ~CLONE_NEWCGROUP | last)
-        self._warnings = []  # the process tells of them
-        return pid, pidfd
-
-    def _main(self, channel: sync.Channel, others: int) -> NoReturn:
-        try:
-            if self._waits():
-                channel.receive("Go")
-            identity, command, env, slave = self._set_up(channel, others)
-            self._step = "wait"
-            if self._warnings or self._waits():
-                channel.send("Ready", text=tuple(self._warnings))
-            if channel.is_deserted():
-                os._exit(1)  # nobody would know of the command
-            self._step = "exec"
-            process.reset_signals(handled=False)
-            if self._program:
-                self._step = "seccomp"
-                listener = load(self._program, self._facts.filter_flags)
-                if listener >= 0:
-                    channel.offer(listener)
-            identity.finish()
-            self._step = "exec"
-            process.execute(command, self._process.args, env)
-        except sync.Closed:
-            pass
-        except BaseException as error:
-            channel.fail(RuntimeFailure.of(error, step=self._step))
-        os._exit(1)
-
-    def _set_up(self, channel: sync.Channel, others: int) -> tuple[process.Identity, str, list[bytes], int]:
-        """The steps of runtime.init.STEPS that a process without a root to make goes through, in their order."""
-        import sys
-
-        wanted = self._process
-        root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        sys.path[:] = []
-        sys.meta_path[:] = []
-        self._step = "session"
-        os.setsid()
-        set_dumpable(False)
-        if others & CLONE_NEWUSER:
-            ids.be_root()
-            set_dumpable(False)
-        if not self._facts.no_new_keyring:
-            process.new_keyring(f"_ses.{self._request.id}", self._warnings.append)
-        slave = -1
-        if wanted.terminal:
-            self._step = "console"
-            master, slave = open_pair(root, wanted.console_size)
-            channel.send("Console", text=(name_of(master),), fds=(master,))
-            os.close(master)
-        self._step = "limits"
-        affinity = wanted.exec_affinity
-        process.set_cpus(affinity.initial if affinity is not None else ())
-        process.set_rlimits(wanted.rlimits, self._warnings.append)
-        if wanted.io_priority is not None:
-            process.set_io_priority(wanted.io_priority)
-        if self._policy is not None:
-            self._policy()
-        if self._facts.personality is not None:
-            personality(self._facts.personality)
-        self._step = "terminal"
-        self._stdio(slave)
-        process.own_stdio(wanted.user)
-        if wanted.apparmor_profile or wanted.selinux_label:
-            self._step = "labels"
-            self._labels()
-        self._step = "cgroup"
-        self._gate.enter()
-        if affinity is not None and affinity.final:
-            process.set_cpus(affinity.final)
-        if wanted.scheduler is not None:
-            self._step = "scheduler"
-            process.set_scheduler(wanted.scheduler)
-        if others & CLONE_NEWCGROUP:
-            self._step = "cgroup namespace"
-            setns(self._init_fd, CLONE_NEWCGROUP)
-        self._step = "cwd"
-        try:
-            process.enter_directory(root, wanted.cwd)
-        except OSError as error:
-            what = f'chdir to cwd ("{wanted.cwd}") set in config.json failed'
-            raise RuntimeFailure.of(error, what=what, code="invalid_argument") from None
-        self._step = "files"
-        env = process.environment(wanted, root)
-        os.close(root)
-        process.close_all_but({channel.fileno()}, self._request.preserve_fds)
-        if wanted.no_new_privileges:
-            set_no_new_privs()
-        self._step = "identity"
-        identity = process.Identity(wanted, self._warnings.append)
-        identity.drop()
-        set_dumpable(False)
-        self._step = "command"
-        process.verify_directory()
-        return identity, process.find_command(wanted.args[0], env), env, slave
-
-    def _oom_score(self) -> None:
-        wanted = self._process.oom_score_adj
-        if wanted is None:
-            return
-        try:
-            fd = os.open("self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC, dir_fd=self._proc)
-            try:
-                if int(os.read(fd, 16)) != wanted:
-                    os.write(fd, str(wanted).encode())
-            finally:
-                os.close(fd)
-        except PermissionError:
-            self._warnings.append(f"oom_score_adj {wanted} is lower than this process may set: it stays as it was")
-
-    def _stdio(self, slave: int) -> None:
-        if slave >= 0:
-            for fd in (0, 1, 2):
-                os.dup2(slave, fd)
-            make_controlling(0)
-            return
-        copies = [os.dup(fd) for fd in self._request.stdio]
-        for number, fd in enumerate(copies):
-            os.dup2(fd, number)
-            os.close(fd)
-
-    def _labels(self) -> None:
-        labels.write(self._proc, f"{os.readlink('self', dir_fd=self._proc)}/attr", self._process)
 
 
 def _end(pid: int, pidfd: int) -> None:
