@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from imagestore import claims, sigstore
+from imagestore.cosign_keys import is_cosign_key, open_cosign_key
 from imagestore.keys import der, pem, usable, verifies
 from imagestore.model import ImageError
 from imagestore.signatures import BUNDLE_TYPE, CERTIFICATE, CHAIN, ENTRY, SIGNATURE, Bundle, Cosign, Simple
@@ -88,13 +89,13 @@ class Signer:
 
 
 def load_signer(data: bytes, password: bytes | None) -> Signer:
-    """A private key in PEM. Raises ImageError."""
+    """A private key in PEM, as openssl or cosign writes it. Raises ImageError."""
     from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+    from cryptography.hazmat.primitives.serialization import load_der_private_key, load_pem_private_key
 
-    if b"ENCRYPTED SIGSTORE PRIVATE KEY" in data or b"ENCRYPTED COSIGN PRIVATE KEY" in data:
-        raise ImageError("private key: cosign's own encryption is not read; keys as openssl writes them (PKCS #8) are")
     try:
+        if is_cosign_key(data):
+            return Signer(load_der_private_key(open_cosign_key(data, password), None))  # type: ignore[arg-type]
         return Signer(load_pem_private_key(data, password))  # type: ignore[arg-type]
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise ImageError(f"private key: cannot be used ({error})") from None

@@ -18,7 +18,7 @@ _LIMIT = 1 << 20
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     by = parser.add_argument_group("by what, one of")
-    by.add_argument("--key", metavar="FILE", help="private key in PEM: ECDSA, RSA or Ed25519")
+    by.add_argument("--key", metavar="FILE", help="private key: ECDSA, RSA or Ed25519, in PEM, or as cosign keeps it")
     by.add_argument("--openpgp-key", metavar="FILE", help="OpenPGP secret key, as gpg --export-secret-keys writes it")
     by.add_argument("--identity-token", metavar="FILE", help="OIDC token, for a certificate from --fulcio-url")
     parser.add_argument("--password-file", metavar="FILE", help="what the key is encrypted with")

@@ -23,6 +23,7 @@ from tests.fakes.registry import OCI_INDEX, OCI_MANIFEST, build_image, build_ind
 from tests.fakes.sigstore import Services
 from tests.integration.test_imagestore_trust_peers import Place
 from tests.support import needs
+from tests.unit import test_imagestore_cosign_keys as cosign_keys
 from tests.vectors import ISSUER, Maker
 
 ONE = build_image([{"bin/app": b"one"}])
@@ -196,6 +197,14 @@ def test_an_encrypted_key_and_a_wrong_password(world: World, maker: Maker, tmp_p
     password.write_text("horse\n")
     world.run(*words)
     world.keyed()
+    assert world.pulls(world.name)
+
+
+def test_a_key_as_cosign_keeps_it(world: World, tmp_path: Path) -> None:
+    for name, data in (("cosign.key", cosign_keys.KEY), ("cosign.pub", cosign_keys.PUBLIC), ("password", b"horse\n")):
+        (tmp_path / name).write_bytes(data)
+    world.run("sign", "--key", f"{tmp_path}/cosign.key", "--password-file", f"{tmp_path}/password", world.name)
+    world.require({"type": "sigstoreSigned", "keyPath": f"{tmp_path}/cosign.pub"})
     assert world.pulls(world.name)
 
 
