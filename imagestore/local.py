@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from imagestore.content import Ingest, errno_text
 from imagestore.layout import REF_NAME
 from imagestore.manifest import OCI_CONFIG, OCI_MANIFEST, descriptor, digest_of
 from imagestore.model import ContentInvalid, Descriptor, ImageError, ImageNotFound, ReferenceInvalid
-from imagestore.reference import is_digest, parse
+from imagestore.reference import DEFAULT_TAG, Reference, is_digest, parse
 from imagestore.registry import Document, Report
 from imagestore.strict_json import parse_array, parse_object
 from imagestore.tarfiles import TarIndex
@@ -252,3 +253,17 @@ def _spellings(names: tuple[str, ...]) -> tuple[str, ...]:
         except ReferenceInvalid:
             continue
     return tuple(found)
+
+
+def local_name(path: Path, tag: str) -> Reference:
+    """What an image from a file is called: by its full reference in there, or as localhost/NAME:TAG."""
+    if "/" in tag or ":" in tag:
+        try:
+            return parse(tag)
+        except ReferenceInvalid:
+            pass
+    name = re.sub(r"[^a-z0-9]+", "-", path.absolute().name.lower().removesuffix(".tar")).strip("-") or "layout"
+    try:
+        return parse(f"localhost/{name}:{tag or DEFAULT_TAG}")
+    except ReferenceInvalid:
+        return parse(f"localhost/{name}:{DEFAULT_TAG}")

@@ -12,7 +12,6 @@ and `import_layout` belong to one event loop at a time; all else blocks and may 
 from __future__ import annotations
 
 import asyncio
-import re
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,27 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from imagestore.catalog import Catalog
 from imagestore.collector import Collector, Garbage
 from imagestore.config import StoreConfig
 from imagestore.content import Blobs, errno_text
 from imagestore.doctor import Doctor, Problem
 from imagestore.layout import Layout
 from imagestore.leases import Leases
-from imagestore.local import DirectoryFiles, DockerArchive, LocalSource, TarFiles
-from imagestore.manifest import Manifest, parse_config, parse_document
+from imagestore.local import DirectoryFiles, DockerArchive, LocalSource, TarFiles, local_name
 from imagestore.model import (
     AccessDenied,
     ContentInvalid,
     Credentials,
-    DecryptionRefused,
-    Descriptor,
     Image,
-    ImageConfig,
     ImageError,
     ImageNotFound,
     KeyFile,
-    Layer,
-    PolicyInvalid,
     Progress,
     ProgressFunction,
     ReferenceInvalid,
@@ -51,13 +45,14 @@ from imagestore.model import (
 )
 from imagestore.pull import Held, Pulled, Puller
 from imagestore.records import ImageRecord, Records
-from imagestore.reference import DEFAULT_TAG, Reference, id_prefix, parse
+from imagestore.reference import Reference, parse
 from imagestore.remotes import Remotes
 from imagestore.reserve import Reserve
 from imagestore.scopes import Subject, in_file, in_registry
 from imagestore.shared import SharedWork, Slots
 from imagestore.source import RegistrySource
 from imagestore.threads import Threads
+from imagestore.told import kind_of, told
 from imagestore.transport import Transport, preload
 from imagestore.trust import Finder, Gate, Trust
 from imagestore.usage import disk_usage
@@ -65,31 +60,6 @@ from imagestore.usage import disk_usage
 __all__ = ["Store", "StoreConfig"]
 
 T = TypeVar("T")
-
-_KINDS: tuple[type[ImageError], ...] = (
-    ReferenceInvalid,
-    ImageNotFound,
-    AccessDenied,
-    RegistryUnavailable,
-    ContentInvalid,
-    SignatureRefused,
-    PolicyInvalid,
-    DecryptionRefused,
-    ImageError,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _Contents:
-    """What a manifest and its config say."""
-
-    config_blob: Descriptor
-    config: ImageConfig
-    layers: tuple[Layer, ...]
-
-    @property
-    def size(self) -> int:
-        return self.config_blob.size + sum(layer.blob.size for layer in self.layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +78,6 @@ class Store:
         self._root = root
         self._unpacker = unpacker
         self._config = config
-        self._pinned = frozenset(str(parse(name)) for name in config.pinned)
         self._blobs = Blobs(root)
         self._blobs.create()
         self._reserve = Reserve(root / "ingest")
@@ -117,17 +86,15 @@ class Store:
         self._records.publish()
         self._reserve.fill()
         self._leases = Leases(root / "ingest")
-        self._collector = Collector(
-            self._blobs, self._leases, self._records, self._layout, unpacker, self._contents, config
-        )
-        self._doctor = Doctor(self._blobs, self._records, self._layout, unpacker, self._contents, config.keep_blobs)
-        self._known: dict[str, _Contents] = {}
-        self._whole: set[str] = set()
         self._threads = Threads(
             config.concurrent_downloads + 2, config.concurrent_unpacks + config.concurrent_pulls + config.early_unpacks
         )
         self._transport = Transport(config)
         self._remotes = Remotes(self._transport, self._threads, config)
+        self._catalog = Catalog(self._blobs, self._records, self._remotes, unpacker, config)
+        contents = self._catalog.contents
+        self._collector = Collector(self._blobs, self._leases, self._records, self._layout, unpacker, contents, config)
+        self._doctor = Doctor(self._blobs, self._records, self._layout, unpacker, contents, config.keep_blobs)
         self._trust = Trust(config)
         self._puller = Puller(self._blobs, self._leases, unpacker, self._threads, config)
         self._watchers: list[Callable[[str, Progress], None]] = []
@@ -158,7 +125,7 @@ class Store:
         except ImageError as error:
             if not said or isinstance(error, SignatureRefused):
                 raise
-            kind = next(kind for kind in _KINDS if isinstance(error, kind))
+            kind = kind_of(error)
             raise kind("; ".join([*said[:8], str(error)])) from error
 
     async def _pull_one(self, wanted: Reference, caller: _Caller, progress: ProgressFunction | None) -> Image:
@@ -171,7 +138,7 @@ class Store:
                 await asyncio.to_thread(self._drop_layers, image)
             return image
         except ImageError as error:
-            raise _told(f"pull {wanted}", error) from error
+            raise told(f"pull {wanted}", error) from error
 
     async def _pull(self, wanted: Reference, caller: _Caller, tell: ProgressFunction) -> Image:
         async def work(held: Held) -> Image:
@@ -227,7 +194,7 @@ class Store:
 
     def _still_permitted(self, record: ImageRecord, name: str, caller: _Caller) -> Image | None:
         """The image of a record, if it is whole and the policy of today accepts it with the signatures it came with."""
-        image = self._image(record, again=True)
+        image = self._catalog.image(record, again=True)
         try:
             if image is not None:
                 self.permit(image, name, caller.namespace, caller.keys)
@@ -273,13 +240,13 @@ class Store:
         async def work(held: Held) -> Image:
             gate = Gate(self._trust, subject, await self._threads.io(self._trust.before, subject), None)
             pulled = await self._puller.run(source, held, progress or (lambda _: None), gate.admit)
-            called = parse(name) if name else _local_name(path, tag or source.name)
+            called = parse(name) if name else local_name(path, tag or source.name)
             return await self._threads.io(self._record, called, pulled, "", gate)
 
         try:
             return await self._session(work)
         except ImageError as error:
-            raise _told(f"import {path}", error) from error
+            raise told(f"import {path}", error) from error
 
     async def _session(self, work: Callable[[Held], Awaitable[T]], keys: tuple[KeyFile, ...] = ()) -> T:
         """A pull's frame: its leases and worker threads exist as long as it does."""
@@ -308,7 +275,7 @@ class Store:
 
     def _record(self, called: Reference, pulled: Pulled, served: str, gate: Gate) -> Image:
         record = self._records.put(called, pulled.image_id, pulled.manifest, served, gate.origin())
-        image = self._image(record, again=True)
+        image = self._catalog.image(record, again=True)
         if image is None:
             raise ImageError(f"image {pulled.image_id}: something outside removed parts of it; pull it again")
         return image
@@ -317,8 +284,8 @@ class Store:
 
     def get(self, name: str) -> Image | None:
         """See cri.interfaces.Images.get."""
-        record, _ = self._find(name)
-        return self._image(record) if record else None
+        record, _ = self._catalog.find(name)
+        return self._catalog.image(record) if record else None
 
     def permit(self, image: Image, name: str, namespace: str = "", keys: tuple[KeyFile, ...] = ()) -> None:
         """See cri.interfaces.Images.permit."""
@@ -326,87 +293,22 @@ class Store:
             self._trust.permit(image, name, self._records.origins(image.id), namespace)
             self._puller.opener.open(image.layers, keys)
         except ImageError as error:
-            raise _told(f"use image {name}", error) from error
+            raise told(f"use image {name}", error) from error
 
     def list(self) -> Sequence[Image]:
         """See cri.interfaces.Images.list."""
-        images = (self._image(record) for record in self._records.images())
+        images = (self._catalog.image(record) for record in self._records.images())
         return [image for image in images if image is not None]
-
-    def _find(self, name: str) -> tuple[ImageRecord | None, bool]:
-        """The record, and whether `name` is an id: a whole id first, then a name, then the beginning of an id, since
-        "cafe" may be both of the latter."""
-        digits = id_prefix(name)
-        if digits is None or len(digits) < 64:
-            record = next((found for found in map(self._records.by_name, self._meanings(name)) if found), None)
-            if record is not None:
-                return record, False
-        return (self._records.by_id(digits), True) if digits is not None else (None, False)
-
-    def _meanings(self, name: str) -> tuple[Reference, ...]:
-        try:
-            return self._remotes.candidates(name)
-        except ImageError:
-            pass  # of a file that cannot be read a pull tells; what is here is found by its whole name all the same
-        try:
-            return (parse(name),)
-        except ReferenceInvalid:
-            return ()
-
-    def _image(self, record: ImageRecord, *, again: bool = False) -> Image | None:
-        """The image of a record, None when something of it is missing; `again` looks at the disk once more."""
-        contents = self._contents(record.manifest)
-        digest = record.manifest.digest
-        if contents is None or not ((digest in self._whole and not again) or self._is_whole(contents)):
-            self._whole.discard(digest)
-            return None
-        self._whole.add(digest)
-        return Image(
-            id=record.id,
-            manifest_digest=digest,
-            repo_tags=record.tags,
-            repo_digests=record.digests,
-            size=contents.size,
-            config=contents.config,
-            layers=contents.layers,
-            pinned=not self._pinned.isdisjoint((*record.tags, *record.digests)),
-        )
-
-    def _contents(self, manifest: Descriptor) -> _Contents | None:
-        """What a recorded manifest and its config say; None when they are damaged or gone. They never change, so they
-        are read once."""
-        known = self._known.get(manifest.digest)
-        if known is None:
-            what = f"manifest {manifest.digest}"
-            try:
-                data = self._blobs.read(manifest.digest, self._config.manifest_bytes)
-                parsed = parse_document(data, "", manifest.media_type, what, self._config)
-                if not isinstance(parsed, Manifest):
-                    return None
-                data = self._blobs.read(parsed.config.digest, self._config.config_bytes)
-                config, layers = parse_config(data, parsed, what, self._config)
-            except (OSError, ContentInvalid):
-                return None
-            known = self._known[manifest.digest] = _Contents(parsed.config, config, layers)
-        return known
-
-    def _is_whole(self, contents: _Contents) -> bool:
-        # Without keep_blobs a layer is whole when it is unpacked.
-        layers = contents.layers if self._config.keep_blobs else ()
-        blobs = (contents.config_blob, *(layer.blob for layer in layers))
-        return all(self._blobs.has(blob) for blob in blobs) and all(
-            self._unpacker.has_layer(layer.chain_id) for layer in contents.layers
-        )
 
     # ------------------------------------------------------------------------------------------------------- changes
 
     def remove(self, name: str) -> None:
         """See cri.interfaces.Images.remove. By digest: all that this repository calls by it, tags included."""
-        record, is_id = self._find(name)
+        record, is_id = self._catalog.find(name)
         if record is not None and is_id:
             self._records.remove_image(record.id)
         elif record is not None:
-            for meaning in self._meanings(name):
+            for meaning in self._catalog.meanings(name):
                 if self._records.by_name(meaning) is not None:
                     self._records.remove_name(meaning)
                     break
@@ -416,7 +318,7 @@ class Store:
         wanted = parse(new)
         if wanted.digest:
             raise ReferenceInvalid(f"tag {name}: {new!r} is a digest, expected a tag")
-        record, _ = self._find(name)
+        record, _ = self._catalog.find(name)
         if record is None or not self._records.tag(record.id, record.manifest, wanted):
             raise ImageNotFound(f"tag {name}: no such image")
 
@@ -426,10 +328,7 @@ class Store:
             kept = self._collector.collect()
             if kept is None:
                 return
-            for digest in tuple(self._known):
-                if digest not in kept:
-                    self._known.pop(digest, None)
-                    self._whole.discard(digest)
+            self._catalog.forget(kept)
             self._layout.forget(kept)
             self._records.publish()
             self._reserve.fill()
@@ -452,8 +351,7 @@ class Store:
         with the reason. Raises ImageError."""
         tell = progress or (lambda _: None)
         left = list(await asyncio.to_thread(self._doctor.discard, problems))
-        self._known.clear()
-        self._whole.clear()
+        self._catalog.forget()
         for image_id in dict.fromkeys(problem.image for problem in problems if problem.image):
             why = await self._fetch_again(image_id, tell)
             if why:
@@ -488,28 +386,3 @@ class Store:
         mine = disk_usage(self._root)
         layers = self._config.layers_usage() if self._config.layers_usage else Usage(0, 0)
         return Usage(mine.bytes + layers.bytes, mine.inodes + layers.inodes)
-
-
-def _told(doing: str, error: ImageError) -> ImageError:
-    """A failure as the caller sees it: what was being done in front, and one of the public kinds."""
-    kind = next(kind for kind in _KINDS if isinstance(error, kind))
-    # A kubelet knows a refusal by the first word.
-    word = f"{SignatureRefused.WORD}: " if kind is SignatureRefused else ""
-    told = kind(f"{word}{doing}: {error}")
-    for note in getattr(error, "__notes__", ()):
-        told.add_note(note)
-    return told
-
-
-def _local_name(path: Path, tag: str) -> Reference:
-    """What an image from a file is called: by its full reference in there, or as localhost/NAME:TAG."""
-    if "/" in tag or ":" in tag:
-        try:
-            return parse(tag)
-        except ReferenceInvalid:
-            pass
-    name = re.sub(r"[^a-z0-9]+", "-", path.absolute().name.lower().removesuffix(".tar")).strip("-") or "layout"
-    try:
-        return parse(f"localhost/{name}:{tag or DEFAULT_TAG}")
-    except ReferenceInvalid:
-        return parse(f"localhost/{name}:{DEFAULT_TAG}")
