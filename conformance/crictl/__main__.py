@@ -1,7 +1,8 @@
-"""python -m conformance.crictl [--runtime ocid|containerd]
+"""python -m conformance.crictl [--runtime ocid|containerd] [--transcript FILE]
 
 Runs the scenario in namespaces of its own, prints each step, and at the end what is left over. Exit code 1 when any
-step fails; the steps after it still run, so that one run shows everything.
+step fails; the steps after it still run, so that one run shows everything. With --transcript it goes through every
+subcommand instead (`tour`), and writes what was typed and printed to FILE.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from conformance.clients.steps import Surprise
 from conformance.crictl.scenario import STEPS
 from conformance.crictl.steps import Scenario
 from conformance.crictl.tool import CheckFailed, Crictl, built
+from conformance.crictl.tour import transcript
 from conformance.images import BUSYBOX, layouts, push
 from conformance.isolated import reenter
 from conformance.leaks import Machine, settled
 from conformance.registry import registry
 
 
-def run(runtime: str, base: Path, binary: Path) -> int:
-    """How many steps failed, and how many things are left over."""
+def run(runtime: str, base: Path, binary: Path, target: Path | None = None) -> int:
+    """How many steps failed, and how many things are left over. With a `target` the tour is made, and written there."""
     with registry(base / "registry") as images:
         for layout in layouts(["busybox"]):
             push(layout, images.address)
@@ -41,7 +43,11 @@ def run(runtime: str, base: Path, binary: Path) -> int:
                 daemon = stack.enter_context(daemons.ocid(directory))
             else:
                 daemon = stack.enter_context(daemons.containerd(directory, images.address))
-            it = Scenario(Crictl(binary, daemon.socket, config), images.reference(BUSYBOX), directory, f"/{cgroup}")
+            crictl, image = Crictl(binary, daemon.socket, config), images.reference(BUSYBOX)
+            if target is not None:
+                target.write_text(transcript(crictl, image, directory, f"/{cgroup}"))
+                return 0
+            it = Scenario(crictl, image, directory, f"/{cgroup}")
             if runtime == "containerd":
                 it.on_containerd()
             failed = _steps(it)
@@ -75,11 +81,14 @@ def _leaks(before: Machine) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m conformance.crictl", description=__doc__)
     parser.add_argument("--runtime", choices=("ocid", "containerd"), default="ocid")
+    parser.add_argument(
+        "--transcript", type=Path, metavar="FILE", help="go through every subcommand, and write it down"
+    )
     args = parser.parse_args()
     binary = built()
     reenter("conformance.crictl", sys.argv[1:])
     with tempfile.TemporaryDirectory(prefix="crictl-") as base:
-        failed = run(args.runtime, Path(base), binary)
+        failed = run(args.runtime, Path(base), binary, args.transcript)
     print(f"crictl scenario against {args.runtime}: {'passed' if not failed else f'{failed} failed'}")
     return 1 if failed else 0
 
