@@ -27,6 +27,7 @@ from cri.config import Config
 from cri.discovery import Discovery
 from cri.events import Events
 from cri.feed import Feed
+from cri.handover import FILES_SOCKET, Handover
 from cri.image_config import store_config
 from cri.intercept import Intercept
 from cri.network.cni import Cni, NetworkConfig
@@ -71,6 +72,7 @@ class Built:
     statistics: Statistics
     service: Service
     own: Own
+    files: Handover
     streams: StreamServer
     network: Cni
     snapshots: Overlay
@@ -170,9 +172,10 @@ def build(config: Config, *, direct: bool) -> Built:
     node.statistics = statistics
     node.feed = feed = Feed(records)
     intercept = Intercept(RECOVERING)
-    service, own = Service(node, intercept), Own(images, intercept)
+    files = Handover(config.state / FILES_SOCKET)
+    service, own = Service(node, intercept), Own(images, intercept, files)
     streams = StreamServer(config.stream, Sessions(shims, node.exec_threads))
-    return Built(node, events, feed, statistics, service, own, streams, network, snapshots, images, databases)
+    return Built(node, events, feed, statistics, service, own, files, streams, network, snapshots, images, databases)
 
 
 def _layers_usage(snapshots: Overlay) -> Callable[[], Usage]:
@@ -206,6 +209,7 @@ async def _serve(config: Config, built: Built) -> None:
     await to_thread(load_default)
     await built.streams.start()
     built.node.streams = built.streams
+    built.files.start()
     await server.start()
     config.socket.chmod(0o600)
     log.info("serving the CRI on %s", config.listen)
@@ -221,6 +225,7 @@ async def _serve(config: Config, built: Built) -> None:
         log.info("stopping; pods run on")
         built.feed.close()
         discovery.close()
+        built.files.close()
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)

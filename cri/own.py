@@ -1,20 +1,22 @@
 """Calls that the CRI has no words for, for our own command line: a gRPC service whose messages are JSON objects.
 
     ocid.v1.Node/Tag      {"name", "new"}                                   {}
-    ocid.v1.Node/Load     {"kind", "path", "tag", "name"}                   {"id", "names"}
+    ocid.v1.Node/Load     {"kind", "file", "path", "tag", "name"}           {"id", "names"}
     ocid.v1.Node/Garbage  {}                                                {"garbage": [{"kind", "name", …}]}
     ocid.v1.Node/Collect  {}                                                {}
     ocid.v1.Node/Check    {"repair"}                                        {"problems": [...], "left": [...]}
     ocid.v1.Node/Pulls    {}                                                a stream of {"image", "digest", "phase", …}
 
-Whoever may connect to the daemon's socket is root and may do all of it. Refuses fields of the wrong type by name.
-Invariant: the same functions serve a daemon's socket and a command's own process.
+`file` is a ticket of cri.handover: what is read is what the command has opened. `path` is what it is called, in
+messages and in the signature policy. Whoever may connect to the daemon's socket is root and may do all of it. Refuses
+fields of the wrong type by name. Invariant: the same functions serve a daemon's socket and a command's own process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import asdict
@@ -24,6 +26,7 @@ from typing import Any, Protocol
 import grpc
 
 from cri.errors import CallFailed, InvalidArgument, Unimplemented
+from cri.handover import Handover
 from cri.intercept import Call, Intercept
 from cri.threads import to_thread
 from imagestore.collector import Garbage
@@ -43,9 +46,11 @@ class Images(Protocol):
 
     def tag(self, name: str, new: str) -> None: ...
 
-    async def import_layout(self, directory: Path, tag: str = "", name: str = "") -> Image: ...
+    async def import_layout(self, directory: Path, tag: str = "", name: str = "", *, fd: int = -1) -> Image: ...
 
-    async def import_archive(self, path: Path, tag: str = "", name: str = "", *, docker: bool = False) -> Image: ...
+    async def import_archive(
+        self, path: Path, tag: str = "", name: str = "", *, docker: bool = False, fd: int = -1
+    ) -> Image: ...
 
     def garbage(self) -> Sequence[Garbage]: ...
 
@@ -61,8 +66,9 @@ class Images(Protocol):
 class Own:
     """Our own calls over one store."""
 
-    def __init__(self, images: Images, intercept: Intercept) -> None:
+    def __init__(self, images: Images, intercept: Intercept, files: Handover) -> None:
         self._images = images
+        self._files = files
         self._intercept = intercept
         self._calls: dict[str, Callable[[Document], Awaitable[Document]]] = {
             "Tag": self._tag,
@@ -89,14 +95,25 @@ class Own:
         return {}
 
     async def _load(self, request: Document) -> Document:
+        fd = self._files.take(_text(request, "file"))
+        try:
+            return await self._import(request, fd)
+        finally:
+            os.close(fd)
+
+    async def load(self, request: Document, fd: int) -> Document:
+        """Load in this very process, of an open file, which stays the caller's. Raises CallFailed."""
+        return await self._intercept.run(Call(SERVICE, "Load"), self._import(request, fd))
+
+    async def _import(self, request: Document, fd: int) -> Document:
         kind, path = _text(request, "kind"), Path(_text(request, "path"))
         tag, name = _text(request, "tag", ""), _text(request, "name", "")
         if not path.is_absolute():
             raise InvalidArgument("path: expected an absolute path")
         if kind == "oci":
-            image = await self._images.import_layout(path, tag, name)
+            image = await self._images.import_layout(path, tag, name, fd=fd)
         elif kind in ("oci-archive", "docker-archive"):
-            image = await self._images.import_archive(path, tag, name, docker=kind == "docker-archive")
+            image = await self._images.import_archive(path, tag, name, docker=kind == "docker-archive", fd=fd)
         else:
             raise InvalidArgument("kind: expected oci, oci-archive or docker-archive")
         return {"id": image.id, "names": list(image.repo_tags)}

@@ -42,14 +42,18 @@ class Files(Protocol):
 
 
 class DirectoryFiles:
-    """The files below a directory."""
+    """The files below a directory, which is open as `fd` where that is not -1, and `directory` then only its name."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, fd: int = -1) -> None:
+        self._directory, self._fd = directory, fd
 
     def open(self, name: str) -> Iterator[bytes]:
         # NONBLOCK: somebody's layout may hold a FIFO where a blob should be.
-        fd = os.open(self._directory / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        if self._fd < 0:
+            fd = os.open(self._directory / name, flags)
+        else:
+            fd = os.open(name, flags, dir_fd=self._fd)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise ContentInvalid(f"{name} is no regular file")
@@ -60,14 +64,17 @@ class DirectoryFiles:
 
 
 class TarFiles:
-    """The regular members of a tar."""
+    """The regular members of a tar, which is open as `fd` where that is not -1, and `path` then only its name."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, fd: int = -1) -> None:
+        self._path, self._fd = path, fd
         self._index: TarIndex | None = None
 
     def open(self, name: str) -> Iterator[bytes]:
-        fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        if self._fd < 0:
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        else:
+            fd = os.dup(self._fd)  # whoever handed it over need not be able to open it again
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise ContentInvalid(f"{self._path} is no regular file")

@@ -132,7 +132,7 @@ class Store:
         # Who asks is part of what is asked: nobody joins a pull that somebody else's password, key or policy opened.
         try:
             image = await self._shared.join(
-                (str(wanted), caller), lambda tell: self._pull(wanted, caller, self._also(wanted, tell)), progress
+                (str(wanted), caller), lambda tell: self._pull(wanted, caller, self._also(str(wanted), tell)), progress
             )
             if not self._config.keep_blobs:
                 await asyncio.to_thread(self._drop_layers, image)
@@ -159,18 +159,18 @@ class Store:
 
     @contextmanager
     def watched(self, listener: Callable[[str, Progress], None]) -> Iterator[None]:
-        """While the block lasts, `listener` is told of every step of every pull, on the pulls' event loop."""
+        """While the block lasts, `listener` is told of every step of every pull and import, on their event loop."""
         self._watchers.append(listener)
         try:
             yield
         finally:
             self._watchers.remove(listener)
 
-    def _also(self, wanted: Reference, tell: ProgressFunction) -> ProgressFunction:
+    def _also(self, called: str, tell: ProgressFunction) -> ProgressFunction:
         def both(step: Progress) -> None:
             tell(step)
             for listener in tuple(self._watchers):
-                listener(str(wanted), step)
+                listener(called, step)
 
         return both
 
@@ -203,11 +203,12 @@ class Store:
         return image
 
     async def import_layout(
-        self, directory: Path, tag: str = "", name: str = "", progress: ProgressFunction | None = None
+        self, directory: Path, tag: str = "", name: str = "", progress: ProgressFunction | None = None, *, fd: int = -1
     ) -> Image:
         """The image of an OCI layout directory: the one named `tag` there, or its only one. It is called `name` here,
-        by default what it is called there, or "localhost/DIRECTORY:TAG". Raises ImageError and its kinds."""
-        source = LocalSource(DirectoryFiles(directory), f"layout {directory}", tag, self._threads, self._config)
+        by default what it is called there, or "localhost/DIRECTORY:TAG". With `fd`, which stays the caller's, that is
+        the directory, and `directory` what it is called. Raises ImageError and its kinds."""
+        source = LocalSource(DirectoryFiles(directory, fd), f"layout {directory}", tag, self._threads, self._config)
         return await self._import(source, in_file("oci", directory), directory, tag, name, progress)
 
     async def import_archive(
@@ -218,10 +219,11 @@ class Store:
         progress: ProgressFunction | None = None,
         *,
         docker: bool = False,
+        fd: int = -1,
     ) -> Image:
         """As `import_layout`, from a tar of an OCI layout, or with `docker` from what `docker save` writes."""
         kind = DockerArchive if docker else LocalSource
-        source = kind(TarFiles(path), f"archive {path}", tag, self._threads, self._config)
+        source = kind(TarFiles(path, fd), f"archive {path}", tag, self._threads, self._config)
         subject = in_file("docker-archive" if docker else "oci-archive", path)
         return await self._import(source, subject, path, tag, name, progress)
 
@@ -239,7 +241,8 @@ class Store:
 
         async def work(held: Held) -> Image:
             gate = Gate(self._trust, subject, await self._threads.io(self._trust.before, subject), None)
-            pulled = await self._puller.run(source, held, progress or (lambda _: None), gate.admit)
+            tell = self._also(name or tag or str(path), progress or (lambda _: None))
+            pulled = await self._puller.run(source, held, tell, gate.admit)
             called = parse(name) if name else local_name(path, tag or source.name)
             return await self._threads.io(self._record, called, pulled, "", gate)
 

@@ -90,6 +90,23 @@ class Api:
         except grpc.aio.AioRpcError as error:
             raise ApiError(error.code().name, error.details() or error.code().name) from None
 
+    async def load(self, fd: int, request: dict[str, Any]) -> Any:
+        """Our own Load, of a file or a directory that is open here and stays the caller's. Raises ApiError."""
+        if self._channel is None:
+            from cri.errors import CallFailed
+
+            try:
+                return await self.local.own.load(request, fd)
+            except CallFailed as error:
+                raise ApiError(error.code.name, str(error)) from None
+        from cri.handover import handed_over
+
+        try:
+            with handed_over(self.config.state, fd) as ticket:
+                return await self.own("Load", {**request, "file": ticket})
+        except OSError as error:
+            raise CommandError(f"hand {request['path']} to the daemon: {error}") from None
+
     async def pulls(self) -> AsyncIterator[Any]:
         """The steps of all pulls from now on. Raises ApiError."""
         import json

@@ -1,4 +1,4 @@
-"""`ocid events`: what happens on this node as it happens, a line each: containers, and the steps of pulls.
+"""`ocid events`: what happens on this node as it happens, a line each: containers, steps of pulls and of loads.
 
 Refuses to invent a past: it begins when it is called. Invariant: with --format json each line is one JSON document.
 """

@@ -1,7 +1,8 @@
 """`ocid load`: images of an archive (what docker save, podman save or skopeo write) or of an OCI layout into the store.
 
-Refuses nothing that the image store takes; what is compressed is decompressed first, up to the largest image allowed.
-Invariant: a line for each image that was loaded, with its name.
+The daemon is handed what is open here, so it need not be able to open it. Refuses nothing that the image store takes;
+what is compressed is decompressed first, up to the largest image allowed. Invariant: a line for each image that was
+loaded, with its name.
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ from cri.api import api_pb2 as pb
 from cri.cli.connect import Api, configuration, connect
 from cri.cli.main import CommandError
 from cri.cli.pull import given_keys, pull
-from imagestore.copying.archives import ArchiveImages, images_in, plain_copy
+from imagestore.copying.archives import images_in, plain_copy
 from imagestore.copying.places import Place
 from imagestore.model import ImageError
+
+# What an archive from a pipe is called in messages, names and policies.
+_STDIN = Path("/stdin")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,11 +42,11 @@ def run(args: argparse.Namespace) -> int:
 async def _run(args: argparse.Namespace) -> int:
     limit = configuration(args).image.image_bytes
     try:
-        with _file(args.input, limit) as path:
-            found = images_in(path)
+        with _opened(args.input, limit) as (path, fd):
+            found = images_in(path, fd)
             async with connect(args) as api:
                 for tag in found.names or ("",):
-                    answer = await api.own("Load", _request(found, path, tag, ""))
+                    answer = await api.load(fd, {"kind": found.kind, "path": str(path), "tag": tag, "name": ""})
                     for line in [answer["id"]] if args.quiet else [f"{answer['id']}  {' '.join(answer['names'])}"]:
                         print(line)
     except ImageError as error:
@@ -51,16 +55,30 @@ async def _run(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _file(name: str | None, limit: int) -> Iterator[Path]:
-    """The archive as a file that is not compressed."""
+def _opened(name: str | None, limit: int) -> Iterator[tuple[Path, int]]:
+    """What the archive or the layout is called, and an fd of it without its compression."""
+    if name is not None and Path(name).is_dir():
+        with opened(Path(name)) as fd:
+            yield Path(name).absolute(), fd
+        return
     with contextlib.ExitStack() as held:
-        if name is not None and Path(name).is_dir():
-            yield Path(name).absolute()
-            return
         source = held.enter_context(open(name, "rb")) if name is not None else sys.stdin.buffer
+        path = Path(name).absolute() if name is not None else _STDIN
         with tempfile.NamedTemporaryFile(prefix="ocid-load-", suffix=".tar", dir=_spacious()) as file:
-            plain = plain_copy(source, file, limit) or name is None
-            yield Path(file.name if plain else os.path.abspath(str(name)))
+            yield path, (file if plain_copy(source, file, limit) else source).fileno()
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A file or a directory, opened. Raises CommandError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        raise CommandError(f"open {path}: {(error.strerror or str(error)).lower()}") from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _spacious() -> str:
@@ -68,8 +86,11 @@ def _spacious() -> str:
     return os.environ.get("TMPDIR") or "/var/tmp"
 
 
-def _request(found: ArchiveImages, path: Path, tag: str, name: str) -> dict[str, str]:
-    return {"kind": found.kind, "path": str(path), "tag": tag, "name": name}
+async def load(api: Api, kind: str, path: Path, tag: str, name: str) -> str:
+    """The id of an image of a file or a directory, once it is in the store."""
+    with opened(path) as fd:
+        request = {"kind": kind, "path": str(path.absolute()), "tag": tag, "name": name}
+        return str((await api.load(fd, request))["id"])
 
 
 async def into_store(args: argparse.Namespace, source: Place, name: str) -> str:
@@ -86,8 +107,7 @@ async def into_store(args: argparse.Namespace, source: Place, name: str) -> str:
             if name:
                 await api.own("Tag", {"name": image, "new": name})
         elif source.kind in ("oci", "oci-archive", "docker-archive"):
-            request = {"kind": source.kind, "path": str(source.path.absolute()), "tag": source.name, "name": name}
-            image = (await api.own("Load", request))["id"]
+            image = await load(api, source.kind, source.path, source.name, name)
         else:
             raise CommandError(f"{source}: the store takes docker://, oci:, oci-archive: and docker-archive:")
         return await _digest(api, image)

@@ -188,20 +188,10 @@ async def _image(api: Api, args: argparse.Namespace) -> str:
 
 async def _import(api: Api, source: str, path: str) -> str:
     """An image from a directory or an archive of this machine: DIR[:TAG] or FILE[:TAG]."""
-    if api.local is None:
-        raise CommandError(f"{source}: images are taken in without a daemon only; end it, or push this one and pull it")
-    from imagestore.model import ImageError
+    from cri.cli.load import load
 
     where, _, tag = path.partition(":")
-    images = api.local.images
-    try:
-        if source == "oci":
-            image = await images.import_layout(Path(where), tag=tag)
-        else:
-            image = await images.import_archive(Path(where), tag=tag, docker=source == "docker-archive")
-    except ImageError as error:
-        raise CommandError(str(error)) from None
-    return str(image.id)
+    return await load(api, source, Path(where), tag, "")
 
 
 def _sandbox_config(api: Api, args: argparse.Namespace, name: str) -> pb.PodSandboxConfig:

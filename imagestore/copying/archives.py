@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
+import stat
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +35,10 @@ class ArchiveImages:
     names: tuple[str, ...]
 
 
-def images_in(path: Path) -> ArchiveImages:
-    """Raises ImageError and its kinds."""
-    files: Files = DirectoryFiles(path) if path.is_dir() else TarFiles(path)
+def images_in(path: Path, fd: int) -> ArchiveImages:
+    """Of what is open as `fd` and called `path`. Raises ImageError and its kinds."""
+    is_directory = stat.S_ISDIR(os.fstat(fd).st_mode)
+    files: Files = DirectoryFiles(path, fd) if is_directory else TarFiles(path, fd)
     docker = _read(files, "manifest.json")
     layout = _read(files, "index.json")
     what = f"archive {path}"
@@ -43,8 +46,8 @@ def images_in(path: Path) -> ArchiveImages:
         index = parse_object(layout, f"{what}: index.json", _VALUES)
         names = [item.string_map("annotations").get(REF_NAME, "") for item in index.objects("manifests", _IMAGES)]
         if docker is None or all("/" in name or ":" in name for name in names):
-            return ArchiveImages("oci" if path.is_dir() else "oci-archive", tuple(filter(None, names)))
-    if docker is None or path.is_dir():
+            return ArchiveImages("oci" if is_directory else "oci-archive", tuple(filter(None, names)))
+    if docker is None or is_directory:
         raise ImageNotFound(f"{what}: neither index.json (an OCI layout) nor manifest.json (docker save) is in it")
     entries = parse_array(docker, f"{what}: manifest.json", _VALUES)
     return ArchiveImages("docker-archive", tuple(name for entry in entries for name in entry.strings("RepoTags")))

@@ -14,7 +14,7 @@ import pytest
 
 from conformance.leaks import Machine
 from tests.e2e import Node, node, retired
-from tests.fakes.registry import FakeRegistry, Reply, build_image
+from tests.fakes.registry import FakeRegistry, Reply, build_image, write_layout
 from tests.support import eventually, needs
 
 COMMAND_S = 60.0
@@ -99,11 +99,35 @@ def test_tag_save_rmi_load(served: Node, registry: FakeRegistry, tmp_path: Path)
     said(served, "rmi", "localhost/mine:2", "mine:3")
     said(served, "load", stdin=gzip.compress(piped))
     assert "localhost/mine:2" in names(served)
+    said(served, "rmi", "localhost/mine:2")
+    with open(file, "rb") as archive:  # a pipe is copied, a file that is stdin is not
+        subprocess.run([*served.words, "load"], stdin=archive, capture_output=True, timeout=COMMAND_S, check=True)
+    assert "localhost/mine:2" in names(served)
     said(served, "load", "-q", "-i", str(tmp_path / "oci.tar"))
     assert reference in names(served)
     said(served, "rmi", reference, "localhost/mine:2")
     bad = ocid(served, "load", stdin=b"no archive at all" * 100)
     assert bad.returncode == 125 and len(bad.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("form", ["archive", "compressed", "layout"])
+def test_what_the_daemon_cannot_open_is_loaded(served: Node, tmp_path: Path, form: str) -> None:
+    """The file lies in a mount namespace of the command's own; the daemon is handed what is open there."""
+    hidden, outside = tmp_path / "hidden", tmp_path / "outside"
+    for directory in (hidden, outside):
+        directory.mkdir()
+    write_layout(outside / "layout", {"v1": build_image([{"hidden": form.encode()}])})
+    made, source = {
+        "layout": (f"cp -r {outside}/layout {hidden}/it", f"{hidden}/it"),
+        "archive": (f"tar cf {hidden}/it.tar -C {outside}/layout .", f"{hidden}/it.tar"),
+        "compressed": (f"tar czf {hidden}/it.tar -C {outside}/layout .", f"{hidden}/it.tar"),
+    }[form]
+    command = " ".join([*served.words, "load", "-q", "-i", source])
+    script = f"mount -t tmpfs hidden {hidden} && {made} && {command}"
+    done = subprocess.run(["unshare", "-m", "sh", "-ec", script], capture_output=True, timeout=COMMAND_S, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list(hidden.iterdir()) == [] and "localhost/it:v1" in names(served)
+    said(served, "rmi", "localhost/it:v1")
 
 
 def test_without_a_daemon(alone: Node, registry: FakeRegistry, tmp_path: Path) -> None:
@@ -196,7 +220,7 @@ def test_doctor_finds_and_repairs(served: Node, registry: FakeRegistry) -> None:
     said(served, "rmi", reference)
 
 
-def test_events(served: Node, alone: Node, registry: FakeRegistry) -> None:
+def test_events(served: Node, alone: Node, registry: FakeRegistry, tmp_path: Path) -> None:
     refused = ocid(alone, "events")
     assert refused.returncode == 125 and b"no daemon" in refused.stderr
     image = build_image([{"events": b"1"}])
@@ -217,6 +241,14 @@ def test_events(served: Node, alone: Node, registry: FakeRegistry) -> None:
         assert {step["kind"] for step in steps} == {"pull"}
         assert {step["image"] for step in steps} == {reference}
         assert "done" in {step["phase"] for step in steps}
+        write_layout(tmp_path / "layout", {"v1": image})
+        said(served, "load", "-i", str(tmp_path / "layout"))
+        data = b""
+        while b'"done"' not in data:
+            assert select.select([watching.stdout], [], [], COMMAND_S)[0]
+            data += os.read(watching.stdout.fileno(), 1 << 16)
+        assert {json.loads(line)["image"] for line in data.splitlines()} == {"v1"}
+        said(served, "rmi", "localhost/layout:v1")
     finally:
         watching.kill()
         watching.wait()
