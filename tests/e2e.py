@@ -38,7 +38,7 @@ _TABLE = "table inet ocid"
 
 CONFIG = """\
 [runtime]
-cgroup_parent = "/{tag}"
+cgroup_parent = "/{parent}"
 {runtime}
 [network]
 conf_dir = "{directory}/net.d"
@@ -102,7 +102,13 @@ class Node:
         (directory / "net.d").mkdir(parents=True)
         subnet = f"10.{secrets.choice(range(100, 250))}.{secrets.choice(range(256))}.0/24"
         text = CONFIG.format(
-            tag=self.tag, directory=directory, subnet=subnet, image=image, limits=limits, runtime=runtime
+            tag=self.tag,
+            parent=f"{self.tag}.slice" if "systemd" in runtime else self.tag,
+            directory=directory,
+            subnet=subnet,
+            image=image,
+            limits=limits,
+            runtime=runtime,
         )
         (directory / "config.toml").write_text(text)
 
@@ -192,6 +198,13 @@ class Node:
         one = self.client.create(pod, container("main", image, command), config)
         self.client.start(one)
         return pod, one, Path(config.log_directory) / "main.log"
+
+    def goes_on(self, one: str) -> None:
+        """Fails unless the container goes on writing to its log, and can be looked into."""
+        log = Path(self.client.status(one).log_path)
+        size = log.stat().st_size
+        eventually(lambda: log.stat().st_size > size, what="the container to go on")
+        assert self.client.exec_sync(one, ["true"])[0] == 0
 
     def drop(self, pod: str) -> None:
         """Stops and removes a pod with what is in it."""

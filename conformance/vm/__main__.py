@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conformance.critest import tool
+from conformance.images import layouts
 from conformance.images.critest import critest
 from conformance.vm.disk import write_disk
 from conformance.vm.image import image
@@ -26,13 +27,16 @@ def _say(text: str) -> None:
 
 
 def _built(tests: Sequence[str]) -> list[Path]:
-    """critest and its images, for the tests that play it; nothing on a machine without a Go compiler."""
-    if not any(path in ("tests", "tests/vm") or "critest" in path for path in tests):
-        return []
-    if not tool.compiler():
-        _say("no Go compiler is here: critest cannot be built, and its test skips")
-        return []
-    return [tool.built("critest"), tool.built("ginkgo"), critest()]
+    """What of .cache the tests need: an image for those of pods; critest and its images for the one that plays it,
+    where there is a Go compiler."""
+    everything = any(path in ("tests", "tests/vm") for path in tests)
+    found = layouts(["busybox"]) if everything or any("pods" in path for path in tests) else []
+    if everything or any("critest" in path for path in tests):
+        if tool.compiler():
+            found += [tool.built("critest"), tool.built("ginkgo"), critest()]
+        else:
+            _say("no Go compiler is here: critest cannot be built, and its test skips")
+    return found
 
 
 def main() -> int:

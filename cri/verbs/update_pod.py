@@ -20,7 +20,7 @@ from cri.threads import to_thread
 from cri.verbs.create_container import require_ready
 from cri.verbs.run_pod import own_cgroups
 from runtime import resources
-from runtime.cgroups.manager import manager_for
+from runtime.cgroups.manager import UNIT, manager_for, manager_from_paths
 from runtime.errors import RuntimeFailure
 from runtime.fields import Fields
 
@@ -74,6 +74,8 @@ def _apply(what: str, cgroup: str, pod_id: str, built: dict[str, Any], systemd: 
             if systemd:
                 raise FailedPrecondition(f"{what}: its slice {cgroup} is not there; whoever manages it makes it")
             manager.make()  # no container has come yet; it goes with the pod (Pod.cgroup_made)
+        if systemd:  # which would put its own view into force at its next reload
+            manager = manager_from_paths({**manager.paths(), UNIT: cgroup.rpartition("/")[2]})
         manager.set(resources.parse(Fields(wanted, "resources")))
     except RuntimeFailure as error:
         raise ContainerError(f"{what}: {error}", code=error.code, hint=error.hint) from error

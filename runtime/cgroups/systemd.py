@@ -91,13 +91,15 @@ def _is_systemds_own(hierarchy: Hierarchy) -> bool:
 
 
 class SystemdManager(Manager):
-    """See the module. One that was found again by its paths knows its unit, and has no scope."""
+    """See the module. One that was found again by its paths knows its unit, and has no scope; that may be the slice of
+    a pod, of which only the limits are ours to say."""
 
-    __slots__ = ("_foreign", "_impatient", "_pending", "_unit", "container_id", "extra", "scope")
+    __slots__ = ("_foreign", "_impatient", "_interface", "_pending", "_unit", "container_id", "extra", "scope")
 
     def __init__(self, places: tuple[Place, ...], unit: str, verify: tree.Verify = tree.verify_cgroup) -> None:
         super().__init__(places, verify)
         self._unit = unit
+        self._interface = f"{_NAME}.{'Slice' if unit.endswith('.slice') else 'Scope'}"
         self._pending: Resources | None = None
         self._foreign = False  # somebody else has a unit of that name
         self._impatient = False
@@ -228,16 +230,16 @@ class SystemdManager(Manager):
                 raise
 
     def _get(self, bus: Bus, name: str) -> object:
-        """A property of the scope. Raises BusError."""
+        """A property of the unit. Raises BusError."""
         (path,) = self._ask(bus, "GetUnit", "s", self._unit)
-        (found,) = bus.call(_NAME, str(path), f"{_BUS}.Properties", "Get", "ss", f"{_NAME}.Scope", name)
+        (found,) = bus.call(_NAME, str(path), f"{_BUS}.Properties", "Get", "ss", self._interface, name)
         return found.value if isinstance(found, Variant) else None
 
     def _known(self, bus: Bus) -> dict[str, Variant]:
-        """All properties of the scope."""
+        """All properties of the unit."""
         try:
             (path,) = self._ask(bus, "GetUnit", "s", self._unit)
-            (found,) = bus.call(_NAME, str(path), f"{_BUS}.Properties", "GetAll", "s", f"{_NAME}.Scope")
+            (found,) = bus.call(_NAME, str(path), f"{_BUS}.Properties", "GetAll", "s", self._interface)
         except BusError as error:
             raise self._failed("update", error) from None
         return found if isinstance(found, dict) else {}

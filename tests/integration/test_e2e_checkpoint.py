@@ -18,7 +18,7 @@ import pytest
 from conformance.cri_client import container
 from cri.api import api_pb2 as pb
 from tests.e2e import Node, node, stocked
-from tests.support import SOON_S, eventually, needs
+from tests.support import SOON_S, needs
 
 CLONE = Path(__file__).parents[2]
 COUNT = "touch /written; i=0; while :; do i=$((i+1)); echo $i; usleep 20000; done"
@@ -73,14 +73,6 @@ def _pod(node: Node) -> tuple[str, list[str]]:
     return pod, ids
 
 
-def _goes_on(node: Node, one: str) -> None:
-    """The container counts on, and can be looked into."""
-    log = Path(node.client.status(one).log_path)
-    size = log.stat().st_size
-    eventually(lambda: log.stat().st_size > size, 10, "the container to go on")
-    assert node.client.exec_sync(one, ["true"])[0] == 0
-
-
 def _checkpoint(node: Node, pod: str, target: Path) -> None:
     request = pb.CheckpointPodRequest(pod_sandbox_id=pod, output_path=str(target))
     node.client.runtime.CheckpointPod(request, timeout=60)
@@ -89,13 +81,13 @@ def _checkpoint(node: Node, pod: str, target: Path) -> None:
 def test_a_pod_is_dumped_while_all_of_it_stands_still_and_runs_on(bench: tuple[Node, Criu], tmp_path: Path) -> None:
     node, criu = bench
     pod, ids = _pod(node)
-    _goes_on(node, ids[0])
+    node.goes_on(ids[0])
     before = len(criu.states())
     _checkpoint(node, pod, tmp_path / "pod.tar")
     frozen = [state for state in criu.states()[before:] if state == "FROZEN"]
     assert len(frozen) == 4, "two freezers, looked at for each of two dumps"
     for one in ids:
-        _goes_on(node, one)
+        node.goes_on(one)
     options = json.loads((criu.directory / "options").read_text())
     # By criu's images/rpc.proto: it leaves them running, whatever connections and file locks they have.
     assert [options[number] for number in "358"] == [1, 1, 1]
@@ -123,7 +115,7 @@ def test_when_criu_fails_everybody_goes_on_and_the_caller_hears_why(bench: tuple
     assert "criu failed: type DUMP" in str(caught.value.details())  # type: ignore[attr-defined]
     assert list(tmp_path.iterdir()) == [] and not list((node.root / "checkpoints").glob("*"))
     for one in ids:
-        _goes_on(node, one)
+        node.goes_on(one)
     node.drop(pod)
 
 
@@ -140,7 +132,7 @@ def test_without_criu_it_says_what_to_install(bench: tuple[Node, Criu], tmp_path
     error = caught.value
     assert error.code() is grpc.StatusCode.FAILED_PRECONDITION  # type: ignore[attr-defined]
     assert "executable file not found" in str(error.details())  # type: ignore[attr-defined]
-    _goes_on(node, ids[0])
+    node.goes_on(ids[0])
     node.drop(pod)
 
 
@@ -166,6 +158,6 @@ def test_a_daemon_killed_in_the_middle_leaves_nobody_frozen(
         made.end()
         made.start()
         for one in ids:
-            _goes_on(made, one)
+            made.goes_on(one)
         assert list(target.iterdir()) == [] and not list((made.root / "checkpoints").glob("*"))
         made.drop(pod)
