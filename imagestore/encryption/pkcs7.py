@@ -43,8 +43,8 @@ class Packet:
             raise ValueError("another kind of message")
         (envelope,) = wrapped.values(context(0))
         parts = envelope.values()
-        recipients = next(part for part in parts[1:] if part.tag == SET)  # originatorInfo may stand before it
-        content = parts[parts.index(recipients) + 1].values()
+        at = [part.tag for part in parts].index(SET)  # originatorInfo may stand before it
+        recipients, content = parts[at], parts[at + 1].values()
         listed = recipients.values(SET)
         if len(listed) > _RECIPIENTS:
             raise ValueError(f"{len(listed)} recipients")
