@@ -69,13 +69,15 @@ class Images(Protocol):
         progress: ProgressFunction | None = None,
         namespace: str = "",
         keys: tuple[KeyFile, ...] = (),
+        *,
+        all_platforms: bool = False,
     ) -> Image:
         """Before: anything. After: the image is whole, unpacked, durable and has `reference` as tag or digest.
 
         `namespace` is that of the pod it is for, which may have a signature policy of its own. `keys` open encrypted
-        layers, besides those that this node has. Equal pulls at once are
-        one; cancelling the last waiter leaves only resumable ingests. Idempotent: asks the registry for the tag's
-        digest each time. Raises imagestore.model.ImageError and its kinds.
+        layers, besides those that this node has. `all_platforms`: what an index has for others is kept as it is, as
+        long as the image is. Equal pulls at once are one; cancelling the last waiter leaves only resumable ingests.
+        Idempotent: asks the registry for the tag's digest each time. Raises imagestore.model.ImageError and its kinds.
         """
         ...
 

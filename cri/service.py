@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
@@ -41,10 +41,15 @@ from cri.verbs import (
     update_pod,
 )
 
+if TYPE_CHECKING:
+    from imagestore.model import KeyFile
+
 # gRPC metadata that our own command line sends: with RunPodSandbox a network's name, or "none"; with PullImage and
-# CreateContainer the private keys that open the image's layers, as imagestore.encryption.keys.pack writes them.
+# CreateContainer the private keys that open the image's layers, as imagestore.encryption.keys.pack writes them; with
+# PullImage that what an index has for other platforms is kept, too.
 NETWORK_KEY = "ocid-network"
 KEYS_KEY = "ocid-decryption-keys-bin"
+ALL_PLATFORMS_KEY = "ocid-all-platforms"
 _CARRYING = frozenset({"RunPodSandbox", "PullImage", "CreateContainer"})
 
 Verb = Callable[..., Awaitable[Any]]
@@ -118,6 +123,15 @@ def _missing(name: str) -> Stream:
     return refuse
 
 
+def _keys(metadata: Metadata) -> tuple[KeyFile, ...]:
+    packed = next((value for key, value in metadata if key == KEYS_KEY), None)
+    if packed is None:
+        return ()
+    from imagestore.encryption.keys import unpack
+
+    return unpack(packed)
+
+
 class Service:
     """The calls of one node."""
 
@@ -137,12 +151,13 @@ class Service:
         if name == "RunPodSandbox":
             network = next((str(value) for key, value in metadata if key == NETWORK_KEY), "")
             return await run_pod.run_pod(self.node, request, network)
-        packed = next((value for key, value in metadata if key == KEYS_KEY), None)
-        if packed is not None and name in ("PullImage", "CreateContainer"):
-            from imagestore.encryption.keys import unpack
-
-            return await verb(self.node, request, unpack(packed))
-        return await verb(self.node, request)
+        if not metadata or name not in ("PullImage", "CreateContainer"):
+            return await verb(self.node, request)
+        keys = _keys(metadata)
+        if name == "PullImage":
+            everything = any(key == ALL_PLATFORMS_KEY for key, _ in metadata)
+            return await images.pull_image(self.node, request, keys, all_platforms=everything)
+        return await verb(self.node, request, keys)
 
     def stream(self, name: str, request: Any, begun: Begun) -> AsyncGenerator[bytes, None]:
         """The encoded messages that answer a streaming call. Raises CallFailed."""

@@ -91,6 +91,7 @@ class Catalog:
             size=contents.size,
             config=contents.config,
             layers=contents.layers,
+            indexes=tuple(index.digest for index in record.indexes),
             pinned=not self._pinned.isdisjoint((*record.tags, *record.digests)),
         )
 

@@ -1,7 +1,8 @@
 """What no image, pull, container or lease reaches: found, told with the reason, and removed.
 
-    reached: images' manifests, configs and layers; what running pulls have leased; what the layout shows;
-             in the snapshotter also layers below active snapshots and below those being unpacked
+    reached: images' manifests, configs and layers; all of the indexes that are kept in full; what running
+             pulls have leased; what the layout shows; in the snapshotter also layers below active snapshots
+             and below those being unpacked
 
 Blocking. Refuses to remove anything while another process pulls into the same root: its leases cannot be seen from
 here, and garbage can wait. Invariant: `plan` names exactly what `collect` would remove at that moment.
@@ -15,6 +16,7 @@ from typing import Protocol
 
 from imagestore.config import StoreConfig
 from imagestore.content import Blobs
+from imagestore.indexes import below
 from imagestore.layout import Layout
 from imagestore.leases import Leases
 from imagestore.model import Descriptor, Layer, Unpacker
@@ -122,6 +124,8 @@ class Collector:
                         here = {one.blob.digest for one in contents.layers if self._unpacker.has_layer(one.chain_id)}
                         keep |= layers - here
                         unpacked |= here
+            for index in record.indexes:
+                keep.update(blob.digest for blob in below(index, self._blobs, self._config))
         return keep, unpacked - keep
 
     def _reached_layers(self, leased: Iterable[str]) -> frozenset[str]:

@@ -15,7 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from imagestore.collector import Contents
+from imagestore.config import StoreConfig
 from imagestore.content import Blobs, errno_text
+from imagestore.indexes import below
 from imagestore.layout import Layout
 from imagestore.model import ContentInvalid, Descriptor, Unpacker
 from imagestore.records import ImageRecord, Records
@@ -42,10 +44,10 @@ class Doctor:
         layout: Layout,
         unpacker: Unpacker,
         contents: Callable[[Descriptor], Contents | None],
-        keep_blobs: bool,
+        config: StoreConfig,
     ) -> None:
         self._blobs, self._records, self._layout = blobs, records, layout
-        self._unpacker, self._contents, self._keep_blobs = unpacker, contents, keep_blobs
+        self._unpacker, self._contents, self._config = unpacker, contents, config
 
     def check(self) -> list[Problem]:
         """Everything that is wrong. Takes as long as reading the blobs does."""
@@ -71,13 +73,19 @@ class Doctor:
                 continue
             for layer in contents.layers:
                 unpacked = self._unpacker.has_layer(layer.chain_id)
-                wrong = self._blob(layer.blob, seen) if self._keep_blobs or not unpacked else ""
+                wrong = self._blob(layer.blob, seen) if self._config.keep_blobs or not unpacked else ""
                 if wrong:
                     found.append(Problem("blob", layer.blob.digest, wrong, record.id))
                 if not unpacked:
                     found.append(Problem("layer", layer.chain_id, "is not unpacked", record.id))
                 elif layer.chain_id in broken:
                     found.append(Problem("layer", layer.chain_id, broken[layer.chain_id], record.id))
+        told = {problem.name for problem in found}
+        for blob in (blob for index in record.indexes for blob in below(index, self._blobs, self._config)):
+            wrong = self._blob(blob, seen)
+            if wrong and blob.digest not in told:
+                told.add(blob.digest)
+                found.append(Problem("blob", blob.digest, wrong, record.id))
         return found
 
     def _blob(self, blob: Descriptor, seen: dict[str, str]) -> str:

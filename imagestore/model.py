@@ -54,7 +54,8 @@ class Image:
     """A whole image. `id` is the config digest, `manifest_digest` the platform's manifest.
 
     `repo_tags` are "host/path:tag", `repo_digests` "host/path@sha256:…" (of the index where one was pulled),
-    `size` is the sum of the compressed layers and the config in bytes, `layers` run from the base up.
+    `size` is the sum of the compressed layers and the config in bytes, `layers` run from the base up,
+    `indexes` are those of which every platform is kept, the newest at the end.
     """
 
     id: str
@@ -65,6 +66,7 @@ class Image:
     config: ImageConfig
     layers: tuple[Layer, ...]
     pinned: bool = False
+    indexes: tuple[str, ...] = ()
 
     @property
     def chain_id(self) -> str:

@@ -20,6 +20,7 @@ from imagestore.ahead import Ahead, Attempt
 from imagestore.config import StoreConfig
 from imagestore.content import Blobs, Ingest, errno_text
 from imagestore.encryption.layers import Opener
+from imagestore.everything import fetch_everything
 from imagestore.leases import Leases
 from imagestore.manifest import check_platform, parse_config
 from imagestore.model import (
@@ -36,7 +37,7 @@ from imagestore.model import (
 )
 from imagestore.registry import Document
 from imagestore.resolve import resolve
-from imagestore.shared import Flights, Slots
+from imagestore.shared import Flights, Slots, first_of
 from imagestore.source import Source
 from imagestore.threads import Threads
 from imagestore.unpacking import Unpacking
@@ -49,13 +50,15 @@ Admit = Callable[[str, str], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """A whole image that is not recorded yet. `served` is the digest of the document its name led to."""
+    """A whole image that is not recorded yet. `served` is the digest of the document its name led to, `index` that
+    document where all that it names is here."""
 
     image_id: str
     manifest: Descriptor
     served: str
     config: ImageConfig
     layers: tuple[Layer, ...]
+    index: Descriptor | None = None
 
 
 @dataclass(slots=True)
@@ -84,9 +87,12 @@ class Puller:
         self.unpacks = Slots(config.concurrent_unpacks)
         self.opener = Opener(config.decryption_keys)
 
-    async def run(self, source: Source, held: Held, tell: ProgressFunction, admit: Admit) -> Pulled:
+    async def run(
+        self, source: Source, held: Held, tell: ProgressFunction, admit: Admit, *, everything: bool = False
+    ) -> Pulled:
         """`admit` is asked with the digests of what the name led to and of the manifest, before anything is fetched
-        that they name, and refuses by raising. Raises ImageError and its kinds."""
+        that they name, and refuses by raising. With `everything`, images of other platforms come along, packed as they
+        are. Raises ImageError and its kinds."""
         top = await source.top()
         chosen, manifest = await resolve(source, top, self.threads, self.config)
         await admit(top.digest, chosen.digest)
@@ -100,8 +106,9 @@ class Puller:
         check_platform(config, self.config.platform, what)
         opened = await self.threads.io(self.opener.open, layers, held.keys)
         await _Layers(self, source, layers, held, tell, opened).run()
+        index = await fetch_everything(self, source, top, held, tell) if everything else None
         descriptor = Descriptor(manifest.media_type, chosen.digest, len(chosen.data))
-        return Pulled(manifest.config.digest, descriptor, top.digest, config, layers)
+        return Pulled(manifest.config.digest, descriptor, top.digest, config, layers, index)
 
     def _keep_document(self, document: Document) -> None:
         if not self.blobs.is_sound(Descriptor("", document.digest, len(document.data))):
@@ -202,7 +209,7 @@ class _Layers:
                 for number in sorted(range(len(self._layers)), key=lambda at: -self._layers[at].blob.size):
                     group.create_task(self._layer(number))
         except BaseExceptionGroup as group_error:
-            first = _first(group_error)
+            first = first_of(group_error)
             raise first from first.__cause__
 
     async def _lease(self) -> None:
@@ -294,11 +301,3 @@ class _Layers:
     def _report(self, layer: Layer, phase: str, done: int | None = None) -> None:
         size = layer.blob.size
         self._tell(Progress(layer.blob.digest, phase, size if done is None else done, size))
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The failure that ended the group; what followed from cancelling the others says nothing."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

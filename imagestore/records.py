@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from imagestore import origins
+from imagestore import indexes, origins
 from imagestore.model import Descriptor, ImageError
 from imagestore.origins import Origin
 from imagestore.reference import Reference
@@ -66,12 +66,14 @@ class NameRecord:
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """An image with its names, as recorded; whether it is whole on disk is another question."""
+    """An image with its names, as recorded; whether it is whole on disk is another question. Of `indexes` everything
+    is kept, whatever platform it is for."""
 
     id: str
     manifest: Descriptor
     pulled_ns: int
     names: tuple[NameRecord, ...]
+    indexes: tuple[Descriptor, ...] = ()
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -100,7 +102,7 @@ class Records:
             db.execute("PRAGMA synchronous=FULL")
             db.execute("PRAGMA foreign_keys=ON")
             db.execute("PRAGMA busy_timeout=15000")
-            db.executescript(_SCHEMA + origins.SCHEMA)
+            db.executescript(_SCHEMA + origins.SCHEMA + indexes.SCHEMA)
 
     # ------------------------------------------------------------------------------------------------- questions
 
@@ -115,8 +117,14 @@ class Records:
                 "SELECT id, manifest_type, manifest, manifest_size, pulled_ns FROM image ORDER BY pulled_ns, id"
             )
             return [
-                ImageRecord(row[0], Descriptor(row[1], row[2], row[3]), row[4], tuple(names.get(row[0], ())))
-                for row in rows
+                ImageRecord(
+                    row[0],
+                    Descriptor(row[1], row[2], row[3]),
+                    row[4],
+                    tuple(names.get(row[0], ())),
+                    indexes.of(self._db, row[0]),
+                )
+                for row in rows.fetchall()
             ]
 
     def by_name(self, reference: Reference) -> ImageRecord | None:
@@ -154,7 +162,8 @@ class Records:
             names = self._db.execute(
                 f"SELECT {_NAME_COLUMNS} FROM image_name WHERE image_id = ? ORDER BY name", (image_id,)
             )
-            return ImageRecord(row[0], Descriptor(row[1], row[2], row[3]), row[4], tuple(map(_name, names)))
+            manifest = Descriptor(row[1], row[2], row[3])
+            return ImageRecord(row[0], manifest, row[4], tuple(map(_name, names)), indexes.of(self._db, image_id))
 
     def origins(self, image_id: str) -> tuple[Origin, ...]:
         """Where the image came from; what was pulled before origins were recorded came from what its names say."""
@@ -182,7 +191,13 @@ class Records:
     # --------------------------------------------------------------------------------------------------- changes
 
     def put(
-        self, reference: Reference, image_id: str, manifest: Descriptor, served: str, origin: Origin | None = None
+        self,
+        reference: Reference,
+        image_id: str,
+        manifest: Descriptor,
+        served: str,
+        origin: Origin | None = None,
+        index: Descriptor | None = None,
     ) -> ImageRecord:
         """Records a whole image and gives it `reference`; `served` is "" when no registry stands behind the name.
 
@@ -199,6 +214,8 @@ class Records:
             _give(db, NameRecord(str(reference), reference.repository, image_id, manifest, served))
             if origin is not None:
                 origins.put(db, image_id, origin)
+            if index is not None:
+                indexes.put(db, image_id, index, time.time_ns())
             record = self._one(image_id)
             assert record is not None  # inserted above, in this transaction
             return record

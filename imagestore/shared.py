@@ -114,3 +114,11 @@ class Flights:
             listeners.remove(listener)
             if not listeners:
                 del self._locks[key]
+
+
+def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The failure that ended the group; what followed from cancelling the others says nothing."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

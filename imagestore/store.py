@@ -64,11 +64,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _Caller:
-    """Who asks for a pull: a login, the pod's namespace, private keys."""
+    """Who asks for a pull, a login, the pod's namespace, private keys; and whether for all platforms."""
 
     credentials: Credentials | None
     namespace: str
     keys: tuple[KeyFile, ...]
+    everything: bool
 
 
 class Store:
@@ -94,7 +95,7 @@ class Store:
         self._catalog = Catalog(self._blobs, self._records, self._remotes, unpacker, config)
         contents = self._catalog.contents
         self._collector = Collector(self._blobs, self._leases, self._records, self._layout, unpacker, contents, config)
-        self._doctor = Doctor(self._blobs, self._records, self._layout, unpacker, contents, config.keep_blobs)
+        self._doctor = Doctor(self._blobs, self._records, self._layout, unpacker, contents, config)
         self._trust = Trust(config)
         self._puller = Puller(self._blobs, self._leases, unpacker, self._threads, config)
         self._watchers: list[Callable[[str, Progress], None]] = []
@@ -110,9 +111,11 @@ class Store:
         progress: ProgressFunction | None = None,
         namespace: str = "",
         keys: tuple[KeyFile, ...] = (),
+        *,
+        all_platforms: bool = False,
     ) -> Image:
         """See cri.interfaces.Images.pull. A short name that may mean several images is the first that there is."""
-        caller = _Caller(credentials, namespace, keys)
+        caller = _Caller(credentials, namespace, keys, all_platforms)
         candidates = self._remotes.candidates(reference)
         said: list[str] = []
         for wanted in candidates[:-1]:
@@ -134,7 +137,7 @@ class Store:
             image = await self._shared.join(
                 (str(wanted), caller), lambda tell: self._pull(wanted, caller, self._also(str(wanted), tell)), progress
             )
-            if not self._config.keep_blobs:
+            if not self._config.keep_blobs and not image.indexes:
                 await asyncio.to_thread(self._drop_layers, image)
             return image
         except ImageError as error:
@@ -147,11 +150,12 @@ class Store:
             await self._threads.io(preload)
             async with self._transport.open():
                 source = RegistrySource(wanted, await self._remotes.repositories(wanted, caller.credentials))
-                image = await self._unchanged(wanted, source, caller)
+                # What other platforms have may be missing where this one's is here.
+                image = None if caller.everything else await self._unchanged(wanted, source, caller)
                 if image is None:
                     finder = Finder(wanted, source, self._transport, self._config)
                     gate = Gate(self._trust, subject, requirements, finder, caller.namespace)
-                    pulled = await self._puller.run(source, held, tell, gate.admit)
+                    pulled = await self._puller.run(source, held, tell, gate.admit, everything=caller.everything)
                     image = await self._threads.io(self._record, wanted, pulled, pulled.served, gate)
                 return image
 
@@ -277,7 +281,7 @@ class Store:
             self._leases.leave(set(), set())
 
     def _record(self, called: Reference, pulled: Pulled, served: str, gate: Gate) -> Image:
-        record = self._records.put(called, pulled.image_id, pulled.manifest, served, gate.origin())
+        record = self._records.put(called, pulled.image_id, pulled.manifest, served, gate.origin(), pulled.index)
         image = self._catalog.image(record, again=True)
         if image is None:
             raise ImageError(f"image {pulled.image_id}: something outside removed parts of it; pull it again")
@@ -364,6 +368,7 @@ class Store:
 
     async def _fetch_again(self, image_id: str, tell: ProgressFunction) -> str:
         said = []
+        everything = any(one.indexes for one in await asyncio.to_thread(self._records.images) if one.id == image_id)
         for origin in await asyncio.to_thread(self._doctor.origins, image_id):
 
             async def work(held: Held, origin: Reference = origin) -> str:
@@ -374,7 +379,8 @@ class Store:
                     source = RegistrySource(origin, await self._remotes.repositories(origin, None))
                     finder = Finder(origin, source, self._transport, self._config)
                     gate = Gate(self._trust, subject, requirements, finder)
-                    return (await self._puller.run(source, held, tell, gate.admit)).image_id
+                    pulled = await self._puller.run(source, held, tell, gate.admit, everything=everything)
+                    return pulled.image_id
 
             try:
                 if await self._session(work) == image_id:

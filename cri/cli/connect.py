@@ -42,9 +42,12 @@ class Api:
 
             self._stubs = (api_pb2_grpc.RuntimeServiceStub(channel), api_pb2_grpc.ImageServiceStub(channel))
 
-    async def call(self, name: str, request: Any, *, network: str = "", keys: bytes = b"") -> Any:
+    async def call(
+        self, name: str, request: Any, *, network: str = "", keys: bytes = b"", all_platforms: bool = False
+    ) -> Any:
         """One unary call; cri.service says what goes along with which. Raises ApiError."""
-        carried = (("ocid-network", network), ("ocid-decryption-keys-bin", keys))
+        everything = "1" if all_platforms else ""
+        carried = (("ocid-network", network), ("ocid-decryption-keys-bin", keys), ("ocid-all-platforms", everything))
         metadata = tuple((key, value) for key, value in carried if value)
         if self._stubs is None:
             from cri.errors import CallFailed

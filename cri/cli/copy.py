@@ -70,7 +70,7 @@ async def _run(args: argparse.Namespace, source: Place, target: Place) -> str:
         from cri.cli.load import into_store
 
         return await into_store(args, source, target.name)
-    digest = (await stored_digest(args, source.name))[0] if is_store(source) else ""
+    digest = (await stored_digest(args, source.name, everything=args.all))[0] if is_store(source) else ""
     async with copying(args, beside(target)) as session:
         with bars() as show:
             origin = (

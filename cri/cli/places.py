@@ -56,8 +56,9 @@ async def copying(args: argparse.Namespace, beside: Path | None) -> AsyncIterato
         raise CommandError(str(error)) from None
 
 
-async def stored_digest(args: argparse.Namespace, name: str) -> tuple[str, list[str]]:
-    """The digest of the manifest of an image in the store, and its tags. Raises CommandError."""
+async def stored_digest(args: argparse.Namespace, name: str, *, everything: bool = False) -> tuple[str, list[str]]:
+    """The digest of the manifest of an image in the store, or with `everything` of the index, where it came from
+    one; and its tags. Raises CommandError."""
     import json
 
     async with connect(args) as api:
@@ -65,7 +66,13 @@ async def stored_digest(args: argparse.Namespace, name: str) -> tuple[str, list[
         answer = await api.call("ImageStatus", request)
     if not answer.HasField("image"):
         raise CommandError(f"there is no image {name!r}; see ocid images", 1)
-    return str(json.loads(answer.info["info"])["manifestDigest"]), list(answer.image.repo_tags)
+    told = json.loads(answer.info["info"])
+    digest, tags = str(told["manifestDigest"]), list(answer.image.repo_tags)
+    if everything and told["indexes"]:
+        return str(told["indexes"][-1]), tags
+    if everything and any(not known.endswith(digest) for known in answer.image.repo_digests):
+        raise CommandError(f"image {name!r} is here for this platform only; see ocid pull --all-platforms")
+    return digest, tags
 
 
 def store_root(args: argparse.Namespace) -> Path:

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="log in to the registry with these")
     keys_argument(parser)
+    parser.add_argument(
+        "-a",
+        "--all-platforms",
+        action="store_true",
+        help="also keep what the image's index has for other platforms, packed as it is: for save and copy",
+    )
     parser.add_argument("image", help="reference, such as docker.io/library/nginx:1.27 or host:5000/app@sha256:…")
 
 
@@ -30,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
 
 async def _run(args: argparse.Namespace) -> int:
     async with connect(args) as api:
-        print(await pull(api, args.image, creds=args.creds, keys=given_keys(args)))
+        keys, everything = given_keys(args), args.all_platforms
+        print(await pull(api, args.image, creds=args.creds, keys=keys, all_platforms=everything))
     return 0
 
 
@@ -67,18 +74,20 @@ def packed(keys: tuple[KeyFile, ...]) -> bytes:
     return pack(keys)
 
 
-async def pull(api: Api, image: str, *, creds: str | None = None, keys: tuple[KeyFile, ...] = ()) -> str:
+async def pull(
+    api: Api, image: str, *, creds: str | None = None, keys: tuple[KeyFile, ...] = (), all_platforms: bool = False
+) -> str:
     """Pulls and returns the image's id; shows bars on a terminal when the work is done in this process."""
     if api.local is not None and sys.stderr.isatty():
-        return await _pull_with_bars(api, image, creds, keys)
+        return await _pull_with_bars(api, image, creds, keys, all_platforms)
     if sys.stderr.isatty():
         watching = asyncio.create_task(_watch(api))
         try:
-            return await _ask(api, image, creds, keys)
+            return await _ask(api, image, creds, keys, all_platforms)
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
-    return await _ask(api, image, creds, keys)
+    return await _ask(api, image, creds, keys, all_platforms)
 
 
 async def _watch(api: Api) -> None:
@@ -91,20 +100,24 @@ async def _watch(api: Api) -> None:
             show(Progress(step["digest"], step["phase"], step["done"], step["total"]))
 
 
-async def _ask(api: Api, image: str, creds: str | None, keys: tuple[KeyFile, ...]) -> str:
+async def _ask(api: Api, image: str, creds: str | None, keys: tuple[KeyFile, ...], all_platforms: bool) -> str:
     request = pb.PullImageRequest(image=pb.ImageSpec(image=image))
     if creds:
         request.auth.username, _, request.auth.password = creds.partition(":")
-    return str((await api.call("PullImage", request, keys=packed(keys))).image_ref)
+    answer = await api.call("PullImage", request, keys=packed(keys), all_platforms=all_platforms)
+    return str(answer.image_ref)
 
 
-async def _pull_with_bars(api: Api, image: str, creds: str | None, keys: tuple[KeyFile, ...]) -> str:
+async def _pull_with_bars(
+    api: Api, image: str, creds: str | None, keys: tuple[KeyFile, ...], all_platforms: bool
+) -> str:
     from cri.cli.bars import bars
     from imagestore.model import ImageError
 
     with bars() as show:
         try:
-            return str((await api.local.images.pull(image, credentials(creds), show, keys=keys)).id)
+            login, images = credentials(creds), api.local.images
+            return str((await images.pull(image, login, show, keys=keys, all_platforms=all_platforms)).id)
         except ImageError as error:
             raise CommandError(str(error)) from None
 

@@ -28,6 +28,9 @@ KINDS = ("docker-archive", "oci-archive")
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="FILE", help="where to (default: stdout)")
     parser.add_argument("--format", choices=KINDS, default=KINDS[0], help=f"default: {KINDS[0]}")
+    parser.add_argument(
+        "-a", "--all-platforms", action="store_true", help="all that was pulled with --all-platforms; in an oci-archive"
+    )
     parser.add_argument("image", nargs="+", help="reference, digest or id; oci-archive takes one")
 
 
@@ -36,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("an archive is not for a terminal: redirect it, or say -o FILE")
     if args.format == "oci-archive" and len(args.image) > 1:
         raise CommandError("an oci-archive is for one image; docker-archive takes several")
+    if args.all_platforms and args.format != "oci-archive":
+        raise CommandError("a docker-archive holds one platform; say --format oci-archive")
     if args.output is not None:
         asyncio.run(_save(args, Path(args.output)))
         return 0
@@ -48,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _save(args: argparse.Namespace, file: Path) -> None:
-    images = [(name, *await stored_digest(args, name)) for name in args.image]
+    images = [(name, *await stored_digest(args, name, everything=args.all_platforms)) for name in args.image]
     name = _called(images[0][0], images[0][2])
     place = Place(args.format, file, (name[0] if name else "") if args.format == "oci-archive" else "")
     async with copying(args, beside(place)) as session:
@@ -58,7 +63,7 @@ async def _save(args: argparse.Namespace, file: Path) -> None:
                 if isinstance(target, DockerArchiveTarget):
                     target.called(_called(asked, tags))
                 source = session.stored(store_root(args), digest)
-                await session.copy(source, target, CopyOptions(session.config.platform), show)
+                await session.copy(source, target, CopyOptions(session.config.platform, all=args.all_platforms), show)
         await target.finish()
 
 

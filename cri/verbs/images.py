@@ -68,6 +68,7 @@ async def image_status(node: Node, request: pb.ImageStatusRequest) -> pb.ImageSt
             {
                 "chainID": image.chain_id if image.layers else "",
                 "manifestDigest": image.manifest_digest,
+                "indexes": image.indexes,
                 "layers": [layer.blob.digest for layer in image.layers],
                 "imageSpec": {
                     "created": config.created,
@@ -91,7 +92,9 @@ async def image_status(node: Node, request: pb.ImageStatusRequest) -> pb.ImageSt
     return response
 
 
-async def pull_image(node: Node, request: pb.PullImageRequest, keys: tuple[KeyFile, ...] = ()) -> pb.PullImageResponse:
+async def pull_image(
+    node: Node, request: pb.PullImageRequest, keys: tuple[KeyFile, ...] = (), *, all_platforms: bool = False
+) -> pb.PullImageResponse:
     """Pulls; cancelling it cancels this caller's part in the pull."""
     name = _name(request.image)
     if request.image.runtime_handler:
@@ -100,7 +103,8 @@ async def pull_image(node: Node, request: pb.PullImageRequest, keys: tuple[KeyFi
     started = time.monotonic()
     login = credentials(request.auth) if request.HasField("auth") else None
     with trace.pull_watched() as progress:
-        image = await node.parts.images.pull(name, login, progress, request.sandbox_config.metadata.namespace, keys)
+        namespace = request.sandbox_config.metadata.namespace
+        image = await node.parts.images.pull(name, login, progress, namespace, keys, all_platforms=all_platforms)
     log.info("image %s is here as %s, after %.1f s", name, image.id, time.monotonic() - started)
     return pb.PullImageResponse(image_ref=image.id)
 

@@ -35,6 +35,7 @@ from imagestore.platforms import Platform
 from imagestore.pull import Admit
 from imagestore.registry import Document
 from imagestore.resolve import resolve
+from imagestore.shared import first_of
 from imagestore.source import Source
 from imagestore.threads import Threads
 
@@ -162,7 +163,7 @@ class Copy:
                 for blob in contents.blobs:
                     group.create_task(carry(blob))
         except BaseExceptionGroup as failed:
-            raise _first(failed) from None
+            raise first_of(failed) from None
         # An artifact has no words in another format: it stays what it is, unless the target insists.
         own = OCI_MANIFEST if self._options.recipients else contents.media_type  # Docker's has no encrypted layers
         format_type = self._target.format_type or FORMATS.get(self._options.format, "") or own
@@ -269,10 +270,3 @@ class Copy:
 def _unlink(*paths: Path) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

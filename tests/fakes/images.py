@@ -98,6 +98,8 @@ class MemoryImages:
         progress: ProgressFunction | None = None,
         namespace: str = "",
         keys: tuple[KeyFile, ...] = (),
+        *,
+        all_platforms: bool = False,
     ) -> Image:
         self.namespaces.append(namespace)
         wanted = parse(reference)

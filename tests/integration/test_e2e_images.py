@@ -14,7 +14,7 @@ import pytest
 
 from conformance.leaks import Machine
 from tests.e2e import Node, node, retired
-from tests.fakes.registry import FakeRegistry, Reply, build_image, write_layout
+from tests.fakes.registry import OCI_INDEX, FakeRegistry, Reply, build_image, build_index, sha256, write_layout
 from tests.support import eventually, needs
 
 COMMAND_S = 60.0
@@ -217,6 +217,29 @@ def test_doctor_finds_and_repairs(served: Node, registry: FakeRegistry) -> None:
     assert b"everything is as it is recorded" in said(served, "doctor")
     (found,) = (served.root / "snapshots/layers").glob("*/fs/well")
     assert found.read_bytes() == b"2"
+    said(served, "rmi", reference)
+
+
+def test_all_platforms(served: Node, registry: FakeRegistry, tmp_path: Path) -> None:
+    """Kept by a pull, saved and copied as they came. Where one platform is here, that is not passed off as all."""
+    images = [build_image([{"it": name.encode()}], architecture=name) for name in ("amd64", "arm64")]
+    for image in images:
+        registry.add("wide", image.platform["architecture"], image)
+    index = build_index(images)
+    reference = registry.put("wide", "1", index, OCI_INDEX)
+    said(served, "pull", reference)
+    refused = ocid(served, "copy", "--all", f"ocid:{reference}", f"oci:{tmp_path}/part")
+    assert refused.returncode == 125 and b"--all-platforms" in refused.stderr
+    said(served, "pull", "--all-platforms", reference)
+    assert said(served, "copy", "--all", f"ocid:{reference}", f"oci:{tmp_path}/all").decode().strip() == sha256(index)
+    names = {f"sha256:{path.name}" for path in (tmp_path / "all/blobs/sha256").iterdir()}
+    assert names == {sha256(index), *(digest for image in images for digest in (image.digest, *image.blobs))}
+    file = tmp_path / "all.tar"
+    said(served, "save", "--all-platforms", "--format", "oci-archive", "-o", str(file), reference)
+    assert said(served, "copy", "--all", f"oci-archive:{file}", f"oci:{tmp_path}/again").decode().strip() == sha256(
+        index
+    )
+    said(served, "save", "--all-platforms", "-o", str(file), reference, code=125)
     said(served, "rmi", reference)
 
 
