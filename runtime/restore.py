@@ -12,8 +12,9 @@ import json
 import os
 
 from runtime import checkpoint, criu, restored, seccomp, state
+from runtime.birth import Created, now
 from runtime.checkpoint import Directories, Images
-from runtime.create import SECCOMP_CACHE, Created, make_manager, note_cgroups, now, root_path_of, unwind
+from runtime.create import SECCOMP_CACHE, make_manager, note_cgroups, root_path_of, unwind
 from runtime.errors import RuntimeFailure
 from runtime.linux.files import AT_FDCWD, read_bounded, remove_tree, write_durable
 from runtime.linux.libc import KernelError

@@ -16,8 +16,8 @@ from runtime.options import Flag, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from runtime.birth import Created
     from runtime.cli import Context
-    from runtime.create import Created
     from runtime.notify import Notify
     from runtime.options import Values
 
