@@ -106,11 +106,11 @@ class Handler:
             return MappedEngine(runtime_root(self._pod.state, handler), self._pod)
         return engine_for(self._pod.state, self._pod.directory, handler)
 
-    def _lock(self, container_id: str) -> dict[str, Any] | None:
+    def _lock(self, container_id: str, *, starts: bool = False) -> dict[str, Any] | None:
         """The container is ours alone until this helper ends; its facts, or None. Raises RuntimeFailure."""
         self._channel.set_timeout(_LOCK_DEADLINE)
         try:
-            facts: dict[str, Any] | None = self._channel.ask("lock", container_id)
+            facts: dict[str, Any] | None = self._channel.ask("lock", container_id, starts)
         except TimeoutError:
             raise RuntimeFailure(
                 f"container {container_id}: another call has been at work on it for {_LOCK_DEADLINE:.0f} s",
@@ -180,7 +180,7 @@ class Handler:
 
     def _do_start(self, body: object) -> object:
         container_id = protocol.parse(protocol.IdMessage, body).id
-        facts = self._lock(container_id)
+        facts = self._lock(container_id, starts=True)
         held = self._held(container_id)
         if facts is None:
             raise RuntimeFailure(f"container {container_id} was deleted", code="not_found")

@@ -2,9 +2,10 @@
 
     adopted ── started ──▶ ended: reaped, exit.json written ──▶ drained ──▶ told ── forgotten
 
-The order at the end is the promise: the exit is on disk before anybody hears of it (threats O15), and the log is whole
-before that, too (O22), except that a process outside of the container which holds a stream open delays it by DRAIN at
-most (S52). Refuses to guess: facts only ever gain. Invariant: `told` is true exactly once all of that has happened.
+The order at the end is the promise: the exit is on disk before anybody hears of it (threats O15), it is told after a
+start that was under way, and the log is whole before that, too (O22), except that a process outside of the container
+which holds a stream open delays it by DRAIN at most (S52). Refuses to guess: facts only ever gain. Invariant:
+`told` is true exactly once all of that has happened.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ DRAIN = 1.0  # seconds that an exit waits for the end of output that somebody el
 
 class Held:
     """A container's facts, streams and watches. `tell(kind, facts)` goes to the subscribers; `kill_rest` ends what
-    shares its PID namespace with others and calls back."""
+    shares its PID namespace with others and calls back; while `is_starting(id)`, who starts it has yet to say when."""
 
     def __init__(
         self,
@@ -38,12 +39,15 @@ class Held:
         take_fds: dict[str, int],
         tell: Callable[[str, Facts], None],
         kill_rest: Callable[[Held, Callable[[], None]], None],
+        is_starting: Callable[[str], bool],
     ) -> None:
         self._loop = loop
         self._tell = tell
         self._kill_rest = kill_rest
+        self._is_starting = is_starting
         self._waiting: list[Callable[[], None]] = []
         self._drained = False
+        self._over = False
         told = made["facts"]
         facts = self.facts = Facts(told["id"])
         facts.pid, facts.started_ticks, facts.created_ns = told["pid"], told["started_ticks"], told["created_ns"]
@@ -87,7 +91,8 @@ class Held:
             self._finish()
 
     def _finish(self) -> None:
-        if self.told:
+        self._over = True
+        if self.told or (not self.facts.started_ns and self._is_starting(self.facts.id)):
             return
         self.told = True
         dropped = self.stdio.dropped()
@@ -98,6 +103,11 @@ class Held:
         waiting, self._waiting = self._waiting, []
         for callback in waiting:
             callback()
+
+    def go_on(self) -> None:
+        """Its start was told, or failed: what has waited for that happens."""
+        if self._over:
+            self._finish()
 
     def when_told(self, callback: Callable[[], None]) -> None:
         if self.told:

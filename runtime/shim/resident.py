@@ -44,13 +44,13 @@ _LATER = object()  # an answer that comes when it is due
 class Helper:
     """A forked helper, seen from the shim."""
 
-    __slots__ = ("attachment", "end", "locked", "on_gone", "pid")
+    __slots__ = ("attachment", "end", "on_gone", "pid", "starts")
 
     def __init__(self, pid: int, end: Socket, on_gone: Callable[[], None] | None) -> None:
         self.pid = pid
         self.end = end
         self.on_gone = on_gone
-        self.locked: str | None = None
+        self.starts = False  # a container, once it has the lock
         self.attachment: Attachment | None = None
 
 
@@ -237,6 +237,9 @@ class Resident:
     def _unlock(self, container_id: str, queue: list[Helper], helper: Helper) -> None:
         held_it = queue[0] is helper
         queue.remove(helper)
+        held = self.containers.get(container_id)
+        if held_it and held is not None:
+            held.go_on()
         if not queue:
             del self._locks[container_id]
         elif held_it:
@@ -244,8 +247,10 @@ class Resident:
 
     # ------------------------------------------------------------------------------------- what helpers may ask for
 
-    def _lock(self, helper: Helper, _fds: list[int], container_id: str) -> object:
-        """Facts of the container or None, once nobody else creates, starts or deletes it."""
+    def _lock(self, helper: Helper, _fds: list[int], container_id: str, starts: bool = False) -> object:
+        """Facts of the container or None, once nobody else creates, starts or deletes it. With `starts` its exit is
+        not told before its start was."""
+        helper.starts = starts
         queue = self._locks.setdefault(container_id, [])
         queue.append(helper)
         return self._facts(helper, [], container_id) if queue[0] is helper else _LATER
@@ -255,7 +260,9 @@ class Resident:
         return None if held is None else held.facts.to_json()
 
     def _adopt(self, _helper: Helper, fds: list[int], made: dict[str, Any]) -> bool:
-        held = Held(self._loop, made, dict(zip(made["fds"], fds, strict=True)), self._tell, self._kill_rest)
+        held = Held(
+            self._loop, made, dict(zip(made["fds"], fds, strict=True)), self._tell, self._kill_rest, self._is_starting
+        )
         facts = held.facts
         self.containers[facts.id] = held
         status = self._early.pop(facts.pid, None)
@@ -268,7 +275,13 @@ class Resident:
         held.facts.started_ns = when_ns
         if held.facts.finished_ns:  # it was over before its start could be told: exit.json knows no start yet
             held.record()
-        return held.visible()
+        answer = held.visible()
+        held.go_on()
+        return answer
+
+    def _is_starting(self, container_id: str) -> bool:
+        queue = self._locks.get(container_id)
+        return queue is not None and queue[0].starts
 
     def _status(self, helper: Helper, _fds: list[int], pid: int) -> object:
         """The wait status of a command that a helper runs, which became our child."""

@@ -18,7 +18,7 @@ from runtime.linux.process import is_running
 from runtime.linux.sockets import recv_frame
 from runtime.shim.client import Shims
 from runtime.shim.model import ContainerError, ContainerFacts
-from tests.shims import Lab, Pod, kill, lab
+from tests.shims import RUNC, Lab, Pod, kill, lab
 from tests.support import SOON_S, eventually, needs
 
 HANDLERS = ["native", "runc"]
@@ -190,6 +190,24 @@ def test_events_reach_every_subscriber_after_the_log_is_whole(pods: Lab) -> None
     assert [stream.next() for stream in streams] == [None, None]
     for stream in streams:
         stream.close()
+
+
+def test_an_exit_is_told_after_the_start_that_it_overtook(native: Lab, tmp_path: Path) -> None:
+    """With a runtime whose `start` returns once the process it has started is gone."""
+    late = tmp_path / "late"
+    late.write_text(
+        f'#!/bin/sh\n"{RUNC}" "$@" || exit\ncase " $* " in *" start "*) ;; *) exit ;; esac\n'
+        f'for id; do :; done\nwhile "{RUNC}" --root "$2" state "$id" | grep -q running; do :; done\n'
+    )
+    late.chmod(0o755)
+    pod = native.pod()
+    pod.handler = str(late)
+    stream = Events(pod)
+    container = pod.run("c", ["true"])
+    event = stream.next()
+    assert event is not None and event["event"] == "exit"
+    assert event["facts"]["started_ns"] and ContainerFacts(**event["facts"]) == pod.facts(container)  # type: ignore
+    stream.close()
 
 
 def test_o55_a_slow_subscriber_is_let_go_and_holds_nobody_up(native: Lab) -> None:
