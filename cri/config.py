@@ -272,9 +272,14 @@ class CheckpointSection:
     enabled: bool = _key(
         False, "Whether running containers may be checkpointed. An archive holds all of their memory: keys, tokens."
     )
+    restore: bool = _key(
+        False,
+        "Whether pods may be restored from archives. What their processes may do is compared with the request, but "
+        "criu itself reads the archive as root: enable it for archives that this node, or one like it, has written.",
+    )
     criu: str = _key("criu", "The criu program: a name to look for in $PATH, or a path.")
     timeout_s: float = _key(600.0, "Seconds that criu may take for a container whose request says nothing.", least=1)
-    archive_bytes: int = _key(256 << 30, "Largest checkpoint that is written.", least=1)
+    archive_bytes: int = _key(256 << 30, "Largest checkpoint that is written or read.", least=1)
 
 
 @dataclass(frozen=True, slots=True)

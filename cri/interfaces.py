@@ -140,6 +140,12 @@ class Snapshots(Protocol):
         may be changing: who wants one moment of them holds their users still. Raises NotFound, OSError."""
         ...
 
+    def unpack(self, key: str, fd: int) -> None:
+        """Fills the writable layer of `key`, which nobody has mounted yet, from a layer's tar, as `pack` writes it and
+        as anybody may have: it is read as an image's layer is. On failure the snapshot is there, and good for
+        `remove` only. Raises NotFound, UnpackError, OSError."""
+        ...
+
     def list(self) -> Sequence[SnapshotInfo]:
         """All active snapshots: recovery removes those that no container record has."""
         ...
@@ -258,6 +264,14 @@ class Checkpoints(Protocol):
         """Writes criu's images of a running or frozen container into `images`, its logs into `work`; whether it
         succeeds or fails, the container is afterwards as it was. Raises ContainerError; "deadline" after `seconds`,
         then `images` may still be written to."""
+        ...
+
+    def restore(
+        self, sandbox: Sandbox, spec: ContainerSpec, images: Path, work: Path, program: str, seconds: float
+    ) -> ContainerFacts:
+        """After: the container runs with what its processes had in memory, and with no right, mount, namespace or
+        cgroup but those of config.json in its bundle: `images` are anybody's. criu's logs are in `work`. On failure
+        nothing is left. Raises ContainerError; "deadline" after `seconds`."""
         ...
 
 

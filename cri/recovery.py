@@ -69,6 +69,8 @@ async def _undo_pod(node: Node, pod: Pod) -> None:
                 await node.parts.network.delete(pod.pod_network())
             await node.parts.network.remove_netns(pod.pod_network().netns)
         await to_thread(remove_tree, node.paths.pod(pod.id))
+        for container in node.store.containers_of(pod.id):  # those of a RestorePod
+            await _undo_container(node, container)
     except Exception:
         await node.store.change_pod(pod.id, made_ns=now_ns(), lost_ns=now_ns())
         raise

@@ -23,7 +23,7 @@ from runtime.linux.process import clone3, close_range
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     Value = bool | int | str | bytes | Sequence["Value"]
     # Called with the step's name, the pid that criu names (0: none) and an fd that came along (-1: none).
@@ -105,26 +105,35 @@ def _varint(value: int) -> bytes:
 def fields(data: bytes) -> dict[int, int | bytes]:
     """A message's varint and length-delimited fields by number, the last of each; 32- and 64-bit ones are skipped.
     Raises RuntimeFailure where it is no protobuf."""
-    found: dict[int, int | bytes] = {}
+    return dict(_walk(data))
+
+
+def repeated(data: bytes, number: int) -> list[bytes]:
+    """All length-delimited fields of that number. Raises RuntimeFailure."""
+    return [value for key, value in _walk(data) if key == number and isinstance(value, bytes)]
+
+
+def _walk(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     at = 0
     try:
         while at < len(data):
             key, at = _read_varint(data, at)
             kind = key & 7
             if kind == 0:
-                found[key >> 3], at = _read_varint(data, at)
+                value, at = _read_varint(data, at)
+                yield key >> 3, value
             elif kind == 2:
                 length, at = _read_varint(data, at)
                 if at + length > len(data):
                     raise IndexError
-                found[key >> 3], at = data[at : at + length], at + length
+                yield key >> 3, data[at : at + length]
+                at += length
             elif kind in (1, 5):
                 at += 8 if kind == 1 else 4
             else:
                 raise IndexError
     except IndexError:
-        raise RuntimeFailure("criu: it answers with something that is no message of its protocol") from None
-    return found
+        raise RuntimeFailure("criu: this is no message of its protocol") from None
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:

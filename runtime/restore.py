@@ -11,17 +11,19 @@ from __future__ import annotations
 import json
 import os
 
-from runtime import checkpoint, criu, restored, seccomp, state
+from runtime import checkpoint, criu, criu_images, restored, seccomp, state
 from runtime.birth import Created, now
 from runtime.checkpoint import Directories, Images
 from runtime.create import SECCOMP_CACHE, make_manager, note_cgroups, root_path_of, unwind
 from runtime.errors import RuntimeFailure
 from runtime.linux.files import AT_FDCWD, read_bounded, remove_tree, write_durable
 from runtime.linux.libc import KernelError
+from runtime.linux.mount import AT_RECURSIVE, OPEN_TREE_CLONE, open_tree
 from runtime.linux.process import pidfd_open, pidfd_send_signal, set_no_new_privs
 from runtime.linux.record import Record
 from runtime.namespaces import PROC_NAMES
 from runtime.restore_mounts import PrivateMounts, make_mount_points
+from runtime.restored_mounts import verify_mounts
 from runtime.state import State
 
 TYPE_CHECKING = False
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from runtime.cgroups.manager import Gate, Manager
+    from runtime.linux.mount import FsMount
     from runtime.spec import Spec
 
 _SIGKILL = 9
@@ -36,7 +39,10 @@ _MAX_DESCRIPTORS = 1 << 16
 
 
 class RestoreRequest(Record):
-    """What restore is asked for; `console_socket` gets the terminal's master, "" leaves it to the caller."""
+    """What restore is asked for; `console_socket` gets the terminal's master, "" leaves it to the caller. `rootfs` is
+    the root filesystem where it is not at root.path already. `untrusted`: the images are anybody's, so what criu would
+    do to the host's cgroups by their word is replaced, and filters and mounts must be those of config.json exactly.
+    """
 
     root: str
     id: str
@@ -49,6 +55,8 @@ class RestoreRequest(Record):
     rootless: bool | None = None
     lsm_profile: str = ""
     lsm_mount_context: str = ""
+    rootfs: FsMount | None = None
+    untrusted: bool = False
 
 
 def restore(request: RestoreRequest) -> Created:
@@ -61,7 +69,7 @@ def restore(request: RestoreRequest) -> Created:
     descriptors = _descriptors(request.images.image_path)
     program = criu.Criu(request.images.program)
     bundle = os.path.abspath(request.bundle)
-    rootfs = root_path_of(bundle, spec.root_path, make=False)
+    rootfs = root_path_of(bundle, spec.root_path, make=request.rootfs is not None)
     manager = make_manager(spec, request.id, systemd=request.systemd_cgroup, no_root=request.rootless)
     undo: list[tuple[str, Callable[[], object]]] = []
     try:
@@ -71,6 +79,8 @@ def restore(request: RestoreRequest) -> Created:
         if spec.seccomp is not None:  # for those that are executed in it later; the images have their own
             filter_program = seccomp.program(spec.seccomp, f"{request.root}/{SECCOMP_CACHE}")
             write_durable(f"{directory}/{state.FILTER}", filter_program, sync=False)
+            if request.untrusted:
+                criu_images.verify_filters(request.images.image_path, filter_program)
         manager.create(spec.resources)
         undo.append(("remove the cgroup", lambda: _remove_cgroup(manager)))
         restoring = _Restoring(request, bundle, rootfs, directory, manager, descriptors)
@@ -121,19 +131,29 @@ class _Restoring:
         self._pid = self._pidfd = self._console = self._criu = -1
 
     def run(self, program: criu.Criu) -> Created:
-        make_mount_points(self._spec, self._rootfs, self._bundle)
-        with PrivateMounts(self._directory, self._rootfs) as self._mounts, self._manager.gate() as gate:
-            namespaces: list[int] = []
-            try:
-                self._request_of(program, gate, namespaces)
-            finally:
-                for fd in namespaces:
-                    os.close(fd)
+        tree = self._root_tree()
+        try:
+            make_mount_points(self._spec, tree, self._bundle)
+            with PrivateMounts(self._directory, tree) as self._mounts, self._manager.gate() as gate:
+                namespaces: list[int] = []
+                try:
+                    self._request_of(program, gate, namespaces)
+                finally:
+                    for fd in namespaces:
+                        os.close(fd)
+        finally:
+            os.close(tree)
         if self._request.pid_file:
             write_durable(self._request.pid_file, str(self._pid).encode(), 0o644, sync=False)
         made = Created(self._state(), self._pidfd, self._console, ())
         self._pidfd = self._console = -1
         return made
+
+    def _root_tree(self) -> int:
+        """The root filesystem as a mount that nobody has yet."""
+        if self._request.rootfs is not None:
+            return self._request.rootfs.make()
+        return open_tree(AT_FDCWD, self._rootfs, OPEN_TREE_CLONE | AT_RECURSIVE)
 
     def _request_of(self, program: criu.Criu, gate: Gate, namespaces: list[int]) -> None:
         images = self._request.images
@@ -170,6 +190,9 @@ class _Restoring:
 
     def _with_cgroups(self, pid: int, opts: dict[str, criu.Value]) -> bytes:
         self._criu = pid
+        if self._request.untrusted:
+            lines = list(_cgroup_lines(pid))
+            criu_images.replace_cgroups(self._request.images.image_path, lines, own_namespace=self._spec.has("cgroup"))
         return criu.options(**opts, cg_root=list(_cgroup_roots(pid)))
 
     def _sources(self, null: str) -> Iterator[tuple[str, str]]:
@@ -217,9 +240,13 @@ class _Restoring:
             state.save(self._request.root, self._state())
         elif step == "pre-resume":
             # Their rights are their own by now, and none of them has run yet.
-            members = restored.members(self._pid, self._manager.pids(), but=self._criu)
+            within = self._manager.pids()
+            members = restored.members(self._pid, within, but=self._criu)
             try:
-                restored.verify(self._spec, self._pid, members)
+                restored.verify(self._spec, self._pid, members, within)
+                if self._request.untrusted:
+                    sources = dict(self._sources(self._mounts.null))
+                    verify_mounts(self._spec, self._pid, os.stat(self._mounts.root), sources)
                 if self._spec.root_readonly:
                     self._mounts.protect_root(self._pid)  # criu 3.17 forgets that it was
             except BaseException:
@@ -277,8 +304,14 @@ class _Restoring:
 
 def _cgroup_roots(pid: int) -> Iterator[bytes]:
     """Where criu is now is where the container's cgroups are to be."""
+    for controllers, path in _cgroup_lines(pid):
+        for name in controllers.split(","):
+            yield criu.pair(name, path)
+
+
+def _cgroup_lines(pid: int) -> Iterator[tuple[str, str]]:
+    """Controllers and path of each line of proc_pid_cgroup(5)."""
     with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             _, controllers, path = line.rstrip("\n").split(":", 2)
-            for name in controllers.split(","):
-                yield criu.pair(name, path)
+            yield controllers, path

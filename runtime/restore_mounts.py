@@ -18,11 +18,9 @@ from runtime.linux.mount import (
     MOUNT_ATTR_RDONLY,
     MS_PRIVATE,
     MS_SLAVE,
-    OPEN_TREE_CLONE,
     FsMount,
     mount_setattr,
     move_mount,
-    open_tree,
 )
 from runtime.linux.process import CLONE_NEWNS, setns, unshare
 
@@ -33,21 +31,17 @@ if TYPE_CHECKING:
     from runtime.spec import Spec
 
 
-def make_mount_points(spec: Spec, rootfs: str, bundle: str) -> None:
+def make_mount_points(spec: Spec, root: int, bundle: str) -> None:
     """What create makes in the root for its mounts, where this is not the root that they were made in. Those on a tmpfs
     are in the images."""
     tmpfs = [f"{mount.destination}/" for mount in spec.mounts if mount.fstype == "tmpfs"]
-    root = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for mount in spec.mounts:
-            if mount.kind == "cgroup" or mount.destination.startswith(tuple(tmpfs)):
-                continue
-            if mount.kind == "bind" and not os.path.isdir(os.path.join(bundle, mount.source)):
-                _make_file(root, mount.destination)
-            else:
-                os.close(mkdir_in_root(root, mount.destination))
-    finally:
-        os.close(root)
+    for mount in spec.mounts:
+        if mount.kind == "cgroup" or mount.destination.startswith(tuple(tmpfs)):
+            continue
+        if mount.kind == "bind" and not os.path.isdir(os.path.join(bundle, mount.source)):
+            _make_file(root, mount.destination)
+        else:
+            os.close(mkdir_in_root(root, mount.destination))
 
 
 def _make_file(root: int, path: str) -> None:
@@ -62,13 +56,14 @@ def _make_file(root: int, path: str) -> None:
 
 
 class PrivateMounts:
-    """A mount namespace for the time of a restore, and a mount of its own for the root, as criu wants; `null` is what
-    files are masked with, a device that nobody else has (CVE-2025-31133)."""
+    """A mount namespace for the time of a restore, and in it a mount of its own for the root, as criu wants: `tree`, a
+    detached one that stays the caller's. `null` is what files are masked with, a device that nobody else has
+    (CVE-2025-31133)."""
 
-    def __init__(self, directory: str, rootfs: str) -> None:
+    def __init__(self, directory: str, tree: int) -> None:
         self.root = f"{directory}/criu-root"
         self.null = f"{directory}/criu-null/null"
-        self._rootfs = rootfs
+        self._tree = tree
         self._home = self._own = self._cwd = -1
 
     def __enter__(self) -> PrivateMounts:
@@ -90,16 +85,15 @@ class PrivateMounts:
         null = os.path.dirname(self.null)
         tmpfs = FsMount("tmpfs", "tmpfs", (("size", "4k"), ("nr_inodes", "4"), ("mode", "700"))).make()
         os.mknod("null", stat.S_IFCHR | 0o666, os.makedev(1, 3), dir_fd=tmpfs)
-        for tree, path in (
-            (open_tree(AT_FDCWD, self._rootfs, OPEN_TREE_CLONE | AT_RECURSIVE), self.root),
-            (tmpfs, null),
-        ):
-            target = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                move_mount(tree, target)
-            finally:
-                os.close(target)
-                os.close(tree)
+        try:
+            for tree, path in ((self._tree, self.root), (tmpfs, null)):
+                target = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    move_mount(tree, target)
+                finally:
+                    os.close(target)
+        finally:
+            os.close(tmpfs)
         os.chmod(self.null, 0o666)  # whatever the umask was
         mount_setattr(AT_FDCWD, null, 0, propagation=MS_PRIVATE)
 

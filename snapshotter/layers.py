@@ -13,6 +13,7 @@ O45, R14).
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import threading
 import time
@@ -36,6 +37,7 @@ _ROUNDS = 4
 _FAILURES = 256
 # How often a wait for a blob's last bytes looks whether it is still wanted.
 _LOOK_S = 0.1
+_PLAIN = "application/vnd.oci.image.layer.v1.tar"
 
 
 class _Flight:
@@ -250,6 +252,22 @@ class Layers:
                 kept.add(at)
                 at = layer.parent
         return [layer for layer in self._records.layers.values() if layer.chain_id not in kept]
+
+    def unpack_upper(self, tar: int, upper: int, parent: str | None) -> None:
+        """Unpacks the plain tar at `tar` into the empty directory `upper`, which lies on `parent`; both fds stay the
+        caller's. Nothing is recorded or synced: a container's files are not. Raises UnpackError, OSError, NotFound."""
+        lowers = [] if parent is None else [str(path) for path in self.directories(parent)]
+        # One description, and so one position, for what is hashed here and what a worker reads.
+        os.lseek(tar, 0, os.SEEK_SET)
+        with os.fdopen(os.dup(tar), "rb", buffering=0) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.lseek(tar, 0, os.SEEK_SET)
+        owner = object()
+        size, limits = os.fstat(tar).st_size, self._config.limits
+        request = protocol.Unpack(_PLAIN, size, f"sha256:{digest}", parent is None, {}, limits)
+        made = self.pool.ask(owner, request, tar, upper)
+        if self.pool.ask(owner, protocol.Finish(lowers, made.implied, made.links), upper).aliases:
+            raise UnpackError("layer goes through links of the layers below, which no packed layer does")
 
     # ------------------------------------------------------------------------------------------------ one unpacking
 

@@ -130,6 +130,15 @@ class Overlay:
         finally:
             os.close(upper)
 
+    def unpack(self, key: str, fd: int) -> None:
+        """See cri.interfaces.Snapshots.unpack. A worker does it, as with a layer."""
+        record = self._active(key)
+        upper = os.open(self._layout.snapshot(record.number) / "upper", DIRECTORY)
+        try:
+            self._layers.unpack_upper(fd, upper, record.parent)
+        finally:
+            os.close(upper)
+
     def list(self) -> Sequence[SnapshotInfo]:
         """See cri.interfaces.Snapshots.list: those whose removal failed half-way are among them."""
         with self._changed:

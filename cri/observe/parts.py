@@ -16,10 +16,10 @@ from cri.node import Parts
 
 _STEPS = {
     "images": ("pull", "remove"),
-    "snapshots": ("prepare", "remove"),
+    "snapshots": ("prepare", "unpack", "remove"),
     "sandboxes": ("start", "reconnect", "stop"),
     "containers": ("create", "start_container", "signal", "delete", "exec_sync", "update", "reopen_log"),
-    "checkpoints": ("pause", "resume", "checkpoint"),
+    "checkpoints": ("pause", "resume", "checkpoint", "restore"),
     "network": ("new_netns", "add", "check", "delete", "remove_netns"),
 }
 _WORDS = {"sandboxes": "shim", "containers": "shim", "checkpoints": "shim", "images": "image", "snapshots": "snapshot"}

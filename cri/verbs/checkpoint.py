@@ -39,6 +39,14 @@ def enabled(node: Node, call: str) -> CheckpointSection:
     return section
 
 
+def restoring(node: Node, call: str) -> CheckpointSection:
+    """As `enabled`, for what reads archives."""
+    section = node.config.checkpoint
+    if not section.restore:
+        raise Unimplemented(f"{call}: restoring is off; checkpoint.restore in the configuration allows it")
+    return section
+
+
 async def checkpoint_container(node: Node, request: pb.CheckpointContainerRequest) -> pb.CheckpointContainerResponse:
     """An archive at `location` of a container that runs, and runs on. `timeout` 0 means the configured one."""
     section = enabled(node, "CheckpointContainer")

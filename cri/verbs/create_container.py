@@ -11,6 +11,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cri import trace
 from cri.api import api_pb2 as pb
@@ -41,17 +42,10 @@ async def create_container(
     pod = node.pod(request.pod_sandbox_id)
     config = request.config
     metadata = config.metadata
-    validate.name("metadata.name", metadata.name)
-    validate.log_path(config.log_path)
-    check_labels(config)
-    if config.HasField("windows"):
-        raise InvalidArgument("windows: this node runs Linux")
-    if config.image.runtime_handler:
-        node.handler(config.image.runtime_handler)
+    check(node, config)
     what = f"create container {metadata.name} in pod {pod.label}"
     require_ready(pod, what)
-    if len(node.store.containers) >= node.config.limits.containers:
-        raise LimitExceeded(f"{what}: there are {len(node.store.containers)} containers (limits.containers)")
+    require_room(node, what)
     key = (pod.id, metadata.name, metadata.attempt)
     fingerprint = config.SerializeToString(deterministic=True)
     existing = node.store.named(key)
@@ -59,18 +53,40 @@ async def create_container(
         if node.container_names.unclaimed(key, fingerprint) == existing:
             return pb.CreateContainerResponse(container_id=existing)
         raise AlreadyExists(f"{what}: the name is taken by container {existing}; remove that first")
-    container = Container(
+    container = new_record(pod, config)
+    made = await node.container_names.once(key, fingerprint, what, lambda: _make(node, pod, container, keys))
+    return pb.CreateContainerResponse(container_id=made)
+
+
+def check(node: Node, config: pb.ContainerConfig) -> None:
+    """Refuses what can be seen to be wrong of a container before there is anything. Raises InvalidRequest, CriError."""
+    validate.name("metadata.name", config.metadata.name)
+    validate.log_path(config.log_path)
+    check_labels(config)
+    if config.HasField("windows"):
+        raise InvalidArgument("windows: this node runs Linux")
+    if config.image.runtime_handler:
+        node.handler(config.image.runtime_handler)
+
+
+def require_room(node: Node, what: str, count: int = 1) -> None:
+    """Raises LimitExceeded where `count` more containers are too many."""
+    if len(node.store.containers) + count > node.config.limits.containers:
+        raise LimitExceeded(f"{what}: there are {len(node.store.containers)} containers (limits.containers)")
+
+
+def new_record(pod: Pod, config: pb.ContainerConfig) -> Container:
+    """A container that is to be, under an id of its own."""
+    return Container(
         id=new_id(),
         pod_id=pod.id,
-        name=metadata.name,
-        attempt=metadata.attempt,
+        name=config.metadata.name,
+        attempt=config.metadata.attempt,
         config=config.SerializeToString(),
         created_ns=now_ns(),
         log_path=log_path(pod, config),
         resources=config.linux.resources.SerializeToString(),
     )
-    made = await node.container_names.once(key, fingerprint, what, lambda: _make(node, pod, container, keys))
-    return pb.CreateContainerResponse(container_id=made)
 
 
 def require_ready(pod: Pod, what: str) -> None:
@@ -88,26 +104,15 @@ def log_path(pod: Pod, config: pb.ContainerConfig) -> str:
 async def _make(node: Node, pod: Pod, container: Container, keys: tuple[KeyFile, ...]) -> str:
     trace.about(container=container.id)
     async with node.locks.held(container.id), Undo() as undo:
-        undo.did("forget the container", lambda: _forget(node, container, undo))
+        undo.did("forget the container", lambda: forget(node, container, undo))
         await node.store.add(container)
         failpoint("create_container.recorded")
         undo.did("remove the container", lambda: to_thread(take_away, node, container))
-        made = await to_thread(_build_and_create, node, pod, container, keys)
+        made, facts = await to_thread(_create, node, pod, container, keys)
         failpoint("create_container.created")
         # Before it is visible: StopPodSandbox may have begun meanwhile, and would have missed it.
         require_ready(node.store.pods[pod.id], f"create container {container.name}")
-        await node.store.change_container(
-            container.id,
-            made_ns=now_ns(),
-            image_id=made.image.id,
-            image_name=image_name(container.request, made.image),
-            cgroup=made.cgroup,
-            stop_signal=made.stop_signal,
-            uid=made.user.uid,
-            gid=made.user.gid,
-            groups=",".join(map(str, made.user.groups)),
-            **facts_of(made.facts),
-        )
+        await node.store.change_container(container.id, **made.facts(), **facts_of(facts))
         failpoint("create_container.made")
         node.processes[container.id] = made.process
         undo.keep_all()
@@ -117,7 +122,7 @@ async def _make(node: Node, pod: Pod, container: Container, keys: tuple[KeyFile,
     return container.id
 
 
-async def _forget(node: Node, container: Container, undo: Undo) -> None:
+async def forget(node: Node, container: Container, undo: Undo) -> None:
     if not undo.failed:
         await node.store.remove(container)
         return
@@ -133,17 +138,39 @@ async def _forget(node: Node, container: Container, undo: Undo) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
+class Bundled:
+    """A container with its writable layer and its bundle, and no process yet."""
+
     image: Image
+    name: str
     user: users.User
     cgroup: str
     stop_signal: str
     process: dict[str, object]
-    facts: ContainerFacts
+    spec: ContainerSpec
+
+    def facts(self) -> dict[str, Any]:
+        """What its record says once it is made."""
+        return {
+            "made_ns": now_ns(),
+            "image_id": self.image.id,
+            "image_name": self.name,
+            "cgroup": self.cgroup,
+            "stop_signal": self.stop_signal,
+            "uid": self.user.uid,
+            "gid": self.user.gid,
+            "groups": ",".join(map(str, self.user.groups)),
+        }
 
 
-def _build_and_create(node: Node, pod: Pod, container: Container, keys: tuple[KeyFile, ...]) -> _Made:
+def _create(node: Node, pod: Pod, container: Container, keys: tuple[KeyFile, ...]) -> tuple[Bundled, ContainerFacts]:
     """All that blocks, in one go. What it leaves when it fails is `take_away`'s to remove."""
+    bundled = bundle(node, pod, container, keys)
+    return bundled, node.parts.containers.create(node.sandbox(pod), bundled.spec)
+
+
+def bundle(node: Node, pod: Pod, container: Container, keys: tuple[KeyFile, ...] = ()) -> Bundled:
+    """Everything of a container but its process, out of its request and its image; blocks."""
     config = container.request
     image = find_image(node, config.image.image)
     # By the name that the pod asked for: a kubelet asks by id, and policies are about names.
@@ -175,26 +202,24 @@ def _build_and_create(node: Node, pod: Pod, container: Container, keys: tuple[Ke
     )
     rootfs = node.parts.snapshots.prepare(container.id, image.chain_id if image.layers else None, ids)
     failpoint("create_container.prepared")
-    bundle = node.paths.bundle(container.id)
-    os.mkdir(bundle, 0o700)
-    write_durable(bundle / "config.json", json.dumps(spec).encode("utf-8", "surrogateescape"), sync=False)
+    directory = node.paths.bundle(container.id)
+    os.mkdir(directory, 0o700)
+    write_durable(directory / "config.json", json.dumps(spec).encode("utf-8", "surrogateescape"), sync=False)
     failpoint("create_container.bundled")
     if container.log_path:
         os.makedirs(os.path.dirname(container.log_path), 0o755, exist_ok=True)
-    facts = node.parts.containers.create(
-        node.sandbox(pod),
-        ContainerSpec(
-            id=container.id,
-            bundle=bundle,
-            rootfs=rootfs,
-            log_path=Path(container.log_path) if container.log_path else None,
-            terminal=config.tty,
-            stdin=config.stdin,
-            stdin_once=config.stdin_once,
-            handler=handler,
-        ),
+    wanted = ContainerSpec(
+        id=container.id,
+        bundle=directory,
+        rootfs=rootfs,
+        log_path=Path(container.log_path) if container.log_path else None,
+        terminal=config.tty,
+        stdin=config.stdin,
+        stdin_once=config.stdin_once,
+        handler=handler,
     )
-    return _Made(image, user, cgroup(facts_of_pod, container.id), stop_signal, spec["process"], facts)
+    named = image_name(config, image)
+    return Bundled(image, named, user, cgroup(facts_of_pod, container.id), stop_signal, spec["process"], wanted)
 
 
 def _check_foreign(handler: str, config: pb.ContainerConfig) -> None:

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,7 +174,8 @@ async def run_pod(node: Node, request: pb.RunPodSandboxRequest, network: str = "
             "the native one does"
         )
     metadata = config.metadata
-    key = (metadata.name, metadata.namespace, metadata.uid, metadata.attempt)
+    pod = new_record(config, handler, network)
+    key = pod.key
     what = f"run pod {metadata.namespace}/{metadata.name}"
     fingerprint = request.SerializeToString(deterministic=True) + network.encode()
     existing = node.store.named(key)
@@ -182,7 +183,14 @@ async def run_pod(node: Node, request: pb.RunPodSandboxRequest, network: str = "
         if node.pod_names.unclaimed(key, fingerprint) == existing and node.store.pods[existing].ready:
             return pb.RunPodSandboxResponse(pod_sandbox_id=existing)
         raise AlreadyExists(f"{what}: the name is taken by pod sandbox {existing}; remove that first")
-    pod = Pod(
+    made = await node.pod_names.once(key, fingerprint, what, lambda: make(node, pod))
+    return pb.RunPodSandboxResponse(pod_sandbox_id=made)
+
+
+def new_record(config: pb.PodSandboxConfig, handler: str, network: str = "") -> Pod:
+    """A pod that is to be, under an id of its own."""
+    metadata = config.metadata
+    return Pod(
         id=new_id(),
         name=metadata.name,
         namespace=metadata.namespace,
@@ -193,11 +201,11 @@ async def run_pod(node: Node, request: pb.RunPodSandboxRequest, network: str = "
         created_ns=now_ns(),
         network=network,
     )
-    made = await node.pod_names.once(key, fingerprint, what, lambda: _make(node, pod))
-    return pb.RunPodSandboxResponse(pod_sandbox_id=made)
 
 
-async def _make(node: Node, pod: Pod) -> str:
+async def make(node: Node, pod: Pod, fill: Callable[[Undo], Awaitable[None]] | None = None) -> str:
+    """Makes the pod. `fill` puts into it what it is to begin with, and makes its record visible (`made_ns`) together
+    with those of what it has put there: after a kill in between there is all of it, or nothing."""
     config = pod.request
     own = namespaces(config)
     directory, parent = node.paths.pod(pod.id), cgroup_parent(node, config)
@@ -243,10 +251,12 @@ async def _make(node: Node, pod: Pod) -> str:
             pid=sandbox.pid,
             started_ticks=sandbox.started_ticks,
             pause_pid=sandbox.pause_pid,
-            made_ns=now_ns(),
+            made_ns=now_ns() if fill is None else 0,
             ips=",".join(network.ips),
             network_result=json.dumps(dict(network.raw)) if network.raw else "",
         )
+        if fill is not None:
+            await fill(undo)
         failpoint("run_pod.made")
         undo.keep_all()
     log.info("pod %s (%s) is ready: %s", pod.label, pod.id[:13], ", ".join(network.ips) or "no address of its own")

@@ -140,19 +140,7 @@ class Shims:
 
     def create(self, sandbox: Sandbox, spec: ContainerSpec) -> ContainerFacts:
         """Containers.create."""
-        message = protocol.ContainerMessage(
-            id=spec.id,
-            bundle=str(spec.bundle),
-            fstype=spec.rootfs.fstype,
-            source=spec.rootfs.source,
-            options=[list(option) for option in spec.rootfs.options],
-            attributes=spec.rootfs.attributes,
-            log_path="" if spec.log_path is None else str(spec.log_path),
-            terminal=spec.terminal,
-            stdin=spec.stdin,
-            stdin_once=spec.stdin_once,
-            handler=spec.handler,
-        )
+        message = _container_message(spec)
         with _sentences(f"create container {spec.id}"), self._living(sandbox):
             return ContainerFacts(**self._timed(lambda timed: self._call(sandbox, "create", message, timed=timed)))
 
@@ -238,6 +226,16 @@ class Shims:
         message = protocol.CheckpointMessage(container_id, str(images), str(work), program)
         with _sentences(f"checkpoint container {container_id}"), self._living(sandbox):
             self._call(sandbox, "checkpoint", message, seconds)
+
+    def restore(
+        self, sandbox: Sandbox, spec: ContainerSpec, images: Path, work: Path, program: str, seconds: float
+    ) -> ContainerFacts:
+        """Checkpoints.restore."""
+        container = _container_message(spec)
+        fields = {name: getattr(container, name) for name in container._fields}
+        message = protocol.RestoreMessage(fields, str(images), str(work), program)
+        with _sentences(f"restore container {spec.id}"), self._living(sandbox):
+            return ContainerFacts(**self._call(sandbox, "restore", message, seconds))
 
     def reopen_log(self, sandbox: Sandbox, container_id: str) -> None:
         """Containers.reopen_log."""
@@ -386,6 +384,22 @@ class Shims:
         )
         with self._launcher.open() as connection:
             return _ask(connection, "sweep", message, _CALL_TIMEOUT)
+
+
+def _container_message(spec: ContainerSpec) -> protocol.ContainerMessage:
+    return protocol.ContainerMessage(
+        id=spec.id,
+        bundle=str(spec.bundle),
+        fstype=spec.rootfs.fstype,
+        source=spec.rootfs.source,
+        options=[list(option) for option in spec.rootfs.options],
+        attributes=spec.rootfs.attributes,
+        log_path="" if spec.log_path is None else str(spec.log_path),
+        terminal=spec.terminal,
+        stdin=spec.stdin,
+        stdin_once=spec.stdin_once,
+        handler=spec.handler,
+    )
 
 
 def _ask(

@@ -16,7 +16,7 @@ from runtime.cgroups import killer, limits
 from runtime.errors import RuntimeFailure
 from runtime.fields import decode
 from runtime.linux.mount import FsMount
-from runtime.shim.protocol import CheckpointMessage, ContainerMessage
+from runtime.shim.protocol import CheckpointMessage, ContainerMessage, RestoreMessage
 
 # Imported on demand, and nearly every container demands them: once for all pods, before the zygote forks.
 _USUAL = (hooks, killer, limits, rootfs_cgroup, seccomp, seccomp_load)
@@ -64,6 +64,10 @@ if TYPE_CHECKING:
 
         def checkpoint(self, message: CheckpointMessage) -> None:
             """criu's images of it; it stays as it is, running or frozen."""
+            ...
+
+        def restore(self, message: ContainerMessage, images: RestoreMessage, stdio: Sequence[int]) -> Made:
+            """The container out of criu's images: it runs. `stdio` stays the caller's."""
             ...
 
 
@@ -135,6 +139,33 @@ class NativeEngine:
             message.program, message.images, message.work, tcp_established=True, file_locks=True, link_remap=True
         )
         checkpoint.checkpoint(checkpoint.CheckpointRequest(self._root, message.id, images, leave_running=True))
+
+    def restore(self, message: ContainerMessage, images: RestoreMessage, stdio: Sequence[int]) -> Made:
+        from runtime import checkpoint, restore  # for nodes that allow it
+
+        with open(f"{message.bundle}/config.json", "rb") as file:
+            config = spec.parse(file.read())
+        for number, fd in enumerate(stdio):  # by these numbers criu finds what takes the place of the old pipes
+            os.dup2(fd, number)
+        process = config.process
+        profile = f"apparmor:{process.apparmor_profile}" if process and process.apparmor_profile else ""
+        made = restore.restore(
+            restore.RestoreRequest(
+                root=self._root,
+                id=message.id,
+                bundle=message.bundle,
+                spec=config,
+                images=checkpoint.Images(
+                    images.program, images.images, images.work, tcp_established=True, file_locks=True
+                ),
+                systemd_cgroup=names_unit(config.cgroups_path),
+                lsm_profile=profile,
+                rootfs=root_mount(message),
+                untrusted=True,
+            )
+        )
+        os.close(made.pidfd)
+        return Made(made.state.pid, -1, made.console)
 
     def execute(self, container_id: str, process: dict[str, Any], stdio: Sequence[int]) -> Made:
         wanted = spec_process.parse_process(process, "process")

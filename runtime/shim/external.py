@@ -18,7 +18,7 @@ from runtime.linux.files import AT_FDCWD, open_beneath, read_bounded
 from runtime.linux.mount import move_mount
 from runtime.linux.process import pidfd_open, set_child_subreaper
 from runtime.shim.engine import Made, cgroups_path_of, names_unit, root_mount
-from runtime.shim.protocol import CheckpointMessage, ContainerMessage
+from runtime.shim.protocol import CheckpointMessage, ContainerMessage, RestoreMessage
 from runtime.shim.reaper import exit_code
 from runtime.shim.sandbox import unmount
 
@@ -106,6 +106,12 @@ class ExternalEngine:
     def checkpoint(self, message: CheckpointMessage) -> None:
         words = ["checkpoint", "--leave-running", "--image-path", message.images, "--work-path", message.work]
         self._call([*words, "--tcp-established", "--file-locks", message.id])
+
+    def restore(self, message: ContainerMessage, images: RestoreMessage, stdio: Sequence[int]) -> Made:
+        raise RuntimeFailure(
+            f"restore: not by {self._binary}, which compares nothing of the images with config.json; natively only",
+            code="failed_precondition",
+        )
 
     def _file(self, kind: str) -> str:
         """A path for a scratch file; helpers work side by side, each has its pid."""

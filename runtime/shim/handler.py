@@ -35,11 +35,11 @@ from runtime.shim.sandbox import end_process, tear_down, unmount
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from runtime.shim.channel import Channel
-    from runtime.shim.engine import Engine
+    from runtime.shim.engine import Engine, Made
     from runtime.shim.held import Held
     from runtime.shim.resident import Resident
 
@@ -125,6 +125,16 @@ class Handler:
 
     def _do_create(self, body: object) -> object:
         message = protocol.parse(protocol.ContainerMessage, body)
+        return self._create(message, lambda engine, stdio: engine.create(message, stdio))
+
+    def _do_restore(self, body: object) -> object:
+        """Made and running in one: nothing of it waits to be started."""
+        images = protocol.parse(protocol.RestoreMessage, body)
+        message = protocol.parse(protocol.ContainerMessage, images.container)
+        self._create(message, lambda engine, stdio: engine.restore(message, images, stdio))
+        return self._started(message.id, message.bundle, message.handler, time.time_ns())
+
+    def _create(self, message: protocol.ContainerMessage, make: Callable[[Engine, Sequence[int]], Made]) -> object:
         check_id(message.id)
         if self._resident.stopping:
             raise RuntimeFailure(f"pod {self._pod.id} is being stopped", code="failed_precondition")
@@ -138,7 +148,7 @@ class Handler:
         try:
             pipes = Pipes(message)
             try:
-                self._make(engine, message, pipes, facts)
+                self._make(lambda stdio: make(engine, stdio), engine, message, pipes, facts)
             finally:
                 pipes.close()
         except BaseException:
@@ -147,11 +157,18 @@ class Handler:
         save_record(record, message.bundle, message.handler, facts)
         return facts.to_json()
 
-    def _make(self, engine: Engine, message: protocol.ContainerMessage, pipes: Pipes, facts: Facts) -> None:
+    def _make(
+        self,
+        make: Callable[[Sequence[int]], Made],
+        engine: Engine,
+        message: protocol.ContainerMessage,
+        pipes: Pipes,
+        facts: Facts,
+    ) -> None:
         """The process, and the shim's adoption of it."""
         be_as_expendable_as("self", least=0)
         progress.phase("parse")
-        made = engine.create(message, pipes.child)
+        made = make(pipes.child)
         try:
             if made.console >= 0:
                 pipes.take_console(made.console)
@@ -193,8 +210,11 @@ class Handler:
         except RuntimeFailure as error:
             self._channel.ask("note", container_id, str(error))
             raise
+        return self._started(container_id, held.bundle, held.handler, when_ns)
+
+    def _started(self, container_id: str, bundle: str, handler: str, when_ns: int) -> object:
         value = self._channel.ask("started", container_id, when_ns)
-        save_record(self._record(container_id), held.bundle, held.handler, Facts.from_json(value))
+        save_record(self._record(container_id), bundle, handler, Facts.from_json(value))
         return value
 
     def _do_signal(self, body: object) -> object:

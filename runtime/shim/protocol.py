@@ -119,6 +119,16 @@ class CheckpointMessage(Record):
     program: str
 
 
+class RestoreMessage(Record):
+    """A container, as ContainerMessage has it, out of criu's images in the directory `images`; its log goes to `work`.
+    It runs when this is answered."""
+
+    container: dict[str, Any]
+    images: str
+    work: str
+    program: str
+
+
 class AttachMessage(Record):
     """The fds that travel with it are stdin (iff `stdin`), then stdout, then stderr, as far as there are any."""
 

@@ -19,7 +19,7 @@ from cri.interfaces import Snapshots
 from imagestore.model import Unpacker
 from snapshotter.model import AlreadyExists, Config, NotFound, UnpackError
 from snapshotter.overlay import Overlay
-from tests.fakes.snapshots import GZIP, PLAIN, ZSTD, Blob, MemorySnapshots, blob, directory, file, opened, seal
+from tests.fakes.snapshots import GZIP, PLAIN, ZSTD, Blob, MemorySnapshots, blob, directory, file, opened, seal, tarball
 from tests.support import SOON_S, needs
 
 
@@ -106,6 +106,26 @@ def test_a_packed_layer_is_a_tar_and_an_unknown_one_is_refused(snapshots: Both, 
             assert archive.getnames() == []
         with pytest.raises(NotFound):
             snapshots.pack("nosuch", file.fileno())
+
+
+def test_a_writable_layer_is_filled_from_a_layers_tar(snapshots: Both, tmp_path: Path, base: Blob) -> None:
+    snapshots.unpack_layer(*base.arguments())
+    snapshots.prepare("c1", base.chain_id)
+    with (tmp_path / "layer.tar").open("w+b") as tar:
+        tar.write(tarball([directory("var"), file("var/state", b"kept")]))
+        tar.flush()
+        snapshots.unpack("c1", tar.fileno())
+        with pytest.raises(NotFound):
+            snapshots.unpack("nosuch", tar.fileno())
+        tar.seek(0)
+        tar.write(b"this is no tar" * 100)
+        tar.flush()
+        snapshots.prepare("c2", base.chain_id)
+        with pytest.raises(UnpackError):
+            snapshots.unpack("c2", tar.fileno())
+    for key in ("c1", "c2"):
+        snapshots.remove(key)
+    assert snapshots.list() == []
 
 
 def test_usage_of_a_fresh_snapshot_is_one_inode(snapshots: Both) -> None:

@@ -182,6 +182,18 @@ class MemorySnapshots:
             raise NotFound(f"snapshot {key} does not exist")
         os.write(fd, tarball([]))
 
+    def unpack(self, key: str, fd: int) -> None:
+        with self._changed:
+            if key not in self._active:
+                raise NotFound(f"snapshot {key} does not exist")
+        os.lseek(fd, 0, os.SEEK_SET)
+        with os.fdopen(os.dup(fd), "rb") as file:
+            raw = file.read()
+        try:
+            self._extract(raw, self._root / f"upper-{key[:12]}-{time.monotonic_ns()}")
+        except (tarfile.TarError, ValueError) as error:
+            raise UnpackError(f"layer is no tar: {error}") from error
+
     def list(self) -> Sequence[SnapshotInfo]:
         with self._changed:
             return [*self._active.values()]

@@ -73,7 +73,8 @@ def test_a_container_becomes_an_archive_and_runs_on(tmp_path: Path) -> None:
         with tarfile.open(target) as archive:
             names = set(archive.getnames())
             assert names == {
-                "checkpoint", "checkpoint/pages-1.img", "config.dump", "spec.dump", "rootfs-diff.tar", "dump.log"
+                "checkpoint", "checkpoint/pages-1.img", "checkpoint/descriptors.json", "config.dump", "spec.dump",
+                "rootfs-diff.tar", "dump.log"
             }  # fmt: skip
 
             def read(name: str) -> bytes:

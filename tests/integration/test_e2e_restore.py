@@ -1,0 +1,174 @@
+"""RestorePod over the CRI with a criu that only pretends (tests/fakes/criu.py): what is left when criu fails, lies, is
+missing, or when the daemon is killed in the middle. The real criu is in tests/vm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from conformance.cri_client import container
+from cri.api import api_pb2 as pb
+from runtime import criu as messages
+from tests.costs import SOON_S
+from tests.e2e import Node, node, stocked
+from tests.fakes.snapshots import Member, directory, file, tarball
+from tests.support import eventually, needs
+
+CLONE = Path(__file__).parents[2]
+
+
+class Criu:
+    """The program, and what it is to do."""
+
+    def __init__(self, place: Path) -> None:
+        place.mkdir()
+        self.directory = place
+        self.program = place / "criu"
+        self.program.write_text(f'#!/bin/sh\ncd {CLONE} && exec {sys.executable} -m tests.fakes.criu {place} "$@"\n')
+        self.program.chmod(0o755)
+
+    def plan(self, what: str) -> None:
+        (self.directory / "plan").write_text(what)
+
+
+@contextlib.contextmanager
+def _enabled(factory: pytest.TempPathFactory) -> Iterator[tuple[Node, Criu]]:
+    needs("root", "overlay", "busybox")
+    criu = Criu(factory.mktemp("c") / "criu")
+    section = f'[checkpoint]\nrestore = true\ncriu = "{criu.program}"\n'
+    with stocked() as registry, node(factory.mktemp("n"), limits=section) as made:
+        made.image = f"{registry.name}/busybox:1"
+        made.client.pull(made.image)
+        first(made)
+        yield made, criu
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, Criu]]:
+    with _enabled(tmp_path_factory) as opened:
+        yield opened
+
+
+def first(made: Node) -> None:
+    """What the first pod, the first filter and the first call of all leave to those that come after them."""
+    config = made.pod_config(network=True)
+    pod = made.client.run_pod(config)
+    one = container("first", made.image, ["true"])
+    one.linux.security_context.seccomp.profile_type = pb.SecurityProfile.RuntimeDefault
+    made.client.start(made.client.create(pod, one, config))
+    made.drop(pod)
+    (made.root / "checkpoints").mkdir(mode=0o700)
+
+
+def _archive(place: Path, *more: Member) -> Path:
+    members = [
+        directory("containers/main"),
+        file("containers/main/rootfs-diff.tar", tarball([file("written", b"1")])),
+        directory("containers/main/checkpoint"),
+        file("containers/main/checkpoint/descriptors.json", b'["/dev/null", "pipe:[1]", "pipe:[2]"]'),
+        *more,
+    ]
+    path = place / "pod.tar"
+    path.write_bytes(tarball(members))
+    return path
+
+
+def _restore(node: Node, archive: Path, **security: Any) -> Any:
+    one = container("main", node.image, ["sleep", "1000"])
+    one.linux.security_context.MergeFrom(pb.LinuxContainerSecurityContext(**security))
+    request = pb.RestorePodRequest(
+        config=node.pod_config(network=True), checkpoint_path=str(archive), container_configs=[one]
+    )
+    return node.client.runtime.RestorePod(request, timeout=60)
+
+
+def _refused(node: Node, archive: Path, words: str, **security: Any) -> Any:
+    before = node.held()
+    with pytest.raises(grpc.RpcError) as caught:
+        _restore(node, archive, **security)
+    assert words in str(caught.value.details())
+    node.settles(before)
+    return caught.value.code()
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ("fail", "criu failed: type RESTORE"),
+        ("die", "it ended without an answer"),
+        ("outside", "is in the host's mount namespace"),
+    ],
+)
+def test_s71_whatever_criu_does_nothing_is_left(
+    bench: tuple[Node, Criu], tmp_path: Path, plan: str, words: str
+) -> None:
+    made, criu = bench
+    criu.plan(plan)
+    _refused(made, _archive(tmp_path), words)
+    if plan == "outside":
+        assert not Path("/proc", (criu.directory / "pid").read_text()).exists()
+        assert (criu.directory / "let-go").read_text() == "dead"
+
+
+def test_s71_a_filter_of_the_archives_own_is_refused_before_criu_is_asked(
+    bench: tuple[Node, Criu], tmp_path: Path
+) -> None:
+    made, criu = bench
+    criu.plan("ok")
+    (criu.directory / "options").unlink(missing_ok=True)
+    allow = messages.message((1, [messages.message((1, b"\x06\0\0\0\0\0\xff\x7f"))]))
+    image = b"IMG1kind" + struct.pack("<I", len(allow)) + allow
+    archive = _archive(tmp_path, file("containers/main/checkpoint/seccomp.img", image))
+    default = pb.SecurityProfile(profile_type=pb.SecurityProfile.RuntimeDefault)
+    _refused(made, archive, "a seccomp filter is not the one that config.json describes", seccomp=default)
+    assert not (criu.directory / "options").exists()
+
+
+def test_without_criu_it_says_what_to_install(bench: tuple[Node, Criu], tmp_path: Path) -> None:
+    made, criu = bench
+    hidden = criu.program.rename(criu.program.with_name("elsewhere"))
+    try:
+        code = _refused(made, _archive(tmp_path), "executable file not found")
+    finally:
+        hidden.rename(criu.program)
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_a_daemon_killed_in_the_middle_leaves_nothing(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = _archive(tmp_path_factory.mktemp("a"))
+    with _enabled(tmp_path_factory) as (made, criu):
+        criu.plan("ok")
+        made.end()  # a start takes away what the first pod still had on its way out
+        made.start()
+        before = kept(made)
+        for point in ("restore_pod.read", "restore_pod.recorded", "restore_pod.unpacked"):
+            made.end()
+            with monkeypatch.context() as armed:
+                armed.setenv("OCID_FAILPOINTS", f"{point}=kill")
+                made.start()
+            with contextlib.suppress(grpc.RpcError):
+                _restore(made, archive)
+            assert made.process is not None and made.process.wait(SOON_S) == -9
+            made.end()
+            made.start()
+            with contextlib.suppress(AssertionError):
+                eventually(lambda: kept(made) == before, 20)
+            assert sorted(kept(made) ^ before) == [], f"of a kill at {point}"
+
+
+def kept(made: Node) -> frozenset[str]:
+    """What there is but for the daemon's own processes, which come and go here, and an empty directory that does."""
+    mine = (f"file {made.root}/checkpoints",)
+    return frozenset(
+        thing for thing in made.held() if "ocid --config" not in thing and "/trash/" not in thing and thing not in mine
+    )

@@ -1,0 +1,97 @@
+"""CheckpointPod and RestorePod over the CRI with Debian's criu: a pod goes on as another, as the request has it.
+
+Here and not under tests/integration: criu must know the kernel's vdso, and Debian's is older than many kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conformance.cri_client import container
+from cri.api import api_pb2 as pb
+from tests.e2e import Node, messages, node
+from tests.fakes.registry import FakeRegistry
+from tests.integration.test_e2e_restore import first
+from tests.support import eventually
+from tests.vm.images import busybox
+
+# Counts in a variable of the shell, which only memory that came through can go on with.
+COUNT = "echo before > /written; i=0; while :; do i=$((i+1)); echo $i; sleep 0.1; done"
+SECTION = "[checkpoint]\nenabled = true\nrestore = true\n"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    with FakeRegistry() as registry, node(tmp_path_factory.mktemp("n"), limits=SECTION) as made:
+        registry.add("busybox", "1", busybox())
+        made.image = f"{registry.name}/busybox:1"
+        made.client.pull(made.image)
+        first(made)
+        yield made
+
+
+class Saved:
+    """A pod that was checkpointed and removed; `configs` are those that it ran with."""
+
+    def __init__(self, bench: Node, archive: Path, *configs: Any) -> None:
+        self.node = bench
+        self.archive = archive
+        self.configs = list(configs)
+        config = bench.pod_config(network=True)
+        pod = bench.client.run_pod(config)
+        self.last: list[int] = []
+        for one in self.configs:
+            bench.client.start(bench.client.create(pod, one, config))
+            log = Path(config.log_directory) / one.log_path
+            eventually(lambda log=log: len(messages(log)) > 3, what="the container to count")  # type: ignore[misc]
+        request = pb.CheckpointPodRequest(pod_sandbox_id=pod, output_path=str(archive))
+        bench.client.runtime.CheckpointPod(request, timeout=300)
+        for one in self.configs:
+            self.last.append(int(messages(Path(config.log_directory) / one.log_path)[-1]))
+        bench.drop(pod)
+
+    def restore(self, *configs: Any, **fields: Any) -> tuple[Any, Any]:
+        """The pod's config and the answer."""
+        config = self.node.pod_config(network=True)
+        request = pb.RestorePodRequest(
+            config=config, checkpoint_path=str(self.archive), container_configs=configs or self.configs, **fields
+        )
+        return config, self.node.client.runtime.RestorePod(request, timeout=300)
+
+
+def _numbers(config: Any, one: Any) -> list[int]:
+    return [int(line) for line in messages(Path(config.log_directory) / one.log_path)]
+
+
+def _goes_on(saved: Saved, *changed: Any) -> tuple[Any, Any]:
+    config, answer = saved.restore(*changed)
+    for one, last in zip(saved.configs, saved.last, strict=True):
+        eventually(lambda one=one: len(_numbers(config, one)) > 3, what="the container to count on")  # type: ignore[misc]
+        numbers = _numbers(config, one)
+        # The dump stood between two lines that may both have been read before this test looked at the log.
+        assert 3 < numbers[0] <= last + 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    return config, answer
+
+
+def test_mounts_come_from_the_request_and_are_where_the_request_has_them(bench: Node, tmp_path: Path) -> None:
+    one = container("one", bench.image, ["sh", "-c", COUNT.replace("/written", "/tmp/written")])
+    one.linux.security_context.readonly_rootfs = True
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    one.mounts.add(container_path="/data", host_path=str(tmp_path / "old"), readonly=True)
+    one.mounts.add(container_path="/tmp", host_path=str(tmp_path / "old"))
+    saved = Saved(bench, tmp_path / "pod.tar", one)
+    changed = pb.ContainerConfig.FromString(one.SerializeToString())
+    changed.mounts[0].host_path = str(tmp_path / "new")
+    _, answer = _goes_on(saved, changed)
+    id_ = answer.restored_containers[0].container_id
+    assert bench.client.exec_sync(id_, ["cat", "/data/file"])[1] == b"new"
+    assert bench.client.exec_sync(id_, ["sh", "-c", "echo x > /data/file"])[0] != 0
+    assert bench.client.exec_sync(id_, ["sh", "-c", "echo x > /x"])[0] != 0
+    assert bench.client.exec_sync(id_, ["cat", "/proc/timer_list"])[1] == b""
+    bench.drop(answer.pod_sandbox_id)
