@@ -27,6 +27,7 @@ from runtime.linux.sockets import FrameError, connect_unix, recv_frame, send_fra
 from runtime.shim import protocol
 from runtime.shim.cgroup import remove_if_empty
 from runtime.shim.launcher import Launcher
+from runtime.shim.messages import container_message, pod_message
 from runtime.shim.model import (
     ContainerError,
     ContainerFacts,
@@ -38,6 +39,7 @@ from runtime.shim.model import (
     SandboxSpec,
     ShimUnresponsive,
 )
+from runtime.shim.wire import ask, receive, sentences, unresponsive
 
 if TYPE_CHECKING:
     from runtime.linux.progress import Phase
@@ -65,24 +67,9 @@ class Shims:
 
     def start(self, spec: SandboxSpec) -> Sandbox:
         """Sandboxes.start."""
-        pod = protocol.PodMessage(
-            id=spec.id,
-            directory=str(spec.directory),
-            state=str(self._state),
-            hostname=spec.hostname,
-            netns="" if spec.netns is None else str(spec.netns),
-            new_netns=spec.new_netns,
-            private_ipc=spec.private_ipc,
-            private_uts=spec.private_uts,
-            shared_pid=spec.shared_pid,
-            shm_bytes=spec.shm_bytes,
-            sysctls=dict(spec.sysctls),
-            cgroup_parent=spec.cgroup_parent,
-            uids=[list(line) for line in spec.uids],
-            gids=[list(line) for line in spec.gids],
-        )
-        with _sentences(f"start pod {spec.id}"), self._launcher.open() as connection:
-            value = self._timed(lambda timed: _ask(connection, "start", pod, _CALL_TIMEOUT, timed=timed))
+        pod = pod_message(spec, self._state)
+        with sentences(f"start pod {spec.id}"), self._launcher.open() as connection:
+            value = self._timed(lambda timed: ask(connection, "start", pod, _CALL_TIMEOUT, timed=timed))
         return Sandbox(spec.id, spec.directory, value["pid"], value["started_ticks"], value["pause_pid"])
 
     def reconnect(self, sandbox: Sandbox) -> Sequence[ContainerFacts] | None:
@@ -95,7 +82,7 @@ class Shims:
 
     def stop(self, sandbox: Sandbox) -> None:
         """Sandboxes.stop. A shim that hangs is killed, and cleaned up after as a dead one."""
-        with _sentences(f"stop pod {sandbox.id}"):
+        with sentences(f"stop pod {sandbox.id}"):
             try:
                 self._call(sandbox, "stop", None, _CALL_TIMEOUT)
                 self._end(sandbox, kill=False)
@@ -114,7 +101,7 @@ class Shims:
     def lost(self, sandbox: Sandbox) -> Sequence[ContainerFacts]:
         """For a pod of which `reconnect` is None: kills what is left of its containers and tells how each ended: as
         the shim recorded it, or exit code 255 with a message. Idempotent; records stay until `delete` or `stop`."""
-        with _sentences(f"clean up after the shim of pod {sandbox.id}"):
+        with sentences(f"clean up after the shim of pod {sandbox.id}"):
             return [ContainerFacts(**facts) for facts in self._sweep(sandbox, "lost")]
 
     @staticmethod
@@ -129,7 +116,7 @@ class Shims:
 
     def prepare(self) -> None:
         """Starts the zygote where none serves (0.1 to 0.3 s), so that the first pod need not wait for it."""
-        with _sentences("start the zygote"):
+        with sentences("start the zygote"):
             self._launcher.prepare()
 
     def end_zygote(self) -> None:
@@ -140,18 +127,18 @@ class Shims:
 
     def create(self, sandbox: Sandbox, spec: ContainerSpec) -> ContainerFacts:
         """Containers.create."""
-        message = _container_message(spec)
-        with _sentences(f"create container {spec.id}"), self._living(sandbox):
+        message = container_message(spec)
+        with sentences(f"create container {spec.id}"), self._living(sandbox):
             return ContainerFacts(**self._timed(lambda timed: self._call(sandbox, "create", message, timed=timed)))
 
     def start_container(self, sandbox: Sandbox, container_id: str) -> ContainerFacts:
         """Containers.start_container."""
-        with _sentences(f"start container {container_id}"), self._living(sandbox):
+        with sentences(f"start container {container_id}"), self._living(sandbox):
             return ContainerFacts(**self._call(sandbox, "start", protocol.IdMessage(container_id)))
 
     def signal(self, sandbox: Sandbox, container_id: str, number: int, *, everyone: bool = False) -> None:
         """Containers.signal; also for a dead shim."""
-        with _sentences(f"signal container {container_id}"):
+        with sentences(f"signal container {container_id}"):
             try:
                 self._call(sandbox, "signal", protocol.SignalMessage(container_id, int(number), everyone))
             except _ShimGone:
@@ -159,7 +146,7 @@ class Shims:
 
     def delete(self, sandbox: Sandbox, container_id: str) -> None:
         """Containers.delete."""
-        with _sentences(f"delete container {container_id}"):
+        with sentences(f"delete container {container_id}"):
             try:
                 self._call(sandbox, "delete", protocol.IdMessage(container_id))
             except _ShimGone:
@@ -169,10 +156,10 @@ class Shims:
         """Containers.exec_sync."""
         message = protocol.ExecMessage(container_id, dict(spec.process), float(spec.timeout_s), spec.output_limit)
         timeout = spec.timeout_s + _EXEC_GRACE if spec.timeout_s > 0 else None
-        with _sentences(f"exec in container {container_id}"), self._living(sandbox):
+        with sentences(f"exec in container {container_id}"), self._living(sandbox):
             with contextlib.closing(self._connect(sandbox, timeout)) as connection:
-                value = _ask(connection, "exec", message, timeout)
-                stdout, stderr = _receive(connection), _receive(connection)
+                value = ask(connection, "exec", message, timeout)
+                stdout, stderr = receive(connection), receive(connection)
         return ExecResult(value["exit_code"], stdout, stderr, value["timed_out"], value["truncated"])
 
     def exec_stream(
@@ -187,7 +174,7 @@ class Shims:
         """Runs a command on the caller's own stdin, stdout and stderr (`fds`, which stay the caller's), or on a
         terminal whose master comes back. Bytes never pass through the shim. Raises ContainerError."""
         message = protocol.StreamMessage(container_id, dict(process), terminal)
-        with _sentences(f"exec in container {container_id}"), self._living(sandbox):
+        with sentences(f"exec in container {container_id}"), self._living(sandbox):
             connection = self._connect(sandbox, _CALL_TIMEOUT)
             try:
                 send_frame(connection, protocol.request("stream", message), tuple(fds))
@@ -203,17 +190,17 @@ class Shims:
 
     def update(self, sandbox: Sandbox, container_id: str, resources: Mapping[str, object]) -> None:
         """Containers.update."""
-        with _sentences(f"update container {container_id}"), self._living(sandbox):
+        with sentences(f"update container {container_id}"), self._living(sandbox):
             self._call(sandbox, "update", protocol.UpdateMessage(container_id, dict(resources)))
 
     def pause(self, sandbox: Sandbox, container_id: str) -> None:
         """Checkpoints.pause."""
-        with _sentences(f"pause container {container_id}"), self._living(sandbox):
+        with sentences(f"pause container {container_id}"), self._living(sandbox):
             self._call(sandbox, "pause", protocol.IdMessage(container_id))
 
     def resume(self, sandbox: Sandbox, container_id: str) -> None:
         """Checkpoints.resume."""
-        with _sentences(f"resume container {container_id}"):
+        with sentences(f"resume container {container_id}"):
             try:
                 self._call(sandbox, "resume", protocol.IdMessage(container_id))
             except _ShimGone:
@@ -224,28 +211,28 @@ class Shims:
     ) -> None:
         """Checkpoints.checkpoint."""
         message = protocol.CheckpointMessage(container_id, str(images), str(work), program)
-        with _sentences(f"checkpoint container {container_id}"), self._living(sandbox):
+        with sentences(f"checkpoint container {container_id}"), self._living(sandbox):
             self._call(sandbox, "checkpoint", message, seconds)
 
     def restore(
         self, sandbox: Sandbox, spec: ContainerSpec, images: Path, work: Path, program: str, seconds: float
     ) -> ContainerFacts:
         """Checkpoints.restore."""
-        container = _container_message(spec)
+        container = container_message(spec)
         fields = {name: getattr(container, name) for name in container._fields}
         message = protocol.RestoreMessage(fields, str(images), str(work), program)
-        with _sentences(f"restore container {spec.id}"), self._living(sandbox):
+        with sentences(f"restore container {spec.id}"), self._living(sandbox):
             return ContainerFacts(**self._call(sandbox, "restore", message, seconds))
 
     def reopen_log(self, sandbox: Sandbox, container_id: str) -> None:
         """Containers.reopen_log."""
-        with _sentences(f"reopen the log of container {container_id}"), self._living(sandbox):
+        with sentences(f"reopen the log of container {container_id}"), self._living(sandbox):
             self._call(sandbox, "reopen_log", protocol.IdMessage(container_id))
 
     def attach(self, sandbox: Sandbox, container_id: str, fds: Sequence[int], *, stdin: bool, terminal: bool) -> int:
         """Containers.attach: with `stdin` the first of `fds` is read from; then come stdout and stderr."""
         message = protocol.AttachMessage(container_id, stdin, terminal)
-        with _sentences(f"attach to container {container_id}"), self._living(sandbox):
+        with sentences(f"attach to container {container_id}"), self._living(sandbox):
             connection = self._open(sandbox, "attach", message, _CALL_TIMEOUT, tuple(fds))
             connection.settimeout(None)
             return connection.detach()
@@ -253,7 +240,7 @@ class Shims:
     def connect(self, sandbox: Sandbox, port: int) -> int:
         """Streams.connect."""
         message = protocol.ConnectMessage(port)
-        with _sentences(f"connect to port {port} of pod {sandbox.id}"), self._living(sandbox):
+        with sentences(f"connect to port {port} of pod {sandbox.id}"), self._living(sandbox):
             with contextlib.closing(self._connect(sandbox, _CALL_TIMEOUT)) as connection:
                 send_frame(connection, protocol.request("connect", message))
                 received = recv_frame(connection, want_fds=True)
@@ -271,10 +258,10 @@ class Shims:
         except (FileNotFoundError, ConnectionRefusedError) as error:
             # A shim that is just ending has closed its socket already: its process decides.
             if self._is_alive(sandbox, patience=RECONNECT_TIMEOUT):
-                raise _unresponsive(sandbox) from error
+                raise unresponsive(sandbox) from error
             raise _ShimGone from None
         except (TimeoutError, BlockingIOError) as error:
-            raise _unresponsive(sandbox) from error
+            raise unresponsive(sandbox) from error
 
     def _open(
         self, sandbox: Sandbox, name: str, message: Record | None, timeout: float | None, fds: tuple[int, ...] = ()
@@ -282,23 +269,23 @@ class Shims:
         """A connection whose request was answered with success; it goes on from there."""
         connection = self._connect(sandbox, timeout)
         try:
-            _ask(connection, name, message, timeout, fds)
+            ask(connection, name, message, timeout, fds)
         except BaseException as error:
             connection.close()
             self._raise_if_gone(sandbox, error)
             raise
         return connection
 
-    def _timed(self, ask: Callable[[bool], Any]) -> Any:
-        """What `ask` is answered, its phases told to whoever wants them."""
+    def _timed(self, call: Callable[[bool], Any]) -> Any:
+        """What `call` is answered, its phases told to whoever wants them."""
         if self._tell is None:
-            return ask(False)
+            return call(False)
         try:
-            answer = ask(True)
+            answer = call(True)
         except RuntimeFailure as error:
             if "unknown operation 'timed'" not in str(error):
                 raise
-            return ask(False)  # a shim of before there were phases: shims outlive the daemon that started them
+            return call(False)  # a shim of before there were phases: shims outlive the daemon that started them
         self._tell([(name, of, since, end) for name, of, since, end in answer["phases"]])
         return answer["value"]
 
@@ -313,14 +300,14 @@ class Shims:
     ) -> Any:
         with contextlib.closing(self._connect(sandbox, timeout)) as connection:
             try:
-                return _ask(connection, name, message, timeout, timed=timed)
+                return ask(connection, name, message, timeout, timed=timed)
             except (OSError, FrameError, RuntimeFailure) as error:
                 self._raise_if_gone(sandbox, error)
                 raise
 
     def _raise_if_gone(self, sandbox: Sandbox, error: BaseException) -> None:
         if isinstance(error, TimeoutError):
-            raise _unresponsive(sandbox) from error
+            raise unresponsive(sandbox) from error
         # A helper outlives its shim, and answers that it is gone: a pod's end does not wait for other calls on it.
         told = isinstance(error, RuntimeFailure) and error.code == "unavailable"
         if (told or isinstance(error, OSError | FrameError)) and not self._is_alive(
@@ -372,7 +359,7 @@ class Shims:
             if kill:
                 pidfd_send_signal(pidfd, _SIGKILL)
             if not _ended_within(pidfd, _CALL_TIMEOUT):
-                raise _unresponsive(sandbox)
+                raise unresponsive(sandbox)
         finally:
             os.close(pidfd)
 
@@ -383,45 +370,7 @@ class Shims:
             action, str(sandbox.directory), str(self._state), container_id, int(number), everyone
         )
         with self._launcher.open() as connection:
-            return _ask(connection, "sweep", message, _CALL_TIMEOUT)
-
-
-def _container_message(spec: ContainerSpec) -> protocol.ContainerMessage:
-    return protocol.ContainerMessage(
-        id=spec.id,
-        bundle=str(spec.bundle),
-        fstype=spec.rootfs.fstype,
-        source=spec.rootfs.source,
-        options=[list(option) for option in spec.rootfs.options],
-        attributes=spec.rootfs.attributes,
-        log_path="" if spec.log_path is None else str(spec.log_path),
-        terminal=spec.terminal,
-        stdin=spec.stdin,
-        stdin_once=spec.stdin_once,
-        handler=spec.handler,
-    )
-
-
-def _ask(
-    connection: socket.socket,
-    name: str,
-    message: Record | None,
-    timeout: float | None,
-    fds: tuple[int, ...] = (),
-    *,
-    timed: bool = False,
-) -> Any:
-    """One request, one reply. Raises RuntimeFailure (the peer's), OSError, FrameError."""
-    connection.settimeout(timeout)
-    send_frame(connection, protocol.request(name, message, timed=timed), fds)
-    return protocol.parse_reply(_receive(connection))
-
-
-def _receive(connection: socket.socket) -> bytes:
-    received = recv_frame(connection)
-    if received is None:
-        raise FrameError("the other side closed the connection before it answered")
-    return received[0]
+            return ask(connection, "sweep", message, _CALL_TIMEOUT)
 
 
 def _ended_within(pidfd: int, seconds: float) -> bool:
@@ -429,24 +378,3 @@ def _ended_within(pidfd: int, seconds: float) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(int(seconds * 1000)))
-
-
-def _unresponsive(sandbox: Sandbox) -> ShimUnresponsive:
-    return ShimUnresponsive(
-        f"the shim of pod {sandbox.id}, process {sandbox.pid}, does not answer",
-        hint="it is stopped, frozen or stuck in the kernel: see /proc/PID/status",
-    )
-
-
-@contextlib.contextmanager
-def _sentences(what: str) -> Any:
-    """Failures of the wire and of the other side as ContainerErrors that say what was being done."""
-    try:
-        yield
-    except RuntimeFailure as error:
-        step = f"step {error.step}: " if error.step else ""
-        raise ContainerError(f"{what}: {step}{error}", code=error.code, hint=error.hint) from error
-    except TimeoutError as error:
-        raise ContainerError(f"{what}: no answer in time", code="deadline") from error
-    except OSError as error:
-        raise ContainerError(f"{what}: {error}", code="unavailable") from error

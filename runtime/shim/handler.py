@@ -29,7 +29,7 @@ from runtime.shim.records import (
     save_record,
     ticks,
 )
-from runtime.shim.resident import report
+from runtime.shim.report import report
 from runtime.shim.sandbox import end_process, tear_down, unmount
 
 TYPE_CHECKING = False

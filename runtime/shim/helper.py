@@ -19,7 +19,7 @@ from runtime.shim import protocol
 from runtime.shim.channel import Channel
 from runtime.shim.protocol import PodMessage, SweepMessage
 from runtime.shim.records import engine_for
-from runtime.shim.resident import report
+from runtime.shim.report import report
 from runtime.shim.sandbox import end_process, set_up, tear_down
 from runtime.shim.streams import StreamHandler
 from runtime.shim.sweep import Sweeper

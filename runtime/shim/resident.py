@@ -23,6 +23,7 @@ from runtime.shim.logfile import LogFile
 from runtime.shim.loop import READ, Loop
 from runtime.shim.protocol import Facts
 from runtime.shim.reaper import is_child
+from runtime.shim.report import report
 from runtime.shim.sink import Sink
 
 TYPE_CHECKING = False
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     Work = Callable[["Resident", int, Socket], NoReturn]  # what a helper does; it never returns
 
 EVENT_LIMIT = 256 << 10  # bytes of events that a subscriber may lag behind
-_LOG_LIMIT = 1 << 20
 _BACKLOG = 128  # calls that were not come to yet
 _MAX_EARLY = 4096  # statuses of unknown children that are kept for helpers
 _LATER = object()  # an answer that comes when it is due
@@ -388,18 +388,3 @@ class Resident:
 
 def _nothing(_number: int, _frame: object) -> None:
     """The handler of signals that are only to wake the loop, or to do nothing."""
-
-
-def report(what: str, error: BaseException) -> None:
-    """One entry in shim.log (our stderr): what went wrong and where, as far as there is room."""
-    places = []
-    trace = error.__traceback__
-    while trace is not None:
-        places.append(f"{os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}")
-        trace = trace.tb_next
-    text = f"{what}: {type(error).__name__}: {error} ({' '.join(places)})\n"
-    try:
-        if os.fstat(2).st_size < _LOG_LIMIT:
-            os.write(2, text.encode("utf-8", "backslashreplace"))
-    except OSError:
-        pass

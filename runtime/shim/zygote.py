@@ -24,7 +24,8 @@ from runtime.process import bounding_set
 from runtime.shim.cgroup import ZYGOTE, leave_daemon
 from runtime.shim.helper import first_helper, kill_rest, serve
 from runtime.shim.rehearsal import rehearse
-from runtime.shim.resident import Resident, report
+from runtime.shim.report import report
+from runtime.shim.resident import Resident
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
