@@ -151,10 +151,10 @@ class Service:
             return await images.pull_image(self.node, request, keys, all_platforms=everything)
         return await verb(self.node, request, keys)
 
-    def stream(self, name: str, request: Any, begun: Begun) -> AsyncGenerator[bytes, None]:
+    def stream(self, name: str, request: Any, begun: Begun, metadata: Metadata = ()) -> AsyncGenerator[bytes, None]:
         """The encoded messages that answer a streaming call. Raises CallFailed."""
         answers = STREAMS[name](self.node, request, begun)
-        return self.intercept.stream(Call(_service(name), name, request, (), True), answers)
+        return self.intercept.stream(Call(_service(name), name, request, metadata, True), answers)
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
         """RuntimeService and ImageService for a grpc.aio server."""
@@ -184,7 +184,8 @@ class Service:
                 await context.send_initial_metadata(())
 
             try:
-                async with aclosing(self.stream(name, request, begun)) as messages:
+                metadata = context.invocation_metadata() or () if self.intercept.watched else ()
+                async with aclosing(self.stream(name, request, begun, metadata)) as messages:
                     async for message in messages:
                         yield message
             except CallFailed as error:

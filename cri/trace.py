@@ -33,6 +33,14 @@ class Tracer(Protocol):
         """Trace and span of what is present, in hex; "" where there is none."""
         ...
 
+    def present(self) -> object:
+        """What `span_of` takes as the span above; None where there is none."""
+        ...
+
+    def span_of(self, above: object, name: str, attributes: Mapping[str, str | int]) -> AbstractContextManager[object]:
+        """As `span`, of a call that has been answered meanwhile."""
+        ...
+
 
 class PullWatch(Protocol):
     """Sees what a pull does with each blob."""
@@ -68,6 +76,18 @@ def span(name: str, **attributes: str | int) -> AbstractContextManager[object]:
     if _tracer is None:
         return _NOTHING
     return _tracer.span(name, {key.replace("_", "."): value for key, value in attributes.items()})
+
+
+def present() -> object:
+    """The span that is present, for `span_of`; None where there is none."""
+    return None if _tracer is None else _tracer.present()
+
+
+def span_of(above: object, name: str, **attributes: str | int) -> AbstractContextManager[object]:
+    """As `span`, for what goes on once the call that it belongs to, whose span was `present`, has been answered."""
+    if _tracer is None or above is None:
+        return _NOTHING
+    return _tracer.span_of(above, name, {key.replace("_", "."): value for key, value in attributes.items()})
 
 
 def phases(found: Sequence[Phase]) -> None:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from cri.config import TracingSection
 from cri.errors import CallFailed
@@ -48,6 +48,14 @@ class Tracing:
             return nullcontext()  # no call: the daemon's own work
         return self._tracer.start_as_current_span(name, attributes=attributes, record_exception=False)
 
+    def present(self) -> object:
+        span = self._trace.get_current_span()
+        return span if span.get_span_context().is_valid else None
+
+    def span_of(self, above: object, name: str, attributes: Mapping[str, str | int]) -> AbstractContextManager[object]:
+        context = self._trace.set_span_in_context(cast("Span", above))
+        return self._tracer.start_as_current_span(name, context, attributes=attributes, record_exception=False)
+
     def phases(self, phases: Sequence[Phase]) -> None:
         if not self._trace.get_current_span().is_recording():
             return
@@ -64,19 +72,17 @@ class Tracing:
 
     @contextmanager
     def call(self, call: Call) -> Iterator[None]:
-        """A call that is answered once; one that streams may last as long as its client, and has no span."""
-        if call.streaming:
-            yield
-            return
+        """The span of one that streams is sent when it ends. It is not the present one meanwhile: a generator shares
+        its context with whoever asks for the next item, and may be closed in another."""
         carrier = {key: str(value) for key, value in call.metadata if key in _CARRIED}
-        with self._tracer.start_as_current_span(
+        span = self._tracer.start_span(
             f"{call.service}/{call.name}",
             self._propagator.extract(carrier),
             kind=self._trace.SpanKind.SERVER,
             attributes={"rpc.system": "grpc", "rpc.service": call.service, "rpc.method": call.name},
-            record_exception=False,
-            set_status_on_exception=False,
-        ) as span:
+        )
+        using = self._trace.use_span(span, record_exception=False, set_status_on_exception=False)
+        with nullcontext() if call.streaming else using:
             code = 0
             try:
                 yield
@@ -84,13 +90,14 @@ class Tracing:
                 code = error.code.value[0]
                 span.set_status(self._trace.StatusCode.ERROR, str(error))
                 raise
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, GeneratorExit):
                 code = _CANCELLED
                 raise
             finally:
                 span.set_attribute("rpc.grpc.status_code", code)
                 for kind, id_ in subject().items():
                     span.set_attribute(f"{kind}.id", id_)
+                span.end()
 
     def close(self) -> None:
         """Sends what is left, for a bounded time; blocks."""

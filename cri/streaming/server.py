@@ -15,6 +15,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING
 
+from cri import trace
 from cri.config import StreamSection
 from cri.errors import LimitExceeded
 from cri.streaming import exchange
@@ -44,7 +45,8 @@ class Server:
     def __init__(self, config: StreamSection, sessions: Sessions) -> None:
         self._config = config
         self._sessions = sessions
-        self._tokens: Tokens[Request] = Tokens()
+        # Each with the span of the call that asked for it.
+        self._tokens: Tokens[tuple[Request, object]] = Tokens()
         self._server: asyncio.Server | None = None
         self._base = ""
         self._connections: set[asyncio.Task[None]] = set()
@@ -76,7 +78,7 @@ class Server:
         """A URL at which a client gets what it asked for, once and soon. Raises LimitExceeded."""
         if self._running >= self._config.sessions:
             raise LimitExceeded(f"{self._running} exec, attach and port-forward sessions are open (stream.sessions)")
-        return f"{self._base}/{_NAMES[type(request)]}/{self._tokens.offer(request)}"
+        return f"{self._base}/{_NAMES[type(request)]}/{self._tokens.offer((request, trace.present()))}"
 
     async def close(self) -> None:
         """Ends every session; containers run on."""
@@ -113,19 +115,22 @@ class Server:
             raw = await connection.read_head()
         try:
             head = parse(raw)
-            await self._serve(connection, head, self._claim(head))
+            request, above = self._claim(head)
+            with trace.span_of(above, f"stream.{_NAMES[type(request)]}", pod_id=request.sandbox.id):
+                await self._serve(connection, head, request)
         except BadRequest as error:
             await connection.write(answer(error.status, error.fields, str(error)))
         await connection.linger(LINGER_S)
 
-    def _claim(self, head: Head) -> Request:
-        """The request that the path's token stands for. Raises BadRequest, the same for all that is wrong with it."""
+    def _claim(self, head: Head) -> tuple[Request, object]:
+        """The request that the path's token stands for, and its call's span. Raises BadRequest, the same for all that
+        is wrong with it."""
         empty, _, rest = head.path.partition("/")
         name, _, token = rest.partition("/")
-        request = self._tokens.take(token)
-        if empty or request is None or _KINDS.get(name) is not type(request):
+        found = self._tokens.take(token)
+        if empty or found is None or _KINDS.get(name) is not type(found[0]):
             raise _NOT_FOUND
-        return request
+        return found
 
     async def _serve(self, connection: Connection, head: Head, request: Request) -> None:
         if self._running >= self._config.sessions:

@@ -147,6 +147,26 @@ def test_a_collector_receives_the_spans_of_a_pods_start_in_the_callers_trace(wat
     assert all(resource["service.name"] == "ocid" for resource in watched.collector.resources)
 
 
+def test_calls_that_stream_and_what_goes_on_after_an_answer_are_in_the_callers_trace(watched: Watched) -> None:
+    node, trace_id = watched.node, secrets.token_hex(16)
+    metadata = (("traceparent", f"00-{trace_id}-00f067aa0ba902b7-01"),)
+    pod, one, _ = node.run(watched.image, ["sleep", "1000"])
+    runtime = node.client.runtime
+    assert list(runtime.StreamContainers(pb.StreamContainersRequest(), metadata=metadata, timeout=60))
+    events = runtime.GetContainerEvents(pb.GetEventsRequest(), metadata=metadata, timeout=60)
+    events.initial_metadata()
+    events.cancel()
+    request = pb.ExecRequest(container_id=one, cmd=["true"], stdout=True)
+    url = runtime.Exec(request, metadata=metadata, timeout=60).url
+    with pytest.raises(urllib.error.HTTPError, match="400"):  # a client that speaks neither of the protocols
+        urllib.request.urlopen(url, timeout=60)
+    wanted = {f"{SERVICE}/StreamContainers", f"{SERVICE}/GetContainerEvents", f"{SERVICE}/Exec > stream.exec"}
+    eventually(lambda: wanted <= watched.collector.paths(trace_id), 20, "the spans to come")
+    codes = {span.name: attributes(span).get("rpc.grpc.status_code") for span in watched.collector.of(trace_id)}
+    assert (codes[f"{SERVICE}/StreamContainers"], codes[f"{SERVICE}/GetContainerEvents"]) == (0, 1)
+    node.drop(pod)
+
+
 def test_a_call_that_fails_has_a_span_that_says_so_and_the_daemons_own_work_has_none(watched: Watched) -> None:
     with pytest.raises(grpc.RpcError):
         watched.node.client.start("f" * 64)

@@ -47,6 +47,13 @@ class Recorder:
     def ids(self) -> tuple[str, str]:
         return "ab" * 16, "cd" * 8
 
+    def present(self) -> object:
+        return "a call"
+
+    def span_of(self, above: object, name: str, attributes: Mapping[str, str | int]) -> AbstractContextManager[object]:
+        self.names.append(f"{name} of {above} {dict(attributes)}")
+        return nullcontext()
+
 
 def _line(message: str, *arguments: object, **more: object) -> dict[str, object]:
     record = logging.LogRecord("cri.x", logging.WARNING, __file__, 1, message, arguments, None)
@@ -60,6 +67,8 @@ def _line(message: str, *arguments: object, **more: object) -> dict[str, object]
 def test_without_a_tracer_a_span_is_one_that_is_always_there() -> None:
     assert trace.tracer() is None
     assert trace.span("a") is trace.span("b", key=1)
+    assert trace.present() is None
+    assert trace.span_of(None, "a") is trace.span_of("what was present", "b", key=1) is trace.span("c")
     trace.phases([("a", "", 1, 2)])
     with trace.pull_watched() as progress:
         assert progress is None
@@ -71,9 +80,12 @@ def test_a_tracer_hears_of_spans_and_phases() -> None:
     try:
         with trace.span("pull", image_name="x"):
             trace.phases([("step", "", 1, 2)])
+        with trace.span_of(trace.present(), "stream.exec", pod_id="p"):
+            pass
+        assert trace.span_of(None, "of nothing") is trace.span_of(None, "of nothing else")
     finally:
         trace.configure(None, None)
-    assert recorder.names == ["pull {'image.name': 'x'}", "step"]
+    assert recorder.names == ["pull {'image.name': 'x'}", "step", "stream.exec of a call {'pod.id': 'p'}"]
 
 
 def test_threads_and_tasks_know_what_a_call_is_about_and_tell_it_more() -> None:
