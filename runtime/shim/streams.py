@@ -29,8 +29,7 @@ class StreamHandler(Handler):
         be_as_expendable_as(held.facts.pid)
         finished = run_to_end(self._engine(held.handler), message, self._connection.fileno(), self._status)
         header = {"exit_code": finished.code, "timed_out": finished.timed_out, "truncated": finished.truncated}
-        for payload in (protocol.reply(header), finished.stdout, finished.stderr):
-            self._send(payload)
+        self._send(protocol.reply(header), more=(finished.stdout, finished.stderr))
         return ANSWERED
 
     def _status(self, pid: int) -> int:
