@@ -34,6 +34,7 @@ class Contents:
     config_blob: Descriptor
     config: ImageConfig
     layers: tuple[Layer, ...]
+    artifact: str = ""
 
     @property
     def size(self) -> int:
@@ -91,6 +92,7 @@ class Catalog:
             size=contents.size,
             config=contents.config,
             layers=contents.layers,
+            artifact=contents.artifact,
             indexes=tuple(index.digest for index in record.indexes),
             pinned=not self._pinned.isdisjoint((*record.tags, *record.digests)),
         )
@@ -110,7 +112,7 @@ class Catalog:
                 config, layers = parse_config(data, parsed, what, self._config)
             except (OSError, ContentInvalid):
                 return None
-            known = self._known[manifest.digest] = Contents(parsed.config, config, layers)
+            known = self._known[manifest.digest] = Contents(parsed.config, config, layers, parsed.artifact)
         return known
 
     def _is_whole(self, contents: Contents) -> bool:

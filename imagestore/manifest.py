@@ -1,8 +1,8 @@
 """Manifests, indexes and image configs: bytes from a registry become values, or a ContentInvalid that says why not.
 
-Pure. Reads OCI image-spec 1.1 and Docker schema 2; refuses schema 1, foreign layers, artifacts that are
-no container images, documents that are both index and manifest, and media types that contradict one another
-(CVE-2021-41190, threats S25). Invariant: a descriptor behind this module has a strict digest and a size within limits.
+Pure. Reads OCI image-spec 1.1, artifacts among it, and Docker schema 2; refuses schema 1, foreign layers, documents
+that are both index and manifest, and media types that contradict one another (CVE-2021-41190, threats S25). Invariant:
+a descriptor behind this module has a strict digest and a size within limits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 
+from imagestore.artifacts import artifact_layers, file_of
 from imagestore.config import StoreConfig
 from imagestore.encryption.layers import is_encrypted, own_annotations, plain_type, seal
 from imagestore.model import ContentInvalid, Descriptor, ImageConfig, ImageNotFound, Layer
@@ -42,15 +43,22 @@ _LAYERS = frozenset(
 _FOREIGN = ("application/vnd.oci.image.layer.nondistributable.", "application/vnd.docker.image.rootfs.foreign.")
 _ATTESTATION = "vnd.docker.reference.type"
 _MAX_SIZE = (1 << 63) - 1
+_TYPE_CHARACTERS = 255
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One platform's image: its config and its layers, base first."""
+    """One platform's image: its config and its layers, base first. `artifact` is the type of one that is no container
+    image, whose layers are files."""
 
     media_type: str
     config: Descriptor
     layers: tuple[Descriptor, ...]
+    artifact: str = ""
+
+    def image_id(self, digest: str) -> str:
+        """What the image is known by; `digest` is the manifest's. Artifacts often share an empty config."""
+        return digest if self.artifact else self.config.digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,26 +130,30 @@ def _manifest(document: Fields, media_type: str, config: StoreConfig) -> Manifes
     if fields is None:
         raise ContentInvalid(f"{document.path}.config: missing")
     config_descriptor = descriptor(fields, config.config_bytes)
+    artifact = ""
     if config_descriptor.media_type not in _CONFIGS:
-        kind = document.string("artifactType") or config_descriptor.media_type
-        raise ContentInvalid(f"{document.path}: an artifact of type {kind[:100]!r}, not a container image")
-    layers = tuple(_layer(item, config) for item in document.objects("layers", config.layers))
+        artifact = (document.string("artifactType") or config_descriptor.media_type)[:_TYPE_CHARACTERS]
+        if media_type != OCI_MANIFEST or not artifact:
+            raise ContentInvalid(f"{document.path}: the config is of type {artifact!r}, which no image has")
+    layers = tuple(_layer(item, config, artifact) for item in document.objects("layers", config.layers))
     if not layers:
         raise ContentInvalid(f"{document.path}.layers: the image has no layers, so there is nothing to run")
     total = sum(layer.size for layer in layers)
     if total > config.image_bytes:
         raise ContentInvalid(f"{document.path}.layers: {total} bytes, the limit is {config.image_bytes}")
-    return Manifest(media_type, config_descriptor, layers)
+    return Manifest(media_type, config_descriptor, layers, artifact)
 
 
-def _layer(fields: Fields, config: StoreConfig) -> Descriptor:
+def _layer(fields: Fields, config: StoreConfig, artifact: str) -> Descriptor:
     found = descriptor(fields, config.blob_bytes)
-    # Nobody may act on others than those that open it (threats S47).
-    found = replace(found, annotations=own_annotations(found.annotations) if is_encrypted(found) else {})
     if found.media_type.startswith(_FOREIGN):
         raise ContentInvalid(
             f"{fields.path}: a foreign layer ({found.media_type}), which must not be fetched from a registry"
         )
+    if artifact:
+        return file_of(found, fields.path)
+    # Nobody may act on others than those that open it (threats S47).
+    found = replace(found, annotations=own_annotations(found.annotations) if is_encrypted(found) else {})
     if plain_type(found) not in _LAYERS:
         raise ContentInvalid(f"{fields.path}.mediaType: {found.media_type[:100]!r} is no layer type we unpack")
     return found
@@ -197,7 +209,10 @@ def choose(index: Index, platform: Platform, what: str) -> IndexEntry:
 def parse_config(
     data: bytes, manifest: Manifest, what: str, config: StoreConfig
 ) -> tuple[ImageConfig, tuple[Layer, ...]]:
-    """The config and the layers with their chain ids. Raises ContentInvalid (counts that differ: threats S45)."""
+    """The config and the layers with their chain ids; an artifact's config says nothing that we know. Raises
+    ContentInvalid (counts that differ: threats S45)."""
+    if manifest.artifact:
+        return ImageConfig(), artifact_layers(manifest, what)
     document = parse_object(data, what, config.json_values)
     rootfs = document.object("rootfs")
     if rootfs is None or rootfs.string("type") != "layers":

@@ -23,11 +23,13 @@ class Descriptor:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer of an image: the blob it came from, the digest of its tar, and the chain up to it (image-spec)."""
+    """One layer of an image: the blob it came from, the digest of its tar, and the chain up to it (image-spec). One of
+    an artifact is a file called `title`; its `diff_id` is the blob's digest."""
 
     blob: Descriptor
     diff_id: str
     chain_id: str
+    title: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class Image:
     `repo_tags` are "host/path:tag", `repo_digests` "host/path@sha256:…" (of the index where one was pulled),
     `size` is the sum of the compressed layers and the config in bytes, `layers` run from the base up,
     `indexes` are those of which every platform is kept, the newest at the end.
+    `artifact` is the type of what is no container image: its id is the manifest's digest, its layers are files.
     """
 
     id: str
@@ -67,6 +70,7 @@ class Image:
     layers: tuple[Layer, ...]
     pinned: bool = False
     indexes: tuple[str, ...] = ()
+    artifact: str = ""
 
     @property
     def chain_id(self) -> str:
@@ -135,7 +139,8 @@ class Unpacker(Protocol):
         key: LayerKey | None = None,
     ) -> None:
         """Unpacks the verified `blob` as `chain_id` on `parent`; returns once it is durable and visible. With `key` the
-        blob is encrypted (AES-256-CTR), and `media_type` that of its plain text.
+        blob is encrypted (AES-256-CTR), and `media_type` that of its plain text. The type
+        "application/vnd.ocid.file;name=NAME" makes one file of the blob, whose digest is the diff id.
 
         Layers of one image may be unpacked at once: commit waits for the parent's. Idempotent; equal calls at once
         are one. After a failure or a crash nothing is visible and the rest is garbage for the next `collect`.

@@ -108,7 +108,7 @@ class Puller:
         await _Layers(self, source, layers, held, tell, opened).run()
         index = await fetch_everything(self, source, top, held, tell) if everything else None
         descriptor = Descriptor(manifest.media_type, chosen.digest, len(chosen.data))
-        return Pulled(manifest.config.digest, descriptor, top.digest, config, layers, index)
+        return Pulled(manifest.image_id(chosen.digest), descriptor, top.digest, config, layers, index)
 
     def _keep_document(self, document: Document) -> None:
         if not self.blobs.is_sound(Descriptor("", document.digest, len(document.data))):

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
+from imagestore.artifacts import unpack_type
 from imagestore.content import errno_text
-from imagestore.encryption.layers import plain_type
 from imagestore.growth import Growth
 from imagestore.leases import Leases
 from imagestore.model import ContentInvalid, Early, ImageError, Layer, LayerKey, Unpacker
@@ -96,7 +96,7 @@ class Unpacking:
         call: Callable[..., None] = unpacker.unpack_layer
         if growth is not None and isinstance(unpacker, Early):
             call = unpacker.unpack_arriving
-        future = self._threads.start_unpack(call, blob, plain_type(layer.blob), layer.diff_id, chain_id, parent, key)
+        future = self._threads.start_unpack(call, blob, unpack_type(layer), layer.diff_id, chain_id, parent, key)
         job = self._jobs[chain_id] = _Job(future, growth)
 
         def forget(_: Future[None]) -> None:

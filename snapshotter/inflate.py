@@ -81,6 +81,13 @@ def inflate(blob: Reader, media_type: str, limits: Limits, key: LayerKey | None 
     sealed.finish()
 
 
+def plain(blob: Reader, limits: Limits) -> Iterator[bytes]:
+    """The bytes of a blob as they are. Raises UnpackError, OSError."""
+    if blob.size > limits.layer_bytes:
+        raise UnpackError(f"layer has {blob.size} bytes, more than {limits.layer_bytes} (limit layer_bytes)")
+    yield from _plain(_Peeked(blob.read), limits)
+
+
 def _bounded(blob: _Peeked, compressed: int, media_type: str, limits: Limits) -> Iterator[bytes]:
     kind = kind_of(blob.peek(512), media_type)
     most = min(limits.layer_bytes, max(limits.inflate_floor, compressed * limits.inflate_ratio))

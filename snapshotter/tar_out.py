@@ -42,15 +42,15 @@ class TarOut:
 
     def add(self, item: Item) -> None:
         """An entry without content."""
-        write_all(self._fd, _headers(item))
+        write_all(self._fd, headers(item))
 
     def add_bytes(self, item: Item, content: bytes) -> None:
         """A file of `content`, which is as long as the item says."""
-        write_all(self._fd, _headers(item) + content + bytes(-len(content) % _BLOCK))
+        write_all(self._fd, headers(item) + content + bytes(-len(content) % _BLOCK))
 
     def add_file(self, item: Item, source: int) -> None:
         """A file with what is read from `source`."""
-        write_all(self._fd, _headers(item))
+        write_all(self._fd, headers(item))
         left = item.size
         while left:
             piece = os.read(source, min(left, _CHUNK))
@@ -68,7 +68,8 @@ class TarOut:
         write_all(self._fd, bytes(2 * _BLOCK))
 
 
-def _headers(item: Item) -> bytes:
+def headers(item: Item) -> bytes:
+    """What stands before an entry's content."""
     records = _records(item)
     if not records:
         return _header(item)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from runtime.linux.writeback import syncfs
-from snapshotter import inflate
+from snapshotter import inflate, single
 from snapshotter.arriving import Reader
 from snapshotter.extract import Extracted, Extractor
 from snapshotter.model import LayerKey, Limits, UnpackError
@@ -26,7 +26,7 @@ WRITEBACK = 128 << 20
 
 
 class Unpacked(NamedTuple):
-    """The digest of the raw tar, and what was made of it."""
+    """The digest of the raw tar, of a single file that of its content; and what was made of it."""
 
     diff_id: str
     extracted: Extracted
@@ -46,11 +46,21 @@ class _Producer:
 
     def _run(self, media_type: str, limits: Limits, key: LayerKey | None) -> None:
         try:
-            for chunk in inflate.inflate(self._blob, media_type, limits, key):
+            before, behind = b"", b""
+            if media_type.startswith(single.TYPE):
+                before, behind = single.around(media_type, self._blob.size)
+                chunks = inflate.plain(self._blob, limits)
+            else:
+                chunks = inflate.inflate(self._blob, media_type, limits, key)
+            if before:
+                self._queue.put(before)
+            for chunk in chunks:
                 self._hash.update(chunk)
                 self._queue.put(chunk)
                 if self._stop:
                     return
+            if behind:
+                self._queue.put(behind)
             self._queue.put(b"")
         except BaseException as error:  # handed to the caller's thread, which raises it
             self._queue.put(error)

@@ -8,6 +8,7 @@ import asyncio
 from cri.api import api_pb2 as pb
 from cri.cli import output
 from cri.cli.connect import connect
+from imagestore.artifacts import ARTIFACT_TYPE
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,7 @@ async def _run(args: argparse.Namespace) -> int:
                     "digests": list(image.repo_digests),
                     "size": image.size,
                     "pinned": image.pinned,
+                    "artifact": image.spec.annotations.get(ARTIFACT_TYPE, ""),
                 }
                 for image in listed
             ]

@@ -122,9 +122,10 @@ async def _deep(args: argparse.Namespace) -> int:
 
 def _differences(config: Config, manifest: str, keys: tuple[KeyFile, ...]) -> list[str]:
     from cri.image_config import store_config
+    from imagestore.artifacts import unpack_type
     from imagestore.content import Blobs
     from imagestore.deep import layers_of
-    from imagestore.encryption.layers import Opener, plain_type
+    from imagestore.encryption.layers import Opener
     from imagestore.model import ImageError
     from snapshotter.model import SnapshotError
     from snapshotter.recheck import Checked, directories, recheck
@@ -139,7 +140,7 @@ def _differences(config: Config, manifest: str, keys: tuple[KeyFile, ...]) -> li
         checked = [
             Checked(
                 blobs.path(one.blob.digest),
-                plain_type(one.blob),
+                unpack_type(one),
                 one.diff_id,
                 one.chain_id,
                 opened.get(one.chain_id),

@@ -173,6 +173,9 @@ def bundle(node: Node, pod: Pod, container: Container, keys: tuple[KeyFile, ...]
     """Everything of a container but its process, out of its request and its image; blocks."""
     config = container.request
     image = find_image(node, config.image.image)
+    if image.artifact:
+        what = f"image {config.image.image[:200]!r} is an artifact ({image.artifact[:80]})"
+        raise InvalidArgument(f"{what}, which has no program to run; mount it")
     # By the name that the pod asked for: a kubelet asks by id, and policies are about names.
     node.parts.images.permit(image, config.image.user_specified_image or config.image.image, pod.namespace, keys)
     stop_signal = stop_signal_of(config, image)

@@ -20,6 +20,7 @@ from cri.api import api_pb2 as pb
 from cri.errors import InvalidArgument
 from cri.node import Node
 from cri.threads import to_thread
+from imagestore.artifacts import ARTIFACT_TYPE
 from imagestore.model import Credentials, Image, KeyFile
 from runtime.linux.failpoint import failpoint
 
@@ -34,6 +35,8 @@ def message(image: Image) -> pb.Image:
         id=image.id, repo_tags=image.repo_tags, repo_digests=image.repo_digests, size=image.size, pinned=image.pinned
     )
     answer.spec.image = image.id
+    if image.artifact:
+        answer.spec.annotations[ARTIFACT_TYPE] = image.artifact
     user = image.config.user.partition(":")[0]
     if user.isascii() and user.isdecimal() and len(user) < 19:
         answer.uid.value = int(user)
@@ -68,6 +71,7 @@ async def image_status(node: Node, request: pb.ImageStatusRequest) -> pb.ImageSt
             {
                 "chainID": image.chain_id if image.layers else "",
                 "manifestDigest": image.manifest_digest,
+                "artifactType": image.artifact,
                 "indexes": image.indexes,
                 "layers": [layer.blob.digest for layer in image.layers],
                 "imageSpec": {

@@ -19,6 +19,7 @@ from tests.e2e import Node, messages, node, stocked
 from tests.fakes.registry import OCI_MANIFEST, BuiltImage, FakeRegistry
 from tests.fakes.snapshots import directory, file, symlink, tarball, whiteout
 from tests.integration.test_cri_userns import FIRST, mapped
+from tests.integration.test_imagestore_artifacts import artifact
 from tests.support import needs
 
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
@@ -81,6 +82,7 @@ def registry() -> Iterator[FakeRegistry]:
     needs("root", "overlay", "busybox")
     with stocked() as made:
         made.add("data", "1", built(BOTTOM, TOP))
+        made.add("model", "1", artifact([("weights.bin", b"0123"), ("doc/read.me", b"read\n")]))
         yield made
 
 
@@ -125,6 +127,24 @@ def test_layers_are_merged_and_read_only(here: Node, data: str) -> None:
     assert {"ro", "nosuid", "nodev"} <= set(options)
     assert subprocess.run(["cat", "/proc/self/mountinfo"], capture_output=True, check=True).stdout == table
     here.settles(before)
+
+
+def test_the_files_of_an_artifact(here: Node, registry: FakeRegistry) -> None:
+    name = f"{registry.name}/model:1"
+    here.client.pull(name)
+    (listed,) = [one for one in here.client.list_images() if name in one.repo_tags]
+    assert listed.spec.annotations["dev.ocid.artifact-type"] == "application/vnd.example.model"
+    said = shown(here, listed.id, "cd /vol; find . -type f | sort; cat weights.bin doc/read.me; touch weights.bin")
+    assert said[:3] == ["./doc/read.me", "./weights.bin", "0123read"] and "Read-only file system" in said[3]
+    assert shown(here, name, "ls /vol", image_sub_path="doc") == ["read.me"]
+    config = here.pod_config()
+    pod = here.client.run_pod(config)
+    try:
+        with pytest.raises(grpc.RpcError, match="is an artifact .*no program to run"):
+            here.client.create(pod, container("main", name, ["/weights.bin"]), config)
+    finally:
+        here.drop(pod)
+    here.client.remove_image(name)
 
 
 def test_options_of_the_request_count(here: Node, data: str) -> None:

@@ -162,12 +162,19 @@ def test_s26_layer_types(media_type: str, says: str) -> None:
         document(build_image(edit_manifest=edit).manifest)
 
 
-def test_artifacts_are_no_images() -> None:
-    def edit(doc: dict[str, Any]) -> None:
-        doc["config"]["mediaType"] = "application/vnd.cncf.helm.config.v1+json"
+def test_artifacts_are_told_by_their_config() -> None:
+    helm = "application/vnd.cncf.helm.config.v1+json"
 
-    with pytest.raises(ContentInvalid, match="artifact of type 'application/vnd.cncf.helm"):
-        document(build_image(edit_manifest=edit).manifest)
+    def edit(doc: dict[str, Any]) -> None:
+        doc["config"]["mediaType"] = helm
+
+    made = document(build_image(edit_manifest=edit).manifest)
+    assert isinstance(made, Manifest) and made.artifact == helm and made.image_id("the manifest's") == "the manifest's"
+    image = document(build_image().manifest)
+    assert isinstance(image, Manifest) and image.artifact == ""
+    assert image.image_id("the manifest's") == image.config.digest
+    with pytest.raises(ContentInvalid, match="which no image has"):
+        document(build_image(edit_manifest=edit, docker=True).manifest, DOCKER_MANIFEST)
 
 
 @pytest.mark.parametrize(
