@@ -10,16 +10,16 @@ have is no error; what it has and does not hand over is. Invariant: nothing here
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from imagestore.config import StoreConfig
-from imagestore.manifest import descriptor, digest_of
+from imagestore.manifest import DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, descriptor, digest_of
 from imagestore.model import ContentInvalid, Descriptor, ImageNotFound
 from imagestore.signatures import COSIGN_TYPE, Bundle, Cosign, Signature
 from imagestore.source import RegistrySource
 from imagestore.strict_json import Fields, parse_object
 
-OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-OCI_INDEX = "application/vnd.oci.image.index.v1+json"
-_ACCEPT = f"{OCI_MANIFEST}, {OCI_INDEX}, application/vnd.docker.distribution.manifest.v2+json"
+_ACCEPT = f"{OCI_MANIFEST}, {OCI_INDEX}, {DOCKER_MANIFEST}"
 _BUNDLES = "application/vnd.dev.sigstore.bundle"
 
 
@@ -31,6 +31,26 @@ def cosign_tag(digest: str) -> str:
 def fallback_tag(digest: str) -> str:
     """Where the index of referrers lies in a registry without that API (distribution-spec, "Referrers Tag Schema")."""
     return digest.replace(":", "-", 1)
+
+
+class Asked(Protocol):
+    """Who can be asked for small documents: one repository, or an image's hosts in their order."""
+
+    async def small(self, path: str, what: str, limit: int, accept: str = "*/*") -> bytes: ...
+
+
+async def json_at(asked: Asked, path: str, what: str, config: StoreConfig) -> tuple[bytes, Fields] | None:
+    """A JSON object as it is there and as it is read; None where there is none. A registry that knows no referrers may
+    answer what it likes to a question for them. Raises ImageError and its kinds."""
+    try:
+        data = await asked.small(path, what, config.manifest_bytes, _ACCEPT)
+        return data, parse_object(data, what, config.json_values)
+    except ImageNotFound:
+        return None
+    except ContentInvalid:
+        if path.startswith("/referrers/"):
+            return None
+        raise
 
 
 class Attached:
@@ -58,7 +78,7 @@ class Attached:
         return found
 
     async def _by_referrers(self, digest: str) -> list[Signature]:
-        index = await self._document(f"/referrers/{digest}", f"referrers of {digest}", lenient=True)
+        index = await self._document(f"/referrers/{digest}", f"referrers of {digest}")
         if index is None or not index.has("manifests"):
             tag = fallback_tag(digest)
             index = await self._document(f"/manifests/{tag}", f"referrers {tag}")
@@ -96,18 +116,9 @@ class Attached:
     def _descriptor(self, fields: Fields) -> Descriptor:
         return descriptor(fields, self._config.signature_bytes)
 
-    async def _document(self, path: str, what: str, *, lenient: bool = False) -> Fields | None:
-        """A JSON document, None where there is none. `lenient`: a registry that does not know the path may answer what
-        it likes."""
-        try:
-            data = await self._source.small(path, what, self._config.manifest_bytes, _ACCEPT)
-            return parse_object(data, what, self._config.json_values)
-        except ImageNotFound:
-            return None
-        except ContentInvalid:
-            if lenient:
-                return None
-            raise
+    async def _document(self, path: str, what: str) -> Fields | None:
+        found = await json_at(self._source, path, what, self._config)
+        return found[1] if found is not None else None
 
     async def _blob(self, wanted: Descriptor) -> bytes:
         what = f"blob {wanted.digest}"

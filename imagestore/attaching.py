@@ -17,19 +17,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from imagestore.attached import OCI_INDEX, OCI_MANIFEST, cosign_tag, fallback_tag
+from imagestore.attached import cosign_tag, fallback_tag, json_at
 from imagestore.config import StoreConfig
 from imagestore.content import errno_text
 from imagestore.lookaside import url_of
-from imagestore.manifest import OCI_CONFIG, digest_of
-from imagestore.model import ContentInvalid, Descriptor, ImageError, ImageNotFound
+from imagestore.manifest import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, digest_of
+from imagestore.model import ContentInvalid, Descriptor, ImageError
 from imagestore.push import Pusher
 from imagestore.registry import Document, Repository
 from imagestore.signatures import BUNDLE_TYPE, COSIGN_TYPE, Bundle, Cosign, Signature, to_blob
 from runtime.linux.files import write_durable
 
 _EMPTY = "application/vnd.oci.empty.v1+json"
-_ACCEPT = f"{OCI_MANIFEST}, {OCI_INDEX}"
 
 
 class Attaching:
@@ -93,24 +92,9 @@ class Attaching:
         return {"digest": digest, "size": len(data)}
 
     async def _json(self, path: str, what: str) -> dict[str, object] | None:
-        """What is there now; None where nothing is, or no such path."""
-        try:
-            data = await self._repository.small(path, what, self._config.manifest_bytes, _ACCEPT)
-        except ImageNotFound:
-            return None
-        except ContentInvalid:
-            if path.startswith("/referrers/"):
-                return None
-            raise
-        try:
-            found = json.loads(data)
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
-            if path.startswith("/referrers/"):
-                return None
-            raise ContentInvalid(f"{what}: what is there is no JSON object, so nothing is added to it")
-        return found
+        """What is there now, with all that we do not know; None where nothing is, or no such path."""
+        found = await json_at(self._repository, path, what, self._config)
+        return dict(json.loads(found[0])) if found is not None else None
 
 
 def _list(document: dict[str, object] | None, key: str) -> list[dict[str, object]]:
