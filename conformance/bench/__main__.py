@@ -90,7 +90,7 @@ def run(parts: Sequence[str], names: Sequence[str], quick: bool, base: Path) -> 
         if "link" in parts and "ocid" in names:
             say("pull over a simulated line")
             (base / "link").mkdir()
-            results["ocid"]["link"], words = link.measure(base / "link", 60 if quick else 240)
+            results["ocid"]["link"], words = link.measure(base / "link", 240)
             say(f"line: {words}")
         if "runtime" in parts and "ocid" in names:
             say("ocirun and runc, in turn")
