@@ -10,6 +10,7 @@ sessions side by side, that comparison is left to who started them.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import time
 import uuid
@@ -41,6 +42,17 @@ def pytest_configure(config: pytest.Config) -> None:
             os.set_inheritable(int(name), int(name) <= 2)
     os.environ[MARK] = uuid.uuid4().hex
     config.stash[_session_start] = Machine.now()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """Without the collector: pytest parses the modules, and in CPython 3.11 a parser within a parser is a SystemError
+    (AST constructor recursion depth mismatch). A finalizer that complains prints a traceback, which parses, too."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def _settled(before: Machine, marks: list[str]) -> list[str]:
