@@ -161,9 +161,7 @@ def test_a_daemon_killed_in_the_middle_leaves_nothing(
             assert made.process is not None and made.process.wait(SOON_S) == -9
             made.end()
             made.start()
-            with contextlib.suppress(AssertionError):
-                eventually(lambda: kept(made) == before, 20)
-            assert sorted(kept(made) ^ before) == [], f"of a kill at {point}"
+            assert unlike(made, before) == [], f"of a kill at {point}"
 
 
 def kept(made: Node) -> frozenset[str]:
@@ -172,3 +170,10 @@ def kept(made: Node) -> frozenset[str]:
     return frozenset(
         thing for thing in made.held() if "ocid --config" not in thing and "/trash/" not in thing and thing not in mine
     )
+
+
+def unlike(made: Node, before: frozenset[str]) -> list[str]:
+    """What there is more or less than `before`, once that may have gone."""
+    with contextlib.suppress(AssertionError):
+        eventually(lambda: kept(made) == before, 20)
+    return sorted(kept(made) ^ before)

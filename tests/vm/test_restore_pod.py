@@ -15,7 +15,7 @@ from conformance.cri_client import container
 from cri.api import api_pb2 as pb
 from tests.e2e import Node, messages, node
 from tests.fakes.registry import FakeRegistry
-from tests.integration.test_e2e_restore import first
+from tests.integration.test_e2e_restore import first, kept, unlike
 from tests.support import eventually
 from tests.vm.images import busybox
 
@@ -75,6 +75,31 @@ def _goes_on(saved: Saved, *changed: Any) -> tuple[Any, Any]:
         # The dump stood between two lines that may both have been read before this test looked at the log.
         assert 3 < numbers[0] <= last + 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
     return config, answer
+
+
+def test_a_pod_goes_on_as_another_one(bench: Node, tmp_path: Path) -> None:
+    before = kept(bench)
+    one, two = (container(name, bench.image, ["sh", "-c", COUNT]) for name in ("one", "two"))
+    two.linux.security_context.run_as_user.value = 1000
+    two.linux.security_context.no_new_privs = True
+    saved = Saved(bench, tmp_path / "pod.tar", one, two)
+    _, answer = _goes_on(saved)
+    ids = {restored.name: restored.container_id for restored in answer.restored_containers}
+    assert list(ids) == ["one", "two"]
+    assert bench.client.exec_sync(ids["one"], ["cat", "/written"]) == (0, b"before\n", b"")
+    assert (
+        bench.client.exec_sync(ids["two"], ["sh", "-c", "cat /proc/1/status"])[1].count(b"Uid:\t1000\t1000\t1000") == 1
+    )
+    for id_ in ids.values():
+        status = bench.client.status(id_)
+        assert (status.state, status.started_at > 0) == (pb.CONTAINER_RUNNING, True)
+    bench.end()
+    bench.start()
+    assert bench.client.exec_sync(ids["one"], ["true"])[0] == 0, "after a restart of the daemon"
+    bench.client.stop(ids["one"], 0)
+    assert bench.client.status(ids["one"]).exit_code == 137
+    bench.drop(answer.pod_sandbox_id)
+    assert unlike(bench, before) == []
 
 
 def test_mounts_come_from_the_request_and_are_where_the_request_has_them(bench: Node, tmp_path: Path) -> None:
