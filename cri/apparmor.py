@@ -1,7 +1,9 @@
-"""AppArmor's RuntimeDefault: one profile of ours, loaded by apparmor_parser(8) when the daemon starts.
+"""AppArmor's RuntimeDefault: one profile of ours, loaded by apparmor_parser(8) when the daemon starts, and for a
+container without a daemon when it is not loaded yet.
 
 Refuses to do without: where it cannot be loaded, a container that asks for RuntimeDefault is refused by the kernel's
-answer. Invariant: nothing is looked at or started where the kernel has no AppArmor.
+answer; one that names no profile runs without, as with the peers where they find no parser. Invariant: nothing is
+looked at or started where the kernel has no AppArmor.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from runtime.linux.process import pidfd_open, pidfd_send_signal
 log = logging.getLogger(__name__)
 
 _DEADLINE_S = 20.0
+_PROFILES = "/sys/kernel/security/apparmor/profiles"
 # Without includes and variables, so that the parser alone is enough. Files, networks and capabilities are the business
 # of namespaces, masks and seccomp; what those leave open of the host is closed here once more.
 PROFILE = f"""\
@@ -47,13 +50,26 @@ profile {APPARMOR_DEFAULT} flags=(attach_disconnected,mediate_deleted) {{
 """
 
 
+def ensure_default(parser: str = "apparmor_parser", profiles: str = _PROFILES) -> bool:
+    """As `load_default`, which is asked only where the kernel has no profile of this name; blocks."""
+    if not apparmor_enabled():
+        return False
+    try:
+        with open(profiles, encoding="utf-8", errors="replace") as file:
+            if any(line.startswith(f"{APPARMOR_DEFAULT} (") for line in file):
+                return True
+    except OSError:  # no securityfs here: loading it anew is right, too
+        pass
+    return load_default(parser)
+
+
 def load_default(parser: str = "apparmor_parser") -> bool:
     """Loads the profile, anew if it is loaded. False where that is not possible, with a warning; blocks."""
     if not apparmor_enabled():
         return False
     path = shutil.which(parser)
     if path is None:
-        log.warning("AppArmor is on, but there is no %s: containers with RuntimeDefault will be refused", parser)
+        log.warning("AppArmor is on, but there is no %s: containers with RuntimeDefault are refused", parser)
         return False
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import gc
 import logging
 import os
@@ -22,7 +23,7 @@ from typing import Any
 import grpc
 
 from cri import trace
-from cri.apparmor import load_default
+from cri.apparmor import ensure_default, load_default
 from cri.config import Config
 from cri.discovery import Discovery
 from cri.events import Events
@@ -165,7 +166,7 @@ def build(config: Config, *, direct: bool) -> Built:
         from cri.observe.parts import traced
 
         parts = traced(parts)
-    node = Node(config, records, parts)
+    node = Node(config, records, parts, default_apparmor=functools.cache(ensure_default if direct else load_default))
     events = Events(node, lambda pod_id: _lost(node, pod_id))
     node.events = events
     statistics = Statistics(node)
@@ -206,7 +207,7 @@ async def _serve(config: Config, built: Built) -> None:
     discovery = Discovery(built.service.intercept)
     server = _server(config, built.service, built.own.handler(), *discovery.handlers())
     ended = _ending(built.node)
-    await to_thread(load_default)
+    await to_thread(built.node.default_apparmor)
     await built.streams.start()
     built.node.streams = built.streams
     built.files.start()

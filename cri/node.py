@@ -192,6 +192,8 @@ class Node:
     starting: dict[str, list[ContainerFacts]] = field(default_factory=dict)
     processes: dict[str, dict[str, object]] = field(default_factory=dict)
     exec_threads: Threads = field(default_factory=lambda: Threads("exec", EXEC_THREADS))
+    # Whether AppArmor's default profile is loaded; blocks.
+    default_apparmor: Callable[[], bool] = lambda: False
     pod_names: Reservations[str] = field(init=False)
     container_names: Reservations[str] = field(init=False)
     paths: Paths = field(init=False)

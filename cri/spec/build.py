@@ -63,6 +63,7 @@ class SpecInputs:
     image_mounts: Mapping[int, ImageMount] = field(default_factory=dict)
     cdi_dirs: tuple[Path, ...] = ()
     ignore_selinux: bool = False
+    default_apparmor: bool = False  # whether our profile is loaded, for who names none
     annotations: Mapping[str, str] = field(default_factory=dict)  # those that the configuration passes on
 
 
@@ -187,7 +188,8 @@ def _process(inputs: SpecInputs, capabilities: dict[str, list[str]]) -> dict[str
         "noNewPrivileges": config.linux.security_context.no_new_privs,
         "oomScoreAdj": limits.oom_score_adj(config.linux.resources),
     }
-    profile = confine.apparmor("security_context", config.linux.security_context)
+    context = config.linux.security_context
+    profile = confine.apparmor("security_context", context, default=inputs.default_apparmor)
     if profile:
         process["apparmorProfile"] = profile
     return process

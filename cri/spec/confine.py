@@ -1,8 +1,9 @@
 """AppArmor and SELinux of a container: names and labels for config.json, as far as this kernel has either.
 
-Refuses, by field, what this kernel cannot do: a container that was to be confined does not run without. Invariant: an
-empty answer means that nothing was asked for, or what a kernel without the module gives anyway (AppArmor's
-RuntimeDefault and Unconfined, as in the peers).
+Refuses, by field, what this kernel cannot do: a container that was to be confined does not run without. Who names no
+AppArmor profile has the default one, where it is loaded, as with the peers. Invariant: an empty answer means that
+nothing was asked for, or what a kernel without the module gives anyway (AppArmor's RuntimeDefault and Unconfined, as in
+the peers).
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ _LOCALHOST = "localhost/"
 _SELINUX_WORD = re.compile(r"[A-Za-z0-9_.:,-]{0,256}", re.ASCII)
 
 
-def apparmor(field: str, context: pb.LinuxContainerSecurityContext | pb.LinuxSandboxSecurityContext) -> str:
-    """The profile for process.apparmorProfile, "" for none. Raises InvalidRequest."""
-    kind, name = _asked(field, context)
+def apparmor(
+    field: str, context: pb.LinuxContainerSecurityContext | pb.LinuxSandboxSecurityContext, *, default: bool = False
+) -> str:
+    """The profile for process.apparmorProfile, "" for none; `default`: who names none has ours. Raises
+    InvalidRequest."""
+    kind, name = _asked(field, context, default=default)
     if kind == pb.SecurityProfile.Localhost:
         if not security.apparmor_enabled():
             raise InvalidRequest(f"{field}.apparmor: {name[:80]!r} cannot be applied: this kernel has no AppArmor")
@@ -33,7 +37,7 @@ def apparmor(field: str, context: pb.LinuxContainerSecurityContext | pb.LinuxSan
 
 
 def _asked(
-    field: str, context: pb.LinuxContainerSecurityContext | pb.LinuxSandboxSecurityContext
+    field: str, context: pb.LinuxContainerSecurityContext | pb.LinuxSandboxSecurityContext, *, default: bool
 ) -> tuple[pb.SecurityProfile.ProfileType, str]:
     """Kind and name. A kubelet says it twice, in `apparmor` and as the deprecated word; the former counts."""
     if context.HasField("apparmor"):
@@ -41,9 +45,9 @@ def _asked(
             raise InvalidRequest(f"{field}.apparmor.profile_type: unknown value {context.apparmor.profile_type}")
         return context.apparmor.profile_type, context.apparmor.localhost_ref.removeprefix(_LOCALHOST)
     word: str = getattr(context, "apparmor_profile", "")
-    if word in ("", "unconfined"):
+    if word == "unconfined" or not (word or default):
         return pb.SecurityProfile.Unconfined, ""
-    if word == "runtime/default":
+    if word in ("", "runtime/default"):
         return pb.SecurityProfile.RuntimeDefault, ""
     if word.startswith(_LOCALHOST):
         return pb.SecurityProfile.Localhost, word.removeprefix(_LOCALHOST)

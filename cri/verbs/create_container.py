@@ -196,6 +196,7 @@ def bundle(node: Node, pod: Pod, container: Container, keys: tuple[KeyFile, ...]
             unset_seccomp=node.config.runtime.unset_seccomp,
             cdi_dirs=node.config.runtime.cdi_dirs,
             ignore_selinux=node.config.runtime.without_selinux == "ignore",
+            default_apparmor=node.default_apparmor(),
             annotations={
                 **validate.passed(pod.request.annotations, node.config.runtime.pod_annotations),
                 **validate.passed(config.annotations, node.config.runtime.container_annotations),
