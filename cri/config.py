@@ -226,6 +226,11 @@ class ImageSection:
         "Whether layers stay as the registry has them once they are unpacked: `ocid save`, pushes and repairs need "
         "them. false saves that space.",
     )
+    fs_verity: bool = _key(
+        True,
+        "Have the kernel check whatever is read of a blob (fs-verity), where the root's filesystem was made with it. "
+        "It costs hashing each blob once more when it comes.",
+    )
     stall_s: float = _key(30.0, "Seconds in which a download must move, or it is broken off and resumed.", least=1)
     retries: int = _key(4, "How often a request to a registry is tried again.", least=0)
     blob_bytes: int = _key(64 << 30, "Largest layer accepted, as the registry stores it.", least=1)

@@ -48,4 +48,5 @@ def store_config(config: Config, measure: Callable[[], Usage] | None = None) -> 
         image_bytes=section.image_bytes,
         layers=section.layers,
         keep_blobs=section.keep_blobs,
+        fs_verity=section.fs_verity,
     )

@@ -108,6 +108,8 @@ class StoreConfig:
     # what stays on disk
     keep_blobs: bool = True
     """Whether layers stay as the registry has them, too, once they are unpacked: for `save`, pushes and repairs."""
+    fs_verity: bool = True
+    """Whether blobs are sealed by fs-verity, where the filesystem has it."""
     ingest_age_s: float = 86400.0
     batch_bytes: int = 1 * _MIB
     """Downloaded bytes are hashed and written in pieces of about this size, in a worker thread."""

@@ -24,6 +24,8 @@ from imagestore.model import ContentInvalid, Descriptor, ImageError
 from imagestore.reference import is_digest
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import AT_FDCWD, read_bounded, sync_directory, write_all, write_durable
+from runtime.linux.libc import KernelError
+from runtime.linux.verity import NOT_HERE, enable_verity, measure_verity
 
 _READ = 1 << 20
 
@@ -42,6 +44,7 @@ class Blobs:
     def __init__(self, root: Path) -> None:
         self._blobs = root / "blobs" / "sha256"
         self._ingest = root / "ingest"
+        self._sealable = True
 
     def create(self) -> None:
         """Makes the directories, for root alone: layers hold set-uid programs (CVE-2021-41103)."""
@@ -73,8 +76,12 @@ class Blobs:
             return False
         path = self.path(blob.digest)
         with open(path, "rb", buffering=0) as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == blob.digest[7:]:
-                return True
+            try:
+                if hashlib.file_digest(file, "sha256").hexdigest() == blob.digest[7:]:
+                    return True
+            except OSError as error:
+                if error.errno != errno.EIO:  # which a sealed one is damaged by
+                    raise
         os.unlink(path)
         return False
 
@@ -93,6 +100,39 @@ class Blobs:
             write_durable(self.path(digest), data)
         except OSError as error:
             raise ImageError(f"write blob {digest}: {errno_text(error)}") from error
+
+    def seal(self, digest: str) -> bool:
+        """Has the kernel check whatever is read of a blob from now on (fs-verity). False where it is not sealed, which
+        is no reason to do without the blob: the filesystem has no such thing, or no space for the hashes. Raises
+        ImageError where the disk does not give back what was written."""
+        if not self._sealable:
+            return False
+        try:
+            fd = os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                enable_verity(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            if error.errno in NOT_HERE:
+                self._sealable = False
+            elif error.errno == errno.EIO:
+                raise ImageError(f"seal blob {digest}: {errno_text(error)}") from error
+            return error.errno == errno.EEXIST
+        return True
+
+    def is_sealed(self, digest: str) -> bool | None:
+        """Whether the kernel checks what is read of a blob; None where the filesystem has no such thing. Raises
+        OSError."""
+        fd = os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            return measure_verity(fd) is not None
+        except KernelError as error:
+            if error.errno in NOT_HERE:
+                return None
+            raise
+        finally:
+            os.close(fd)
 
     def digests(self) -> Iterator[str]:
         """Every blob with a proper name."""

@@ -7,6 +7,8 @@ complaint are those that the manifest's digest stands for.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from imagestore.config import StoreConfig
 from imagestore.content import Blobs, errno_text
@@ -27,10 +29,36 @@ def layers_of(blobs: Blobs, manifest: str) -> tuple[tuple[Layer, ...], list[str]
     return layers, [wrong for layer in layers if (wrong := _wrong(blobs, layer.blob.digest))]
 
 
+@dataclass(frozen=True, slots=True)
+class Seals:
+    """How many of `blobs` the kernel checks at every read; `here` is whether the filesystem can have it do so."""
+
+    sealed: int
+    blobs: int
+    here: bool
+
+    def __str__(self) -> str:
+        if not self.here:
+            return "not on this filesystem"
+        return f"{self.sealed} of {self.blobs} blobs sealed"
+
+
+def seals(blobs: Blobs, digests: Iterable[str]) -> Seals:
+    """A blob that is gone is not sealed. Raises OSError."""
+    found = []
+    for digest in digests:
+        try:
+            found.append(blobs.is_sealed(digest))
+        except FileNotFoundError:
+            found.append(False)
+    return Seals(sum(one is True for one in found), len(found), None not in found)
+
+
 def _wrong(blobs: Blobs, digest: str) -> str:
     try:
         with open(blobs.path(digest), "rb", buffering=0) as file:
             found = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
     except OSError as error:
+        # EIO of a sealed blob: the disk gives other bytes than were sealed, and the kernel keeps them to itself.
         return f"blob {digest}: {errno_text(error)}"
     return "" if found == digest else f"blob {digest}: its content is {found}"

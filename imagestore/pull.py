@@ -113,6 +113,11 @@ class Puller:
     def _keep_document(self, document: Document) -> None:
         if not self.blobs.is_sound(Descriptor("", document.digest, len(document.data))):
             self.blobs.put(document.digest, document.data)
+            self._seal(document.digest)
+
+    def _seal(self, digest: str) -> None:
+        if self.config.fs_verity:
+            self.blobs.seal(digest)
 
     # ------------------------------------------------------------------------------------------------------- blobs
 
@@ -169,6 +174,7 @@ class Puller:
             step(done)
             await source.blob(blob, ingest, step)
             await self.threads.io(ingest.finish)
+            await self.threads.io(self._seal, blob.digest)
         except ContentInvalid:
             ingest.discard()
             raise

@@ -34,7 +34,8 @@ KERNEL = "linux-image-cloud-amd64"
 # What the tests run on and are compared with; python3-minimal's few modules are not enough for pytest.
 PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "kmod", "procps", "iproute2", "nftables", "util-linux", "libseccomp2"),
-    *("apparmor", "busybox-static", "criu", "docker-registry", "iptables", "python3", "runc", "crun", "uidmap"),
+    *("apparmor", "busybox-static", "criu", "docker-registry", "e2fsprogs", "iptables", "python3", "runc", "crun"),
+    "uidmap",
 )
 # For building and booting. Not in hack/setup: they are large, and only this lane needs them.
 HOST_TOOLS = {

@@ -10,7 +10,7 @@ import argparse
 import asyncio
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from cri.cli.pull import given_keys, keys_argument
 
 if TYPE_CHECKING:
     from cri.config import Config
+    from imagestore.deep import Seals
     from imagestore.model import KeyFile
 
 
@@ -109,10 +110,13 @@ async def _deep(args: argparse.Namespace) -> int:
     if not answer.HasField("image"):
         raise CommandError(f"image {args.image!r} is not here; pull it first")
     manifest = json.loads(answer.info["info"])["manifestDigest"]
-    differences = await asyncio.to_thread(_differences, api.config, manifest, given_keys(args))
+    differences, seals = await asyncio.to_thread(_differences, api.config, manifest, given_keys(args))
     if args.format == "json":
-        output.as_json({"image": answer.image.id, "manifest": manifest, "differences": differences})
+        output.as_json(
+            {"image": answer.image.id, "manifest": manifest, "differences": differences, "fsVerity": asdict(seals)}
+        )
     else:
+        print(f"fs-verity: {seals}")
         for line in differences:
             print(output.plain(line))
         count = f"{len(differences)} difference{'s' if len(differences) > 1 else ''}"
@@ -120,11 +124,11 @@ async def _deep(args: argparse.Namespace) -> int:
     return 1 if differences else 0
 
 
-def _differences(config: Config, manifest: str, keys: tuple[KeyFile, ...]) -> list[str]:
+def _differences(config: Config, manifest: str, keys: tuple[KeyFile, ...]) -> tuple[list[str], Seals]:
     from cri.image_config import store_config
     from imagestore.artifacts import unpack_type
     from imagestore.content import Blobs
-    from imagestore.deep import layers_of
+    from imagestore.deep import layers_of, seals
     from imagestore.encryption.layers import Opener
     from imagestore.model import ImageError
     from snapshotter.model import SnapshotError
@@ -134,8 +138,9 @@ def _differences(config: Config, manifest: str, keys: tuple[KeyFile, ...]) -> li
     blobs = Blobs(root / "images")
     try:
         layers, damaged = layers_of(blobs, manifest)
+        sealed = seals(blobs, (manifest, *(one.blob.digest for one in layers)))
         if damaged:
-            return damaged
+            return damaged, sealed
         opened = Opener(store_config(config).decryption_keys).open(layers, keys)
         checked = [
             Checked(
@@ -147,7 +152,8 @@ def _differences(config: Config, manifest: str, keys: tuple[KeyFile, ...]) -> li
             )
             for one in layers
         ]
-        return list(recheck(_scratch(root), checked, directories(root / "ocid.db", root / "snapshots")))
+        found = list(recheck(_scratch(root), checked, directories(root / "ocid.db", root / "snapshots")))
+        return found, sealed
     except (ImageError, SnapshotError, OSError) as error:
         raise CommandError(str(error)) from None
 
