@@ -228,7 +228,7 @@ ROWS = {
     "… fulcio caPath + rekorPublicKeyPath, bundle of Rekor 2 with RFC 3161 time": Kind(
         fulcio_of_bundles, by_rekor_2(certified=True), certificate=True, logged=True
     ),
-    "… the same, logged as dsse": Kind(
+    "… the same bundle, logged as dsse": Kind(
         fulcio_of_bundles, by_rekor_2(certified=True, kind="dsse"), certificate=True, logged=True
     ),
     "… pki caRootsPath, subjectEmail": Kind(pki(), by_certificate("pki", logged=False), certificate=True),
