@@ -141,12 +141,37 @@ def retire(state: Path) -> None:
         signal.pidfd_send_signal(handle, signal.SIGKILL)
         select.select([handle], [], [], STOP_S)
         os.close(handle)
+    _see_out(state)
     subprocess.run(["umount", state / "netns"], capture_output=True, check=False)
     for name in ("ocid", "ocid.shims"):
         # Not what is below: a cgroup there may be one that somebody else's container is about to enter.
         for top in [CGROUPS, *CGROUPS.iterdir()]:
             with contextlib.suppress(OSError):
                 os.rmdir(top / name)
+
+
+def _see_out(state: Path) -> None:
+    """Waits for forks of the zygote that have a connection, ours from above for one: they are in the shims' cgroup."""
+    words = os.fsencode(f"zygote\0{state}\0")
+    deadline = time.monotonic() + STOP_S
+    while any(_answers(pid, words) for pid in _shims()) and time.monotonic() < deadline:
+        select.select([], [], [], 0.002)
+
+
+def _shims() -> set[str]:
+    found: set[str] = set()
+    for top in CGROUPS.iterdir():
+        with contextlib.suppress(OSError):
+            found.update((top / "ocid.shims/cgroup.procs").read_text().split())
+    return found
+
+
+def _answers(pid: str, words: bytes) -> bool:
+    """Whether that is such a fork; one that has let go of its memory has no command line any more."""
+    with contextlib.suppress(OSError):
+        line = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/comm").read_text() == "ocid-zygote\n" and (not line or line.endswith(words))
+    return False
 
 
 CONTAINERD = """\
