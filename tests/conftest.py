@@ -10,6 +10,7 @@ sessions side by side, that comparison is left to who started them.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import os
 import time
@@ -25,6 +26,15 @@ from tests.support import ELSEWHERE
 MARK = "OCID_TEST_SESSION"
 # Those of vm/ look after themselves and are compared at the end: two looks at /proc take seconds under emulation.
 INTEGRATION = Path(__file__).parent / "integration"
+# These fork without exec. A thread that is just being made then, as faulthandler's watch is for every test, never gets
+# further in the child, and glibc's setgroups(3) waits there for all threads that it knows of.
+FORKING = frozenset(
+    f"test_{name}.py"
+    for name in (
+        *("runtime_api", "runtime_events", "runtime_linux", "runtime_namespaces"),
+        *("cgroups_processes", "seccomp_kernel"),
+    )
+)
 # A process that was just killed takes a moment to be reaped by its parent, and its cgroup and mounts go after it.
 SETTLE_S = 20.0
 
@@ -70,6 +80,8 @@ def leaves_nothing(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     if INTEGRATION not in request.path.parents:
         yield
         return
+    if request.path.name in FORKING:
+        faulthandler.cancel_dump_traceback_later()
     before = Machine.now(shared=False)
     yield
     marks = [str(tmp_path_factory.getbasetemp()), f"{MARK}={os.environ[MARK]}"]

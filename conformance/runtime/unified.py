@@ -181,11 +181,14 @@ def events_tell_of_an_oom(box: Box) -> None:
     out = box.path("events")
     with open(out, "w") as file:
         box.popen("events", "--interval", "100ms", one.id, stdout=file)
-    eventually(lambda: '"stats"' in out.read_text(), "events to come")
+
+    def kinds() -> set[str]:
+        whole = (line for line in out.read_text().splitlines(keepends=True) if line.endswith("\n"))
+        return {json.loads(line)["type"] for line in whole}
+
+    eventually(lambda: kinds() == {"stats"}, "events to come")
     (one.rootfs / "tmp/go").touch()
-    eventually(lambda: '"oom"' in out.read_text(), "the oom event", 60)
-    kinds = {json.loads(line)["type"] for line in out.read_text().splitlines()}
-    assert kinds == {"stats", "oom"}
+    eventually(lambda: kinds() == {"stats", "oom"}, "the oom event", 60)
 
 
 @case()
