@@ -237,13 +237,13 @@ class Resident:
     def _unlock(self, container_id: str, queue: list[Helper], helper: Helper) -> None:
         held_it = queue[0] is helper
         queue.remove(helper)
-        held = self.containers.get(container_id)
-        if held_it and held is not None:
-            held.go_on()
         if not queue:
             del self._locks[container_id]
         elif held_it:
             self._reply(queue[0], self._facts(queue[0], [], container_id))
+        held = self.containers.get(container_id)
+        if held_it and held is not None:
+            held.go_on()
 
     # ------------------------------------------------------------------------------------- what helpers may ask for
 

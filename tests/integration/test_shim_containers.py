@@ -192,22 +192,38 @@ def test_events_reach_every_subscriber_after_the_log_is_whole(pods: Lab) -> None
         stream.close()
 
 
-def test_an_exit_is_told_after_the_start_that_it_overtook(native: Lab, tmp_path: Path) -> None:
-    """With a runtime whose `start` returns once the process it has started is gone."""
+def late_runtime(tmp_path: Path, code: int) -> str:
+    """runc, but that `start` returns once the process that it has started is gone, with `code`."""
     late = tmp_path / "late"
     late.write_text(
         f'#!/bin/sh\n"{RUNC}" "$@" || exit\ncase " $* " in *" start "*) ;; *) exit ;; esac\n'
-        f'for id; do :; done\nwhile "{RUNC}" --root "$2" state "$id" | grep -q running; do :; done\n'
+        f'for id; do :; done\nwhile "{RUNC}" --root "$2" state "$id" | grep -q running; do :; done\nexit {code}\n'
     )
     late.chmod(0o755)
+    return str(late)
+
+
+def test_an_exit_is_told_after_the_start_that_it_overtook(native: Lab, tmp_path: Path) -> None:
     pod = native.pod()
-    pod.handler = str(late)
+    pod.handler = late_runtime(tmp_path, 0)
     stream = Events(pod)
     container = pod.run("c", ["true"])
     event = stream.next()
     assert event is not None and event["event"] == "exit"
     assert event["facts"]["started_ns"] and ContainerFacts(**event["facts"]) == pod.facts(container)  # type: ignore
     stream.close()
+
+
+def test_an_exit_that_overtook_a_failing_start_is_told_when_that_has_failed(native: Lab, tmp_path: Path) -> None:
+    pod = native.pod()
+    pod.handler = late_runtime(tmp_path, 1)
+    stream = Events(pod)
+    with pytest.raises(ContainerError):
+        pod.run("c", ["true"])
+    event = stream.next()
+    assert event is not None and event["event"] == "exit" and not event["facts"]["started_ns"]  # type: ignore
+    stream.close()
+    pod.shims.delete(pod.sandbox, f"{pod.id}-c")
 
 
 def test_o55_a_slow_subscriber_is_let_go_and_holds_nobody_up(native: Lab) -> None:
