@@ -17,7 +17,7 @@ from runtime.errors import RuntimeFailure
 from runtime.init_state import Setup
 from runtime.linux.failpoint import failpoint
 from runtime.linux.libc import KernelError
-from runtime.linux.process import pidfd_send_signal
+from runtime.linux.process import end_child
 from runtime.linux.progress import Progress, phase
 from runtime.namespaces import Joins
 from runtime.newborn import adjust_oom_score, check_mappings, write_mappings
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from runtime.create import CreateRequest
     from runtime.intel_rdt import Membership
     from runtime.state import State
-
-_SIGKILL = 9
 
 
 class Created:
@@ -318,17 +316,7 @@ class Birth:
         pidfd, self._pidfd = self._pidfd, -1
         if pidfd < 0:
             return
-        try:
-            pidfd_send_signal(pidfd, _SIGKILL)
-        except KernelError as error:
-            if error.errno != errno.ESRCH:
-                raise
-        finally:
-            os.close(pidfd)
-        try:
-            os.waitpid(self._pid, 0)
-        except ChildProcessError:
-            pass
+        end_child(self._pid, pidfd)
 
     def _state(self) -> State:
         facts = state.of_spec(

@@ -13,8 +13,7 @@ import os
 from runtime import criu, lifecycle, state
 from runtime.errors import RuntimeFailure
 from runtime.fields import encode
-from runtime.linux.files import AT_FDCWD, fd_path, open_in_root, read_bounded, write_durable
-from runtime.linux.libc import KernelError
+from runtime.linux.files import AT_FDCWD, fd_path, path_in_root, read_bounded, write_durable
 from runtime.linux.process import CLONE_NEWNET
 from runtime.linux.record import Record
 from runtime.namespaces import PROC_NAMES
@@ -221,10 +220,10 @@ def _external_mounts(facts: State, spec: Spec) -> Iterator[tuple[str, str]]:
     root = os.open(f"/proc/{facts.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for destination in external_destinations(spec, facts):
-            if path := _resolved(root, destination):
+            if path := path_in_root(root, destination):
                 yield path, destination
         for masked in spec.masked_paths:
-            path = _resolved(root, masked)
+            path = path_in_root(root, masked)
             if path and not os.path.isdir(f"{fd_path(root)}{path}"):
                 yield path, MASK
     finally:
@@ -252,16 +251,3 @@ def cgroup_binds(spec: Spec, cgroups: dict[str, str]) -> list[tuple[str, str]]:
         if mount.kind == "cgroup"
         for name, path in planned_binds(mount, cgroups)
     ]
-
-
-def _resolved(root: int, path: str) -> str:
-    """The path as mountinfo has it, links of the image followed inside its root; "" where there is nothing."""
-    try:
-        fd = open_in_root(root, path, os.O_PATH)
-    except KernelError:
-        return ""
-    try:
-        found, top = os.readlink(fd_path(fd)), os.readlink(fd_path(root))
-        return found if top == "/" else found.removeprefix(top)
-    finally:
-        os.close(fd)

@@ -17,7 +17,7 @@ from runtime.errors import RuntimeFailure
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import AT_FDCWD, read_bounded, write_durable
 from runtime.linux.libc import KernelError
-from runtime.linux.process import clone3, is_running, pidfd_open, pidfd_send_signal
+from runtime.linux.process import clone3, end_child, is_running, pidfd_open
 from runtime.linux.record import Record
 from runtime.spec_process import Process
 from runtime.state import State
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     _R = TypeVar("_R")
 
-_SIGKILL = 9
 _STOPPED = "cannot exec in a stopped container"
 # What joining says of an init that has ended, cloning of a pid namespace that is being emptied (pid_namespaces(7)), and
 # writing to a process that went with it.
@@ -177,7 +176,8 @@ class _Entry:
         except BaseException:
             if console >= 0:
                 os.close(console)
-            _end(pid, pidfd)
+            if pidfd >= 0:  # it did not come to its execve
+                end_child(pid, pidfd)
             raise
         finally:
             mine.close()
@@ -259,20 +259,3 @@ class _Entry:
         finally:
             os.close(master)
         return -1
-
-
-def _end(pid: int, pidfd: int) -> None:
-    """Ends a process that did not come to its execve, and waits for it."""
-    if pidfd < 0:
-        return
-    try:
-        pidfd_send_signal(pidfd, _SIGKILL)
-    except KernelError as error:
-        if error.errno != errno.ESRCH:
-            raise
-    finally:
-        os.close(pidfd)
-    try:
-        os.waitpid(pid, 0)
-    except ChildProcessError:
-        pass

@@ -17,9 +17,8 @@ from runtime.checkpoint import Directories, Images
 from runtime.create import SECCOMP_CACHE, make_manager, note_cgroups, root_path_of, unwind
 from runtime.errors import RuntimeFailure
 from runtime.linux.files import AT_FDCWD, read_bounded, remove_tree, write_durable
-from runtime.linux.libc import KernelError
 from runtime.linux.mount import AT_RECURSIVE, OPEN_TREE_CLONE, open_tree
-from runtime.linux.process import pidfd_open, pidfd_send_signal, set_no_new_privs
+from runtime.linux.process import end_child, pidfd_open, set_no_new_privs
 from runtime.linux.record import Record
 from runtime.namespaces import PROC_NAMES
 from runtime.restore_mounts import PrivateMounts, make_mount_points
@@ -279,15 +278,7 @@ class _Restoring:
             os.close(self._console)
         if self._pidfd < 0:
             return
-        try:
-            pidfd_send_signal(self._pidfd, _SIGKILL)
-        except KernelError:
-            pass  # criu was faster
-        os.close(self._pidfd)
-        try:
-            os.waitpid(self._pid, 0)
-        except ChildProcessError:
-            pass
+        end_child(self._pid, self._pidfd)  # unless criu was faster
 
     def _state(self) -> State:
         return state.of_spec(

@@ -12,7 +12,7 @@ import os
 import stat
 
 from runtime.errors import RuntimeFailure
-from runtime.linux.files import fd_path, open_in_root
+from runtime.linux.files import fd_path, open_in_root, path_in_root
 from runtime.linux.libc import KernelError
 from runtime.linux.mount import mountinfo
 
@@ -60,12 +60,12 @@ def _known(spec: Spec, top: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     shows."""
     found: dict[str, tuple[str, ...]] = {"/": ()}
     for path in spec.readonly_paths:
-        found.setdefault(_resolved(top, path), ())
+        found.setdefault(path_in_root(top, path), ())
     for path in spec.masked_paths:
-        found.setdefault(_resolved(top, path), ("tmpfs", "devtmpfs"))
+        found.setdefault(path_in_root(top, path), ("tmpfs", "devtmpfs"))
     for entry in spec.mounts:
         kinds: tuple[str, ...] = () if entry.kind == "bind" else (entry.fstype,)
-        found[_resolved(top, entry.destination)] = _CGROUPS if entry.kind == "cgroup" else kinds
+        found[path_in_root(top, entry.destination)] = _CGROUPS if entry.kind == "cgroup" else kinds
     if spec.process is not None and spec.process.terminal:
         found["/dev/console"] = ("devpts",)
     found.pop("", None)
@@ -111,19 +111,6 @@ def _verify_closed(top: int, path: str, *, masked: bool) -> None:
 
 def _is_null(status: os.stat_result) -> bool:
     return stat.S_ISCHR(status.st_mode) and status.st_rdev == os.makedev(1, 3)
-
-
-def _resolved(top: int, path: str) -> str:
-    """As mountinfo has it; "" where there is nothing."""
-    try:
-        fd = open_in_root(top, path, os.O_PATH)
-    except KernelError:
-        return ""
-    try:
-        found, root = os.readlink(fd_path(fd)), os.readlink(fd_path(top))
-        return found if root == "/" else found.removeprefix(root)
-    finally:
-        os.close(fd)
 
 
 def _refused(target: str, what: str) -> RuntimeFailure:

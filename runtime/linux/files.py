@@ -136,6 +136,19 @@ def fd_path(fd: int) -> str:
     return f"/proc/self/fd/{fd}"
 
 
+def path_in_root(root_fd: int, path: str) -> str:
+    """`path` as mountinfo has it below that root, links followed inside of it; "" where there is nothing."""
+    try:
+        fd = open_in_root(root_fd, path, os.O_PATH)
+    except KernelError:
+        return ""
+    try:
+        found, top = os.readlink(fd_path(fd)), os.readlink(fd_path(root_fd))
+        return found if top == "/" else found.removeprefix(top)
+    finally:
+        os.close(fd)
+
+
 def fstatfs_type(fd: int) -> int:
     """f_type of fstatfs(2): compare with the *_MAGIC constants before writing to a procfs or sysfs file."""
     buffer = room()

@@ -32,6 +32,7 @@ CLOSE_RANGE_CLOEXEC = 4
 
 # Looked up before any fork: doing it in each child would write to some sixty pages that it shares until then.
 _after_fork_child = ctypes.pythonapi.PyOS_AfterFork_Child
+_SIGKILL = 9
 
 
 def clone3(flags: int, *, cgroup_fd: int = -1) -> tuple[int, int]:
@@ -77,6 +78,21 @@ def pidfd_getfd(pidfd: int, number: int) -> int:
 def pidfd_send_signal(pidfd: int, number: int) -> None:
     """pidfd_send_signal(2)."""
     syscall("pidfd_send_signal", pidfd, number, None, 0, subject=f"signal {number}")
+
+
+def end_child(pid: int, take_pidfd: int) -> None:
+    """SIGKILL for a child by its pidfd, and a wait for it; one that has ended, or was waited for, is fine."""
+    try:
+        pidfd_send_signal(take_pidfd, _SIGKILL)
+    except KernelError as error:
+        if error.errno != errno.ESRCH:
+            raise
+    finally:
+        os.close(take_pidfd)
+    try:
+        os.waitpid(pid, 0)
+    except ChildProcessError:
+        pass
 
 
 def close_range(first: int, last: int = 0xFFFFFFFF, flags: int = 0) -> None:
