@@ -1,6 +1,7 @@
 """Layers that are unpacked while they are still being downloaded: a bet on the blob's digest, which costs time if lost.
 
-    download ── step ──▶ a place is free? ──▶ unpack what is there, follow what comes ──▶ wait for the digest
+    config   ── know ──▶ what the layer must be ─┐
+    download ── step ──▶ a place is free? ───────┴─▶ unpack what is there, follow what comes ──▶ wait for the digest
              ── whole ─▶ outcome: committed, or else the layer is unpacked as if nothing had been
 
 Event loop only. It refuses more of them than the configuration says, and small layers: nothing is won. A bet that is
@@ -14,7 +15,7 @@ import asyncio
 
 from imagestore.config import StoreConfig
 from imagestore.growth import Growth
-from imagestore.model import ImageError, Layer, LayerKey
+from imagestore.model import Descriptor, ImageError, Layer, LayerKey
 from imagestore.unpacking import Unpacking
 
 
@@ -26,45 +27,51 @@ class Ahead:
         self._least = config.early_bytes
         self.free = config.early_unpacks if unpacking.can_begin_early else 0
 
-    def attempt(self, layer: Layer, parent: str | None, key: LayerKey | None) -> Attempt | None:
-        """For one download of one layer that is leased; None where none is made."""
-        if not self.free or layer.blob.size < self._least:
+    def attempt(self, blob: Descriptor) -> Attempt | None:
+        """For one download of one layer's blob; None where none is made."""
+        if not self.free or blob.size < self._least:
             return None
-        return Attempt(self, self._unpacking, layer, parent, key)
+        return Attempt(self, self._unpacking)
 
 
 class Attempt:
     """One layer's."""
 
-    def __init__(
-        self, places: Ahead, unpacking: Unpacking, layer: Layer, parent: str | None, key: LayerKey | None
-    ) -> None:
+    def __init__(self, places: Ahead, unpacking: Unpacking) -> None:
         self._places, self._unpacking = places, unpacking
-        self._layer, self._parent, self._key = layer, parent, key
+        self._known: tuple[Layer, str | None, LayerKey | None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._has_place = False
+        self._is_whole = False
         self._growth: Growth | None = None
 
     def follow(self, take_growth: Growth) -> None:
         """There is something to follow."""
         self._growth = take_growth
 
+    def know(self, layer: Layer, parent: str | None, key: LayerKey | None) -> None:
+        """Which layer the blob is to become; it is leased."""
+        self._known = layer, parent, key
+        self.step()
+
     def step(self) -> None:
-        """The download went on: begins when there is a place, if it has not begun."""
+        """The download went on, or more is known: begins when there is a place, if it has not begun."""
         growth = self._growth
-        if growth is None or growth.given_up or self._task is not None:
+        if growth is None or growth.given_up or self._known is None or self._is_whole or self._task is not None:
             return
         if self._places.free:
             self._places.free -= 1
             self._has_place = True
-            self._task = asyncio.create_task(self._unpacking.unpack(self._layer, growth, self._parent, self._key))
+            layer, parent, key = self._known
+            self._task = asyncio.create_task(self._unpacking.unpack(layer, growth, parent, key))
 
     @property
     def begun(self) -> bool:
         return self._task is not None
 
     def whole(self) -> None:
-        """The download has ended, and no network is waited for any more."""
+        """The download has ended, and no network is waited for any more: what has not begun will not."""
+        self._is_whole = True
         if self._has_place:
             self._has_place = False
             self._places.free += 1

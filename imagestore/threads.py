@@ -44,6 +44,23 @@ class Threads:
         """Runs a short disk call to its end."""
         return await self.start_io(call, *args)
 
+    async def take(self, let_go: Callable[[T], None], call: Callable[..., T], *args: object) -> T:
+        """As `io`, for what holds a lock or a file and becomes the caller's: `let_go` gets it where the caller was
+        cancelled meanwhile, since the thread goes on."""
+        taking = self.start_io(call, *args)
+
+        def refuse(done: asyncio.Future[T]) -> None:
+            if done.exception() is None:
+                let_go(done.result())
+
+        try:
+            await asyncio.wait({taking})
+        except asyncio.CancelledError:
+            taking.add_done_callback(refuse)
+            await asyncio.wait({taking})
+            raise
+        return taking.result()
+
     def start_unpack(self, call: Callable[..., T], *args: object) -> Future[T]:
         """Runs a call of the unpacker, which may take long; not bound to the event loop, which may end before it."""
         if self._unpack is None:

@@ -206,6 +206,13 @@ class Stall:
 
 
 @dataclass(frozen=True)
+class Hold:
+    """The right answer, but nothing of it before `until` says so."""
+
+    until: Callable[[], bool]
+
+
+@dataclass(frozen=True)
 class Endless:
     """Sends `body` over and over without end, as 200 or as `status`."""
 
@@ -231,7 +238,7 @@ class Spoil:
     """Serves the right number of wrong bytes."""
 
 
-Action = Reply | Hang | Cut | Stall | Endless | NoRange | WrongRange | Spoil
+Action = Reply | Hang | Cut | Stall | Hold | Endless | NoRange | WrongRange | Spoil
 
 
 @dataclass
@@ -465,6 +472,10 @@ class FakeRegistry:
             await response.prepare(request)
             while True:
                 await response.write(action.body)
+        if isinstance(action, Hold):
+            while not action.until():
+                await asyncio.sleep(0.005)
+            return web.Response(status=right.status, headers=right.headers, body=right.body)
         if isinstance(action, Hang):
             await asyncio.sleep(3600)
         response = web.StreamResponse(status=right.status, headers=right.headers)

@@ -33,6 +33,7 @@ from tests.fakes.registry import (
     BuiltImage,
     Cut,
     FakeRegistry,
+    Hold,
     NoRange,
     Stall,
     build_image,
@@ -131,6 +132,12 @@ def is_whole(unpacker: Watched, built: BuiltImage) -> bool:
     return {path.name: path.read_bytes() for path in directory.iterdir()} == FILES
 
 
+def once_known(bench: Bench, registry: FakeRegistry, built: BuiltImage, expected: str = "") -> None:
+    """The layer comes, or the rest of it, when the config has told what it must be: not all of it before."""
+    wanted = expected or built.diff_ids[0]
+    registry.rule("GET", f"/blobs/{built.layer_digests[0]}", Hold(lambda: bench.store._leases.holders(wanted) > 0))
+
+
 async def stalled(bench: Bench, unpacker: Watched, reference: str) -> asyncio.Task[object]:
     """A pull that does not go on, of which some files are unpacked already."""
     pull: asyncio.Task[object] = asyncio.create_task(bench.store.pull(reference))
@@ -161,9 +168,34 @@ def test_files_are_made_before_the_last_byte_and_a_cancel_takes_them_away(
     assert unpacker.early == [built.diff_ids[0]] and unpacker.leftovers() == []
     assert bench.ingests() == {f".{built.layer_digests[0][7:]}.part"}
     registry.heal()
+    once_known(bench, registry, built)
     bench.pull(reference)
     # What was downloaded before counts at once: the second pull is early, too.
     assert unpacker.early == [built.diff_ids[0]] * 2 and unpacker.whole == [] and is_whole(unpacker, built)
+    bench.close()
+
+
+def test_a_layer_that_has_begun_before_its_config_is_unpacked_from_its_beginning(
+    tmp_path: Path, unpacker: Watched, registry: FakeRegistry
+) -> None:
+    """What came before anybody knew its diff id is there for the unpacker, too."""
+    bench = make_bench(tmp_path, unpacker, stall_timeout_s=SOON_S, answer_timeout_s=SOON_S)
+    built = image()
+    reference = registry.add("app", "1", built)
+    part = bench.root / "ingest" / f".{built.layer_digests[0][7:]}.part"
+    registry.rule("GET", f"/blobs/{built.layer_digests[0]}", Stall(SIZE * 3 // 4))
+    registry.rule(
+        "GET", f"/blobs/{built.config_digest}", Hold(lambda: part.exists() and part.stat().st_size > SIZE // 2)
+    )
+
+    async def scenario() -> None:
+        pull = await stalled(bench, unpacker, reference)
+        pull.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await pull
+
+    run(scenario())
+    assert unpacker.early == [built.diff_ids[0]] and unpacker.whole == [] and unpacker.leftovers() == []
     bench.close()
 
 
@@ -174,6 +206,7 @@ def test_what_goes_on_after_a_break_is_read_on(
     built = image("gzip")
     reference = registry.add("app", "1", built)
     rule = registry.rule("GET", f"/blobs/{built.layer_digests[0]}", trouble, times=1)
+    once_known(bench, registry, built)
     bench.pull(reference)
     assert rule.hits == 1 and unpacker.early == [built.diff_ids[0]] and unpacker.whole == []
     assert is_whole(unpacker, built) and unpacker.leftovers() == []
@@ -185,6 +218,7 @@ def test_ranges_are_read_in_their_order(tmp_path: Path, unpacker: Watched, regis
         tmp_path, unpacker, ranges=3, range_bytes=step, range_after_s=0.0, range_below=1e18, batch_bytes=step
     )
     built = image()
+    once_known(bench, registry, built)
     bench.pull(registry.add("app", "1", built))
     assert sum("Range" in seen.headers for seen in registry.seen) > 20
     assert unpacker.early == [built.diff_ids[0]] and unpacker.whole == [] and is_whole(unpacker, built)
@@ -236,6 +270,7 @@ def test_a_wrong_digest_at_the_end_leaves_nothing(
         built = image(edit_config=lambda document: document.update(rootfs={"type": "layers", "diff_ids": [expected]}))
     reference = registry.add("app", "1", built)
     registry.blobs[built.layer_digests[0]] = foreign
+    once_known(bench, registry, built, expected)
     with pytest.raises(ContentInvalid, match="wrong content"):
         bench.pull(reference)
     assert unpacker.early == [expected] and unpacker.whole == []

@@ -291,7 +291,7 @@ def test_s45_diff_id_of_another_layer(bench: Bench, registry: FakeRegistry) -> N
 def test_s45_wrong_config_for_the_machine(bench: Bench, registry: FakeRegistry) -> None:
     reference = registry.add("app", "1", build_image(architecture="arm64"))
     fails(bench, reference, ImageNotFound, "the image is for linux/arm64, this machine is linux/amd64")
-    assert registry.count("GET", "/blobs/") == 1  # the config told; no layer was fetched
+    assert bench.unpacker.calls == []  # the config told; its layers may have been asked for, but that is all
 
 
 def test_s49_two_manifests_with_one_config(bench: Bench, registry: FakeRegistry) -> None:
@@ -460,10 +460,11 @@ def test_s30_bad_redirects(bench: Bench, registry: FakeRegistry, location: str, 
 
 
 def test_redirect_loop(bench: Bench, registry: FakeRegistry) -> None:
-    reference = registry.add("app", "1", build_image())
-    registry.rule("GET", "/blobs/", Reply(307, {"Location": "/v2/app/blobs/again"}))
+    image = build_image()
+    reference = registry.add("app", "1", image)
+    registry.rule("GET", f"/blobs/({image.config_digest}|again)", Reply(307, {"Location": "/v2/app/blobs/again"}))
     fails(bench, reference, ContentInvalid, "redirects more than 5 times")
-    assert len(registry.seen) == 7
+    assert registry.count("GET", "/blobs/again") == 5
 
 
 def test_s30_failing_signed_url(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +15,10 @@ import pytest
 from imagestore.content import Blobs, Ingest
 from imagestore.leases import Leases
 from imagestore.model import ContentInvalid, Descriptor, ImageError
+from imagestore.threads import Threads
+from tests.fakes.imagestore import run
 from tests.fakes.registry import sha256
+from tests.support import SOON_S
 
 DATA = bytes(range(256)) * 1000
 BLOB = Descriptor("application/x", sha256(DATA), len(DATA))
@@ -207,3 +212,29 @@ def test_another_process_that_pulls_stops_the_collection(tmp_path: Path) -> None
     with Leases(tmp_path).collecting() as alone:
         assert alone
     assert [path.name for path in tmp_path.iterdir()] == [".collect"]
+
+
+def test_what_was_opened_for_a_pull_that_is_cancelled_meanwhile_is_let_go(blobs: Blobs) -> None:
+    """Or its lock would keep every later pull of the blob waiting, until the process ends."""
+    may_open = threading.Event()
+
+    def slowly() -> Ingest:
+        assert may_open.wait(SOON_S)
+        return opened(blobs)
+
+    async def scenario() -> None:
+        threads = Threads(1, 1)
+        threads.enter()
+        taking = asyncio.create_task(threads.take(Ingest.close, slowly))
+        await asyncio.sleep(0)
+        taking.cancel()
+        await asyncio.sleep(0)
+        may_open.set()
+        with pytest.raises(asyncio.CancelledError):
+            await taking
+        threads.leave()
+
+    run(scenario())
+    ingest = blobs.ingest(BLOB)
+    assert ingest is not None
+    ingest.close()
