@@ -6,9 +6,11 @@ Refuses to read or write files: cri.config_read and cri.config_write do. Invaria
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
+
+from runtime.linux.dataclass import dataclass
 
 NATIVE = "native"
 _LEVELS = ("debug", "info", "warning", "error")

@@ -16,7 +16,6 @@ import os
 import signal
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from cri.streaming.sessions import Sessions
 from cri.threads import to_thread
 from imagestore.model import Usage
 from imagestore.store import Store
+from runtime.linux.dataclass import dataclass
 from runtime.linux.sockets import connect_unix
 from runtime.shim.client import Shims
 from snapshotter.model import Config as SnapshotConfig

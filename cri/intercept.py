@@ -11,13 +11,13 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from grpc import StatusCode
 
 from cri import trace
 from cri.errors import CallFailed, code_of, sentence
+from runtime.linux.dataclass import dataclass
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,13 @@ again, ends the same way.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Protocol
 
 from imagestore.model import Credentials, Image, KeyFile, ProgressFunction
 from imagestore.model import Usage as ImageUsage
+from runtime.linux.dataclass import dataclass
 from runtime.linux.mount import FsMount
 from runtime.shim.model import (
     ContainerError,

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 from cri.api import api_pb2 as pb
 from cri.interfaces import InterfaceCounters
 from cri.processes import Processes
 from cri.records import Container, Pod
 from runtime.cgroups.stats import Pressure, Stats
+from runtime.linux.dataclass import dataclass
 
 # What Prometheus rules of Kubernetes select by; a pod's own samples have no container, as cAdvisor's have none.
 BASE_LABELS = ("container", "id", "image", "name", "namespace", "pod")

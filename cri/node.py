@@ -10,7 +10,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -36,6 +36,7 @@ from cri.store import Store
 from cri.streaming.sessions import Request
 from cri.threads import Threads
 from runtime.cgroups.stats import Stats
+from runtime.linux.dataclass import dataclass
 
 Record = TypeVar("Record", Pod, Container)
 # What a stream awaits once its answer will be complete from then on.

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from runtime.linux.dataclass import dataclass
 from runtime.linux.files import AT_FDCWD, read_bounded
 
 MAX_PROCESSES = 4096

@@ -6,13 +6,13 @@ No I/O. Invariant: a record never says what state something is in, only what hap
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from cri.api import api_pb2 as pb
 from cri.capabilities import capabilities
 from cri.interfaces import ContainerFacts, PodNetwork, PortMapping, Sandbox
+from runtime.linux.dataclass import dataclass
 
 NO_EXIT = -1
 # What is reported when the true code is lost: never 0, which would say that all went well (threats O17).

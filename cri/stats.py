@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from cri import usage
@@ -23,6 +22,7 @@ from cri.verbs.run_pod import own_cgroups
 from runtime.cgroups.manager import Manager, manager_for
 from runtime.cgroups.stats import Stats
 from runtime.errors import RuntimeFailure
+from runtime.linux.dataclass import dataclass
 from snapshotter.model import SnapshotError
 
 log = logging.getLogger(__name__)

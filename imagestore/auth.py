@@ -15,7 +15,7 @@ import asyncio
 import base64
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from urllib.parse import urlencode, urlsplit
 
 from imagestore.hosts import Host
@@ -23,6 +23,7 @@ from imagestore.model import AccessDenied, Credentials
 from imagestore.reference import DEFAULT_DOMAIN, is_loopback
 from imagestore.strict_json import parse_object
 from imagestore.transport import Request, Tls, origin_of, place
+from runtime.linux.dataclass import dataclass
 
 _CHALLENGE_LIMIT = 8 << 10
 _TOKEN_LIMIT = 64 << 10

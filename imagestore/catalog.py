@@ -7,7 +7,6 @@ once, since it never changes; whether all of it is there is known until somebody
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from imagestore.config import StoreConfig
 from imagestore.content import Blobs
@@ -25,6 +24,7 @@ from imagestore.model import (
 from imagestore.records import ImageRecord, Records
 from imagestore.reference import Reference, id_prefix, parse
 from imagestore.remotes import Remotes
+from runtime.linux.dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True)

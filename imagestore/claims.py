@@ -12,11 +12,11 @@ parsed before its signature was verified, so what is refused here was signed by 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
 from imagestore.model import ContentInvalid
 from imagestore.reference import is_digest
 from imagestore.strict_json import Fields, parse_object
+from runtime.linux.dataclass import dataclass
 
 SIMPLE = "atomic container signature"
 COSIGN = "cosign container image signature"

@@ -11,7 +11,6 @@ here, and garbage can wait. Invariant: `plan` names exactly what `collect` would
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 from imagestore.config import StoreConfig
@@ -21,6 +20,7 @@ from imagestore.layout import Layout
 from imagestore.leases import Leases
 from imagestore.model import Descriptor, Layer, Unpacker
 from imagestore.records import ImageRecord, Records
+from runtime.linux.dataclass import dataclass
 
 _UNREACHED = "no image names it"
 _UNPACKED = "unpacked, and image.keep_blobs is off"

@@ -7,12 +7,12 @@ beyond a limit that stands here (threats R5).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from imagestore.keyring import KeyringConfig
 from imagestore.model import Usage
 from imagestore.platforms import Platform, host_platform
+from runtime.linux.dataclass import dataclass
 
 _MIB = 1 << 20
 

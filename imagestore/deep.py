@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from imagestore.config import StoreConfig
 from imagestore.content import Blobs, errno_text
 from imagestore.manifest import Manifest, parse_config, parse_document
 from imagestore.model import ContentInvalid, Layer
+from runtime.linux.dataclass import dataclass
 
 
 def layers_of(blobs: Blobs, manifest: str) -> tuple[tuple[Layer, ...], list[str]]:

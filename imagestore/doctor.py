@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from imagestore.collector import Contents
 from imagestore.config import StoreConfig
@@ -22,6 +21,7 @@ from imagestore.layout import Layout
 from imagestore.model import ContentInvalid, Descriptor, Unpacker
 from imagestore.records import ImageRecord, Records
 from imagestore.reference import Reference, parse
+from runtime.linux.dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,14 @@ Invariant: plain HTTP only where the reference itself names a loopback host lite
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from imagestore import durations
 from imagestore.model import ImageError, ReferenceInvalid
 from imagestore.reference import DEFAULT_DOMAIN, is_loopback, split_port
+from runtime.linux.dataclass import dataclass
 from runtime.linux.files import AT_FDCWD, read_bounded
 from runtime.linux.libc import KernelError
 

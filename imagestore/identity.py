@@ -13,11 +13,10 @@ signature made for one repository fits another only where the policy says so, by
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from imagestore.model import ContentInvalid, ReferenceInvalid
 from imagestore.reference import Reference, parse, split_port
 from imagestore.strict_json import Fields
+from runtime.linux.dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True)

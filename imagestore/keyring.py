@@ -17,7 +17,7 @@ import binascii
 import errno
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from imagestore.model import ContentInvalid, Credentials, ImageError
 from imagestore.programs import ProgramRefused, ask, find
 from imagestore.reference import DEFAULT_DOMAIN
 from imagestore.strict_json import Fields, parse_object
+from runtime.linux.dataclass import dataclass
 from runtime.linux.files import AT_FDCWD, read_bounded
 from runtime.linux.libc import KernelError
 

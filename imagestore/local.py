@@ -14,7 +14,6 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +27,7 @@ from imagestore.registry import Document, Report
 from imagestore.strict_json import parse_array, parse_object
 from imagestore.tarfiles import TarIndex
 from imagestore.threads import Threads
+from runtime.linux.dataclass import dataclass
 
 _TAR = "application/vnd.oci.image.layer.v1.tar"
 _PIECE = 1 << 20

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -21,6 +20,7 @@ from imagestore.model import ImageError, PolicyInvalid
 from imagestore.reference import Reference
 from imagestore.scopes import in_registry
 from imagestore.signatures import Signature, from_blob
+from runtime.linux.dataclass import dataclass
 from runtime.linux.files import AT_FDCWD, read_bounded
 
 # Where containers/image looks when no file says anything.

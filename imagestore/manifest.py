@@ -8,7 +8,7 @@ a descriptor behind this module has a strict digest and a size within limits.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from imagestore.artifacts import artifact_layers, file_of
 from imagestore.config import StoreConfig
@@ -17,6 +17,7 @@ from imagestore.model import ContentInvalid, Descriptor, ImageConfig, ImageNotFo
 from imagestore.platforms import Platform
 from imagestore.reference import is_digest
 from imagestore.strict_json import Fields, parse_object
+from runtime.linux.dataclass import dataclass
 
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"

@@ -6,9 +6,11 @@ No I/O here. Invariant: an `Image` that exists is whole: its manifest, config an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
+
+from runtime.linux.dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ was pulled, and of the index that led to it.
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import dataclass
+
+from runtime.linux.dataclass import dataclass
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS image_origin (

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 
 from imagestore.model import ReferenceInvalid
+from runtime.linux.dataclass import dataclass
 
 _MACHINES = {
     "x86_64": ("amd64", ""),

@@ -10,7 +10,6 @@ another. Pure but for `Material.read`. Invariant: a policy that was parsed leave
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from imagestore.identity import DEFAULT, Identity, parse_identity
@@ -18,6 +17,7 @@ from imagestore.model import ContentInvalid, PolicyInvalid
 from imagestore.scopes import Subject, check_scope
 from imagestore.signatures import from_base64
 from imagestore.strict_json import Fields, parse_object
+from runtime.linux.dataclass import dataclass
 from runtime.linux.files import AT_FDCWD, read_bounded
 
 _VALUES = 200_000

@@ -12,7 +12,6 @@ import json
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from imagestore import durations
@@ -20,6 +19,7 @@ from imagestore.keyring import matches
 from imagestore.model import ContentInvalid, Credentials, ImageError
 from imagestore.programs import ask, find
 from imagestore.strict_json import Fields, parse_object
+from runtime.linux.dataclass import dataclass
 from runtime.linux.files import AT_FDCWD, read_bounded
 from runtime.linux.libc import KernelError
 

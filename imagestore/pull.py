@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from imagestore.ahead import Ahead, Attempt
 from imagestore.config import StoreConfig
@@ -41,6 +41,7 @@ from imagestore.shared import Flights, Slots
 from imagestore.source import Source
 from imagestore.threads import Threads
 from imagestore.unpacking import Unpacking
+from runtime.linux.dataclass import dataclass
 
 # Another process writes the same blob: how often to look whether it has finished. There is no lock to wait on that a
 # dead process would not also leave, and flock(2) without NB would hold a thread for as long.

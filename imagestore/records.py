@@ -15,13 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 
 from imagestore import indexes, origins
 from imagestore.model import Descriptor, ImageError
 from imagestore.origins import Origin
 from imagestore.reference import Reference
+from runtime.linux.dataclass import dataclass
 from runtime.linux.failpoint import failpoint
 
 T = TypeVar("T")

@@ -9,9 +9,9 @@ S43). Invariant: `parse(str(r)) == r`, and a `Reference` always names one domain
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from imagestore.model import ReferenceInvalid
+from runtime.linux.dataclass import dataclass
 
 # re.ASCII everywhere: \w and [0-9] must not take other scripts' letters and digits (threats P6).
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from imagestore.hosts import DOCKER_HUB, Host, default_scheme
 from imagestore.model import AccessDenied, ImageError, ReferenceInvalid
 from imagestore.reference import DEFAULT_DOMAIN, Reference, is_loopback, is_qualified, parse, split_port
+from runtime.linux.dataclass import dataclass
 from runtime.linux.files import AT_FDCWD, read_bounded
 from runtime.linux.libc import KernelError
 

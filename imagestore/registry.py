@@ -17,7 +17,6 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 
 from imagestore.auth import Login, parse_challenges
@@ -50,6 +49,7 @@ from imagestore.transport import (
     worded,
 )
 from imagestore.wording import registry_words
+from runtime.linux.dataclass import dataclass
 
 T = TypeVar("T")
 Report = Callable[[int], None]

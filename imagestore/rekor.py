@@ -16,13 +16,13 @@ import binascii
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from imagestore.keys import verifies
 from imagestore.model import ContentInvalid
 from imagestore.signatures import decoded
 from imagestore.strict_json import Fields, parse_object
+from runtime.linux.dataclass import dataclass
 
 if TYPE_CHECKING:
     from imagestore.keys import PublicKey

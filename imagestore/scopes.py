@@ -10,10 +10,10 @@ for the first.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from imagestore.reference import Reference
+from runtime.linux.dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ were read and hashed here, never one that a registry told.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from imagestore import signing
 from imagestore.attaching import Attaching, lay
@@ -24,6 +23,7 @@ from imagestore.registry import Document
 from imagestore.signatures import Bundle, Cosign, Signature
 from imagestore.source import RegistrySource
 from imagestore.verification import Reach
+from runtime.linux.dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True)

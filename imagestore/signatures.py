@@ -13,10 +13,10 @@ import base64
 import binascii
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from imagestore.model import ContentInvalid
 from imagestore.strict_json import Fields, parse_array, parse_object
+from runtime.linux.dataclass import dataclass
 
 COSIGN_TYPE = "application/vnd.dev.cosign.simplesigning.v1+json"
 BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"

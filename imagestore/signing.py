@@ -15,7 +15,6 @@ import base64
 import hashlib
 import json
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from imagestore import claims, sigstore
@@ -23,6 +22,7 @@ from imagestore.cosign_keys import is_cosign_key, open_cosign_key
 from imagestore.keys import der, pem, usable, verifies
 from imagestore.model import ImageError
 from imagestore.signatures import BUNDLE_TYPE, CERTIFICATE, CHAIN, ENTRY, SIGNATURE, Bundle, Cosign, Simple
+from runtime.linux.dataclass import dataclass
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey

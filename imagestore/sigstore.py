@@ -12,7 +12,6 @@ that comes from here passed each of the steps that its requirement names.
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from imagestore import rekor
@@ -23,6 +22,7 @@ from imagestore.policy import Material, SigstoreSigned
 from imagestore.signatures import CERTIFICATE, CHAIN, ENTRY, SIGNATURE, Bundle, Cosign, decoded, from_base64
 from imagestore.strict_json import Fields, parse_object
 from imagestore.timestamps import Authorities, Untimed, authorities, time_of
+from runtime.linux.dataclass import dataclass
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate

@@ -15,7 +15,6 @@ import asyncio
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,6 +55,7 @@ from imagestore.told import kind_of, told
 from imagestore.transport import Transport, preload
 from imagestore.trust import Finder, Gate, Trust
 from imagestore.usage import disk_usage
+from runtime.linux.dataclass import dataclass
 
 __all__ = ["Store", "StoreConfig"]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import posixpath
-from dataclasses import dataclass
 
 from imagestore.model import ContentInvalid
+from runtime.linux.dataclass import dataclass
 
 _BLOCK = 512
 _MEMBERS = 50_000

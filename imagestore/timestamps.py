@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from imagestore.certificates import parse_chain
 from imagestore.model import PolicyInvalid
 from imagestore.policy import Material
+from runtime.linux.dataclass import dataclass
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate

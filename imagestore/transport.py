@@ -16,7 +16,7 @@ import ssl
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin, urlsplit
 
@@ -27,6 +27,7 @@ from imagestore.model import ContentInvalid, ImageError, RegistryUnavailable
 from imagestore.proxy import proxy_for
 from imagestore.rate import Rate
 from imagestore.reference import is_loopback
+from runtime.linux.dataclass import dataclass
 
 if TYPE_CHECKING:
     import aiohttp

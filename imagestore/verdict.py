@@ -11,7 +11,6 @@ Invariant: `accepted` means that every requirement was met, by a claim about one
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from imagestore.claims import Claim
 from imagestore.identity import Identity
@@ -19,6 +18,7 @@ from imagestore.model import ContentInvalid, SignatureRefused
 from imagestore.policy import Accept, Material, Policy, Reject, Requirement, SignedBy, SigstoreSigned
 from imagestore.scopes import Subject
 from imagestore.signatures import Signature, Simple
+from runtime.linux.dataclass import dataclass
 
 _SHOWN = 4
 

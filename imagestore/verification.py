@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 from imagestore.config import StoreConfig
 from imagestore.model import Credentials, ImageNotFound
@@ -22,6 +21,7 @@ from imagestore.threads import Threads
 from imagestore.transport import Transport, preload
 from imagestore.trust import Finder, Trust, timestamp_authorities
 from imagestore.verdict import Verdict, judge, needs_signatures
+from runtime.linux.dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True)

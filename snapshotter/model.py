@@ -5,8 +5,9 @@ Invariant: a layer or an active snapshot is there in full or not at all, to ever
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol, TypeAlias
+
+from runtime.linux.dataclass import dataclass
 
 LayerKey: TypeAlias = tuple[bytes, bytes, bytes]
 """What opens an encrypted layer: the AES-256 key, the nonce, and the HMAC that the encrypted bytes have."""

@@ -17,8 +17,9 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from runtime.linux.dataclass import dataclass
 from runtime.linux.libc import KernelError
 from snapshotter.model import LayerKey, Limits, SnapshotError, UnpackError
 

@@ -15,9 +15,10 @@ import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
+from runtime.linux.dataclass import dataclass
 from runtime.linux.files import open_beneath, remove_tree
 from snapshotter.model import Config, LayerKey
 from snapshotter.overlay import Overlay

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+
+from runtime.linux.dataclass import dataclass
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS snapshotter_layers (

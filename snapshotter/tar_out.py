@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from runtime.linux.dataclass import dataclass
 from runtime.linux.files import write_all
 
 _BLOCK = 512

@@ -15,7 +15,6 @@ import hashlib
 import ipaddress
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -28,6 +27,7 @@ from cri.network.netns import inside, open_netns
 from cri.network.records import is_alive
 from cri.network.sysctl import write_net
 from cri.network.values import Address, Allocation, Call, PluginError, PodRoute, Result, make_result
+from runtime.linux.dataclass import dataclass
 from runtime.linux.failpoint import failpoint
 
 NOT_NATIVE: Final = ("vlan", "vlanTrunk", "macspoofchk", "disableContainerInterface", "uplinkInterface", "args")

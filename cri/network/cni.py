@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from cri.network.plan import Plan, Tools
 from cri.network.records import Record, Records
 from cri.network.values import Call, Cancel, PluginError, Result
 from cri.threads import Threads
+from runtime.linux.dataclass import dataclass
 from runtime.linux.failpoint import failpoint
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final, NoReturn
+
+from runtime.linux.dataclass import dataclass
 
 SIZE_LIMIT: Final = 1 << 20
 PLUGIN_LIMIT: Final = 32

@@ -17,12 +17,12 @@ import signal
 import stat
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cri.network.conflist import ConfigError, Conflist, Plugin, field, is_name, parse_json
 from cri.network.values import Call, Cancel, CancelledError, PluginError, Result, parse_result
+from runtime.linux.dataclass import dataclass
 from runtime.linux.process import CLOSE_RANGE_CLOEXEC, close_range, pidfd_open
 
 OUTPUT_LIMIT = 1 << 20

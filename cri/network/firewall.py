@@ -20,13 +20,13 @@ import errno
 import ipaddress
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 from cri.network import nftables as nft
 from cri.network.netlink import IPAddress, IPNetwork, NetlinkError
 from cri.network.records import is_alive
+from runtime.linux.dataclass import dataclass
 
 _PREROUTING, _OUTPUT, _POSTROUTING = 0, 3, 4  # NF_INET_*
 _DSTNAT, _SRCNAT = -100, 100

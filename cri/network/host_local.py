@@ -18,13 +18,13 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from cri.network.conflist import ConfigError, Json, field
 from cri.network.netlink import IPAddress, IPNetwork
 from cri.network.values import Address, Allocation, Call, PluginError, PodRoute, Result, parse_route
+from runtime.linux.dataclass import dataclass
 from runtime.linux.files import AT_FDCWD, read_bounded, write_all
 
 _FILE_LIMIT: Final = 4096

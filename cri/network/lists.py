@@ -11,12 +11,12 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from cri.network.conflist import SIZE_LIMIT, ConfigError, Conflist, parse_file, parse_list
 from cri.network.netlink import IPNetwork, Netlink, get_link, list_links
 from cri.network.routes import Route, list_addresses, list_routes
+from runtime.linux.dataclass import dataclass
 from runtime.linux.files import AT_FDCWD, read_bounded
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,6 @@ import errno
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from cri.network.netlink import (
     NETLINK_NETFILTER,
@@ -31,6 +30,7 @@ from cri.network.netlink import (
     parse_error,
     text,
 )
+from runtime.linux.dataclass import dataclass
 
 NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6 = 1, 2, 10
 NFT_NAME_LIMIT = 128

@@ -7,7 +7,7 @@ configuration alone, so that DEL makes the same one as ADD did; whether a progra
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from cri.network.conflist import VERSIONS, ConfigError, Conflist, Plugin, field
 from cri.network.external import Binaries, External
 from cri.network.firewall import Firewall
 from cri.network.values import Allocation, Call, PluginError, Result, Step
+from runtime.linux.dataclass import dataclass
 
 _VERSION_TIMEOUT_S = 10.0
 

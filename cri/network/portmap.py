@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from cri.interfaces import PortMapping
@@ -19,6 +18,7 @@ from cri.network.netlink import IPAddress, Netlink
 from cri.network.routes import route_interface
 from cri.network.sysctl import write_net
 from cri.network.values import Call, PluginError, Result
+from runtime.linux.dataclass import dataclass
 
 # What the reference does with iptables alone: extra match arguments, and marks that other rules look for.
 _NOT_NATIVE: Final = ("conditionsV4", "conditionsV6", "markMasqBit", "externalSetMarkChain", "masqAll")

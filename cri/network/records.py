@@ -11,13 +11,14 @@ import errno
 import json
 import logging
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cri.interfaces import PodNetwork, PortMapping
 from cri.network.conflist import ConfigError, Conflist, field, is_name, parse_json, parse_list
 from cri.network.values import Result, parse_result
+from runtime.linux.dataclass import dataclass
 from runtime.linux.files import AT_FDCWD, read_bounded, write_durable
 
 log = logging.getLogger(__name__)

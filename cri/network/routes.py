@@ -10,7 +10,6 @@ import errno
 import ipaddress
 import socket
 import struct
-from dataclasses import dataclass
 
 from cri.network.netlink import (
     NLM_F_CREATE,
@@ -26,6 +25,7 @@ from cri.network.netlink import (
     link_name,
     u32,
 )
+from runtime.linux.dataclass import dataclass
 
 # linux/rtnetlink.h
 RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR, RTM_NEWROUTE, RTM_GETROUTE = 20, 21, 22, 24, 26

@@ -12,13 +12,13 @@ import os
 import select
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cri.interfaces import PodNetwork
 from cri.network.conflist import VERSIONS, ConfigError, Json, field
 from cri.network.netlink import IPAddress, IPInterface, IPNetwork
+from runtime.linux.dataclass import dataclass
 
 _IPS_LIMIT, _ITEMS_LIMIT = 64, 1024
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from cri.spec.mounts import PodFiles
 from cri.spec.users import User, UserRequest
 from cri.spec.validate import InvalidRequest
 from imagestore.model import ImageConfig
+from runtime.linux.dataclass import dataclass
 
 OCI_VERSION = "1.2.0"
 UNIT_PREFIX = "ocid"

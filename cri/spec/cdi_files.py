@@ -15,13 +15,13 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cri.spec.validate import InvalidRequest
 from runtime.errors import RuntimeFailure
 from runtime.fields import Fields, decode
+from runtime.linux.dataclass import dataclass
 
 VERSIONS = ("0.3.0", "0.4.0", "0.5.0", "0.6.0", "0.7.0", "0.8.0", "1.0.0", "1.1.0")
 MAX_FILE = 4 << 20

@@ -9,12 +9,12 @@ the peers).
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from cri.api import api_pb2 as pb
 from cri.spec import security, validate
 from cri.spec.validate import InvalidRequest
 from runtime import labels
+from runtime.linux.dataclass import dataclass
 
 APPARMOR_DEFAULT = "ocid-default"
 _LOCALHOST = "localhost/"

@@ -9,12 +9,12 @@ mount_options says so.
 from __future__ import annotations
 
 import posixpath
-from dataclasses import dataclass
 from typing import Any
 
 from cri.api import api_pb2 as pb
 from cri.interfaces import FsMount
 from cri.spec.validate import InvalidRequest
+from runtime.linux.dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True)

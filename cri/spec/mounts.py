@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import posixpath
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from cri.api import api_pb2 as pb
@@ -17,6 +16,7 @@ from cri.spec import images, userns
 from cri.spec.images import ImageMount
 from cri.spec.validate import InvalidRequest
 from runtime import labels
+from runtime.linux.dataclass import dataclass
 from runtime.linux.files import PROC_SUPER_MAGIC, SYSFS_MAGIC, fstatfs_type
 from runtime.linux.mount import MountPoint, mountinfo
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from cri.spec.validate import InvalidRequest
+from runtime.linux.dataclass import dataclass
 from runtime.linux.files import read_bounded
 from runtime.linux.libc import KernelError
 from runtime.linux.mount import MOUNT_ATTR_NODEV, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY, FsMount

@@ -7,7 +7,8 @@ Invariant: an answer that is no upgrade closes the connection.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+
+from runtime.linux.dataclass import dataclass
 
 MAX_HEAD = 32 << 10
 MAX_FIELDS = 100

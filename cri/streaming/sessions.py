@@ -18,7 +18,7 @@ import socket
 import struct
 import termios
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, ParamSpec, TypeVar
 
 from cri.errors import sentence
@@ -28,6 +28,7 @@ from cri.streaming.resize import follow_sizes
 from cri.streaming.status import Status
 from cri.streaming.wire import Stream
 from cri.threads import Threads
+from runtime.linux.dataclass import dataclass
 
 _MAX_ANSWER = 64 << 10
 _CHUNK = 64 << 10

@@ -6,7 +6,8 @@ No I/O. Invariant: an exit code is told as a number where the client can read on
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+
+from runtime.linux.dataclass import dataclass
 
 _EXIT_REASON = "NonZeroExitCode"
 _INTERNAL = "InternalError"

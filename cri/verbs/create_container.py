@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from cri.verbs.remove_container import take_away
 from cri.verbs.run_pod import cgroup_parent, check_labels, hostname, namespaces
 from cri.verbs.stop_container import signal_number
 from imagestore.model import Image, KeyFile
+from runtime.linux.dataclass import dataclass
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import write_durable
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from cri import checkpoint_reader as reader
@@ -28,6 +27,7 @@ from cri.undo import Undo
 from cri.verbs import create_container, run_pod
 from cri.verbs.checkpoint import directory, restoring
 from cri.verbs.remove_container import take_away
+from runtime.linux.dataclass import dataclass
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import remove_tree
 

@@ -11,7 +11,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 from cri import trace
@@ -27,6 +26,7 @@ from cri.threads import to_thread
 from cri.undo import Undo, both
 from runtime.cgroups.scope import expand_slice
 from runtime.errors import RuntimeFailure
+from runtime.linux.dataclass import dataclass
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import remove_tree, write_durable
 

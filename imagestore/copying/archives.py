@@ -11,7 +11,6 @@ import io
 import os
 import stat
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +18,7 @@ from imagestore.layout import REF_NAME
 from imagestore.local import DirectoryFiles, Files, TarFiles
 from imagestore.model import ContentInvalid, ImageError, ImageNotFound
 from imagestore.strict_json import parse_array, parse_object
+from runtime.linux.dataclass import dataclass
 
 _PIECE = 1 << 20
 _INDEX = 4 << 20

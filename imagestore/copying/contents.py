@@ -8,13 +8,13 @@ foreign layers: their bytes are not the registry's to give (threats S26).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
 from imagestore.config import StoreConfig
 from imagestore.manifest import DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, descriptor
 from imagestore.model import ContentInvalid, Descriptor
 from imagestore.registry import Document
 from imagestore.strict_json import Fields, parse_object
+from runtime.linux.dataclass import dataclass
 
 INDEXES = frozenset({OCI_INDEX, DOCKER_LIST})
 MANIFESTS = frozenset({OCI_MANIFEST, DOCKER_MANIFEST})

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from imagestore.config import StoreConfig
@@ -38,6 +38,7 @@ from imagestore.resolve import resolve
 from imagestore.shared import first_of
 from imagestore.source import Source
 from imagestore.threads import Threads
+from runtime.linux.dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ Pure. Refuses a text without one of these in front: a bare name could be a file 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from imagestore.model import ReferenceInvalid
+from runtime.linux.dataclass import dataclass
 
 KINDS = ("docker", "oci", "oci-archive", "docker-archive", "dir", "ocid")
 

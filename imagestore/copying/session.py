@@ -10,7 +10,6 @@ import os
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from imagestore.config import StoreConfig
@@ -32,6 +31,7 @@ from imagestore.source import RegistrySource, Source
 from imagestore.threads import Threads
 from imagestore.transport import Transport, preload
 from imagestore.trust import Finder, Gate, Trust
+from runtime.linux.dataclass import dataclass
 from runtime.linux.files import remove_tree
 
 

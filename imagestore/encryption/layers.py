@@ -16,13 +16,13 @@ import binascii
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imagestore.encryption.keys import keys_below, private_key
 from imagestore.model import ContentInvalid, DecryptionRefused, Descriptor, KeyFile, Layer, LayerKey
 from imagestore.strict_json import parse_object
+from runtime.linux.dataclass import dataclass
 
 if TYPE_CHECKING:
     from imagestore.encryption.keys import PrivateKey

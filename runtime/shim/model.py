@@ -8,9 +8,10 @@ the reader to compute.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
+from runtime.linux.dataclass import dataclass
 from runtime.linux.mount import FsMount
 
 

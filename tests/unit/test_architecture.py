@@ -159,7 +159,8 @@ def test_network_uses_the_leaf_and_its_own_package() -> None:
 
 
 def test_interfaces_know_value_types_only() -> None:
-    allowed = ("imagestore.model", "snapshotter.model", "runtime.shim.model", "runtime.linux.mount")
+    models = ("imagestore.model", "snapshotter.model", "runtime.shim.model")
+    allowed = (*models, "runtime.linux.mount", "runtime.linux.dataclass")
     edges = [
         edge
         for edge in imports()
