@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from imagestore.ahead import Attempt
@@ -23,6 +22,7 @@ from imagestore.manifest import Manifest, check_platform, parse_config
 from imagestore.model import ContentInvalid, ImageConfig, ImageError, Layer, LayerKey, Progress, ProgressFunction
 from imagestore.shared import first_of
 from imagestore.source import Source
+from runtime.linux.dataclass import dataclass
 
 if TYPE_CHECKING:
     from imagestore.pull import Held, Puller
