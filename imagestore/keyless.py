@@ -1,7 +1,9 @@
-"""Signing with an identity token instead of a key: a certificate from Fulcio, an entry in Rekor.
+"""The services that signing asks: a certificate from Fulcio, an entry in Rekor, a time from an authority.
 
     POST FULCIO/api/v2/signingCert      token, request for a certificate     -> certificates
     POST REKOR/api/v1/log/entries       what was signed, by whom             -> a promise, and a proof of inclusion
+    POST REKOR/api/v2/log/entries       the same (tiled_log.py)              -> a proof of inclusion
+    POST TIME                           a hash of the signature (RFC 3161)   -> a signed time
 
 Refuses redirects: the token goes where it was meant to go. Refuses answers beyond their cap, and ones about another
 key. Invariant: no message holds the token.
@@ -15,6 +17,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING
 
+from imagestore import tiled_log, timestamps
 from imagestore.certificates import parse_chain
 from imagestore.claims import IN_TOTO
 from imagestore.keys import der
@@ -33,11 +36,11 @@ _ANSWER_S = 60.0
 
 
 class Services:
-    """Fulcio and Rekor by their URLs; "" where one is not asked."""
+    """Each by its URL; "" where one is not asked."""
 
-    def __init__(self, transport: Transport, fulcio: str, rekor: str) -> None:
+    def __init__(self, transport: Transport, fulcio: str, rekor: str, stamper: str = "") -> None:
         self._transport = transport
-        self._fulcio, self._rekor = fulcio.rstrip("/"), rekor.rstrip("/")
+        self._fulcio, self._rekor, self._stamper = fulcio.rstrip("/"), rekor.rstrip("/"), stamper
 
     async def certificate(self, token: str, signer: Signer) -> Certified:
         """For whom the token speaks. Raises ImageError and its kinds."""
@@ -70,9 +73,34 @@ class Services:
             raise ContentInvalid(f"rekor {place(self._rekor)}: the answer has no entry")
         return _entry(made, "dsse" if bundle else "hashedrekord")
 
+    async def tiled_entry(
+        self, signature: bytes, payload: bytes, data: bytes, key: PublicKey, certificate: bytes
+    ) -> Entry:
+        """In a log of Rekor 2; see tiled_log.request. Raises ImageError and its kinds."""
+        document = tiled_log.request(signature, payload, data, key, certificate)
+        answer = await self._post(f"{self._rekor}/api/v2/log/entries", document, "log entry", [])
+        return Entry("", tiled_log.answered(answer, place(self._rekor)))
+
+    async def stamp(self, signature: bytes) -> bytes:
+        """The RFC 3161 response about `signature`; b"" where no authority is asked. Raises ImageError and its kinds."""
+        if not self._stamper:
+            return b""
+        asked = timestamps.query(signature)
+        headers = {"Content-Type": "application/timestamp-query", "Accept": "application/timestamp-reply"}
+        answer = await self._send(self._stamper, headers, asked.as_bytes(), "timestamp", [])
+        try:
+            timestamps.check_answer(answer, asked)
+        except timestamps.Untimed as error:
+            raise ContentInvalid(f"{place(self._stamper)}: {error}") from None
+        return answer
+
     async def _post(self, url: str, document: object, what: str, secrets: list[str]) -> Fields:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        request = Request("POST", url, headers, body=json.dumps(document).encode(), redirects=0)
+        body = await self._send(url, headers, json.dumps(document).encode(), what, secrets)
+        return parse_object(body, f"{place(url)}: {what}", _VALUES)
+
+    async def _send(self, url: str, headers: dict[str, str], data: bytes, what: str, secrets: list[str]) -> bytes:
+        request = Request("POST", url, headers, body=data, redirects=0)
         try:
             async with asyncio.timeout(_ANSWER_S), self._transport.send(request) as answer:
                 body = await answer.response.content.read(_LIMIT + 1)
@@ -86,7 +114,7 @@ class Services:
         if status not in (200, 201):
             words = registry_words(body, secrets)
             raise ImageError(f"{place(url)} answered {status} for {what}" + (f" ({words})" if words else ""))
-        return parse_object(body, f"{place(url)}: {what}", _VALUES)
+        return body
 
 
 def _key_of(leaf: bytes) -> bytes:

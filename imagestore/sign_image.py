@@ -22,6 +22,7 @@ from imagestore.reference import Reference, parse
 from imagestore.registry import Document
 from imagestore.signatures import Bundle, Cosign, Signature
 from imagestore.source import RegistrySource
+from imagestore.tiled_log import own_hash
 from imagestore.verification import Reach
 from runtime.linux.dataclass import dataclass
 
@@ -36,6 +37,11 @@ class How:
     token: str = ""
     fulcio: str = ""
     rekor: str = ""
+    rekor_2: bool = False
+    """`rekor` is a log of Rekor 2, whose answers say no time."""
+    log: bytes = b""
+    """The log's public key, PEM: what it answers is verified by that before anything is pushed."""
+    stamper: str = ""
     bundle: bool = False
     lookaside: bool = False
     name: str = ""
@@ -106,20 +112,34 @@ class _Maker:
         if signer is None:
             return signing.simple(how.openpgp, how.password, digest, name)
         payload = signing.statement(digest, name) if how.bundle else signing.claim(digest, name)
-        signature = signer.sign(signing.to_be_signed(payload, bundle=how.bundle))
-        who = self._certified.leaf if self._certified else signer.pem
-        entry = await self._services.entry(signature, payload, who, bundle=how.bundle)
+        data = signing.to_be_signed(payload, bundle=how.bundle)
+        if how.rekor_2:
+            signature = signer.sign(data, own_hash(signer.public) or "sha256")
+        else:
+            signature = signer.sign(data)
+        entry = await self._entry(signer, signature, payload, data)
         if how.bundle:
-            made: Cosign | Bundle = signing.bundled(payload, signature, signer, self._certified, entry)
+            stamp = await self._services.stamp(signature)
+            made: Cosign | Bundle = signing.bundled(payload, signature, signer, self._certified, entry, stamp)
         else:
             made = signing.annotated(payload, signature, self._certified, entry)
         if self._certified is None:
             signing.checked(made, signer, digest, name)
+        if how.log:
+            signing.checked_entry(made, signer, self._certified, how.log)
         return made
+
+    async def _entry(
+        self, signer: signing.Signer, signature: bytes, payload: bytes, data: bytes
+    ) -> signing.Entry | None:
+        leaf = self._certified.leaf if self._certified else b""
+        if self._how.rekor_2:
+            return await self._services.tiled_entry(signature, payload, data, signer.public, leaf)
+        return await self._services.entry(signature, payload, leaf or signer.pem, bundle=self._how.bundle)
 
 
 async def _maker(reach: Reach, how: How) -> _Maker:
-    services = Services(reach.transport, how.fulcio, how.rekor)
+    services = Services(reach.transport, how.fulcio, how.rekor, how.stamper)
     if how.openpgp:
         return _Maker(how, None, None, services)
     if how.token:
@@ -161,4 +181,14 @@ def missing(how: How) -> str:
         return "--identity-token needs --fulcio-url and --rekor-url: only a log says when a certificate was used"
     if how.openpgp and (how.bundle or how.rekor):
         return "--openpgp-key makes simple signing, which knows neither bundles nor logs"
+    if how.rekor_2 and not (how.rekor and how.bundle and how.log):
+        return (
+            "--rekor-version 2 needs --rekor-url, --bundle and --rekor-key: only bundles hold what such a log answers"
+        )
+    if how.rekor_2 and how.token and not how.stamper:
+        return "--identity-token needs --timestamp-url with --rekor-version 2: that log does not say when"
+    if how.log and not how.rekor:
+        return "--rekor-key is the key of the log at --rekor-url"
+    if how.stamper and not how.bundle:
+        return "--timestamp-url needs --bundle: only bundles hold such times"
     return ""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from imagestore import claims, sigstore
 from imagestore.cosign_keys import is_cosign_key, open_cosign_key
-from imagestore.keys import der, pem, usable, verifies
+from imagestore.keys import der, load_key, pem, usable, verifies
 from imagestore.model import ImageError
 from imagestore.signatures import BUNDLE_TYPE, CERTIFICATE, CHAIN, ENTRY, SIGNATURE, Bundle, Cosign, Simple
 from runtime.linux.dataclass import dataclass
@@ -38,7 +38,7 @@ CREATOR = "ocid"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a log answered: cosign's annotation, and a bundle's tlogEntry."""
+    """What a log answered: cosign's annotation, "" where the log makes none, and a bundle's tlogEntry."""
 
     annotation: str
     bundled: dict[str, object]
@@ -59,12 +59,13 @@ class Signer:
         self._key = key
         self.public: PublicKey = usable(key.public_key())
 
-    def sign(self, data: bytes) -> bytes:
+    def sign(self, data: bytes, hash_: str = "sha256") -> bytes:
+        """`hash_` is for curves; cosign signs SHA-256 whatever the curve is."""
         from cryptography.hazmat.primitives import hashes
         from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 
         if isinstance(self._key, ec.EllipticCurvePrivateKey):
-            made = self._key.sign(data, ec.ECDSA(hashes.SHA256()))
+            made = self._key.sign(data, ec.ECDSA(getattr(hashes, hash_.upper())()))
         elif isinstance(self._key, rsa.RSAPrivateKey):
             made = self._key.sign(data, padding.PKCS1v15(), hashes.SHA256())
         else:
@@ -130,13 +131,21 @@ def annotated(payload: bytes, signature: bytes, certified: Certified | None, ent
 
 
 def bundled(
-    payload: bytes, signature: bytes, signer: Signer, certified: Certified | None, entry: Entry | None
+    payload: bytes,
+    signature: bytes,
+    signer: Signer,
+    certified: Certified | None,
+    entry: Entry | None,
+    stamp: bytes = b"",
 ) -> Bundle:
-    """The same as a sigstore bundle."""
+    """The same as a sigstore bundle. `stamp` is an RFC 3161 response."""
     material: dict[str, object] = {"publicKey": {"hint": _hint(signer)}}
     if certified is not None:
         material = {"certificate": {"rawBytes": _der(certified.leaf)}}
     material["tlogEntries"] = [] if entry is None else [entry.bundled]  # some readers want the field
+    if stamp:
+        times = [{"signedTimestamp": base64.b64encode(stamp).decode()}]
+        material["timestampVerificationData"] = {"rfc3161Timestamps": times}
     envelope = {
         "payload": base64.b64encode(payload).decode(),
         "payloadType": claims.IN_TOTO,
@@ -182,3 +191,13 @@ def checked(made: Cosign | Bundle, signer: Signer, digest: str, name: str) -> No
         found, _ = sigstore.verify(made, roots, time.time())
         if claims.Claim(digest, name) not in found:
             raise ImageError("the signature that was made does not verify")
+
+
+def checked_entry(made: Cosign | Bundle, signer: Signer, certified: Certified | None, log: bytes) -> None:
+    """Raises ImageError unless the log with the public key `log`, PEM, has taken this very signature."""
+    known = (load_key(log, "the log's public key"),)
+    who = (certified.leaf,) if certified else (signer.pem, der(signer.public))
+    try:
+        sigstore.in_log(made, known, who)
+    except (sigstore.NotSigned, ImageError) as error:
+        raise ImageError(f"the log's answer does not verify: {error}") from None

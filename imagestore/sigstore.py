@@ -84,6 +84,18 @@ def verify(found: Cosign | Bundle, roots: Trusted, now: float) -> tuple[tuple[Cl
     return statement(signed.payload) if signed.envelope else (cosign(signed.payload),), who
 
 
+def in_log(found: Cosign | Bundle, logs: tuple[PublicKey, ...], signers: tuple[bytes, ...]) -> None:
+    """Raises NotSigned, ContentInvalid unless one of `logs` has this signature by one of `signers`."""
+    signed = _from_annotations(found) if isinstance(found, Cosign) else _from_bundle(found)
+    if signed.entry is None:
+        raise NotSigned("it has no log entry")
+    about = rekor.Logged(signers, signed.signature, signed.payload, signed.data, signed.envelope)
+    try:
+        rekor.check(signed.entry, logs, about)
+    except rekor.Unproven as error:
+        raise NotSigned(str(error)) from None
+
+
 def _signer(signed: _Signed, roots: Trusted, now: float) -> tuple[PublicKey, str]:
     """The key that must have signed. Raises NotSigned, Untrusted, Unproven."""
     requirement = roots.requirement

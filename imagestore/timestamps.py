@@ -20,7 +20,7 @@ from runtime.linux.dataclass import dataclass
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
-    from rfc3161_client import Verifier
+    from rfc3161_client import TimeStampRequest, Verifier
 
 
 class Untimed(Exception):
@@ -75,6 +75,26 @@ def time_of(token: bytes, signature: bytes, trusted: Authorities) -> int:
         return int(when.timestamp())
     at = when.strftime("%Y-%m-%d %H:%M:%S UTC")
     raise Untimed(f"the RFC 3161 timestamp of {at} is by no authority that the node trusts, or not of this: {reason}")
+
+
+def query(signature: bytes) -> TimeStampRequest:
+    """What an authority is asked about `signature`; its own certificate shall come along."""
+    from rfc3161_client import TimestampRequestBuilder
+
+    return TimestampRequestBuilder().data(signature).nonce(nonce=True).cert_request(cert_request=True).build()
+
+
+def check_answer(token: bytes, asked: TimeStampRequest) -> None:
+    """Raises Untimed where an authority has answered something else, or that it will not. Who it is, is for those to
+    ask who verify."""
+    from rfc3161_client import decode_timestamp_response
+
+    try:
+        info = decode_timestamp_response(token).tst_info
+    except ValueError as error:
+        raise Untimed(f"the RFC 3161 timestamp cannot be read ({str(error)[:200]})") from None
+    if (info.message_imprint.message, info.nonce) != (asked.message_imprint.message, asked.nonce):
+        raise Untimed("the RFC 3161 timestamp is of something else than was asked about")
 
 
 def _verifiers(trusted: Authorities) -> Iterator[Verifier]:

@@ -20,6 +20,7 @@ from imagestore.signatures import BUNDLE_TYPE, CERTIFICATE, CHAIN, ENTRY, SIGNAT
 GENERATE = {
     "p256": ("EC", "ec_paramgen_curve:P-256"),
     "p384": ("EC", "ec_paramgen_curve:P-384"),
+    "p521": ("EC", "ec_paramgen_curve:P-521"),
     "rsa": ("RSA", "rsa_keygen_bits:2048"),
     "rsa-pss": ("RSA", "rsa_keygen_bits:2048"),
     "small": ("RSA", "rsa_keygen_bits:1024"),
@@ -252,12 +253,15 @@ class Maker:
     def stamp(self, name: str, data: bytes, *, certificate: bool = True) -> bytes:
         """An RFC 3161 response about `data`, of now, by the authority `name` that `stamper` made."""
         (self.directory / "stamped").write_bytes(data)
+        wants = ["-cert"] if certificate else []
+        return self.stamped(name, self._openssl("ts", "-query", "-data", "stamped", "-sha256", "-no_nonce", *wants))
+
+    def stamped(self, name: str, query: bytes) -> bytes:
+        """The response to a query."""
         (self.directory / "tsa.conf").write_text(
             f"[tsa]\ndefault_tsa=it\n[it]\nserial=tsa.serial\nsigner_cert={name}.tsa.pem\nsigner_key={name}.key\n"
             "signer_digest=sha256\ndefault_policy=1.2.3.4\ndigests=sha256,sha512\ness_cert_id_alg=sha256\n"
         )
-        wants = ["-cert"] if certificate else []
-        query = self._openssl("ts", "-query", "-data", "stamped", "-sha256", "-no_nonce", *wants)
         (self.directory / "query").write_bytes(query)
         self._openssl("ts", "-reply", "-config", "tsa.conf", "-queryfile", "query", "-out", "reply")
         return (self.directory / "reply").read_bytes()

@@ -24,6 +24,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--password-file", metavar="FILE", help="what the key is encrypted with")
     parser.add_argument("--fulcio-url", metavar="URL", default="", help="who certifies identities")
     parser.add_argument("--rekor-url", metavar="URL", default="", help="the log to enter signatures in")
+    parser.add_argument("--rekor-version", choices=("1", "2"), default="1", help="which Rekor that is (default: 1)")
+    parser.add_argument("--rekor-key", metavar="FILE", help="its public key, PEM, by which its answers are verified")
+    parser.add_argument("--timestamp-url", metavar="URL", default="", help="who signs the time (RFC 3161), in bundles")
     parser.add_argument("--bundle", action="store_true", help="sigstore bundles as referrers, not cosign's tag")
     parser.add_argument("--lookaside", action="store_true", help="into the store of registries.d, not the registry")
     parser.add_argument("--as", dest="name", metavar="NAME:TAG", default="", help="what the signature calls the image")
@@ -52,6 +55,9 @@ async def _run(args: argparse.Namespace) -> int:
         token=_read(args.identity_token).decode("ascii", "replace").strip(),
         fulcio=args.fulcio_url,
         rekor=args.rekor_url,
+        rekor_2=args.rekor_version == "2",
+        log=_read(args.rekor_key),
+        stamper=args.timestamp_url,
         bundle=args.bundle,
         lookaside=args.lookaside,
         name=args.name,

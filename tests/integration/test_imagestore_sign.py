@@ -21,6 +21,7 @@ from imagestore.attached import cosign_tag, fallback_tag
 from tests.fakes.imagestore import Bench
 from tests.fakes.registry import OCI_INDEX, OCI_MANIFEST, build_image, build_index, sha256
 from tests.fakes.sigstore import Services
+from tests.fakes.tiled_log import STAMPER_ROOT, TiledLog
 from tests.integration.test_imagestore_trust_peers import Place
 from tests.support import needs
 from tests.unit import test_imagestore_cosign_keys as cosign_keys
@@ -256,6 +257,119 @@ def test_a_key_whose_signatures_are_logged(world: World, maker: Maker, services:
         assert world.pulls(world.name)
 
 
+# ------------------------------------------------------------------------------------------------------- Rekor 2
+
+
+@pytest.fixture
+def tiled(maker: Maker) -> Iterator[TiledLog]:
+    with TiledLog(maker) as made:
+        yield made
+
+
+def in_rekor_2(tiled: TiledLog, *more: str) -> tuple[str, ...]:
+    return ("--bundle", "--rekor-url", tiled.url, "--rekor-version", "2", "--rekor-key", str(tiled.key), *more)
+
+
+@pytest.mark.parametrize("kind", ["p256", "p384", "p521", "rsa", "ed25519"])
+def test_a_key_whose_signatures_are_logged_in_rekor_2(world: World, maker: Maker, tiled: TiledLog, kind: str) -> None:
+    key = f"signer-{kind}"
+    world.keyed(key, kind, rekorPublicKeyPath=str(tiled.key))
+    world.run("sign", "--bundle", "--key", str(maker.private(key, kind)), world.name)
+    assert "no log entry" in world.verdict(world.name, accepted=False)["requirements"][0]["reasons"][0]
+    world.run("sign", "--key", str(maker.private(key, kind)), *in_rekor_2(tiled), world.name)
+    found = world.verdict(world.name)["requirements"][0]
+    assert found["by"].endswith(", logged as number 5") and len(tiled.bodies) == 6
+    assert json.loads(tiled.bodies[-1])["kind"] == ("dsse" if kind == "ed25519" else "hashedrekord")
+    assert world.pulls(world.name)
+    world.keyed(key, kind, rekorPublicKeyPath=str(maker.public("log")))
+    assert not world.pulls(world.name)
+
+
+def test_an_index_in_rekor_2(world: World, maker: Maker, tiled: TiledLog) -> None:
+    """The tree grows by each: proofs are of trees of several sizes."""
+    world.keyed(rekorPublicKeyPath=str(tiled.key))
+    world.run("sign", "--key", str(maker.private("good")), *in_rekor_2(tiled), world.many)
+    assert len(tiled.bodies) == 8 and world.pulls(world.many)
+
+
+def test_an_identity_in_rekor_2_with_the_time_of_an_authority(
+    world: World, maker: Maker, services: Services, tiled: TiledLog
+) -> None:
+    fulcio(world, maker)
+    policy = json.loads(world.policy.read_text())
+    policy["default"][0]["rekorPublicKeyPath"] = str(tiled.key)
+    world.policy.write_text(json.dumps(policy))
+    clocks = maker.authority(STAMPER_ROOT)
+    world.config.write_text(f'{world.config.read_text()}timestamp_authorities = "{clocks}"\n')
+    token = world.directory / "token"
+    token.write_text(f"token-of-{MAIL}\n")
+    who = ("sign", "--identity-token", str(token), "--fulcio-url", services.url, *in_rekor_2(tiled))
+    assert "needs --timestamp-url" in world.run(*who, world.name, code=125).stderr
+    world.run(*who, "--timestamp-url", tiled.clock, world.name)
+    found = world.verdict(world.name)["requirements"][0]
+    assert found["by"].endswith("logged as number 5, with the time of an authority")
+    # The one who vouches is in the log's entry, not a key that is known to nobody.
+    verifier = json.loads(tiled.bodies[-1])["spec"]["hashedRekordV002"]["signature"]["verifier"]
+    assert set(verifier) == {"x509Certificate", "keyDetails"}
+
+
+def _other_root(answer: dict[str, Any]) -> None:
+    answer["inclusionProof"]["rootHash"] = base64.b64encode(b"\1" * 32).decode()
+
+
+def _other_place(answer: dict[str, Any]) -> None:
+    answer["inclusionProof"]["logIndex"] = "0"
+
+
+def _other_body(answer: dict[str, Any]) -> None:
+    answer["canonicalizedBody"] = base64.b64encode(b'{"other":4}').decode()
+
+
+def _no_proof(answer: dict[str, Any]) -> None:
+    del answer["inclusionProof"]
+
+
+def _unsigned(answer: dict[str, Any]) -> None:
+    note = answer["inclusionProof"]["checkpoint"]
+    note["envelope"] = note["envelope"].partition("\n\n")[0] + "\n\n"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (_other_root, "of another tree than the proof"),
+        (_other_place, "does not lead to the log's signed root"),
+        (_other_body, "does not lead to the log's signed root"),
+        (_no_proof, "no proof of inclusion with a checkpoint"),
+        (_unsigned, "signed by no log that the policy trusts"),
+    ],
+)
+def test_what_a_log_answers_is_verified_before_anything_is_pushed(
+    world: World, maker: Maker, tiled: TiledLog, spoil: Any, says: str
+) -> None:
+    tiled.spoil = spoil
+    done = world.run("sign", "--key", str(maker.private("good")), *in_rekor_2(tiled), world.name, code=125)
+    assert says in done.stderr and len(tiled.bodies) == 6
+    with pytest.raises(AssertionError, match="MANIFEST_UNKNOWN|manifest unknown"):
+        world.fetch("team/app", fallback_tag(ONE_OF_TEAM))
+
+
+def test_what_rekor_2_refuses_is_told(world: World, maker: Maker, tiled: TiledLog) -> None:
+    maker._openssl("genpkey", "-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2056", "-out", "odd.key")
+    odd = str(maker.directory / "odd.key")
+    done = world.run("sign", "--key", odd, *in_rekor_2(tiled), world.name, code=125)
+    assert "RSA of 2056 bits; logs of Rekor 2 take 2048, 3072, 4096" in done.stderr and not tiled.seen
+    words = list(in_rekor_2(tiled))
+    words[words.index("--rekor-url") + 1] += "/elsewhere"
+    done = world.run("sign", "--key", str(maker.private("good")), *words, world.name, code=125)
+    assert "answered 404 for log entry" in done.stderr
+    other = str(maker.public("log"))
+    done = world.run(
+        "sign", "--key", str(maker.private("good")), *in_rekor_2(tiled, "--rekor-key", other), world.name, code=125
+    )
+    assert "the log's answer does not verify" in done.stderr
+
+
 def test_s30_a_token_goes_nowhere_else_and_is_not_repeated(world: World, services: Services, maker: Maker) -> None:
     token = world.directory / "token"
     token.write_text("SECRET-of-nobody")
@@ -275,6 +389,12 @@ def test_s30_a_token_goes_nowhere_else_and_is_not_repeated(world: World, service
         (("--key", "KEY", "--openpgp-key", "KEY"), "exactly one of --key"),
         (("--identity-token", "KEY"), "needs --fulcio-url and --rekor-url"),
         (("--openpgp-key", "KEY", "--bundle"), "knows neither bundles nor logs"),
+        (
+            ("--key", "KEY", "--rekor-version", "2", "--rekor-url", "http://x"),
+            "needs --rekor-url, --bundle and --rekor-key",
+        ),
+        (("--key", "KEY", "--rekor-key", "KEY"), "is the key of the log at --rekor-url"),
+        (("--key", "KEY", "--timestamp-url", "http://x"), "--timestamp-url needs --bundle"),
         (("--key", "/does/not/exist"), "read /does/not/exist: no such file or directory"),
         (("--key", "JUNK"), "private key: cannot be used"),
     ],
