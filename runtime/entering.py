@@ -31,14 +31,43 @@ if TYPE_CHECKING:
 
     from runtime.cgroups.manager import Gate
     from runtime.exec import ExecRequest
+    from runtime.linux.progress import Progress
     from runtime.state import State
+
+# What a process goes through up to its execve, in this order; each begins where the one before it ends.
+STEPS = (
+    "session",
+    "console",
+    "limits",
+    "terminal",
+    "labels",
+    "cgroup",
+    "scheduler",
+    "cgroup namespace",
+    "cwd",
+    "files",
+    "identity",
+    "command",
+    "wait",
+    "seccomp",
+    "exec",
+)
 
 
 class Inside:
-    """One exec from its caller's fork to execve. `proc` is the host's /proc, `waits` as in `runtime.exec`."""
+    """One exec from its caller's fork to execve. `proc` is the host's /proc, `waits` as in `runtime.exec`. `progress`
+    is told the STEPS by their numbers, where somebody wants to know when they were."""
 
     def __init__(
-        self, request: ExecRequest, facts: State, init_fd: int, gate: Gate, program: bytes, proc: int, waits: bool
+        self,
+        request: ExecRequest,
+        facts: State,
+        init_fd: int,
+        gate: Gate,
+        program: bytes,
+        proc: int,
+        waits: bool,
+        progress: Progress | None = None,
     ) -> None:
         self.warnings: list[str] = []
         self._request = request
@@ -49,8 +78,14 @@ class Inside:
         self._program = program
         self._proc = proc
         self._waits = waits
+        self._progress = progress
         self._policy = _memory_policy(facts)
         self._step = "namespaces"
+
+    def _at(self, step: str) -> None:
+        self._step = step
+        if self._progress is not None:
+            self._progress.at(STEPS.index(step))
 
     def between(self, channel: sync.Channel) -> NoReturn:
         """Joins, clones the process as the caller's child, and ends."""
@@ -86,7 +121,7 @@ class Inside:
             if self._waits:
                 channel.receive("Go")
             identity, command, env = self._set_up(channel, others)
-            self._step = "wait"
+            self._at("wait")
             if self.warnings or self._waits:
                 channel.send("Ready", text=tuple(self.warnings))
             if channel.is_deserted():
@@ -94,12 +129,12 @@ class Inside:
             self._step = "exec"
             process.reset_signals(handled=False)
             if self._program:
-                self._step = "seccomp"
+                self._at("seccomp")
                 listener = load(self._program, self._facts.filter_flags)
                 if listener >= 0:
                     channel.offer(listener)
             identity.finish()
-            self._step = "exec"
+            self._at("exec")
             process.execute(command, self._process.args, env)
         except sync.Closed:
             pass
@@ -115,7 +150,7 @@ class Inside:
         root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         sys.path[:] = []
         sys.meta_path[:] = []
-        self._step = "session"
+        self._at("session")
         os.setsid()
         set_dumpable(False)
         if others & CLONE_NEWUSER:
@@ -125,23 +160,23 @@ class Inside:
             process.new_keyring(f"_ses.{self._request.id}", self.warnings.append)
         slave = -1
         if wanted.terminal:
-            self._step = "console"
+            self._at("console")
             master, slave = open_pair(root, wanted.console_size)
             channel.send("Console", text=(name_of(master),), fds=(master,))
             os.close(master)
         self._limits()
-        self._step = "terminal"
+        self._at("terminal")
         self._stdio(slave)
         process.own_stdio(wanted.user)
         if wanted.apparmor_profile or wanted.selinux_label:
-            self._step = "labels"
+            self._at("labels")
             self._labels()
         self._enter_cgroups(others)
         return self._become(channel, root)
 
     def _limits(self) -> None:
         wanted = self._process
-        self._step = "limits"
+        self._at("limits")
         process.set_cpus(wanted.exec_affinity.initial if wanted.exec_affinity is not None else ())
         process.set_rlimits(wanted.rlimits, self.warnings.append)
         if wanted.io_priority is not None:
@@ -154,37 +189,37 @@ class Inside:
     def _enter_cgroups(self, others: int) -> None:
         """And what counts from there on: processors of its cpuset, a share of its real-time budget."""
         wanted = self._process
-        self._step = "cgroup"
+        self._at("cgroup")
         self._gate.enter()
         if wanted.exec_affinity is not None and wanted.exec_affinity.final:
             process.set_cpus(wanted.exec_affinity.final)
         if wanted.scheduler is not None:
-            self._step = "scheduler"
+            self._at("scheduler")
             process.set_scheduler(wanted.scheduler)
         if others & CLONE_NEWCGROUP:
-            self._step = "cgroup namespace"
+            self._at("cgroup namespace")
             setns(self._init_fd, CLONE_NEWCGROUP)
 
     def _become(self, channel: sync.Channel, root: int) -> tuple[process.Identity, str, list[bytes]]:
         """Directory, fds and user of the command, and where it is found. Closes `root`."""
         wanted = self._process
-        self._step = "cwd"
+        self._at("cwd")
         try:
             process.enter_directory(root, wanted.cwd)
         except OSError as error:
             what = f'chdir to cwd ("{wanted.cwd}") set in config.json failed'
             raise RuntimeFailure.of(error, what=what, code="invalid_argument") from None
-        self._step = "files"
+        self._at("files")
         env = process.environment(wanted, root)
         os.close(root)
         process.close_all_but({channel.fileno()}, self._request.preserve_fds)
         if wanted.no_new_privileges:
             set_no_new_privs()
-        self._step = "identity"
+        self._at("identity")
         identity = process.Identity(wanted, self.warnings.append)
         identity.drop()
         set_dumpable(False)
-        self._step = "command"
+        self._at("command")
         process.verify_directory()
         return identity, process.find_command(wanted.args[0], env), env
 

@@ -12,12 +12,13 @@ import os
 
 from runtime import exec_cgroup, labels, namespaces, process, state, sync
 from runtime.cgroups.manager import Gate, manager_from_paths
-from runtime.entering import Inside
+from runtime.entering import STEPS, Inside
 from runtime.errors import RuntimeFailure
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import AT_FDCWD, read_bounded, write_durable
 from runtime.linux.libc import KernelError
 from runtime.linux.process import clone3, end_child, is_running, pidfd_open
+from runtime.linux.progress import Progress, kept, phase
 from runtime.linux.record import Record
 from runtime.spec_process import Process
 from runtime.state import State
@@ -79,6 +80,7 @@ def rehearse(request: ExecRequest) -> None:
 
 
 def _with_entry(request: ExecRequest, act: Callable[[_Entry], _R]) -> _R:
+    phase("look up")
     facts = state.load(request.root, request.id)
     init_fd = _hold(facts)
     try:
@@ -144,12 +146,14 @@ class _Entry:
         self._warnings: list[str] = []
 
     def run(self) -> Executed:
+        phase("join")
         mine, its = sync.Channel.pair()
         pid = pidfd = console = -1
+        progress = Progress() if kept() else None
         # Held from before the caller joins anything: the container's own /proc is not asked (CVE-2025-52881).
         proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         waits = self._waits()
-        inside = Inside(self._request, self._facts, self._init_fd, self._gate, self._program, proc, waits)
+        inside = Inside(self._request, self._facts, self._init_fd, self._gate, self._program, proc, waits, progress)
         try:
             # Who has joined the container may no longer take an fd out of a process, nor reach resctrl.
             apart = self._facts.listener_path or self._facts.intel_rdt
@@ -163,9 +167,13 @@ class _Entry:
 
                 intel_rdt.enter(self._facts.intel_rdt, pid)
             failpoint("exec.cloned")
+            phase("process")
             if waits:
                 mine.send("Go")
             console = self._hear(mine, pid, pidfd)
+            if progress is not None:
+                progress.at(len(STEPS))  # it has become its command, which closes its end
+                progress.keep_as_parts("process", STEPS)
             if self._request.pidfd_socket:
                 from runtime.inherited import send_fd
 
@@ -182,6 +190,8 @@ class _Entry:
         finally:
             mine.close()
             os.close(proc)
+            if progress is not None:
+                progress.close()
 
     def rehearse(self) -> None:
         """The parts of both sides that change nothing."""

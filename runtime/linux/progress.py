@@ -38,6 +38,11 @@ def begin() -> None:
     _marks = []
 
 
+def kept() -> bool:
+    """Whether it does."""
+    return _marks is not None
+
+
 def phase(name: str) -> str:
     """The phase `name` begins, and with it the one before ends. Returns `name`."""
     if _marks is not None:

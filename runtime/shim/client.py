@@ -15,7 +15,7 @@ import select
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from runtime.errors import RuntimeFailure
 from runtime.fields import decode
@@ -48,6 +48,7 @@ RECONNECT_TIMEOUT = 2.0
 _CALL_TIMEOUT = 120.0
 _EXEC_GRACE = 30.0  # what an exec may take beyond its own timeout: start, kill, drain
 _SIGKILL = 9
+_R = TypeVar("_R")
 
 
 class _ShimGone(Exception):
@@ -58,7 +59,7 @@ class Shims:
     """Pods and containers of one state directory (/run/ocid)."""
 
     def __init__(self, state: Path, *, direct: bool = False, tell: Callable[[list[Phase]], None] | None = None) -> None:
-        """`tell` hears, in the caller's thread, where the time of each pod's start and container's create went."""
+        """`tell` hears, in the caller's thread, where the time of pods' starts, containers' creates and execs went."""
         self._state = state
         self._tell = tell
         self._launcher = Launcher(state, direct=direct)
@@ -69,7 +70,9 @@ class Shims:
         """Sandboxes.start."""
         pod = pod_message(spec, self._state)
         with sentences(f"start pod {spec.id}"), self._launcher.open() as connection:
-            value = self._timed(lambda timed: ask(connection, "start", pod, _CALL_TIMEOUT, timed=timed))
+            value = self._timed(
+                lambda timed: self._told(ask(connection, "start", pod, _CALL_TIMEOUT, timed=timed), timed)
+            )
         return Sandbox(spec.id, spec.directory, value["pid"], value["started_ticks"], value["pause_pid"])
 
     def reconnect(self, sandbox: Sandbox) -> Sequence[ContainerFacts] | None:
@@ -129,7 +132,8 @@ class Shims:
         """Containers.create."""
         message = container_message(spec)
         with sentences(f"create container {spec.id}"), self._living(sandbox):
-            return ContainerFacts(**self._timed(lambda timed: self._call(sandbox, "create", message, timed=timed)))
+            create = self._timed(lambda timed: self._told(self._call(sandbox, "create", message, timed=timed), timed))
+            return ContainerFacts(**create)
 
     def start_container(self, sandbox: Sandbox, container_id: str) -> ContainerFacts:
         """Containers.start_container."""
@@ -157,9 +161,12 @@ class Shims:
         message = protocol.ExecMessage(container_id, dict(spec.process), float(spec.timeout_s), spec.output_limit)
         timeout = spec.timeout_s + _EXEC_GRACE if spec.timeout_s > 0 else None
         with sentences(f"exec in container {container_id}"), self._living(sandbox):
-            with contextlib.closing(self._connect(sandbox, timeout)) as connection:
-                value = ask(connection, "exec", message, timeout)
-                stdout, stderr = receive(connection), receive(connection)
+            return self._timed(lambda timed: self._run(sandbox, message, timeout, timed))
+
+    def _run(self, sandbox: Sandbox, message: protocol.ExecMessage, timeout: float | None, timed: bool) -> ExecResult:
+        with contextlib.closing(self._connect(sandbox, timeout)) as connection:
+            value = self._told(ask(connection, "exec", message, timeout, timed=timed), timed)
+            stdout, stderr = receive(connection), receive(connection)
         return ExecResult(value["exit_code"], stdout, stderr, value["timed_out"], value["truncated"])
 
     def exec_stream(
@@ -175,18 +182,23 @@ class Shims:
         terminal whose master comes back. Bytes never pass through the shim. Raises ContainerError."""
         message = protocol.StreamMessage(container_id, dict(process), terminal)
         with sentences(f"exec in container {container_id}"), self._living(sandbox):
-            connection = self._connect(sandbox, _CALL_TIMEOUT)
-            try:
-                send_frame(connection, protocol.request("stream", message), tuple(fds))
-                received = recv_frame(connection, want_fds=True)
-                if received is None:
-                    raise FrameError("the shim closed the connection")
-                value = protocol.parse_reply(received[0])
-                connection.settimeout(None)
-                return ExecStream(value["pid"], connection.detach(), received[1][0] if received[1] else -1)
-            except BaseException:
-                connection.close()
-                raise
+            return self._timed(lambda timed: self._stream(sandbox, message, tuple(fds), timed))
+
+    def _stream(
+        self, sandbox: Sandbox, message: protocol.StreamMessage, fds: tuple[int, ...], timed: bool
+    ) -> ExecStream:
+        connection = self._connect(sandbox, _CALL_TIMEOUT)
+        try:
+            send_frame(connection, protocol.request("stream", message, timed=timed), fds)
+            received = recv_frame(connection, want_fds=True)
+            if received is None:
+                raise FrameError("the shim closed the connection")
+            value = self._told(protocol.parse_reply(received[0]), timed)
+            connection.settimeout(None)
+            return ExecStream(value["pid"], connection.detach(), received[1][0] if received[1] else -1)
+        except BaseException:
+            connection.close()
+            raise
 
     def update(self, sandbox: Sandbox, container_id: str, resources: Mapping[str, object]) -> None:
         """Containers.update."""
@@ -276,16 +288,21 @@ class Shims:
             raise
         return connection
 
-    def _timed(self, call: Callable[[bool], Any]) -> Any:
-        """What `call` is answered, its phases told to whoever wants them."""
+    def _timed(self, call: Callable[[bool], _R]) -> _R:
+        """`call(True)`, where somebody wants to hear of its phases and the shim keeps them; else `call(False)`."""
         if self._tell is None:
             return call(False)
         try:
-            answer = call(True)
+            return call(True)
         except RuntimeFailure as error:
-            if "unknown operation 'timed'" not in str(error):
+            if "unknown operation 'timed'" not in str(error) and protocol.CAN_BE_TIMED not in str(error):
                 raise
-            return call(False)  # a shim of before there were phases: shims outlive the daemon that started them
+            return call(False)  # a shim of before there were these phases: shims outlive the daemon that started them
+
+    def _told(self, answer: Any, timed: bool) -> Any:
+        """The answer itself; the phases that came with it are told."""
+        if not timed or self._tell is None:
+            return answer
         self._tell([(name, of, since, end) for name, of, since, end in answer["phases"]])
         return answer["value"]
 

@@ -13,6 +13,7 @@ import os
 import select
 import time
 
+from runtime.linux.progress import phase
 from runtime.shim.reaper import exit_code
 from runtime.shim.tree import kill_tree
 
@@ -98,9 +99,11 @@ def run_to_end(engine: Engine, message: ExecMessage, caller: int, status_of: Cal
     streams = [Collector(out_read, limit), Collector(err_read, limit)]
     if made.console >= 0:  # a terminal that nobody is at: its output is the command's
         streams.append(Collector(made.console, limit))
+    phase("run")
     watch = _Watch(streams, made, caller, proc)
     timed_out = watch.until_exit(message.timeout_s)
     status = status_of(made.pid)
+    phase("drain")
     watch.drain()
     stdout = streams[-1].kept() if made.console >= 0 else streams[0].kept()
     truncated = any(stream.truncated for stream in streams)

@@ -91,10 +91,15 @@ class Handler:
             pass
 
     def _do_timed(self, body: object) -> object:
-        """A create, and where its time went: this helper is made for one request, and begins to keep that."""
-        body = protocol.untimed(body, "create")
+        """One of these, and where its time went: this helper is made for one request, and begins to keep that."""
+        name, body = protocol.untimed(body, "create", "exec", "stream")
         progress.begin()
-        return {"value": self._do_create(body), "phases": progress.phases()}
+        value = getattr(self, f"_do_{name}")(body)
+        return value if value is ANSWERED else self._timed(value)
+
+    def _timed(self, value: object) -> object:
+        """What is answered to a request that came as a timed one."""
+        return {"value": value, "phases": progress.phases()} if progress.kept() else value
 
     # -------------------------------------------------------------------------------------------------- containers
 

@@ -79,7 +79,7 @@ def _first_answer(request: bytes, channel: Channel, state: str, zygote: int) -> 
     try:
         name, body = protocol.parse_request(request)
         if name == "timed":
-            pod = protocol.parse(PodMessage, protocol.untimed(body, "start"))
+            pod = protocol.parse(PodMessage, protocol.untimed(body, "start")[1])
             progress.begin()
             made = _set_up(pod, channel, protocol.request("start", pod))
             return protocol.reply({"value": made, "phases": progress.phases()})

@@ -18,8 +18,8 @@
       │ ◀─ {pid} + terminal ···················· {exit_code} ─│ once it has ended
       │ ── connect ConnectMessage ──────────────────────────▶ │ in the pod's network namespace
       │ ◀─ {} + socket ────────────────────────────────────── │
-      │ ── timed [operation, body] ─────────────────────────▶ │ start (of a pod) or create, for a tracer:
-      │ ◀─ {"value": …, "phases": [[name, of, begin, end] …]} │ where its time went
+      │ ── timed [operation, body] ─────────────────────────▶ │ start (of a pod), create, exec or stream, for a
+      │ ◀─ {"value": …, "phases": [[name, of, begin, end] …]} │ tracer: the answer, and where its time went
 
 A connection carries one request. Frames are those of runtime.linux.sockets: a length, then JSON (two replies
 excepted, as drawn). Refuses requests over MAX_REQUEST, unknown operations and unknown fields, each by name. Invariant:
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     Message = TypeVar("Message", bound=Record)
 
+CAN_BE_TIMED = "can be timed here"  # says a shim of what it does not know to time
 MAX_REQUEST = 8 << 20  # a process object with 2 MiB of environment, escaped, fits
 _HEADER = struct.Struct("=I")
 
@@ -222,11 +223,11 @@ def request(operation: str, message: Record | None = None, *, timed: bool = Fals
     return encode(["timed", [operation, body]] if timed else [operation, body])
 
 
-def untimed(body: object, operation: str) -> object:
-    """The body of the `operation` inside a timed request, of which it must be one. Raises RuntimeFailure."""
-    if not isinstance(body, list) or len(body) != 2 or body[0] != operation:
-        raise RuntimeFailure(f"only {operation} can be timed here", code="invalid_argument")
-    return body[1]
+def untimed(body: object, *operations: str) -> tuple[str, object]:
+    """Operation and body inside a timed request, which must be one of `operations`. Raises RuntimeFailure."""
+    if not isinstance(body, list) or len(body) != 2 or body[0] not in operations:
+        raise RuntimeFailure(f"only {', '.join(operations)} {CAN_BE_TIMED}", code="invalid_argument")
+    return body[0], body[1]
 
 
 def operation(payload: bytes) -> str:

@@ -10,6 +10,7 @@ import os
 import select
 
 from runtime.errors import RuntimeFailure
+from runtime.linux.progress import phase
 from runtime.linux.sockets import FrameError, recv_frame
 from runtime.shim import protocol
 from runtime.shim.attach import MAX_LAG
@@ -24,12 +25,13 @@ class StreamHandler(Handler):
     """All requests: those of Handler, and these."""
 
     def _do_exec(self, body: object) -> object:
+        phase("parse")
         message = protocol.parse(protocol.ExecMessage, body)
         held = self._running(message.id, "exec in")
         be_as_expendable_as(held.facts.pid)
         finished = run_to_end(self._engine(held.handler), message, self._connection.fileno(), self._status)
         header = {"exit_code": finished.code, "timed_out": finished.timed_out, "truncated": finished.truncated}
-        self._send(protocol.reply(header), more=(finished.stdout, finished.stderr))
+        self._send(protocol.reply(self._timed(header)), more=(finished.stdout, finished.stderr))
         return ANSWERED
 
     def _status(self, pid: int) -> int:
@@ -40,6 +42,7 @@ class StreamHandler(Handler):
             return int(self._channel.ask("status", pid))
 
     def _do_stream(self, body: object) -> object:
+        phase("parse")
         message = protocol.parse(protocol.StreamMessage, body)
         held = self._running(message.id, "exec in")
         if not message.terminal and len(self._fds) != 3:
@@ -49,7 +52,8 @@ class StreamHandler(Handler):
             )
         be_as_expendable_as(held.facts.pid)
         started = run_on_fds(self._engine(held.handler), message, self._fds)
-        self._send(protocol.reply({"pid": started.pid}), (started.console,) if started.console >= 0 else ())
+        told = self._timed({"pid": started.pid})
+        self._send(protocol.reply(told), (started.console,) if started.console >= 0 else ())
         if started.console >= 0:
             os.close(started.console)  # the caller's copy is the last: closing that hangs up the terminal
         self._send(protocol.reply({"exit_code": exit_code(self._status(started.pid))[0]}))

@@ -3,6 +3,7 @@ client finds on the socket without knowing what is served there."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import signal
@@ -25,6 +26,7 @@ from conformance.leaks import Machine
 from cri.api import api_pb2 as pb
 from tests.e2e import Node, retired, stocked
 from tests.fakes.collector import Collector, attributes, collecting
+from tests.streaming import Ws
 from tests.support import SOON_S, eventually, needs
 
 SERVICE = "runtime.v1.RuntimeService"
@@ -164,6 +166,29 @@ def test_calls_that_stream_and_what_goes_on_after_an_answer_are_in_the_callers_t
     eventually(lambda: wanted <= watched.collector.paths(trace_id), 20, "the spans to come")
     codes = {span.name: attributes(span).get("rpc.grpc.status_code") for span in watched.collector.of(trace_id)}
     assert (codes[f"{SERVICE}/StreamContainers"], codes[f"{SERVICE}/GetContainerEvents"]) == (0, 1)
+    node.drop(pod)
+
+
+def test_commands_have_the_steps_of_their_process_below_them(watched: Watched) -> None:
+    """ExecSync, and Exec once somebody comes for it."""
+    node, trace_id = watched.node, secrets.token_hex(16)
+    metadata = (("traceparent", f"00-{trace_id}-00f067aa0ba902b7-01"),)
+    pod, one, _ = node.run(watched.image, ["sleep", "1000"])
+    runtime = node.client.runtime
+    sync = pb.ExecSyncRequest(container_id=one, cmd=["true"], timeout=60)
+    assert runtime.ExecSync(sync, metadata=metadata, timeout=60).exit_code == 0
+    asked = pb.ExecRequest(container_id=one, cmd=["true"], stdout=True)
+    url = runtime.Exec(asked, metadata=metadata, timeout=60).url
+
+    async def come_for_it() -> bytes:
+        async with Ws.open(url) as client:
+            return (await client.channels())[3]
+
+    assert json.loads(asyncio.run(come_for_it()))["status"] == "Success"
+    steps = ("look up", "join", "process > session", "process > command", "process > exec")
+    wanted = {f"{SERVICE}/ExecSync > shim.exec_sync > {step}" for step in (*steps, "run")}
+    wanted |= {f"{SERVICE}/Exec > stream.exec > {step}" for step in steps}
+    eventually(lambda: wanted <= watched.collector.paths(trace_id), 20, "the spans to come")
     node.drop(pod)
 
 

@@ -1,4 +1,5 @@
-"""Where the time of a pod's start and a container's create went: kept by shim and init, for who asks for it."""
+"""Where the time of a pod's start, a container's create and an exec went: kept by shim, init and the command's process,
+for who asks for it."""
 
 from __future__ import annotations
 
@@ -12,15 +13,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from runtime.entering import Inside
 from runtime.errors import RuntimeFailure
+from runtime.linux import progress
 from runtime.linux.mount import FsMount
 from runtime.linux.process import start_time
 from runtime.linux.sockets import connect_unix, listen_unix, recv_frame, send_frame
 from runtime.shim import protocol
 from runtime.shim.client import Shims
-from runtime.shim.model import ContainerSpec, Sandbox
+from runtime.shim.model import ContainerSpec, ExecSpec, Sandbox
 from runtime.shim.protocol import Facts
-from tests.shims import Lab, lab
+from tests.costs import calls
+from tests.shims import Lab, lab, process
 from tests.support import needs
 
 if TYPE_CHECKING:
@@ -60,10 +64,61 @@ def test_phases_of_a_pod_and_of_a_container_down_to_the_steps_of_its_init(pods: 
     assert pod.facts(container).pid
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_phases_of_an_exec_down_to_the_steps_of_its_process(pods: Lab, terminal: bool) -> None:
+    pod = pods.pod()
+    container = pod.run("c", ["sleep", "1000"])
+    told: list[list[Phase]] = []
+    shims = Shims(pods.state, tell=told.append)
+    before = time.time_ns()
+    spec = ExecSpec(process(["sh", "-c", "usleep 20000"], terminal=terminal), 0.0, 1 << 16)
+    assert shims.exec_sync(pod.sandbox, container, spec).exit_code == 0
+    after = time.time_ns()
+    (phases,) = told
+    whole = {name: (since, end) for name, of, since, end in phases if not of}
+    assert list(whole) == ["parse", "look up", "join", "process", "run", "drain"]
+    steps = [(name, since, end) for name, of, since, end in phases if of == "process"]
+    console = ["console"] if terminal else []
+    middle = ["limits", "terminal", "cgroup", "cwd", "files", "identity", "command", "wait", "exec"]
+    assert [name for name, _, _ in steps] == ["session", *console, *middle]
+    order = [stamp for _, since, end in steps for stamp in (since, end)]
+    assert order == sorted(order) and before <= whole["parse"][0] and whole["drain"][1] <= after
+    assert whole["join"][0] <= order[0] and order[-1] <= whole["process"][1]
+    assert whole["run"][1] - whole["run"][0] >= 20_000_000, "the time that the command slept is in its run"
+
+
+def test_phases_of_a_command_on_the_callers_own_fds(pods: Lab) -> None:
+    pod = pods.pod()
+    container = pod.run("c", ["sleep", "1000"])
+    told: list[list[Phase]] = []
+    with open(os.devnull, "r+b") as null:
+        fds = (null.fileno(),) * 3
+        stream = Shims(pods.state, tell=told.append).exec_stream(pod.sandbox, container, process(["true"]), fds)
+        plain = pods.shims.exec_stream(pod.sandbox, container, process(["true"]), fds)
+    for one in (stream, plain):
+        with socket.socket(fileno=one.control) as control:
+            received = recv_frame(control)
+            assert received is not None and protocol.parse_reply(received[0]) == {"exit_code": 0}
+    assert [name for name, of, _, _ in told[0] if not of] == ["parse", "look up", "join", "process"]
+
+
+def test_an_exec_that_nobody_asks_about_keeps_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the step of a process costs then: an attribute and a look at another, no call of the kernel."""
+    one = Inside.__new__(Inside)
+    one._progress = None
+    assert not calls(lambda: one._at("exec")) and not progress.kept()
+    monkeypatch.setattr(time, "time_ns", None)
+    assert progress.phase("parse") == "parse"
+
+
 def test_who_does_not_ask_is_told_nothing(pods: Lab) -> None:
     pod = pods.pod()
     spec = pod.spec("c", ["true"])
     assert pods.shims.create(pod.sandbox, spec).pid
+    answer = pods.shims.exec_sync(
+        pod.sandbox, pod.run("d", ["sleep", "1000"]), ExecSpec(process(["true"]), 0.0, 1 << 16)
+    )
+    assert answer.exit_code == 0
 
 
 def test_nothing_else_can_be_timed(pods: Lab) -> None:
@@ -73,7 +128,7 @@ def test_nothing_else_can_be_timed(pods: Lab) -> None:
             send_frame(connection, protocol.encode(["timed", body]))
             received = recv_frame(connection)
             assert received is not None
-            with pytest.raises(RuntimeFailure, match="only create can be timed here"):
+            with pytest.raises(RuntimeFailure, match="only create, exec, stream can be timed here"):
                 protocol.parse_reply(received[0])
 
 
