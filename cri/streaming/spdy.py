@@ -4,12 +4,13 @@
       │ ── SYN_STREAM {streamtype: …} ──────▶ │ a Stream for whoever awaits `accept`
       │ ◀─ SYN_REPLY ──────────────────────── │
       │ ◀▶ DATA … DATA fin ────────────────── │
+      │ ◀▶ WINDOW_UPDATE ──────────────────── │ with those who count (windows.py)
       │ ◀─ GOAWAY ─────────────────────────── │ `farewell`
 
-client-go counts no windows: it neither sends WINDOW_UPDATE nor waits for it, so nobody here does; TCP is what slows a
-sender down, and a stream whose reader lags stops its connection. Refuses more than MAX_STREAMS at once, control frames
-over MAX_CONTROL, and ids that do not grow. Invariant: a frame is never read as a whole into memory unless its length
-was bounded; whatever the peer sends costs no more than a stream's inbox (threats S54).
+client-go counts no windows: TCP is what slows it down, and a stream whose reader lags stops its connection. Refuses
+more than MAX_STREAMS at once, control frames over MAX_CONTROL, and ids that do not grow. Invariant: a frame is never
+read as a whole into memory unless its length was bounded; whatever the peer sends costs no more than a stream's inbox
+(threats S54).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import asyncio
 
 from cri.streaming import spdy_frames as frames
+from cri.streaming.windows import CONNECTION, Credits, Windows
 from cri.streaming.wire import Inbox, ProtocolError, Wire
 
 MAX_STREAMS = 256
@@ -36,13 +38,18 @@ class SpdyStream:
 
     async def read(self) -> bytes:
         """Stream.read."""
-        return await self.inbox.get()
+        data = await self.inbox.get()
+        self._connection.credits.taken(self.number, len(data))
+        return data
 
     async def write(self, data: bytes) -> None:
         """Stream.write."""
-        if self.gone or self.finished:
-            raise ConnectionResetError("the stream was closed")
-        await self._connection.send(frames.data(self.number, data))
+        while data:
+            size = await self._connection.windows.take(self.number, len(data))
+            if not size or self.gone or self.finished:
+                raise ConnectionResetError("the stream was closed")
+            await self._connection.send(frames.data(self.number, data[:size]))
+            data = data[size:]
 
     async def finish(self) -> None:
         """Stream.finish."""
@@ -70,6 +77,8 @@ class SpdyConnection:
         self._streams: dict[int, SpdyStream] = {}
         self._opened: asyncio.Queue[SpdyStream] = asyncio.Queue()
         self._last = 0
+        self.windows = Windows()
+        self.credits = Credits(self.windows, lambda number, size: wire.post(frames.window_update(number, size)))
 
     async def send(self, frame: bytes) -> None:
         """One whole frame. Raises ConnectionError."""
@@ -82,6 +91,11 @@ class SpdyConnection:
     def forget(self, stream: SpdyStream) -> None:
         """Its number means nothing any more: what comes for it is dropped."""
         self._streams.pop(stream.number, None)
+        self._close(stream.number)
+
+    def _close(self, number: int) -> None:
+        self.windows.close(number)
+        self.credits.close(number)
 
     async def farewell(self) -> None:
         """Says that this was all. Raises ConnectionError."""
@@ -101,6 +115,7 @@ class SpdyConnection:
             for stream in self._streams.values():
                 stream.gone = True
                 stream.inbox.end()
+                self._close(stream.number)
 
     async def _frame(self) -> None:
         head = await self._wire.read_exactly(8)
@@ -121,8 +136,12 @@ class SpdyConnection:
         while length:
             piece = await self._wire.read_exactly(min(length, _PIECE))
             length -= len(piece)
+            self.credits.came(CONNECTION, len(piece))
             if stream is not None:
+                self.credits.came(number, len(piece))
                 await stream.inbox.put(piece)
+            # The windows of the streams are what bounds what waits here.
+            self.credits.taken(CONNECTION, len(piece))
         if stream is not None and flags & frames.FIN:
             self._ended(stream)
 
@@ -140,15 +159,21 @@ class SpdyConnection:
             if stream is not None:
                 stream.gone = True
                 stream.inbox.end()
+                self._close(number)
+        elif kind == frames.WINDOW_UPDATE:
+            number, size = frames.numbers(kind, payload, least=2)
+            self.windows.widened(number & 0x7FFFFFFF, size & 0x7FFFFFFF)
         elif kind == frames.PING:
             (number,) = frames.numbers(kind, payload, least=1)
             if number & 1:
                 await self.send(frames.ping(number))
         elif kind == frames.SETTINGS:
-            frames.check_settings(payload)
+            initial = frames.settings(payload).get(frames.INITIAL_WINDOW_SIZE)
+            if initial is not None:
+                self.windows.sized(initial)
         elif kind in (frames.HEADERS, frames.SYN_REPLY):
             self._in.headers(payload[4:])  # to stay in step with the client's compressor
-        # GOAWAY and WINDOW_UPDATE ask nothing of us; an unknown type is to be ignored (SPDY/3, 2.2.1).
+        # GOAWAY asks nothing of us; an unknown type is to be ignored (SPDY/3, 2.2.1).
 
     async def _syn_stream(self, flags: int, payload: bytes) -> None:
         number, _ = frames.numbers(frames.SYN_STREAM, payload, least=2)
@@ -160,6 +185,7 @@ class SpdyConnection:
             await self.send(frames.rst_stream(number, frames.REFUSED_STREAM))
             return
         stream = self._streams[number] = SpdyStream(self, number, headers)
+        self.windows.open(number)
         await self.send(frames.syn_reply(number, self._out.block({})))
         if flags & frames.FIN:
             stream.inbox.end()

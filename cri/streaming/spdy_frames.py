@@ -20,6 +20,7 @@ VERSION = 3
 SYN_STREAM, SYN_REPLY, RST_STREAM, SETTINGS, PING, GOAWAY, HEADERS, WINDOW_UPDATE = 1, 2, 3, 4, 6, 7, 8, 9
 FIN = 0x01
 PROTOCOL_ERROR, REFUSED_STREAM, CANCEL = 1, 3, 5  # of RST_STREAM
+INITIAL_WINDOW_SIZE = 7  # of SETTINGS
 MAX_CONTROL = 64 << 10
 MAX_HEADERS = 64 << 10
 MAX_PAIRS = 64
@@ -143,6 +144,11 @@ def goaway(last: int, status: int = 0) -> bytes:
     return _control(GOAWAY, struct.pack(">II", last, status))
 
 
+def window_update(stream: int, size: int) -> bytes:
+    """The receiver has taken so much of a stream, or, as stream 0, of all."""
+    return _control(WINDOW_UPDATE, struct.pack(">II", stream, size))
+
+
 def numbers(kind: int, payload: bytes, *, least: int) -> tuple[int, ...]:
     """The fixed 32-bit fields a frame of `kind` begins with. Raises ProtocolError."""
     if len(payload) < least * 4:
@@ -150,8 +156,10 @@ def numbers(kind: int, payload: bytes, *, least: int) -> tuple[int, ...]:
     return struct.unpack_from(f">{least}I", payload)
 
 
-def check_settings(payload: bytes) -> None:
-    """Holds a SETTINGS frame to its own count. Raises ProtocolError."""
+def settings(payload: bytes) -> dict[int, int]:
+    """The values of a SETTINGS frame by their ids. Raises ProtocolError when it does not hold what it counts."""
     (count,) = numbers(SETTINGS, payload, least=1)
     if count > MAX_SETTINGS or len(payload) != 4 + 8 * count:
         raise ProtocolError(f"read SETTINGS: {count} of them in {len(payload)} bytes, at most {MAX_SETTINGS}")
+    # Eight bits of flags, about what a client is to remember, are before the id.
+    return {head & 0xFFFFFF: value for head, value in struct.iter_unpack(">II", payload[4:])}

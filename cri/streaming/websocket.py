@@ -105,6 +105,10 @@ class WebSocket:
             raise ConnectionResetError("the WebSocket was closed")
         await self._wire.write(frame(kind, payload))
 
+    def post(self, kind: int, payload: bytes) -> bool:
+        """One message, as Wire.post has it."""
+        return not self._closed and self._wire.post(frame(kind, payload))
+
     async def close(self, code: int) -> None:
         """Sends Close, once. Raises nothing."""
         if self._closed:
@@ -206,3 +210,7 @@ class Tunnel:
     async def write(self, data: bytes) -> None:
         """Wire.write."""
         await self._socket.send(BINARY, data)
+
+    def post(self, data: bytes) -> bool:
+        """Wire.post."""
+        return self._socket.post(BINARY, data)

@@ -30,6 +30,10 @@ class Wire(Protocol):
         """Sends it, and waits while the peer is far behind. Raises ConnectionError."""
         ...
 
+    def post(self, data: bytes) -> bool:
+        """Sends a few bytes without waiting; False, and they are not sent, while the peer is far behind or gone."""
+        ...
+
 
 class Stream(Protocol):
     """One direction or two of something that was opened on a connection."""
@@ -74,6 +78,13 @@ class Connection:
         self._writer.write(data)
         await self._writer.drain()
         self.touched = self._time()
+
+    def post(self, data: bytes) -> bool:
+        """Wire.post."""
+        if self._writer.is_closing() or self._writer.transport.get_write_buffer_size() > WRITE_BUFFER_BYTES:
+            return False
+        self._writer.write(data)
+        return True
 
     async def linger(self, seconds: float) -> None:
         """Ends our direction, and gives the peer time to take the rest and go: closing with bytes unread would reset
