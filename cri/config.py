@@ -105,6 +105,11 @@ class RuntimeSection:
         "What becomes of SELinux labels that a pod asks for where the kernel has no SELinux: refuse, or ignore.",
         check=_one_of("refuse", "ignore"),
     )
+    missing_host_paths: str = _key(
+        "create",
+        "What becomes of mounts of paths that are not there: create (directories, as the peers do), or refuse.",
+        check=_one_of("create", "refuse"),
+    )
     pod_annotations: tuple[str, ...] = _key(
         (), 'Annotations of pods that are passed on to the runtime, as patterns such as "example.com/*".'
     )

@@ -351,7 +351,7 @@ def _find(program: str) -> str:
     if found is None:
         raise RuntimeFailure(
             f'exec: "{program}": executable file not found in $PATH',
-            hint="checkpoint and restore need criu (Debian's package criu), or --criu with its path",
+            hint="they need criu (Debian's package criu), or its path: --criu, or a node's checkpoint.criu",
             code="failed_precondition",
         )
     return os.path.abspath(found)

@@ -50,6 +50,7 @@ def host_paths_pods(node: Node) -> list[Document]:
         {"name": "machine", "mountPath": "/part", "subPath": "deep/er"},
         {"name": "machine", "mountPath": "/mine", "subPathExpr": "$(WHO)"},
         {"name": "file", "mountPath": "/one-file"},
+        {"name": "fresh", "mountPath": "/fresh"},
     ]
     script = f"echo from the pod >/machine/from-pod; {FOREVER}"
     env: list[Document] = [
@@ -63,14 +64,17 @@ def host_paths_pods(node: Node) -> list[Document]:
             volumes=[
                 {"name": "machine", "hostPath": {"path": str(machine), "type": "Directory"}},
                 {"name": "file", "hostPath": {"path": str(machine / "file"), "type": "File"}},
+                {"name": "fresh", "hostPath": {"path": str(machine / "not" / "there")}},  # nobody checks that it is
             ],
         )
     ]
 
 
 def host_paths(node: Node) -> None:
-    """Directories and files of the machine, whole and in part, fixed and not."""
+    """Directories and files of the machine, whole and in part, fixed and not, there and not there yet."""
     node.until_ready("host-paths")
+    node.inside("host-paths", "main", "touch /fresh/file")
+    expect((node.base / "machine" / "not" / "there" / "file").exists(), "a directory that was missing is elsewhere")
     same("what the pod wrote", (node.base / "machine" / "from-pod").read_text(), "from the pod\n")
     same("one file", node.inside("host-paths", "main", "cat /one-file"), "of the machine\n")
     same("a part", node.inside("host-paths", "main", "cat /part/file"), "deep\n")

@@ -16,6 +16,7 @@ from cri import trace
 from cri.api import api_pb2 as pb
 from cri.errors import AlreadyExists, FailedPrecondition, InvalidArgument, LimitExceeded, NotFound
 from cri.interfaces import ContainerFacts, ContainerSpec, IdMap
+from cri.mount_sources import make_missing
 from cri.node import Node, new_id, now_ns, volume_key
 from cri.records import Container, Pod, facts_of
 from cri.spec import images, users, validate
@@ -185,6 +186,8 @@ def bundle(node: Node, pod: Pod, container: Container, keys: tuple[KeyFile, ...]
         _check_foreign(name, config)
     ids = namespaces(pod.request).ids
     facts_of_pod = _pod_facts(node, pod, config)
+    if node.config.runtime.missing_host_paths == "create":
+        make_missing(config.mounts)
     spec = build(
         SpecInputs(
             container_id=container.id,

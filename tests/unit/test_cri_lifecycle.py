@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -324,9 +326,9 @@ def test_an_unknown_handler_is_refused_by_name(tmp_path: Path) -> None:
             "no user 'nobody'",
         ),
         (
-            lambda c: c.mounts.add(container_path="/x", host_path="/no/such/path"),
+            lambda c: c.mounts.add(container_path="/x", host_path="/dev/null/x"),
             StatusCode.INVALID_ARGUMENT,
-            "mounts[0].host_path",
+            "mounts[0].host_path: /dev/null/x is not there and cannot be made: not a directory",
         ),
     ],
 )
@@ -344,6 +346,34 @@ def test_a_container_that_cannot_be_leaves_nothing(
         assert (caught.value.code, words in str(caught.value)) == (code, True), str(caught.value)
         assert rig.leftovers() == before
         await rig.run(pod)
+
+    on_rig(tmp_path, body)
+
+
+@pytest.mark.parametrize("missing", ["create", "refuse"])
+def test_a_mount_of_a_path_that_is_not_there(tmp_path: Path, missing: str) -> None:
+    """A directory is made of it, as the peers do; or it is refused, as the CRI has it. A link to nowhere always is."""
+
+    async def body(rig: Rig) -> None:
+        rig.node.config = replace(rig.config, runtime=replace(rig.config.runtime, missing_host_paths=missing))
+        pod = await rig.run_pod()
+        (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+        source = tmp_path / "new" / "data"
+
+        async def create(path: Path) -> None:
+            config = rig.container_config()
+            config.mounts.add(container_path="/x", host_path=str(path))
+            await rig.call("CreateContainer", pb.CreateContainerRequest(pod_sandbox_id=pod, config=config))
+
+        for path in (tmp_path / "link", *([source] if missing == "refuse" else [])):
+            with pytest.raises(CallFailed, match=r"mounts\[0\].host_path: .*: no such file or directory"):
+                await create(path)
+        assert not source.exists() and not (tmp_path / "nowhere").exists()
+        if missing == "create":
+            await create(source)
+            assert stat.S_IMODE(source.stat().st_mode) == 0o755
+        await rig.remove_pod(pod)
+        assert source.exists() is (missing == "create"), "it belongs to the machine"
 
     on_rig(tmp_path, body)
 
