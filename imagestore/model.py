@@ -26,7 +26,7 @@ class Descriptor:
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One layer of an image: the blob it came from, the digest of its tar, and the chain up to it (image-spec). One of
-    an artifact is a file called `title`; its `diff_id` is the blob's digest."""
+    an artifact is a file called `title`, and its `diff_id` is the blob's digest; or a directory called so, of a tar."""
 
     blob: Descriptor
     diff_id: str
@@ -142,7 +142,8 @@ class Unpacker(Protocol):
     ) -> None:
         """Unpacks the verified `blob` as `chain_id` on `parent`; returns once it is durable and visible. With `key` the
         blob is encrypted (AES-256-CTR), and `media_type` that of its plain text. The type
-        "application/vnd.ocid.file;name=NAME" makes one file of the blob, whose digest is the diff id.
+        "application/vnd.ocid.file;name=NAME" makes one file of the blob, whose digest is the diff id;
+        "application/vnd.ocid.directory+KIND;name=NAME" (KIND is tar, gzip, zstd) refuses entries outside of NAME.
 
         Layers of one image may be unpacked at once: commit waits for the parent's. Idempotent; equal calls at once
         are one. After a failure or a crash nothing is visible and the rest is garbage for the next `collect`.

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from runtime.linux.writeback import syncfs
-from snapshotter import inflate, single
+from snapshotter import directory, inflate, single
 from snapshotter.arriving import Reader
 from snapshotter.extract import Extracted, Extractor
 from snapshotter.model import LayerKey, Limits, UnpackError
@@ -134,6 +134,9 @@ def unpack(
     key: LayerKey | None = None,
 ) -> Unpacked:
     """Unpacks the blob into the empty directory `layer_fd`. Raises UnpackError, OSError."""
+    packed = directory.parse(media_type)
+    if packed is not None:
+        media_type, name = packed
     producer = _Producer(blob, media_type, limits, key)
     writeback = _Writeback(layer_fd)
 
@@ -143,7 +146,7 @@ def unpack(
         return chunk
 
     try:
-        walker = Walker(Feed(more), limits)
+        walker = Walker(Feed(more), limits) if packed is None else directory.Inside(Feed(more), limits, name)
         extracted = Extractor(layer_fd, walker, limits, base=base, aliases=aliases).run()
         found = producer.finish()
     finally:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import sqlite3
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,7 @@ from imagestore.model import ContentInvalid, Image
 from snapshotter.model import Config
 from snapshotter.overlay import Overlay
 from tests.fakes.imagestore import Bench, run
-from tests.fakes.registry import OCI_MANIFEST, BuiltImage, FakeRegistry, as_json, build_image, sha256
+from tests.fakes.registry import OCI_MANIFEST, BuiltImage, FakeRegistry, as_json, build_image, compress, sha256
 from tests.support import needs
 
 EMPTY = "application/vnd.oci.empty.v1+json"
@@ -181,3 +185,122 @@ def test_large_ones_are_unpacked_as_they_arrive(tmp_path: Path, unpacker: Overla
     image = bench.pull(registry.add("large", "1", artifact([("big", content)])))
     assert seen(unpacker, image) == {"big": content}
     bench.close()
+
+
+# -------------------------------------------------------------------------------- directories that oras packed
+
+
+Members = Sequence[tuple[str, str, str | bytes]]
+TREE: Members = [("d", "models", ""), ("f", "models/a.bin", b"alpha"), ("d", "models/sub", ""),
+                 ("f", "models/sub/b", b"beta"), ("l", "models/latest", "sub/b"),
+                 ("h", "models/sub/same", "models/a.bin")]  # fmt: skip
+
+
+def packed_tar(members: Members) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for kind, name, content in members:
+            info = tarfile.TarInfo(name)
+            types = {"d": tarfile.DIRTYPE, "f": tarfile.REGTYPE, "l": tarfile.SYMTYPE, "h": tarfile.LNKTYPE}
+            info.type = types.get(kind, tarfile.FIFOTYPE)
+            info.mode = 0o755 if kind == "d" else 0o640
+            data = content if isinstance(content, bytes) else b""
+            info.linkname, info.size = "" if isinstance(content, bytes) else content, len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def directory(
+    tar: bytes,
+    title: str = "models",
+    *,
+    kind: str = "application/vnd.oci.image.layer.v1.tar+gzip",
+    how: str = "gzip",
+    said: str | None = None,
+) -> BuiltImage:
+    """As `oras push` makes one of a directory, and of a file beside it."""
+    blob = compress(tar, how)
+    built = artifact([(title, blob), ("beside.txt", b"1")], layer=kind)
+    document = json.loads(built.manifest)
+    notes = document["layers"][0]["annotations"]
+    notes["io.deis.oras.content.unpack"] = "true"
+    if said is None or said:
+        notes["io.deis.oras.content.digest"] = said or sha256(tar)
+    return replace(built, manifest=as_json(document))
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("application/vnd.oci.image.layer.v1.tar+gzip", "gzip"),
+        ("application/vnd.oci.image.layer.v1.tar+zstd", "zstd"),
+        ("application/vnd.oci.image.layer.v1.tar", ""),
+        ("application/vnd.example.weights", "gzip"),
+    ],
+)
+def test_a_directory_is_unpacked(bench: Bench, unpacker: Overlay, registry: FakeRegistry, kind: str, how: str) -> None:
+    image = bench.pull(registry.add("model", "1", directory(packed_tar(TREE), kind=kind, how=how)))
+    files = seen(unpacker, image)
+    assert files == {"models/a.bin": b"alpha", "models/sub/b": b"beta", "models/latest": b"beta",
+                     "models/sub/same": b"alpha", "beside.txt": b"1"}  # fmt: skip
+    top = unpacker.lower_directories(image.layers[0].chain_id)[0]
+    assert (top / "models").stat().st_mode & 0o7777 == 0o755 and (top / "models/latest").is_symlink()
+    assert (top / "models/a.bin").stat().st_nlink == 2
+    assert list(bench.store.check()) == []
+    bench.close()
+    bench.open()
+    assert [one.id for one in bench.store.list()] == [image.id]
+
+
+def test_the_directory_that_was_pushed_may_be_the_tree(bench: Bench, unpacker: Overlay, registry: FakeRegistry) -> None:
+    members: Members = [("d", ".", ""), ("f", "./a", b"1"), ("f", "sub/b", b"2"), ("fifo", "pipe", "")]
+    image = bench.pull(registry.add("model", "1", directory(packed_tar(members), ".")))
+    assert seen(unpacker, image) == {"a": b"1", "sub/b": b"2", "beside.txt": b"1"}
+    # What is neither file, directory nor link is left out, as oras does.
+    assert not (unpacker.lower_directories(image.layers[0].chain_id)[0] / "pipe").exists()
+
+
+def test_one_that_does_not_say_which_tar_it_is_stays_a_file(
+    bench: Bench, unpacker: Overlay, registry: FakeRegistry
+) -> None:
+    tar = packed_tar(TREE)
+    image = bench.pull(registry.add("model", "1", directory(tar, said="")))
+    assert seen(unpacker, image) == {"models": compress(tar, "gzip"), "beside.txt": b"1"}
+
+
+@pytest.mark.parametrize(
+    ("members", "says"),
+    [
+        ([("f", "other", b"1")], "is outside of b'models'"),
+        ([("f", "models2", b"1")], "is outside of b'models'"),
+        ([("f", "models/../other", b"1")], "is outside of b'models'"),
+        ([("f", "../models/x", b"1")], "is outside of b'models'"),
+        ([("f", "models/.wh.a", b"")], "would hide other files"),
+        ([("f", "models/.wh..wh..opq", b"")], "would hide other files"),
+        ([("d", "models/.wh.d", ""), ("f", "models/.wh.d/x", b"")], "would hide other files"),
+        ([("l", "models/out", "../other")], "a link to b'../other', outside"),
+        ([("l", "models/out", "/etc/passwd")], "a link to b'/etc/passwd', outside"),
+        ([("h", "models/out", "beside.txt")], "a link to b'beside.txt', outside"),
+        ([("l", "models/l", "."), ("f", "models/l/x", b"1")], "leads through a symbolic link"),
+        ([("l", "models/l", "s"), ("d", "models/l/a", ""), ("f", "models/l/a/x", b"1")], "through a symbolic link"),
+    ],
+)
+def test_r1_a_packed_directory_stays_inside(
+    tmp_path: Path, bench: Bench, unpacker: Overlay, registry: FakeRegistry, members: Members, says: str
+) -> None:
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(ContentInvalid, match=re.escape(says)):
+        bench.pull(registry.add("bad", "1", directory(packed_tar([("d", "models", ""), *members]))))
+    assert sorted(os.listdir(tmp_path)) == before and os.listdir(tmp_path / "snapshots/layers") == []
+    assert list(bench.store.list()) == []
+
+
+def test_another_tar_than_it_says_is_refused(bench: Bench, registry: FakeRegistry) -> None:
+    with pytest.raises(ContentInvalid, match="diff id is sha256:"):
+        bench.pull(registry.add("bad", "1", directory(packed_tar(TREE), said=sha256(b"another"))))
+
+
+def test_an_encrypted_one_is_refused(bench: Bench, registry: FakeRegistry) -> None:
+    kind = "application/vnd.oci.image.layer.v1.tar+gzip+encrypted"
+    with pytest.raises(ContentInvalid, match="an encrypted layer of an artifact"):
+        bench.pull(registry.add("bad", "1", directory(packed_tar(TREE), kind=kind)))
