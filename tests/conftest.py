@@ -17,11 +17,15 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from conformance.leaks import Machine, left_over
-from tests.support import ELSEWHERE
+from tests.support import ELSEWHERE, needs
+
+if TYPE_CHECKING:
+    from tests.shims import Home
 
 MARK = "OCID_TEST_SESSION"
 # Those of vm/ look after themselves and are compared at the end: two looks at /proc take seconds under emulation.
@@ -88,6 +92,16 @@ def leaves_nothing(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     found = _settled(before, marks)
     if found:
         pytest.fail("the test left behind:\n  " + "\n  ".join(found), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    """What the labs of a session share."""
+    needs("root", "busybox", "overlay")
+    from tests import shims
+
+    with shims.home(tmp_path_factory.mktemp("home")) as made:
+        yield made
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -1,6 +1,7 @@
 """Pods and busybox containers for tests of the shim, and proof that nothing of them is left.
 
-`Pod` drives `Shims` as the daemon would; `Machine` compares mounts, processes, cgroups and files before and after.
+`Pod` drives `Shims` as the daemon would; `Machine` compares mounts, processes, cgroups and files before and after. A
+`Home` is what labs share, as the pods of a node do: a zygote takes longer to start than most tests take.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import re
 import secrets
 import shutil
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 
 from runtime.linux.mount import FsMount, mountinfo
@@ -190,8 +192,9 @@ def kill(sandbox: Sandbox) -> None:
 class Machine:
     """What a test may leave nothing of: mounts below a directory, processes that name it, cgroups of its name."""
 
-    def __init__(self, directory: Path, cgroup: str) -> None:
+    def __init__(self, directory: Path, cgroup: str, forks: Callable[[], list[int]]) -> None:
         self._directory = str(directory)
+        self._forks = forks
         self.cgroup = cgroup
 
     def mounts(self) -> list[str]:
@@ -206,53 +209,38 @@ class Machine:
         return sorted(set(found))
 
     def processes(self) -> list[int]:
-        """Processes whose root, cwd, command line or cgroup lead to the test."""
-        found = []
-        for entry in os.listdir("/proc"):
-            if entry.isdigit() and int(entry) != os.getpid():
-                try:
-                    text = Path(f"/proc/{entry}/cmdline").read_bytes() + Path(f"/proc/{entry}/cgroup").read_bytes()
-                except OSError:
-                    continue
-                if self._directory.encode() in text or self.cgroup.encode() in text:
-                    found.append(int(entry))
-        return found
+        """Processes whose command line or cgroup leads to the test, and the forks of a zygote that it shares."""
+        return sorted({*_named(self._directory, self.cgroup), *self._forks()})
 
 
-class Lab:
-    """A state directory with its zygote, pods in it, and at the end nothing of them."""
+def _named(*names: str) -> list[int]:
+    """Processes with one of these in their command line or among their cgroups."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid():
+            try:
+                text = Path(f"/proc/{entry}/cmdline").read_bytes() + Path(f"/proc/{entry}/cgroup").read_bytes()
+            except OSError:
+                continue
+            if any(os.fsencode(name) in text for name in names):
+                found.append(int(entry))
+    return found
 
-    def __init__(self, directory: Path, handler: str, *, direct: bool = False) -> None:
+
+class Home:
+    """A state directory with a zygote, if there is one, and a root filesystem that nobody writes to."""
+
+    def __init__(self, directory: Path, *, direct: bool = False) -> None:
         self.state = directory / "state"
         self.state.mkdir(mode=0o700)
-        self.shims = Shims(self.state, direct=direct)
-        self.handler = {"native": "", "runc": RUNC}[handler]
         self.root = busybox_root(directory)
-        self.machine = Machine(directory, f"ocid-test-{secrets.token_hex(4)}")
-        self.pods: list[Pod] = []
+        self.numbers = count()
+        self.serving = 0  # the pid of a zygote that labs share
+        self._direct = direct
 
-    def pod(self, *, start: bool = True, **changes: object) -> Pod:
-        """A further pod, started unless told otherwise."""
-        directory = self.state / "pods" / f"pod{len(self.pods)}"
-        directory.parent.mkdir(exist_ok=True)
-        pod = Pod(self.shims, directory, self.root, self.handler, self.machine.cgroup)
-        self.pods.append(pod)
-        if start:
-            pod.start(**changes)
-        return pod
-
-    def adopt(self, sandbox: Sandbox) -> Pod:
-        """A pod that somebody else has started and stops, to write bundles for."""
-        pod = Pod(self.shims, sandbox.directory, self.root, self.handler, self.machine.cgroup)
-        pod._sandbox = sandbox
-        return pod
-
-    def restarted(self) -> Shims:
-        """A daemon's client that has just started: it knows nothing but the state directory."""
-        self.shims = Shims(self.state)
-        for pod in self.pods:
-            pod.shims = self.shims
-        return self.shims
+    def shims(self) -> Shims:
+        """A client that knows nothing but the state directory, as a daemon's that has just started."""
+        return Shims(self.state, direct=self._direct)
 
     def zygote(self) -> int:
         """The pid of the zygote."""
@@ -262,13 +250,72 @@ class Lab:
             assert received is not None
             return int(protocol.parse_reply(received[0])["pid"])
 
+    def forks(self) -> list[int]:
+        """What a zygote that is shared has made, which has its command line and names no test."""
+        return [pid for pid in _named(str(self.state)) if pid != self.serving] if self.serving else []
+
+
+@contextmanager
+def home(directory: Path) -> Iterator[Home]:
+    """A Home that labs share; nothing of it is left."""
+    made = Home(directory)
+    shims = made.shims()
+    shims.prepare()
+    try:
+        made.serving = made.zygote()
+        yield made
+    finally:
+        shims.end_zygote()
+    eventually(lambda: not _named(str(made.state)), what="the zygote and its forks to end")
+
+
+class Lab:
+    """Pods in a state directory, of its own or shared, and at the end nothing of them."""
+
+    def __init__(self, directory: Path, handler: str, *, direct: bool = False, shared: Home | None = None) -> None:
+        self.directory = directory
+        self.home = shared or Home(directory, direct=direct)
+        self.state = self.home.state
+        self.shims = self.home.shims()
+        self.handler = {"native": "", "runc": RUNC}[handler]
+        self.machine = Machine(directory, f"ocid-test-{secrets.token_hex(4)}", self.home.forks)
+        self.pods: list[Pod] = []
+        (directory / "pods").mkdir(mode=0o700)
+
+    def pod(self, *, start: bool = True, **changes: object) -> Pod:
+        """A further pod, started unless told otherwise."""
+        directory = self.directory / "pods" / f"pod{next(self.home.numbers)}"
+        pod = Pod(self.shims, directory, self.home.root, self.handler, self.machine.cgroup)
+        self.pods.append(pod)
+        if start:
+            pod.start(**changes)
+        return pod
+
+    def adopt(self, sandbox: Sandbox) -> Pod:
+        """A pod that somebody else has started and stops, to write bundles for."""
+        pod = Pod(self.shims, sandbox.directory, self.home.root, self.handler, self.machine.cgroup)
+        pod._sandbox = sandbox
+        return pod
+
+    def restarted(self) -> Shims:
+        """The client of a daemon that has just started."""
+        self.shims = self.home.shims()
+        for pod in self.pods:
+            pod.shims = self.shims
+        return self.shims
+
+    def zygote(self) -> int:
+        """The pid of the zygote."""
+        return self.home.zygote()
+
     def close(self) -> None:
         # Each of it happens whatever becomes of the others.
         with ExitStack() as undo:
             machine = self.machine
             undo.callback(take_away, machine.cgroup, machine.processes, machine.mounts)
             undo.callback(self._check)
-            undo.callback(self.shims.end_zygote)
+            if not self.home.serving:
+                undo.callback(self.shims.end_zygote)
             for pod in reversed(self.pods):
                 undo.callback(pod.stop)
 
@@ -279,9 +326,9 @@ class Lab:
 
 
 @contextmanager
-def lab(directory: Path, handler: str = "native", *, direct: bool = False) -> Iterator[Lab]:
+def lab(directory: Path, handler: str = "native", *, direct: bool = False, shared: Home | None = None) -> Iterator[Lab]:
     """A Lab that is closed, and checked, whatever the test does."""
-    opened = Lab(directory, handler, direct=direct)
+    opened = Lab(directory, handler, direct=direct, shared=shared)
     try:
         yield opened
     except BaseException:

@@ -94,9 +94,8 @@ def ground(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ground]:
         yield Ground(MemoryContainers(), tmp_path, None)
         return
     needs("root", "busybox", "overlay")
-    lab = Lab(tmp_path, "native")
-    (lab.state / "pods").mkdir()
-    ground = Ground(lab.shims, lab.state / "pods", lab)
+    lab = Lab(tmp_path, "native", shared=request.getfixturevalue("home"))
+    ground = Ground(lab.shims, tmp_path / "pods", lab)
     try:
         yield ground
     finally:

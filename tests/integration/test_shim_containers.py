@@ -18,23 +18,31 @@ from runtime.linux.process import is_running
 from runtime.linux.sockets import recv_frame
 from runtime.shim.client import Shims
 from runtime.shim.model import ContainerError, ContainerFacts
-from tests.shims import RUNC, Lab, Pod, kill, lab
+from tests.shims import RUNC, Home, Lab, Pod, kill, lab
 from tests.support import SOON_S, eventually, needs
 
 HANDLERS = ["native", "runc"]
 
 
 @pytest.fixture(params=HANDLERS)
-def pods(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
+def pods(request: pytest.FixtureRequest, home: Home, tmp_path: Path) -> Iterator[Lab]:
+    needs("root", "busybox", "overlay", *(["runc"] if request.param == "runc" else []))
+    with lab(tmp_path, request.param, shared=home) as opened:
+        yield opened
+
+
+@pytest.fixture(params=HANDLERS)
+def alone(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
+    """With a zygote of its own, for whoever kills it."""
     needs("root", "busybox", "overlay", *(["runc"] if request.param == "runc" else []))
     with lab(tmp_path, request.param) as opened:
         yield opened
 
 
 @pytest.fixture
-def native(tmp_path: Path) -> Iterator[Lab]:
+def native(home: Home, tmp_path: Path) -> Iterator[Lab]:
     needs("root", "busybox", "overlay")
-    with lab(tmp_path) as opened:
+    with lab(tmp_path, shared=home) as opened:
         yield opened
 
 
@@ -310,13 +318,13 @@ def test_o16_a_container_is_deleted_while_its_pod_ends(native: Lab) -> None:
     assert native.machine.mounts() == native.machine.cgroups() == []
 
 
-def test_a_restarted_daemon_knows_everything(pods: Lab) -> None:
-    pod = pods.pod()
+def test_a_restarted_daemon_knows_everything(alone: Lab) -> None:
+    pod = alone.pod()
     running, ended = pod.run("c", ["sleep", "1000"]), pod.run("d", ["sh", "-c", "echo out; exit 5"])
     pod.ended(ended)
-    os.kill(pods.zygote(), signal.SIGKILL)
-    pods.restarted()
-    known = {facts.id: facts for facts in pods.shims.reconnect(pod.sandbox) or ()}
+    os.kill(alone.zygote(), signal.SIGKILL)
+    alone.restarted()
+    known = {facts.id: facts for facts in alone.shims.reconnect(pod.sandbox) or ()}
     assert known[running].finished_ns == 0 and known[ended].exit_code == 5
     assert pod.lines("d") == [b"out"]
     assert pod.exec(running, ["echo", "hi"]).stdout == b"hi\n"

@@ -21,16 +21,16 @@ from runtime.shim import protocol
 from runtime.shim.commands import DRAIN
 from runtime.shim.model import ContainerError, ExecSpec
 from tests.seccomp_agent import Agent, refuse
-from tests.shims import Lab, Pod, kill, lab, process
+from tests.shims import Home, Lab, Pod, kill, lab, process
 from tests.support import SOON_S, eventually, needs
 
 HANDLERS = ["native", "runc"]
 
 
 @pytest.fixture(params=HANDLERS)
-def pods(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
+def pods(request: pytest.FixtureRequest, home: Home, tmp_path: Path) -> Iterator[Lab]:
     needs("root", "busybox", "overlay", *(["runc"] if request.param == "runc" else []))
-    with lab(tmp_path, request.param) as opened:
+    with lab(tmp_path, request.param, shared=home) as opened:
         yield opened
 
 

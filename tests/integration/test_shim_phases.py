@@ -24,7 +24,7 @@ from runtime.shim.client import Shims
 from runtime.shim.model import ContainerSpec, ExecSpec, Sandbox
 from runtime.shim.protocol import Facts
 from tests.costs import calls
-from tests.shims import Lab, lab, process
+from tests.shims import Home, Lab, lab, process
 from tests.support import needs
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def pods(tmp_path: Path) -> Iterator[Lab]:
+def pods(home: Home, tmp_path: Path) -> Iterator[Lab]:
     needs("root", "busybox")
-    with lab(tmp_path) as opened:
+    with lab(tmp_path, shared=home) as opened:
         yield opened
 
 

@@ -21,12 +21,20 @@ from runtime.linux.process import is_running, start_time
 from runtime.shim.cgroup import NAME
 from runtime.shim.client import Shims
 from runtime.shim.model import ContainerError, Sandbox, SandboxSpec, ShimUnresponsive
-from tests.shims import Lab, kill, lab
+from tests.shims import Home, Lab, kill, lab
 from tests.support import eventually, needs
 
 
 @pytest.fixture
-def pods(tmp_path: Path) -> Iterator[Lab]:
+def pods(home: Home, tmp_path: Path) -> Iterator[Lab]:
+    needs("root", "busybox")
+    with lab(tmp_path, shared=home) as opened:
+        yield opened
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Lab]:
+    """With a zygote of its own, for whoever replaces it or opens its directory to others."""
     needs("root", "busybox")
     with lab(tmp_path) as opened:
         yield opened
@@ -73,7 +81,7 @@ def test_a_pod_may_have_the_hosts_namespaces(pods: Lab) -> None:
 
 
 def test_a_pod_joins_a_network_namespace_for_its_sysctls(pods: Lab) -> None:
-    pin = pods.state / "netns"
+    pin = pods.directory / "netns"
     pin.touch()
     subprocess.run(["unshare", f"--net={pin}", "true"], check=True)
     try:
@@ -151,11 +159,11 @@ def test_s50_sockets_are_files_of_root_alone(pods: Lab) -> None:
             assert not words[7].startswith("@"), line
 
 
-def test_s50_only_root_is_heard(pods: Lab) -> None:
-    pod = pods.pod()
-    for path in (pods.state / "zygote.sock", pod.directory / "shim.sock"):
+def test_s50_only_root_is_heard(alone: Lab) -> None:
+    pod = alone.pod()
+    for path in (alone.state / "zygote.sock", pod.directory / "shim.sock"):
         for directory in (path, *path.parents):
-            if directory.owner() == "root" and directory.is_relative_to(pods.state.parent):
+            if directory.owner() == "root" and directory.is_relative_to(alone.state.parent):
                 os.chmod(directory, 0o777)  # so that only SO_PEERCRED stands in the way
         program = (
             "import os, socket, sys; s = socket.socket(socket.AF_UNIX); fd = os.open(os.path.dirname(sys.argv[1]), "
@@ -165,7 +173,7 @@ def test_s50_only_root_is_heard(pods: Lab) -> None:
         run = subprocess.run([sys.executable, "-c", program, str(path)], check=False, capture_output=True, text=True)
         assert run.stdout.strip() in ("b''", ""), run
         assert run.stdout.strip() == "b''" or "ConnectionReset" in run.stderr or "BrokenPipe" in run.stderr, run
-    assert pods.shims.reconnect(pod.sandbox) == []
+    assert alone.shims.reconnect(pod.sandbox) == []
 
 
 def test_shims_are_inits_children_with_sessions_of_their_own(pods: Lab) -> None:
@@ -260,15 +268,15 @@ def test_two_daemons_that_start_at_once_share_one_zygote(tmp_path: Path) -> None
     Shims(state).end_zygote()
 
 
-def test_a_zygote_of_other_code_is_replaced_and_its_shims_stay(pods: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    pod = pods.pod()
-    old = pods.zygote()
+def test_a_zygote_of_other_code_is_replaced_and_its_shims_stay(alone: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    pod = alone.pod()
+    old = alone.zygote()
     monkeypatch.setattr("runtime.shim.launcher.version", lambda: "another")
-    pods.restarted()
-    second = pods.pod()
-    assert pods.zygote() != old
+    alone.restarted()
+    second = alone.pod()
+    assert alone.zygote() != old
     eventually(lambda: not Path(f"/proc/{old}/exe").exists(), what="the old zygote to end")
-    assert pods.shims.reconnect(pod.sandbox) == [] and pods.shims.reconnect(second.sandbox) == []
+    assert alone.shims.reconnect(pod.sandbox) == [] and alone.shims.reconnect(second.sandbox) == []
 
 
 def test_nobody_of_a_zygote_that_was_asked_to_quit_is_in_the_shims_cgroup(tmp_path: Path) -> None:
@@ -372,11 +380,15 @@ def test_garbage_on_the_socket_harms_nobody(pods: Lab) -> None:
     assert pods.shims.reconnect(pod.sandbox) == []
 
 
-def test_a_lab_whose_test_and_clean_up_fail_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_lab_whose_test_and_clean_up_fail_leaves_nothing(
+    shared: bool, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(_sandbox: object) -> None:
         raise LookupError("not stopped")
 
-    with pytest.raises(ValueError, match="of the test"), lab(tmp_path) as opened:
+    ours = home if shared else None
+    with pytest.raises(ValueError, match="of the test"), lab(tmp_path, shared=ours) as opened:
         opened.pod().run("c", ["sleep", "1000"])
         assert opened.machine.cgroups() and opened.machine.processes()
         monkeypatch.setattr(opened.shims, "stop", refuse)

@@ -17,14 +17,22 @@ import pytest
 
 from runtime.linux.sockets import recv_frame, send_frame
 from runtime.shim.model import ContainerError
-from tests.shims import Lab, Pod, lab
+from tests.shims import Home, Lab, Pod, lab
 from tests.support import SOON_S, eventually, needs
 
 HANDLERS = ["native", "runc"]
 
 
 @pytest.fixture(params=HANDLERS)
-def pods(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
+def pods(request: pytest.FixtureRequest, home: Home, tmp_path: Path) -> Iterator[Lab]:
+    needs("root", "busybox", "overlay", *(["runc"] if request.param == "runc" else []))
+    with lab(tmp_path, request.param, shared=home) as opened:
+        yield opened
+
+
+@pytest.fixture(params=HANDLERS)
+def alone(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Lab]:
+    """With a zygote of its own, for whoever kills it."""
     needs("root", "busybox", "overlay", *(["runc"] if request.param == "runc" else []))
     with lab(tmp_path, request.param) as opened:
         yield opened
@@ -127,9 +135,9 @@ def test_o24_streams_are_not_mixed_and_bytes_stay(pods: Lab) -> None:
     assert err == [line for number in range(300) for line in (b"err%d" % number, b"\xff\x80\x01")]
 
 
-def test_o25_the_daemon_is_not_needed_for_logs(pods: Lab) -> None:
+def test_o25_the_daemon_is_not_needed_for_logs(alone: Lab) -> None:
     """Nothing of the daemon is alive here but this test, which holds no connection while the container writes."""
-    pod = pods.pod()
+    pod = alone.pod()
     container = pod.run(
         "c",
         [
@@ -138,16 +146,16 @@ def test_o25_the_daemon_is_not_needed_for_logs(pods: Lab) -> None:
             "head -c 50000000 /dev/zero | tr '\\0' 'x' | fold -w 99 2>/dev/null || yes 0123456789 | head -n 500000",
         ],
     )
-    os.kill(pods.zygote(), signal.SIGKILL)
+    os.kill(alone.zygote(), signal.SIGKILL)
     eventually((pod.bundle("c") / "exit.json").exists, 60, "the container to end")
-    pods.restarted()
+    alone.restarted()
     assert pod.ended(container).exit_code == 0
     assert len(pod.lines("c")) >= 500_000
 
 
 def test_o26_a_full_disk_neither_stops_the_container_nor_the_log_for_ever(pods: Lab) -> None:
     pod = pods.pod()
-    small = pods.state / "small"
+    small = pods.directory / "small"
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "small", str(small)], check=True)
     try:
