@@ -208,6 +208,12 @@ class ImageSection:
         'below. "" means that this node has none.',
         check=_absolute_or_none,
     )
+    key_providers: str = _key(
+        "",
+        "ocicrypt's file of key providers: programs (cmd) that open encrypted layers. "
+        '"" is the one that OCICRYPT_KEYPROVIDER_CONFIG names, if any.',
+        check=_absolute_or_none,
+    )
     pinned: tuple[str, ...] = _key((), "References of images that are reported as pinned: a kubelet keeps those.")
     concurrent_pulls: int = _key(16, "Images that are pulled at once.", least=1)
     concurrent_downloads: int = _key(4, "Layers that one pull downloads at once.", least=1)

@@ -1,7 +1,9 @@
-"""What the configuration says of images, in the image store's words: for the daemon and for commands alike. Pure."""
+"""What the configuration says of images, in the image store's words: for the daemon and for commands alike. Pure, but
+for the one variable that nodes of ocicrypt's have."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from imagestore.model import Usage
 
 # Where everybody looks who reads such policies: podman, skopeo, CRI-O.
 DEFAULT_POLICY = Path("/etc/containers/policy.json")
+_PROVIDERS = "OCICRYPT_KEYPROVIDER_CONFIG"
 
 
 def store_config(config: Config, measure: Callable[[], Usage] | None = None) -> StoreConfig:
@@ -33,6 +36,7 @@ def store_config(config: Config, measure: Callable[[], Usage] | None = None) -> 
         registries_d=(section.registries_d,),
         timestamp_authorities=Path(section.timestamp_authorities) if section.timestamp_authorities else None,
         decryption_keys=Path(section.decryption_keys_path) if section.decryption_keys_path else None,
+        key_providers=Path(providers) if (providers := section.key_providers or os.environ.get(_PROVIDERS)) else None,
         accept_unnamed_bundles=section.accept_unnamed_bundles,
         concurrent_pulls=section.concurrent_pulls,
         concurrent_downloads=section.concurrent_downloads,

@@ -44,6 +44,8 @@ class StoreConfig:
     """PEM: the authorities whose RFC 3161 times count for sigstore bundles."""
     decryption_keys: Path | None = None
     """Where the private keys lie that open encrypted layers, for pulls and for every use of what was pulled."""
+    key_providers: Path | None = None
+    """ocicrypt's file of key providers: programs that open encrypted layers."""
     user_agent: str = "ocid/0.1"
 
     # how much at once

@@ -1,4 +1,4 @@
-"""Credential programs: a question on stdin, an answer on stdout, bounded in bytes and in time.
+"""Programs that have credentials or keys: a question on stdin, an answer on stdout, bounded in bytes and in time.
 
 Blocking, for worker threads. Refuses names that are paths, and answers beyond the limit. Invariant: the process is
 never forked (posix_spawn(3) shares its memory until execve), the program's whole group has ended when `ask` returns or
@@ -36,9 +36,18 @@ def find(name: str, directories: Sequence[str]) -> Path:
     raise ImageError(f"credential program {name}: not found in {':'.join(directories)[:200]}")
 
 
-def ask(program: Path, arguments: Sequence[str], environment: Mapping[str, str], data: bytes, limit_s: float) -> bytes:
-    """What `program` printed, after exit code 0. Raises ProgramRefused for any other, ImageError."""
-    what = f"credential program {program.name}"
+def ask(
+    program: Path,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    data: bytes,
+    limit_s: float,
+    *,
+    called: str = "credential program",
+) -> bytes:
+    """What `program` printed, after exit code 0. Raises ProgramRefused for any other, ImageError; there it is what
+    `called` says."""
+    what = f"{called} {program.name}"
     close_range(3, flags=CLOSE_RANGE_CLOEXEC)  # what whoever started us left open goes to nobody
     questions, give = os.pipe2(os.O_CLOEXEC)
     take, answers = os.pipe2(os.O_CLOEXEC)

@@ -86,7 +86,7 @@ class Puller:
         self._flights = Flights()
         self._downloads = Slots(config.node_downloads)
         self.unpacks = Slots(config.concurrent_unpacks)
-        self.opener = Opener(config.decryption_keys)
+        self.opener = Opener(config.decryption_keys, config.key_providers)
 
     async def run(
         self, source: Source, held: Held, tell: ProgressFunction, admit: Admit, *, everything: bool = False

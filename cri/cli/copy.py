@@ -44,8 +44,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--encryption-key",
         action="append",
         default=[],
-        metavar="jwe:FILE|pkcs7:FILE",
-        help="encrypt every layer for whoever has the private key to this public key or certificate; may be repeated",
+        metavar="jwe:FILE|pkcs7:FILE|provider:NAME[:PARAMETER]",
+        help="encrypt every layer for whoever has the private key to this public key or certificate, or by a program "
+        "of image.key_providers; may be repeated",
     )
     parser.add_argument("--insecure-policy", action="store_true", help="do not ask the signature policy of the source")
     parser.add_argument("--digestfile", metavar="FILE", help="write the digest there, too")

@@ -48,7 +48,8 @@ def keys_argument(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE[:PASSWORD]",
-        help="a private key that opens encrypted layers; PASSWORD, file=FILE or fd=N where it has one; may be repeated",
+        help="a private key that opens encrypted layers; PASSWORD, file=FILE or fd=N where it has one; or "
+        "provider:NAME[:PARAMETER], a program of image.key_providers; may be repeated",
     )
 
 

@@ -141,7 +141,8 @@ def _differences(config: Config, manifest: str, keys: tuple[KeyFile, ...]) -> tu
         sealed = seals(blobs, (manifest, *(one.blob.digest for one in layers)))
         if damaged:
             return damaged, sealed
-        opened = Opener(store_config(config).decryption_keys).open(layers, keys)
+        store = store_config(config)
+        opened = Opener(store.decryption_keys, store.key_providers).open(layers, keys)
         checked = [
             Checked(
                 blobs.path(one.blob.digest),

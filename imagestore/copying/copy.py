@@ -231,14 +231,14 @@ class Copy:
 
     def _changed(self, path: Path, blob: Descriptor, change: _Change) -> tuple[Path, Descriptor]:
         """Another file and its descriptor; of the files between nothing is left."""
-        options, limit = self._options, self._config.image_bytes
+        options, limit, providers = self._options, self._config.image_bytes, self._config.key_providers
         steps: list[tuple[str, Callable[[Path, Descriptor, Path], Descriptor]]] = []
         if change.decrypt:
-            steps.append(("open", lambda old, of, new: decrypt(old, of, options.decryption_keys, new)))
+            steps.append(("open", lambda old, of, new: decrypt(old, of, options.decryption_keys, new, providers)))
         if (how := change.how) is not None:
             steps.append((how or "plain", lambda old, of, new: recompress(old, of, how, new, limit)))
         if change.encrypt:
-            steps.append(("sealed", lambda old, of, new: encrypt(old, of, options.recipients, new)))
+            steps.append(("sealed", lambda old, of, new: encrypt(old, of, options.recipients, new, providers)))
         made, files = blob, [path]
         try:
             for name, step in steps:

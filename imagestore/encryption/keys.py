@@ -4,9 +4,10 @@
     FILE:PASSWORD               one that is encrypted, as skopeo has it
     FILE:pass=… :file=… :fd=…   the same; the password on the command line, in a file, from a descriptor
     jwe:FILE  pkcs7:FILE        a recipient: a public key, a certificate
+    provider:NAME[:PARAMETER]   either: a program that has the key (key_providers.py)
 
-Refuses kinds of keys that ocicrypt has and we have not, by name (PGP, PKCS #11, key providers), and RSA below 2048
-bits. Invariant: no key and no password is in a message or in a repr.
+Refuses kinds of keys that ocicrypt has and we have not, by name (PGP, PKCS #11), and RSA below 2048 bits. Invariant: no
+key and no password is in a message or in a repr.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from imagestore.content import errno_text
+from imagestore.encryption.key_providers import PROVIDER, named
 from imagestore.model import DecryptionRefused, KeyFile
 from runtime.linux.dataclass import dataclass
 
@@ -43,9 +45,11 @@ class Recipients:
     """For JWE."""
     certificates: tuple[Certificate, ...] = ()
     """For PKCS #7."""
+    providers: tuple[KeyFile, ...] = ()
+    """As options name them: what each of these programs is told."""
 
     def __bool__(self) -> bool:
-        return bool(self.keys or self.certificates)
+        return bool(self.keys or self.certificates or self.providers)
 
 
 # ------------------------------------------------------------------------------------------------------- private keys
@@ -55,8 +59,9 @@ def key_files(options: Iterable[str]) -> tuple[KeyFile, ...]:
     """What the options `--decryption-key` name, read. Raises DecryptionRefused."""
     found = []
     for option in options:
-        if option.startswith("provider:"):
-            raise DecryptionRefused(f"decryption key {option}: key providers are not supported; key files are")
+        if option.startswith(PROVIDER):
+            found.append(_provider(option))
+            continue
         name, _, said = option.partition(":")
         found.append(KeyFile(name, _read(Path(name), "decryption key"), _password(said) if said else None))
         private_key(found[-1], required=True)
@@ -92,11 +97,13 @@ def pack(files: Iterable[KeyFile]) -> bytes:
     """The private keys of `files` for another process of this machine: small, and without their passwords."""
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-    found = [
-        (file.name, base64.b64encode(key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())).decode())
-        for file in files
-        if (key := private_key(file)) is not None
-    ]
+    found = []
+    for file in files:
+        if file.name.startswith(PROVIDER):
+            found.append((file.name, base64.b64encode(file.data).decode()))
+        elif (key := private_key(file)) is not None:
+            data = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+            found.append((file.name, base64.b64encode(data).decode()))
     return json.dumps(found, separators=(",", ":")).encode()
 
 
@@ -107,13 +114,16 @@ def unpack(data: bytes) -> tuple[KeyFile, ...]:
     except (ValueError, TypeError, RecursionError):
         raise DecryptionRefused("decryption keys: not what ocid packs") from None
     for file in found:
-        private_key(file, required=True)
+        if not file.name.startswith(PROVIDER):
+            private_key(file, required=True)
     return found
 
 
 def private_key(file: KeyFile, *, required: bool = False) -> PrivateKey | None:
     """The key in a file; None for a certificate or for what is no key, unless one is `required`: PKCS #7 wants the
-    certificate given, too, elsewhere. Raises DecryptionRefused for a key that cannot be used."""
+    certificate given, too, elsewhere; and for a provider. Raises DecryptionRefused for a key that cannot be used."""
+    if file.name.startswith(PROVIDER):
+        return None
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_der_private_key, load_pem_private_key
 
@@ -132,6 +142,11 @@ def private_key(file: KeyFile, *, required: bool = False) -> PrivateKey | None:
     if required:
         raise DecryptionRefused(f"decryption key {file.name}: {why}")
     return None
+
+
+def _provider(option: str) -> KeyFile:
+    name, parameter = named(option)
+    return KeyFile(PROVIDER + name, parameter)
 
 
 def _usable(key: object) -> PrivateKey:
@@ -180,19 +195,23 @@ def recipients(options: Iterable[str]) -> Recipients:
     """What the options `--encryption-key` name. Raises DecryptionRefused."""
     keys: list[PublicKey] = []
     certificates: list[Certificate] = []
+    providers: list[KeyFile] = []
     for option in options:
-        _add(option, keys, certificates)
-    return Recipients(tuple(keys), tuple(certificates))
+        if option.startswith(PROVIDER):
+            providers.append(_provider(option))
+        else:
+            _add(option, keys, certificates)
+    return Recipients(tuple(keys), tuple(certificates), tuple(providers))
 
 
 def _add(option: str, keys: list[PublicKey], certificates: list[Certificate]) -> None:
     from cryptography.exceptions import UnsupportedAlgorithm
 
     scheme, colon, name = option.partition(":")
-    if scheme in ("pgp", "pkcs11", "provider"):
-        raise DecryptionRefused(f"encryption key {option}: {scheme} is not supported; jwe and pkcs7 are")
+    if scheme in ("pgp", "pkcs11"):
+        raise DecryptionRefused(f"encryption key {option}: {scheme} is not supported; jwe, pkcs7 and provider are")
     if not colon or scheme not in ("jwe", "pkcs7"):
-        raise DecryptionRefused(f"encryption key {option!r}: expected jwe:FILE or pkcs7:FILE")
+        raise DecryptionRefused(f"encryption key {option!r}: expected jwe:FILE, pkcs7:FILE or provider:NAME")
     data = _read(Path(name), "encryption key")
     try:
         if scheme == "jwe":

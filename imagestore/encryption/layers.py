@@ -2,6 +2,7 @@
 
     mediaType    …+encrypted
     annotations  org.opencontainers.image.enc.keys.jwe, .pkcs7   the private options, wrapped; base64, comma, base64 …
+                 org.opencontainers.image.enc.keys.provider.NAME the same, by a program of the node (key_providers.py)
                  org.opencontainers.image.enc.pubopts            cipher and HMAC; base64 of JSON
 
 Refuses other ciphers than AES_256_CTR_HMAC_SHA256, and more attempts than `_ATTEMPTS` for one image: a registry may
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from imagestore.encryption.key_providers import KeyProviders, parameters
 from imagestore.encryption.keys import keys_below, private_key
 from imagestore.model import ContentInvalid, DecryptionRefused, Descriptor, KeyFile, Layer, LayerKey
 from imagestore.strict_json import parse_object
@@ -32,7 +34,10 @@ ANNOTATIONS = "org.opencontainers.image.enc."
 PUBLIC = f"{ANNOTATIONS}pubopts"
 WRAPPED = f"{ANNOTATIONS}keys."
 CIPHER = "AES_256_CTR_HMAC_SHA256"
+_PROVIDER = "provider."
 _ATTEMPTS = 4096
+_PACKETS = 4
+"""For one provider, of one layer: each is a program that is run, and may take its time."""
 _VALUES = 100
 
 
@@ -64,8 +69,10 @@ def seal(layer: Descriptor) -> str:
 class Opener:
     """The keys of this node, and those that callers bring. Any thread may ask."""
 
-    def __init__(self, directory: Path | None) -> None:
+    def __init__(self, directory: Path | None, providers: Path | None = None) -> None:
+        """`providers` is the file of key_providers.py."""
         self._directory = directory
+        self._providers = KeyProviders(providers)
 
     def open(self, layers: Sequence[Layer], given: Iterable[KeyFile] = ()) -> dict[str, LayerKey]:
         """The keys of the encrypted ones of `layers`, by chain id. Raises DecryptionRefused where no key opens one;
@@ -73,13 +80,17 @@ class Opener:
         sealed = [layer for layer in layers if is_encrypted(layer.blob)]
         if not sealed:
             return {}
-        keys = [key for file in (*given, *keys_below(self._directory)) if (key := private_key(file)) is not None]
-        attempts = _Attempts(keys)
+        files = tuple(given)
+        keys = [key for file in (*files, *keys_below(self._directory)) if (key := private_key(file)) is not None]
+        attempts = _Attempts(keys, self._providers, parameters(files))
         return {layer.chain_id: self._open(layer.blob, attempts).key for layer in sealed}
 
     def open_blob(self, blob: Descriptor, given: Iterable[KeyFile]) -> Opened:
-        """The same for one descriptor and the given keys alone."""
-        return self._open(blob, _Attempts([key for file in given if (key := private_key(file)) is not None]))
+        """The same for one descriptor and the given keys and providers alone."""
+        files = tuple(given)
+        keys = [key for file in files if (key := private_key(file)) is not None]
+        told = parameters(files)
+        return self._open(blob, _Attempts(keys, self._providers, told, only=frozenset(told)))
 
     def _open(self, blob: Descriptor, attempts: _Attempts) -> Opened:
         found = attempts.unwrap(blob)
@@ -90,6 +101,8 @@ class Opener:
             hint = f"; give one, or put it into {self._directory}" if self._directory else ""
             count = len(attempts.keys)
             why = f"none of the {count} private keys opens it" if count else f"there is no private key to open it{hint}"
+            if attempts.refusals:
+                why += f" ({'; '.join(attempts.refusals[:4])})"
             raise DecryptionRefused(f"layer {blob.digest}: encrypted ({', '.join(schemes)}), and {why}")
         return _opened(blob, found)
 
@@ -105,8 +118,17 @@ class Opened:
 class _Attempts:
     """Keys tried on layers, and not for ever."""
 
-    def __init__(self, keys: Sequence[PrivateKey]) -> None:
+    def __init__(
+        self,
+        keys: Sequence[PrivateKey],
+        providers: KeyProviders,
+        told: Mapping[str, Sequence[bytes]],
+        only: frozenset[str] | None = None,
+    ) -> None:
+        """`told` is what callers have for providers; with `only`, no others are asked."""
         self.keys = list(keys)
+        self.refusals: list[str] = []
+        self._providers, self._told, self._only = providers, told, only
         self._left = _ATTEMPTS
 
     def unwrap(self, blob: Descriptor) -> bytes | None:
@@ -127,6 +149,22 @@ class _Attempts:
                         self.keys.remove(key)
                         self.keys.insert(0, key)
                         return found
+        return self._provided(blob)
+
+    def _provided(self, blob: Descriptor) -> bytes | None:
+        prefix = f"{WRAPPED}{_PROVIDER}"
+        for name in sorted(name for name in blob.annotations if name.startswith(prefix)):
+            provider = name.removeprefix(prefix)
+            if self._only is not None and provider not in self._only:
+                continue
+            for text in [*filter(None, blob.annotations[name].split(","))][:_PACKETS]:
+                try:
+                    found = self._providers.unwrap(provider, _decode(text, name), self._told)
+                except DecryptionRefused as error:
+                    self.refusals.append(str(error))
+                    continue
+                if found is not None:
+                    return found
         return None
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from imagestore.encryption import jwe, pkcs7
+from imagestore.encryption.key_providers import KeyProviders, parameters
 from imagestore.encryption.keys import Recipients
 from imagestore.encryption.layers import (
     ENCRYPTED,
@@ -30,8 +31,11 @@ from imagestore.model import ContentInvalid, Descriptor, KeyFile
 _PIECE = 1 << 20
 
 
-def encrypt(source: Path, layer: Descriptor, recipients: Recipients, target: Path) -> Descriptor:
-    """Writes the plain layer in `source` to `target`, encrypted; its descriptor there. Raises OSError."""
+def encrypt(
+    source: Path, layer: Descriptor, recipients: Recipients, target: Path, providers: Path | None = None
+) -> Descriptor:
+    """Writes the plain layer in `source` to `target`, encrypted; its descriptor there. `providers` is the file of
+    key_providers.py. Raises DecryptionRefused, OSError."""
     from cryptography.hazmat.primitives.ciphers import Cipher
     from cryptography.hazmat.primitives.ciphers.algorithms import AES
     from cryptography.hazmat.primitives.ciphers.modes import CTR
@@ -52,16 +56,22 @@ def encrypt(source: Path, layer: Descriptor, recipients: Recipients, target: Pat
         annotations[f"{WRAPPED}jwe"] = base64.b64encode(jwe.wrap(private, recipients.keys)).decode()
     if recipients.certificates:
         annotations[f"{WRAPPED}pkcs7"] = base64.b64encode(pkcs7.wrap(private, recipients.certificates)).decode()
+    told = parameters(recipients.providers)
+    for name in told:
+        packet = KeyProviders(providers).wrap(name, told, private)
+        annotations[f"{WRAPPED}provider.{name}"] = base64.b64encode(packet).decode()
     return Descriptor(layer.media_type + ENCRYPTED, f"sha256:{digest.hexdigest()}", size, annotations)
 
 
-def decrypt(source: Path, layer: Descriptor, keys: Sequence[KeyFile], target: Path) -> Descriptor:
+def decrypt(
+    source: Path, layer: Descriptor, keys: Sequence[KeyFile], target: Path, providers: Path | None = None
+) -> Descriptor:
     """Writes the encrypted layer in `source` to `target`, plain. Raises DecryptionRefused, ContentInvalid, OSError."""
     from cryptography.hazmat.primitives.ciphers import Cipher
     from cryptography.hazmat.primitives.ciphers.algorithms import AES
     from cryptography.hazmat.primitives.ciphers.modes import CTR
 
-    opened = Opener(None).open_blob(layer, keys)
+    opened = Opener(None, providers).open_blob(layer, keys)
     key, nonce, expected = opened.key
     decryptor = Cipher(AES(key), CTR(nonce)).decryptor()
     mac, digest, size = hmac.new(key, digestmod=hashlib.sha256), hashlib.sha256(), 0

@@ -429,7 +429,7 @@ def test_a_directory_of_keys(world: World, tmp_path: Path) -> None:
     ("option", "says"),
     [
         ("/nowhere/key", "no such file"),
-        ("provider:attestation", "key providers are not supported"),
+        ("provider:", "expected provider:NAME"),
         ("{public}", "no private key"),
         ("{small}", "only RSA of 2048 bits"),
     ],
