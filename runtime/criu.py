@@ -237,7 +237,8 @@ class Criu:
         name = _NAMES.get(kind, str(kind)) if isinstance(kind, int) else "?"
         said = _last_errors(log) or os.fsdecode(_bytes(answer.get(9))).strip()
         number = answer.get(7, 0)
-        return f"criu failed: type {name} errno {number!r}: {said or 'it gives no reason'}\nlog file: {log}"
+        where = f"\nlog file: {log}" if os.path.exists(log) else ""
+        return f"criu failed: type {name} errno {number!r}: {said or 'it gives no reason'}{where}"
 
 
 _HINT = "`criu check` says what this kernel lacks"

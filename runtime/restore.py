@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from runtime.spec import Spec
 
 _SIGKILL = 9
+_YARD = ".criu.cgyard."  # criu's directory for cgroup mounts, in that of its log
 _MAX_DESCRIPTORS = 1 << 16
 
 
@@ -249,8 +250,9 @@ class _Restoring:
                 if self._spec.root_readonly:
                     self._mounts.protect_root(self._pid)  # criu 3.17 forgets that it was
             except BaseException:
-                # Before criu hears of it: it would let them go.
-                restored.kill(members)
+                # Before criu hears of it: it would let them go. And criu after them, or it would wait for an init that
+                # waits for its children, whose ends only their tracer can take: criu.
+                restored.kill([*members, self._criu])
                 raise
         elif step == "orphan-pts-master" and fd >= 0:
             self._take_console(fd)
@@ -279,6 +281,10 @@ class _Restoring:
         if self._pidfd < 0:
             return
         end_child(self._pid, self._pidfd)  # unless criu was faster
+        work = self._request.images.work_path or self._request.images.image_path
+        for name in os.listdir(work):  # which it removes itself, unless it was killed; its mount went with its mounts
+            if name.startswith(_YARD):
+                os.rmdir(os.path.join(work, name))
 
     def _state(self) -> State:
         return state.of_spec(

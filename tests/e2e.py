@@ -258,10 +258,10 @@ class Node:
     def _files(self) -> Iterator[Path]:
         for top in (self.root, self.state, self.directory / "leases"):
             for directory, directories, files in os.walk(top):
-                yield from (Path(directory, name) for name in directories)
+                yield from (Path(directory, name) for name in directories if name != "criu-logs")
                 yield from (Path(directory, name) for name in files if name not in _OWN)
-                # What is inside a snapshot comes and goes with it.
-                directories[:] = [name for name in directories if name not in ("fs", "upper", "rootfs")]
+                # What is inside a snapshot comes and goes with it, and logs are there to stay.
+                directories[:] = [name for name in directories if name not in ("fs", "upper", "rootfs", "criu-logs")]
 
     def _is_kept_blob(self, path: Path) -> bool:
         """A whole, right blob may stay for the next try; a collector takes it when nobody tries."""
@@ -323,6 +323,11 @@ def stocked() -> Iterator[FakeRegistry]:
     with FakeRegistry() as registry:
         registry.add("busybox", "1", busybox())
         yield registry
+
+
+def named_log(said: str) -> Path:
+    """The log that an error of criu's names."""
+    return Path(said.partition("log file: ")[2].split(" (hint")[0])
 
 
 def messages(log: Path, stream: str = "stdout") -> list[str]:

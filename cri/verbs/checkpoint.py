@@ -2,7 +2,7 @@
 
 Refuses everything unless the configuration enables it: peers were broken through such archives (threats S71). All that
 is written down of a pod is of one moment: its containers stand still while criu dumps them and their writable layers
-are packed. Invariant: whatever fails, they go on afterwards, and nothing is left but a whole archive.
+are packed. Invariant: whatever fails, they go on afterwards, and nothing is left but a whole archive or criu's log.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cri import checkpoint_archive as archive
+from cri import criu_logs
 from cri.api import api_pb2 as pb
 from cri.config import CheckpointSection
 from cri.errors import FailedPrecondition, InvalidArgument, Unimplemented
@@ -128,7 +129,8 @@ class _Work:
         node, sandbox = self._node, self._node.sandbox(self._pod)
         images = place / "checkpoint"
         os.makedirs(images, 0o700)
-        node.parts.checkpoints.checkpoint(sandbox, container.id, images, place, self._section.criu, self._seconds)
+        with criu_logs.kept(node.config.root, container.id, place / "dump.log"):
+            node.parts.checkpoints.checkpoint(sandbox, container.id, images, place, self._section.criu, self._seconds)
         failpoint("checkpoint.imaged")
         fd = os.open(place / "rootfs-diff.tar", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:

@@ -4,7 +4,7 @@ The archive gives memory and files; names, images, commands, users, rights, moun
 request alone, and what the processes bring along is compared with them before they run (runtime.restored, threats
 S71). Refuses everything unless the configuration enables it, handlers and user namespaces with which that cannot be
 compared, and archives with anything in them that the request does not name. Invariant: pod and containers become
-visible in one moment; before it, a failure or a kill -9 leaves nothing.
+visible in one moment; before it, a failure or a kill -9 leaves nothing, but criu's log of a failure.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cri import checkpoint_reader as reader
+from cri import criu_logs
 from cri.api import api_pb2 as pb
 from cri.config import CheckpointSection
 from cri.errors import AlreadyExists, InvalidArgument
@@ -178,5 +179,6 @@ class _Work:
         failpoint("restore_pod.unpacked")
         images, program = place / reader.IMAGES, self._section.criu
         seconds = self._section.timeout_s
-        facts = node.parts.checkpoints.restore(node.sandbox(pod), bundled.spec, images, place, program, seconds)
+        with criu_logs.kept(node.config.root, record.id, place / "restore.log"):
+            facts = node.parts.checkpoints.restore(node.sandbox(pod), bundled.spec, images, place, program, seconds)
         return bundled, facts

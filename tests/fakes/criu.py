@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import socket
 import sys
 from pathlib import Path
@@ -34,9 +33,9 @@ def main(directory: Path) -> None:
     if plan == "die":
         os._exit(1)
     if plan == "fail":
-        images = os.path.realpath(f"/proc/{os.getppid()}/fd/{found[1]}")
+        work = os.path.realpath(f"/proc/{os.getppid()}/fd/{found.get(17, found[1])}")
         log = "(00.1) Error (criu/x.c:1): first: cause\n(00.2) Error (criu/y.c:2): Dumping FAILED.\n"
-        Path(images, str(found[10])).write_text(log)
+        Path(work, str(found[10])).write_text(log)
         channel.send(criu.message((1, kind), (2, False), (7, 22)))
         return
     if plan == "outside":
@@ -47,15 +46,9 @@ def main(directory: Path) -> None:
         for step in ("post-restore", "pre-resume"):
             channel.send(criu.message((1, criu.NOTIFY), (2, True), (5, criu.message((1, step), (2, pid)))))
             if not channel.recv(1 << 16):
-                # Here criu would let the processes go, as it does when its caller hangs up.
-                (directory / "let-go").write_text("dead" if _ends(pid) else "alive")
+                (directory / "let-go").touch()  # here criu would, as it does when its caller hangs up
                 return
     channel.send(criu.message((1, kind), (2, True)))
-
-
-def _ends(pid: int) -> bool:
-    handle = os.pidfd_open(pid)
-    return bool(select.select([handle], [], [], 2.0)[0])
 
 
 def _all(data: bytes) -> list[tuple[int, int | bytes]]:

@@ -17,7 +17,7 @@ import pytest
 
 from conformance.cri_client import container
 from cri.api import api_pb2 as pb
-from tests.e2e import Node, node, stocked
+from tests.e2e import Node, named_log, node, stocked
 from tests.support import SOON_S, needs
 
 CLONE = Path(__file__).parents[2]
@@ -112,7 +112,9 @@ def test_when_criu_fails_everybody_goes_on_and_the_caller_hears_why(bench: tuple
             _checkpoint(node, pod, tmp_path / "pod.tar")
     finally:
         criu.plan("ok")
-    assert "criu failed: type DUMP" in str(caught.value.details())  # type: ignore[attr-defined]
+    said = str(caught.value.details())  # type: ignore[attr-defined]
+    assert "criu failed: type DUMP errno 22: first: cause" in said
+    assert "first: cause" in named_log(said).read_text()
     assert list(tmp_path.iterdir()) == [] and not list((node.root / "checkpoints").glob("*"))
     for one in ids:
         node.goes_on(one)

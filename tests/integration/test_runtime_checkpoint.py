@@ -123,7 +123,8 @@ def test_a_failed_dump_leaves_the_container_as_it_was(home: Bundles, fake: Fake,
     bundle = home.make().up()
     pid = bundle.pid()
     text = _checkpoint(bundle, fake.plan(plan).program).failed(said)
-    assert f"log file: {bundle.path}/images/dump.log" in text
+    log = bundle.path / "images/dump.log"
+    assert (f"log file: {log}" in text) == log.exists() == (plan == "fail")
     assert (bundle.status(), bundle.pid()) == ("running", pid)
 
 
@@ -149,7 +150,7 @@ def test_s71_a_process_of_the_host_is_no_container(home: Bundles, fake: Fake) ->
     _restore(bundle, fake.plan("outside").program).failed("is in the host's mount namespace")
     bundle.gone()
     assert not Path("/proc", (fake.directory / "pid").read_text()).exists()
-    assert (fake.directory / "let-go").read_text() == "dead"  # before criu could
+    assert not (fake.directory / "let-go").exists()
 
 
 @pytest.mark.parametrize("descriptors", [{}, ["a"] * 4, [1], "pipe:[1]"])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from grpc import StatusCode
 
+from cri import criu_logs
 from cri.api import api_pb2 as pb
 from cri.checkpoint_archive import write
 from cri.config import CheckpointSection
@@ -266,3 +267,24 @@ def test_an_archive_has_its_bound_and_replaces_nothing(tmp_path: Path) -> None:
     with tarfile.open(out / "x.tar") as archive:
         assert archive.getnames() == ["long" * 60, "a", "a/file"]
     assert [path.name for path in out.iterdir()] == ["x.tar"]
+
+
+def test_logs_of_failures_are_kept_by_their_end_and_the_last_of_them(tmp_path: Path) -> None:
+    for number in range(20):
+        work = tmp_path / f"work{number}"
+        work.mkdir()
+        written = work / "dump.log"
+        written.write_bytes(b"x" * (3 << 20) + b"the end")
+        with pytest.raises(ContainerError) as caught, criu_logs.kept(tmp_path, f"c{number}", written):
+            raise ContainerError(f"criu failed\nlog file: {written}", code="unavailable", hint="look")
+        written.unlink()
+        copy = Path(str(caught.value).partition("log file: ")[2])
+        assert copy.read_bytes().endswith(b"xthe end") and copy.stat().st_size == 1 << 20
+        assert (caught.value.code, caught.value.hint) == ("unavailable", "look")
+    assert len(list(criu_logs.directory(tmp_path).iterdir())) == 16
+    with pytest.raises(ContainerError, match="^no answer\nlog file: .*/c-dump.log$"):
+        written.write_bytes(b"slow")
+        with criu_logs.kept(tmp_path, "c", written):
+            raise ContainerError("no answer", code="deadline")
+    with pytest.raises(ContainerError, match="^no such container$"), criu_logs.kept(tmp_path, "c", written):
+        raise ContainerError("no such container", code="not_found")

@@ -5,16 +5,17 @@ Here and not under tests/integration: criu must know the kernel's vdso, and Debi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from conformance.cri_client import container
 from cri.api import api_pb2 as pb
 from tests.e2e import Node, messages, node
-from tests.fakes.registry import FakeRegistry
+from tests.fakes.registry import FakeRegistry, as_json
 from tests.integration.test_e2e_restore import first, kept, unlike
 from tests.support import eventually
 from tests.vm.images import busybox
@@ -82,17 +83,17 @@ def test_a_pod_goes_on_as_another_one(bench: Node, tmp_path: Path) -> None:
     one, two = (container(name, bench.image, ["sh", "-c", COUNT]) for name in ("one", "two"))
     two.linux.security_context.run_as_user.value = 1000
     two.linux.security_context.no_new_privs = True
+    two.linux.security_context.seccomp.profile_type = pb.SecurityProfile.RuntimeDefault
     saved = Saved(bench, tmp_path / "pod.tar", one, two)
     _, answer = _goes_on(saved)
     ids = {restored.name: restored.container_id for restored in answer.restored_containers}
     assert list(ids) == ["one", "two"]
     assert bench.client.exec_sync(ids["one"], ["cat", "/written"]) == (0, b"before\n", b"")
-    assert (
-        bench.client.exec_sync(ids["two"], ["sh", "-c", "cat /proc/1/status"])[1].count(b"Uid:\t1000\t1000\t1000") == 1
-    )
+    status = bench.client.exec_sync(ids["two"], ["cat", "/proc/1/status"])[1]
+    assert b"Uid:\t1000\t1000\t1000" in status and b"Seccomp:\t2\n" in status
     for id_ in ids.values():
-        status = bench.client.status(id_)
-        assert (status.state, status.started_at > 0) == (pb.CONTAINER_RUNNING, True)
+        told = bench.client.status(id_)
+        assert (told.state, told.started_at > 0) == (pb.CONTAINER_RUNNING, True)
     bench.end()
     bench.start()
     assert bench.client.exec_sync(ids["one"], ["true"])[0] == 0, "after a restart of the daemon"
@@ -120,3 +121,67 @@ def test_mounts_come_from_the_request_and_are_where_the_request_has_them(bench: 
     assert bench.client.exec_sync(id_, ["sh", "-c", "echo x > /x"])[0] != 0
     assert bench.client.exec_sync(id_, ["cat", "/proc/timer_list"])[1] == b""
     bench.drop(answer.pod_sandbox_id)
+
+
+@pytest.fixture(scope="module")
+def saved(bench: Node, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """One archive for all of these tests: of a container that is somebody, and has a filter and a mount that it may
+    write to."""
+    place = tmp_path_factory.mktemp("rights")
+    (place / "data").mkdir()
+    (place / "data").chmod(0o777)
+    # Not the default profile: that depends on the capabilities, which one of the tests changes.
+    profile = place / "profile"
+    profile.write_bytes(as_json({"defaultAction": "SCMP_ACT_ALLOW"}))
+    less = {"names": ["acct"], "action": "SCMP_ACT_ERRNO"}
+    place.joinpath("profile.less").write_bytes(as_json({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [less]}))
+    one = container("one", bench.image, ["sh", "-c", COUNT.replace("/written", "/data/written")])
+    security = one.linux.security_context
+    security.run_as_user.value, security.no_new_privs = 1000, True
+    security.capabilities.drop_capabilities.extend(["SETUID", "SETGID"])
+    security.seccomp.profile_type = pb.SecurityProfile.Localhost
+    security.seccomp.localhost_ref = str(profile)
+    one.mounts.add(container_path="/data", host_path=str(place / "data"))
+    return Saved(bench, place / "pod.tar", one)
+
+
+def _without_capabilities(config: Any) -> None:
+    config.linux.security_context.capabilities.drop_capabilities.append("ALL")
+
+
+def _as_another(config: Any) -> None:
+    config.linux.security_context.run_as_user.value = 1001
+
+
+def _with_other_calls(config: Any) -> None:
+    config.linux.security_context.seccomp.localhost_ref += ".less"
+
+
+def _without_its_mount(config: Any) -> None:
+    del config.mounts[:]
+
+
+def _read_only(config: Any) -> None:
+    config.mounts[0].readonly = True
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_without_capabilities, "capabilities in CapBnd that it may not have"),
+        (_as_another, "has the uids 1000"),
+        (_with_other_calls, "seccomp filter is not the one that config.json describes"),
+        (_without_its_mount, "criu failed: type RESTORE errno 0: mnt: No mapping for"),
+        (_read_only, "/data is mounted without ro"),
+    ],
+)
+def test_s71_an_archive_has_no_right_that_the_request_does_not_give(
+    bench: Node, saved: Saved, change: Callable[[Any], None], words: str
+) -> None:
+    before = kept(bench)
+    changed = pb.ContainerConfig.FromString(saved.configs[0].SerializeToString())
+    change(changed)
+    with pytest.raises(grpc.RpcError) as caught:
+        saved.restore(changed)
+    assert words in str(caught.value.details())
+    assert unlike(bench, before) == []
