@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conformance.crictl import observe, streams
+from conformance.crictl import observe, odd, streams
 from conformance.crictl.steps import PAGE_PATH, Scenario, check, eventually
 
 
@@ -203,6 +203,7 @@ STEPS: tuple[Callable[[Scenario], None], ...] = (
     logs,
     stats,
     *observe.STEPS,
+    *odd.STEPS,
     stop,
     rm,
     stopp,

@@ -21,7 +21,8 @@ from cri.errors import InvalidArgument
 from cri.node import Node
 from cri.threads import to_thread
 from imagestore.artifacts import ARTIFACT_TYPE
-from imagestore.model import Credentials, Image, KeyFile
+from imagestore.model import Credentials, Image, KeyFile, ReferenceInvalid
+from imagestore.reference import DEFAULT_TAG, parse
 from runtime.linux.failpoint import failpoint
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def message(image: Image) -> pb.Image:
 
 
 async def list_images(node: Node, request: pb.ListImagesRequest) -> pb.ListImagesResponse:
-    """All images, or the one that the filter names."""
+    """All images, the one that the filter names, or those of the repository that it names."""
     return pb.ListImagesResponse(images=map(message, await find(node, request.filter)))
 
 
@@ -54,8 +55,21 @@ async def find(node: Node, wanted: pb.ImageFilter) -> Sequence[Image]:
     """The images that a list of `wanted` holds."""
     if not wanted.image.image:
         return await to_thread(node.parts.images.list)
+    if repository := _repository(wanted.image.image):
+        mine = (f"{repository}:", f"{repository}@")
+        images = await to_thread(node.parts.images.list)
+        if found := [one for one in images if any(it.startswith(mine) for it in (*one.repo_tags, *one.repo_digests))]:
+            return found
     image = await to_thread(node.parts.images.get, wanted.image.image)
     return [] if image is None else [image]
+
+
+def _repository(name: str) -> str:
+    """In full, where the name is that of a repository and says neither tag nor digest; else ""."""
+    try:
+        return parse(f"{name}:{DEFAULT_TAG}").repository
+    except ReferenceInvalid:
+        return ""
 
 
 async def image_status(node: Node, request: pb.ImageStatusRequest) -> pb.ImageStatusResponse:

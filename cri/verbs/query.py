@@ -7,11 +7,13 @@ Refuses to wait: all of it is read from memory, and what is verbose about one ob
 from __future__ import annotations
 
 import functools
+import ipaddress
 import logging
 import os
 from collections.abc import Iterator, Mapping
 
 from cri.api import api_pb2 as pb
+from cri.errors import InvalidArgument
 from cri.node import Node, now_ns
 from cri.records import Container, Pod
 from cri.threads import to_thread
@@ -72,9 +74,15 @@ async def runtime_config(node: Node, request: pb.RuntimeConfigRequest) -> pb.Run
 
 
 async def update_runtime_config(node: Node, request: pb.UpdateRuntimeConfigRequest) -> pb.UpdateRuntimeConfigResponse:
-    """Takes note of the pods' address range; networks are configured by their own files."""
-    if request.runtime_config.network_config.pod_cidr:
-        log.info("the node's pod range is %s", request.runtime_config.network_config.pod_cidr[:256])
+    """Takes note of the pods' address ranges, one or one of each family; networks are configured by their own files."""
+    ranges = request.runtime_config.network_config.pod_cidr
+    for one in ranges.split(",") if ranges else ():
+        try:
+            ipaddress.ip_network(one.strip(), strict=False)
+        except ValueError:
+            raise InvalidArgument(f"runtime_config.network_config.pod_cidr: {one[:80]!r} is no range") from None
+    if ranges:
+        log.info("the node's pod range is %s", ranges[:256])
     return pb.UpdateRuntimeConfigResponse()
 
 

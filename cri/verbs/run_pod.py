@@ -6,6 +6,7 @@ after a failure nothing of it is left, and after a kill -9 recovery finds the re
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import logging
 import os
@@ -144,6 +145,11 @@ def check(node: Node, config: pb.PodSandboxConfig) -> None:
             raise InvalidArgument(f"port_mappings[{index}]: ports go from 1 to 65535")
         if port.protocol not in pb.Protocol.values():
             raise InvalidArgument(f"port_mappings[{index}].protocol: unknown value {port.protocol}")
+        if port.host_ip:
+            try:
+                ipaddress.ip_address(port.host_ip)
+            except ValueError:
+                raise InvalidArgument(f"port_mappings[{index}].host_ip: {port.host_ip[:80]!r} is no address") from None
 
 
 def _check_security(node: Node, context: pb.LinuxSandboxSecurityContext) -> None:

@@ -286,6 +286,10 @@ def test_beginnings_of_ids_name_what_is_unambiguous(tmp_path: Path) -> None:
         (lambda config: config.linux.sysctls.update({"net.ipv4.ip_forward": "1+kernel.x=1"}), "sysctls"),
         (lambda config: config.dns_config.servers.append("not an address"), "dns_config.servers"),
         (lambda config: config.port_mappings.add(container_port=0, host_port=80), "port_mappings[0]"),
+        (
+            lambda config: config.port_mappings.add(container_port=1, host_port=80, host_ip="nonsense"),
+            "port_mappings[0].host_ip: 'nonsense' is no address",
+        ),
         (lambda config: config.annotations.update({"x": "y" * 300_000}), "annotations"),
     ],
 )

@@ -157,6 +157,11 @@ def test_status_says_what_there_is(tmp_path: Path) -> None:
         assert config.linux.cgroup_driver == pb.CGROUPFS
         cidr = pb.RuntimeConfig(network_config=pb.NetworkConfig(pod_cidr="10.1.0.0/24"))
         await rig.call("UpdateRuntimeConfig", pb.UpdateRuntimeConfigRequest(runtime_config=cidr))
+        cidr.network_config.pod_cidr = "10.1.0.0/24,fd00:10::/64"
+        await rig.call("UpdateRuntimeConfig", pb.UpdateRuntimeConfigRequest(runtime_config=cidr))
+        cidr.network_config.pod_cidr = "10.1.0.0/24,nonsense"
+        with pytest.raises(CallFailed, match="pod_cidr: 'nonsense' is no range"):
+            await rig.call("UpdateRuntimeConfig", pb.UpdateRuntimeConfigRequest(runtime_config=cidr))
 
     on_rig(tmp_path, body)
 
@@ -177,7 +182,11 @@ def test_images_by_every_name(tmp_path: Path) -> None:
         assert await status("registry.test/other") is None
         listed = (await rig.call("ListImages", pb.ListImagesRequest())).images
         assert list(listed) == [image]
-        for name, count in ((IMAGE, 1), ("registry.test/other", 0)):
+        repository = IMAGE.rpartition(":")[0]
+        rig.images.offer(f"{repository}:other", make_image("other"))
+        await rig.call("PullImage", pb.PullImageRequest(image=pb.ImageSpec(image=f"{repository}:other")))
+        names = ((IMAGE, 1), (repository, 2), (f"{repository}:none", 0), (image.id[7:20], 1), (repository[:-1], 0))
+        for name, count in (*names, ("registry.test/other", 0), ("UPPER", 0)):
             filtered = pb.ListImagesRequest(filter=pb.ImageFilter(image=pb.ImageSpec(image=name)))
             assert len((await rig.call("ListImages", filtered)).images) == count
         with pytest.raises(CallFailed, match="the name is empty"):
