@@ -21,18 +21,38 @@ from runtime.linux.process import (
     set_no_new_privs,
     setns,
 )
+from runtime.linux.progress import phase
+from runtime.linux.successor import succeed
 from runtime.seccomp_load import load
 from runtime.terminal import make_controlling, name_of, open_pair
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import NoReturn
+    from typing import NoReturn, Protocol
 
     from runtime.cgroups.manager import Gate
     from runtime.exec import ExecRequest
     from runtime.linux.progress import Progress
     from runtime.state import State
+
+    class Caller(Protocol):
+        """Who hears of the process until its execve."""
+
+        pid: int  # the process's, outside of the container
+
+        def filenos(self) -> set[int]:
+            """What it is heard through."""
+            ...
+
+        def expects(self, warnings: tuple[str, ...], *, always: bool) -> bool:
+            """Told that execve is next; False if nobody would know of the command. Not `always`: only if it has to."""
+            ...
+
+        def fail(self, failure: RuntimeFailure) -> None:
+            """Told by write(2) alone, which a seccomp filter forbids last."""
+            ...
+
 
 # What a process goes through up to its execve, in this order; each begins where the one before it ends.
 STEPS = (
@@ -99,6 +119,24 @@ class Inside:
 
     def join_and_clone(self, channel: sync.Channel, *close: sync.Channel) -> tuple[int, int]:
         """Joins all namespaces and clones the process, a child of this one's parent, which talks on `channel`."""
+        others = self._join()
+        pid, pidfd = clone3(CLONE_PARENT | CLONE_CLEAR_SIGHAND, cgroup_fd=self._gate.cgroup_fd)
+        if pid == 0:
+            for other in close:
+                other.close()
+            self._main(channel, others, channel)
+        return pid, pidfd
+
+    def join_and_succeed(self, caller: Caller) -> NoReturn:
+        """Joins all namespaces and makes the process, in the memory of this one and as a child of its parent. This one
+        ends with the other's execve, or with the other. Raises RuntimeFailure and KernelError, from before that."""
+        others = self._join()
+        caller.pid = succeed(CLONE_CLEAR_SIGHAND, cgroup_fd=self._gate.cgroup_fd)
+        phase("process")
+        self._main(caller, others)
+
+    def _join(self) -> int:
+        """The namespaces that are the container's own, CLONE_NEWCGROUP iff the process is to join that itself."""
         self._oom_score()  # which is inherited; in a user namespace the process has no right to set its own
         set_dumpable(False)  # from here on the container could look (CVE-2016-9962)
         others = namespaces.others(self._facts.pid)
@@ -109,29 +147,26 @@ class Inside:
             # In one call: what is joined is judged by the rights from before it, which a namespace of the host's in a
             # container with a user namespace needs.
             setns(self._init_fd, together)
-        pid, pidfd = clone3(CLONE_PARENT | CLONE_CLEAR_SIGHAND, cgroup_fd=self._gate.cgroup_fd)
-        if pid == 0:
-            for other in close:
-                other.close()
-            self._main(channel, others & ~CLONE_NEWCGROUP | last)
-        return pid, pidfd
+        return others & ~CLONE_NEWCGROUP | last
 
-    def _main(self, channel: sync.Channel, others: int) -> NoReturn:
+    def _main(self, caller: Caller, others: int, channel: sync.Channel | None = None) -> NoReturn:
+        """The process. `channel` is the caller as one that may be asked: for a terminal, a listener, or a Go."""
         try:
-            if self._waits:
+            if self._waits and channel is not None:
                 channel.receive("Go")
-            identity, command, env = self._set_up(channel, others)
+            identity, command, env = self._set_up(caller, others, channel)
             self._at("wait")
-            if self.warnings or self._waits:
-                channel.send("Ready", text=tuple(self.warnings))
-            if channel.is_deserted():
+            if channel is None and self._progress is not None:
+                self._progress.at(len(STEPS))
+                self._progress.keep_as_parts("process", STEPS)  # what is left of it nobody will be there to tell
+            if not caller.expects(tuple(self.warnings), always=self._waits):
                 os._exit(1)  # nobody would know of the command
             self._step = "exec"
             process.reset_signals(handled=False)
             if self._program:
                 self._at("seccomp")
                 listener = load(self._program, self._facts.filter_flags)
-                if listener >= 0:
+                if listener >= 0 and channel is not None:
                     channel.offer(listener)
             identity.finish()
             self._at("exec")
@@ -139,10 +174,12 @@ class Inside:
         except sync.Closed:
             pass
         except BaseException as error:
-            channel.fail(RuntimeFailure.of(error, step=self._step))
+            caller.fail(RuntimeFailure.of(error, step=self._step))
         os._exit(1)
 
-    def _set_up(self, channel: sync.Channel, others: int) -> tuple[process.Identity, str, list[bytes]]:
+    def _set_up(
+        self, caller: Caller, others: int, channel: sync.Channel | None
+    ) -> tuple[process.Identity, str, list[bytes]]:
         """The steps of runtime.init.STEPS that a process without a root to make goes through, in their order."""
         import sys
 
@@ -159,7 +196,7 @@ class Inside:
         if not self._facts.no_new_keyring:
             process.new_keyring(f"_ses.{self._request.id}", self.warnings.append)
         slave = -1
-        if wanted.terminal:
+        if wanted.terminal and channel is not None:
             self._at("console")
             master, slave = open_pair(root, wanted.console_size)
             channel.send("Console", text=(name_of(master),), fds=(master,))
@@ -172,7 +209,7 @@ class Inside:
             self._at("labels")
             self._labels()
         self._enter_cgroups(others)
-        return self._become(channel, root)
+        return self._become(caller, root)
 
     def _limits(self) -> None:
         wanted = self._process
@@ -200,7 +237,7 @@ class Inside:
             self._at("cgroup namespace")
             setns(self._init_fd, CLONE_NEWCGROUP)
 
-    def _become(self, channel: sync.Channel, root: int) -> tuple[process.Identity, str, list[bytes]]:
+    def _become(self, caller: Caller, root: int) -> tuple[process.Identity, str, list[bytes]]:
         """Directory, fds and user of the command, and where it is found. Closes `root`."""
         wanted = self._process
         self._at("cwd")
@@ -212,7 +249,7 @@ class Inside:
         self._at("files")
         env = process.environment(wanted, root)
         os.close(root)
-        process.close_all_but({channel.fileno()}, self._request.preserve_fds)
+        process.close_all_but(caller.filenos(), self._request.preserve_fds)
         if wanted.no_new_privileges:
             set_no_new_privs()
         self._at("identity")

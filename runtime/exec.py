@@ -14,6 +14,7 @@ from runtime import exec_cgroup, labels, namespaces, process, state, sync
 from runtime.cgroups.manager import Gate, manager_from_paths
 from runtime.entering import STEPS, Inside
 from runtime.errors import RuntimeFailure
+from runtime.linux import successor
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import AT_FDCWD, read_bounded, write_durable
 from runtime.linux.libc import KernelError
@@ -28,6 +29,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import TypeVar
+
+    from runtime.entering import Caller
 
     _R = TypeVar("_R")
 
@@ -72,6 +75,12 @@ class Executed:
 def execute(request: ExecRequest) -> Executed:
     """See the module. Raises RuntimeFailure with the step that failed."""
     return _with_entry(request, _Entry.run)
+
+
+def succeed(request: ExecRequest, caller: Caller) -> Executed:
+    """As `execute` with a disposable caller, but for a process that asks for nothing but its execve this one does not
+    return: it has ended then, `caller` hears of the process. Elsewhere it executes and returns."""
+    return _with_entry(request, lambda entry: entry.succeed(caller))
 
 
 def rehearse(request: ExecRequest) -> None:
@@ -193,15 +202,28 @@ class _Entry:
             if progress is not None:
                 progress.close()
 
+    def succeed(self, caller: Caller) -> Executed:
+        """See runtime.exec.succeed."""
+        asks = self._request.process.terminal or self._request.pid_file or self._request.pidfd_socket
+        if asks or self._waits() or not successor.AVAILABLE:
+            return self.run()
+        phase("join")
+        progress = Progress() if kept() else None
+        proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        inside = Inside(self._request, self._facts, self._init_fd, self._gate, self._program, proc, False, progress)
+        try:
+            inside.join_and_succeed(caller)
+        finally:
+            os.close(proc)
+
     def rehearse(self) -> None:
         """The parts of both sides that change nothing."""
         wanted = self._request.process
         Inside(self._request, self._facts, self._init_fd, self._gate, self._program, -1, self._waits())
         namespaces.others(self._facts.pid)
         mine, its = sync.Channel.pair()
-        its.send("Ready", text=("rehearsed",))
+        its.expects(("rehearsed",), always=True)
         mine.receive("Ready")
-        its.is_deserted()
         its.close()
         self._hear(mine, -1, -1)
         mine.close()

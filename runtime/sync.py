@@ -57,6 +57,7 @@ class Channel:
 
     def __init__(self, take_socket: _socket.socket) -> None:
         self._socket = take_socket
+        self.pid = 0  # of runtime.entering.Caller, who is asked to tell
 
     @classmethod
     def pair(cls) -> tuple[Channel, Channel]:
@@ -66,6 +67,10 @@ class Channel:
 
     def fileno(self) -> int:
         return self._socket.fileno()
+
+    def filenos(self) -> set[int]:
+        """Of runtime.entering.Caller."""
+        return {self._socket.fileno()}
 
     def close(self) -> None:
         self._socket.close()
@@ -92,14 +97,16 @@ class Channel:
         if not os.read(self._socket.fileno(), 1):
             raise Closed("the other process ended without a word")
 
-    def is_deserted(self) -> bool:
-        """True once the peer has closed its end, or ended."""
+    def expects(self, warnings: tuple[str, ...], *, always: bool) -> bool:
+        """Says Ready with the warnings, if there are any, or else `always`. False once the peer has closed its end."""
+        if warnings or always:
+            self.send("Ready", text=warnings)
         try:
-            return not self._socket.recv(1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT)
+            return bool(self._socket.recv(1, _socket.MSG_PEEK | _socket.MSG_DONTWAIT))
         except BlockingIOError:
-            return False
-        except ConnectionResetError:
             return True
+        except ConnectionResetError:
+            return False
 
     def _send(self, body: bytes, fds: tuple[int, ...]) -> None:
         rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"={len(fds)}i", *fds))] if fds else []

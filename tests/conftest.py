@@ -35,7 +35,7 @@ INTEGRATION = Path(__file__).parent / "integration"
 FORKING = frozenset(
     f"test_{name}.py"
     for name in (
-        *("runtime_api", "runtime_events", "runtime_linux", "runtime_namespaces"),
+        *("runtime_api", "runtime_events", "runtime_linux", "runtime_namespaces", "runtime_successor"),
         *("cgroups_processes", "seccomp_kernel"),
     )
 )

@@ -13,12 +13,12 @@ import os
 import struct
 
 from runtime.linux import foreign as ctypes
-from runtime.linux.libc import KernelError, _libc, address, check, prctl
+from runtime.linux.libc import KernelError, _libc, address, prctl
+from runtime.linux.memory import MAP_FAILED, PROT_EXEC, PROT_READ, PROT_WRITE, map_copy
 
 # linux/prctl.h, linux/mman.h
 _PR_SET_MM, _PR_SET_MM_MAP = 35, 14
-_PROT = {"r": 1, "w": 2, "x": 4}
-_PRIVATE_ANONYMOUS_POPULATED = 0x02 | 0x20 | 0x8000
+_PROT = {"r": PROT_READ, "w": PROT_WRITE, "x": PROT_EXEC}
 _MAYMOVE_FIXED = 1 | 2
 # The loader is some 200 KiB; what is larger than this is none.
 _MOST_BYTES = 2 << 20
@@ -60,13 +60,8 @@ def _mappings(path: str) -> list[tuple[int, int, int]]:
 
 def _replace(start: int, size: int, protection: int) -> None:
     """An anonymous copy takes the place of the mapping, in one step."""
-    copy = _mmap(None, size, _PROT["r"] | _PROT["w"], _PRIVATE_ANONYMOUS_POPULATED, -1, 0)
-    if copy == _FAILED:
-        raise KernelError(ctypes.get_errno(), "mmap", f"{size} bytes")
-    _memmove(copy, start, size)
-    if protection != _PROT["r"] | _PROT["w"]:
-        check(_mprotect(copy, size, protection), "mprotect", f"{size} bytes")
-    if _mremap(copy, size, size, _MAYMOVE_FIXED, start) == _FAILED:
+    copy = map_copy(start, size, protection)
+    if _mremap(copy, size, size, _MAYMOVE_FIXED, start) == MAP_FAILED:
         raise KernelError(ctypes.get_errno(), "mremap", f"{size} bytes")
 
 
@@ -83,12 +78,7 @@ def _layout(fd: int) -> bytes:
     return struct.pack("<12QII", *code, *data, *start_brk, now, *stack, *arguments, *environment, 0, 0, fd)
 
 
-_FAILED = ctypes.c_void_p(-1).value
-_mmap, _mremap, _mprotect, _memmove, _sbrk = _libc.mmap, _libc.mremap, _libc.mprotect, _libc.memmove, _libc.sbrk
-_mmap.restype = _mremap.restype = _sbrk.restype = ctypes.c_void_p
-_mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_mremap, _sbrk = _libc.mremap, _libc.sbrk
+_mremap.restype = _sbrk.restype = ctypes.c_void_p
 _mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
-_memmove.restype = None
-_memmove.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _sbrk.argtypes = (ctypes.c_long,)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from ctypes import (
         CDLL,
         POINTER,
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
         get_errno,
         pythonapi,
     )
+
+    def function_at(address: int) -> Callable[..., int]: ...
+
 else:
     try:
         from _ctypes import (
@@ -112,10 +116,15 @@ else:
             buffer.value = init
             return buffer
 
+        def function_at(address):
+            """The C function at `address`; it returns an int, and leaves errno alone."""
+            return _Function(address)
+
         pythonapi = CDLL(None, kind=_PythonFunction)
     except (ImportError, AttributeError, TypeError):
         from ctypes import (
             CDLL,
+            CFUNCTYPE,
             POINTER,
             Array,
             Structure,
@@ -137,6 +146,10 @@ else:
             pythonapi,
         )
 
+        def function_at(address):
+            return CFUNCTYPE(c_int)(address)
+
+
 __all__ = [
     "CDLL",
     "POINTER",
@@ -156,6 +169,7 @@ __all__ = [
     "c_ulong",
     "c_void_p",
     "create_string_buffer",
+    "function_at",
     "get_errno",
     "pythonapi",
 ]

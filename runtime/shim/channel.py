@@ -79,6 +79,13 @@ class Channel:
             os.close(fd)
         return received[0]
 
+    def tell(self, name: str, *arguments: object, fds: Iterable[int] = ()) -> None:
+        """What the shim does not answer; `fds` stay ours. Raises RuntimeFailure when the shim is gone."""
+        try:
+            send(self._end, (name, *arguments), fds)
+        except ConnectionError:
+            raise RuntimeFailure(f"the shim ended before it heard {name!r}", code="unavailable") from None
+
     def hear(self) -> Any:
         """What the shim says of itself, after an answer that said that it will; None when it is gone."""
         try:

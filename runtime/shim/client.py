@@ -26,6 +26,7 @@ from runtime.linux.record import Record
 from runtime.linux.sockets import FrameError, connect_unix, recv_frame, send_frame
 from runtime.shim import protocol
 from runtime.shim.cgroup import remove_if_empty
+from runtime.shim.commands import run_to_end
 from runtime.shim.launcher import Launcher
 from runtime.shim.messages import container_message, pod_message
 from runtime.shim.model import (
@@ -39,14 +40,13 @@ from runtime.shim.model import (
     SandboxSpec,
     ShimUnresponsive,
 )
-from runtime.shim.wire import ask, receive, sentences, unresponsive
+from runtime.shim.wire import ask, sentences, unresponsive
 
 if TYPE_CHECKING:
     from runtime.linux.progress import Phase
 
 RECONNECT_TIMEOUT = 2.0
 _CALL_TIMEOUT = 120.0
-_EXEC_GRACE = 30.0  # what an exec may take beyond its own timeout: start, kill, drain
 _SIGKILL = 9
 _R = TypeVar("_R")
 
@@ -158,16 +158,12 @@ class Shims:
 
     def exec_sync(self, sandbox: Sandbox, container_id: str, spec: ExecSpec) -> ExecResult:
         """Containers.exec_sync."""
-        message = protocol.ExecMessage(container_id, dict(spec.process), float(spec.timeout_s), spec.output_limit)
-        timeout = spec.timeout_s + _EXEC_GRACE if spec.timeout_s > 0 else None
         with sentences(f"exec in container {container_id}"), self._living(sandbox):
-            return self._timed(lambda timed: self._run(sandbox, message, timeout, timed))
+            return self._timed(lambda timed: self._run(sandbox, container_id, spec, timed))
 
-    def _run(self, sandbox: Sandbox, message: protocol.ExecMessage, timeout: float | None, timed: bool) -> ExecResult:
-        with contextlib.closing(self._connect(sandbox, timeout)) as connection:
-            value = self._told(ask(connection, "exec", message, timeout, timed=timed), timed)
-            stdout, stderr = receive(connection), receive(connection)
-        return ExecResult(value["exit_code"], stdout, stderr, value["timed_out"], value["truncated"])
+    def _run(self, sandbox: Sandbox, container_id: str, spec: ExecSpec, timed: bool) -> ExecResult:
+        with contextlib.closing(self._connect(sandbox, _CALL_TIMEOUT)) as connection:
+            return run_to_end(connection, container_id, spec, self._tell if timed else None)
 
     def exec_stream(
         self,

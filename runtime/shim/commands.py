@@ -1,31 +1,32 @@
-"""Commands in a running container, each in a helper of its own: run to the end with bounded output (ExecSync), or with
-somebody's own fds.
+"""The daemon's side of ExecSync: a command on pipes of ours, run to the end, with bounded output.
 
-A timeout kills the command and everything below it, as does the caller's going away: nobody would read the answer.
-Output is kept up to a limit and read on beyond it, so that the command neither blocks nor fills memory or disk
-(threats S51); after its exit the streams get DRAIN seconds to end, then a background child that holds them open is
-left with a broken pipe (S52). Invariant: the exit code in an answer is the kernel's, never a guess.
+Its shim answers when it has ended; at its timeout we close our sending half of the connection, and the shim kills the
+command and everything below it, as it does when we are gone altogether: nobody would read the answer. Output is kept
+up to a limit and read on beyond it, so that the command neither blocks nor fills memory or disk (threats S51); after
+its exit the streams get DRAIN seconds to end, then a background child that holds them open is left with a broken pipe
+(S52). Refuses to wait for a shim for longer than GRACE after a timeout. Invariant: the exit code is the kernel's, never
+a guess.
 """
 
 from __future__ import annotations
 
 import os
 import select
+import socket
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from runtime.linux.progress import phase
-from runtime.shim.reaper import exit_code
-from runtime.shim.tree import kill_tree
+from runtime.linux.sockets import send_frame
+from runtime.shim import protocol
+from runtime.shim.model import ExecResult, ExecSpec
+from runtime.shim.wire import receive
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from runtime.shim.engine import Engine, Made
-    from runtime.shim.protocol import ExecMessage, StreamMessage
+    from runtime.linux.progress import Phase
 
 DRAIN = 0.25
-MAX_OUTPUT = 31 << 20  # what fits into a frame, whatever the caller asks for
+GRACE = 30.0  # what an exec may take beyond its own timeout: start, kill
 _CHUNK = 65536
 
 
@@ -59,99 +60,104 @@ class Collector:
         return b"".join(self._pieces)
 
 
-class Finished:
-    """A command that ran to its end."""
-
-    __slots__ = ("code", "stderr", "stdout", "timed_out", "truncated")
-
-    def __init__(self, code: int, stdout: bytes, stderr: bytes, timed_out: bool, truncated: bool) -> None:
-        self.code = code
-        self.stdout = stdout
-        self.stderr = stderr
-        self.timed_out = timed_out
-        self.truncated = truncated
-
-
-def run_on_fds(engine: Engine, message: StreamMessage, fds: Sequence[int]) -> Made:
-    """Starts the command on `fds`, or on a terminal of its own. Closes our copies of the fds."""
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    stdio = (null, null, null) if message.terminal else tuple(fds)
-    try:
-        return engine.execute(message.id, message.process, stdio)
-    finally:
-        for fd in {null, *fds}:
-            os.close(fd)
-
-
-def run_to_end(engine: Engine, message: ExecMessage, caller: int, status_of: Callable[[int], int]) -> Finished:
-    """Runs the command; `caller` is the connection of who wants the answer, `status_of(pid)` waits for the command's
-    status. Raises RuntimeFailure if it cannot start."""
-    proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # before the engine takes us elsewhere
-    limit = max(0, min(int(message.output_limit), MAX_OUTPUT))
+def run_to_end(
+    connection: socket.socket, container_id: str, spec: ExecSpec, tell: Callable[[list[Phase]], None] | None = None
+) -> ExecResult:
+    """Asks the shim at the other end for the command, which has no terminal. `tell` hears where the time went. Raises
+    RuntimeFailure (the shim's), OSError, FrameError."""
+    process = {**spec.process, "terminal": False}
+    message = protocol.ExecMessage(container_id, process, float(spec.timeout_s), spec.output_limit)
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     out_read, out_write = os.pipe2(os.O_CLOEXEC)
     err_read, err_write = os.pipe2(os.O_CLOEXEC)
     try:
-        made = engine.execute(message.id, message.process, (null, out_write, err_write))
+        send_frame(connection, protocol.request("exec", message, timed=tell is not None), (null, out_write, err_write))
+        streams = [Collector(fd, spec.output_limit) for fd in (out_read, err_read)]
+    except BaseException:
+        os.close(out_read)
+        os.close(err_read)
+        raise
     finally:
         for fd in (null, out_write, err_write):
             os.close(fd)
-    streams = [Collector(out_read, limit), Collector(err_read, limit)]
-    if made.console >= 0:  # a terminal that nobody is at: its output is the command's
-        streams.append(Collector(made.console, limit))
-    phase("run")
-    watch = _Watch(streams, made, caller, proc)
-    timed_out = watch.until_exit(message.timeout_s)
-    status = status_of(made.pid)
-    phase("drain")
-    watch.drain()
-    stdout = streams[-1].kept() if made.console >= 0 else streams[0].kept()
-    truncated = any(stream.truncated for stream in streams)
-    return Finished(exit_code(status)[0], stdout, streams[1].kept(), timed_out, truncated)
+    try:
+        return _Run(connection, streams, tell).result(spec.timeout_s)
+    finally:
+        for stream in streams:
+            os.close(stream.fd)
 
 
-class _Watch:
-    """Reads the streams while it waits for the command, the clock and the caller."""
+class _Run:
+    """Reads the streams while it waits for the answer and the clock."""
 
-    def __init__(self, streams: list[Collector], made: Made, caller: int, proc: int) -> None:
-        self._pid = made.pid
-        self._pidfd = made.pidfd
-        self._caller = caller
-        self._proc = proc
-        self._streams = {stream.fd: stream for stream in streams}
+    def __init__(
+        self, connection: socket.socket, streams: list[Collector], tell: Callable[[list[Phase]], None] | None
+    ) -> None:
+        self._connection = connection
+        self._tell = tell
+        self._all = streams
+        self._open = {stream.fd: stream for stream in streams}
         self._poll = select.poll()
-        for fd in (*self._streams, self._pidfd):
+        for fd in (*self._open, connection.fileno()):
             self._poll.register(fd, select.POLLIN)
-        self._poll.register(caller, select.POLLRDHUP)
 
-    def until_exit(self, timeout_s: float) -> bool:
-        """True when the time was up, and the command was killed for it."""
-        deadline = time.monotonic() + timeout_s if timeout_s > 0 else None
+    def result(self, timeout_s: float) -> ExecResult:
+        phases: list[Phase] = []
+        timed_out, answer = self._answer(time.monotonic() + timeout_s if timeout_s > 0 else None, phases)
+        if "timed_out" in answer:
+            # A shim of before the daemon collected: the output follows. Shims outlive the daemon that started them.
+            out, err = receive(self._connection), receive(self._connection)
+            if self._tell is not None:
+                self._tell(phases)
+            return ExecResult(answer["exit_code"], out, err, timed_out or answer["timed_out"], answer["truncated"])
+        begun = time.time_ns()
+        self._drain()
+        if self._tell is not None:
+            since = max((end for _, _, _, end in phases), default=begun)
+            self._tell([*phases, ("run", "", since, begun), ("drain", "", begun, time.time_ns())])
+        out, err = (stream.kept() for stream in self._all)
+        return ExecResult(answer["exit_code"], out, err, timed_out, any(stream.truncated for stream in self._all))
+
+    def _answer(self, deadline: float | None, phases: list[Phase]) -> tuple[bool, dict[str, Any]]:
+        """Whether the time was up, and what the shim says of the command's end; before that come its phases."""
         timed_out = False
+        while True:
+            if not self._until(deadline):
+                if timed_out:
+                    raise TimeoutError
+                timed_out, deadline = True, time.monotonic() + GRACE
+                self._connection.shutdown(socket.SHUT_WR)
+                continue
+            answer = protocol.parse_reply(receive(self._connection))
+            if "phases" in answer:
+                phases += [(name, of, since, end) for name, of, since, end in answer["phases"]]
+                answer = answer["value"]
+            if "pid" not in answer:
+                return timed_out, answer
+
+    def _until(self, deadline: float | None) -> bool:
+        """Reads until there is an answer, or the time is up."""
         while not self._turn(deadline):
             if deadline is not None and time.monotonic() >= deadline:
-                timed_out, deadline = True, None
-                kill_tree(self._pid, self._proc)
-        return timed_out
+                return False
+        return True
+
+    def _drain(self) -> None:
+        """The rest of the output, for DRAIN seconds at most."""
+        self._poll.unregister(self._connection)
+        deadline = time.monotonic() + DRAIN
+        while self._open and time.monotonic() < deadline:
+            self._turn(deadline)
 
     def _turn(self, deadline: float | None) -> bool:
-        """Handles what is ready. True once the command has ended."""
+        """Handles what is ready. True once there is an answer."""
         patience = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-        ended = False
+        answered = False
         for fd, _ in self._poll.poll(patience):
-            if fd == self._pidfd:
-                ended = True
-            elif fd == self._caller:
+            stream = self._open.get(fd)
+            if stream is None:
+                answered = True
+            elif not stream.read():
                 self._poll.unregister(fd)
-                kill_tree(self._pid, self._proc)
-            elif not self._streams[fd].read():
-                self._poll.unregister(fd)
-                del self._streams[fd]
-        return ended
-
-    def drain(self) -> None:
-        """The rest of the output, for DRAIN seconds at most."""
-        self._poll.unregister(self._pidfd)
-        deadline = time.monotonic() + DRAIN
-        while self._streams and time.monotonic() < deadline:
-            self._turn(deadline)
+                del self._open[fd]
+        return answered

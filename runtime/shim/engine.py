@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any, Protocol
 
+    from runtime.entering import Caller
+
     class Engine(Protocol):
         """A runtime. All of it may raise RuntimeFailure."""
 
@@ -45,9 +47,10 @@ if TYPE_CHECKING:
             """Kills what is left and removes cgroup and state. Unknown: nothing happens."""
             ...
 
-        def execute(self, container_id: str, process: dict[str, Any], stdio: Sequence[int]) -> Made:
+        def execute(self, container_id: str, process: dict[str, Any], stdio: Sequence[int], caller: Caller) -> Made:
             """A further process in the container, after its execve. `stdio` stays the caller's, who may be in the
-            container's namespaces from then on."""
+            container's namespaces from then on. Or it does not return: then this process has ended, and `caller` was
+            told what there is to tell."""
             ...
 
         def update(self, container_id: str, resources: dict[str, Any]) -> None:
@@ -72,14 +75,12 @@ if TYPE_CHECKING:
 
 
 class Made:
-    """A process that an engine made. `pidfd`, that of a command, and `console`, the master of a pty, are the taker's;
-    -1 for none."""
+    """A process that an engine made. `console`, the master of a pty, is the taker's; -1 for none."""
 
-    __slots__ = ("console", "pid", "pidfd")
+    __slots__ = ("console", "pid")
 
-    def __init__(self, pid: int, pidfd: int, console: int) -> None:
+    def __init__(self, pid: int, console: int) -> None:
         self.pid = pid
-        self.pidfd = pidfd
         self.console = console
 
 
@@ -104,7 +105,7 @@ class NativeEngine:
             )
         )
         os.close(created.pidfd)
-        return Made(created.state.pid, -1, created.console)
+        return Made(created.state.pid, created.console)
 
     def start(self, container_id: str) -> None:
         lifecycle.start(self._root, container_id)
@@ -165,14 +166,14 @@ class NativeEngine:
             )
         )
         os.close(made.pidfd)
-        return Made(made.state.pid, -1, made.console)
+        return Made(made.state.pid, made.console)
 
-    def execute(self, container_id: str, process: dict[str, Any], stdio: Sequence[int]) -> Made:
+    def execute(self, container_id: str, process: dict[str, Any], stdio: Sequence[int], caller: Caller) -> Made:
         wanted = spec_process.parse_process(process, "process")
-        executed = _exec.execute(
-            _exec.ExecRequest(root=self._root, id=container_id, process=wanted, stdio=tuple(stdio), disposable=True)
-        )
-        return Made(executed.pid, executed.pidfd, executed.console)
+        request = _exec.ExecRequest(self._root, container_id, wanted, tuple(stdio), disposable=True)
+        executed = _exec.succeed(request, caller)
+        os.close(executed.pidfd)
+        return Made(executed.pid, executed.console)
 
 
 def root_mount(message: ContainerMessage) -> FsMount | None:

@@ -16,7 +16,7 @@ from runtime.fields import decode, encode
 from runtime.linux import signals
 from runtime.linux.files import AT_FDCWD, open_beneath, read_bounded
 from runtime.linux.mount import move_mount
-from runtime.linux.process import pidfd_open, set_child_subreaper
+from runtime.linux.process import pidfd_open
 from runtime.shim.engine import Made, cgroups_path_of, names_unit, root_mount
 from runtime.shim.protocol import CheckpointMessage, ContainerMessage, RestoreMessage
 from runtime.shim.reaper import exit_code
@@ -26,6 +26,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
+
+    from runtime.entering import Caller
 
 _DEADLINE = 60.0  # seconds that one call of the binary may take
 _CONSOLE_DEADLINE = 10.0
@@ -70,17 +72,13 @@ class ExternalEngine:
             if not _says_gone(error):
                 raise
 
-    def execute(self, container_id: str, process: dict[str, Any], stdio: Sequence[int]) -> Made:
+    def execute(self, container_id: str, process: dict[str, Any], stdio: Sequence[int], caller: Caller) -> Made:
         path = self._file("process.json")
         with open(path, "wb") as file:
             file.write(encode(process))
-        # What the binary leaves becomes our child, not the shim's: nobody else waits for it before we know its pid.
-        set_child_subreaper(True)
         try:
             words = ["exec", "--detach", "--process", path]
-            made = self._make(words, [container_id], stdio, terminal=bool(process.get("terminal")))
-            made.pidfd = pidfd_open(made.pid)
-            return made
+            return self._make(words, [container_id], stdio, terminal=bool(process.get("terminal")))
         finally:
             os.unlink(path)
 
@@ -129,7 +127,7 @@ class ExternalEngine:
                 words += ["--console-socket", console_path]
             self._call([*words, *container], stdio)
             pid = int(read_bounded(AT_FDCWD, pid_file, 32))
-            return Made(pid, -1, -1 if console is None else _receive_master(console))
+            return Made(pid, -1 if console is None else _receive_master(console))
         finally:
             if console is not None:
                 console.close()

@@ -23,6 +23,7 @@ from runtime.shim.report import report
 from runtime.shim.sandbox import end_process, set_up, tear_down
 from runtime.shim.streams import StreamHandler
 from runtime.shim.sweep import Sweeper
+from runtime.shim.tree import kill_tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -141,6 +142,21 @@ def kill_rest(container_id: str, handler: str) -> Work:
             engine_for(pod.state, pod.directory, handler).kill(container_id, signals.SIGKILL, True)
         except BaseException as error:
             report("kill the rest", error)
+        finally:
+            os._exit(0)
+
+    return work
+
+
+def kill_command(pid: int) -> Work:
+    """Work for a helper: a command that nobody waits for any more is killed, and its tree."""
+
+    def work(_resident: Resident, _connection: int, end: Socket) -> NoReturn:
+        try:
+            become_helper(end.fileno())
+            kill_tree(pid)
+        except BaseException as error:
+            report("kill a command", error)
         finally:
             os._exit(0)
 

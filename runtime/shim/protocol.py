@@ -7,8 +7,8 @@
       │ ◀────────────── {pid, started_ticks, pause_pid} ───── │ (on the connection it inherited)
       │ ── create ContainerMessage · start · signal · delete ▶│
       │ ◀─ facts, or an error with code, step and hint ────── │
-      │ ── exec ExecMessage ─────────────────────────────────▶│ runs it to the end
-      │ ◀─ {exit_code, …}, then two raw frames: out, err ──── │
+      │ ── exec ExecMessage + fds ───────────────────────────▶│ a command on the caller's fds, killed with all that
+      │ ◀─ {exit_code} ────────────────────────────────────── │ it started when the caller closes its sending half
       │ ── events ──────────────────────────────────────────▶ │
       │ ◀─ {} · {"event": "exit", "facts": {…}} · … · EOF ─── │
       │ ── attach + fds (SCM_RIGHTS) ───────────────────────▶ │ the connection becomes the control fd:
@@ -21,9 +21,9 @@
       │ ── timed [operation, body] ─────────────────────────▶ │ start (of a pod), create, exec or stream, for a
       │ ◀─ {"value": …, "phases": [[name, of, begin, end] …]} │ tracer: the answer, and where its time went
 
-A connection carries one request. Frames are those of runtime.linux.sockets: a length, then JSON (two replies
-excepted, as drawn). Refuses requests over MAX_REQUEST, unknown operations and unknown fields, each by name. Invariant:
-only uid 0 is heard (SO_PEERCRED), and an error crosses as what it is: message, code, hint.
+A connection carries one request. Frames are those of runtime.linux.sockets: a length, then JSON. Refuses requests over
+MAX_REQUEST, unknown operations and unknown fields, each by name. Invariant: only uid 0 is heard (SO_PEERCRED), and an
+error crosses as what it is: message, code, hint.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class ContainerMessage(Record):
 
 
 class ExecMessage(Record):
-    """runtime.shim.model.ExecSpec for container `id`."""
+    """runtime.shim.model.ExecSpec for container `id`. The limits are for shims from before the daemon kept them."""
 
     id: str
     process: dict[str, Any]

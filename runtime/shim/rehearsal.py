@@ -20,7 +20,8 @@ from runtime.linux.process import set_child_subreaper, start_time
 from runtime.linux.sockets import connect_unix, listen_unix
 from runtime.shim import protocol
 from runtime.shim.channel import Channel
-from runtime.shim.helper import become_helper, kill_rest
+from runtime.shim.handover import Handover
+from runtime.shim.helper import become_helper, kill_command, kill_rest
 from runtime.shim.pipes import Pipes
 from runtime.shim.protocol import ContainerMessage, ExecMessage, Facts
 from runtime.shim.resident import Resident
@@ -55,7 +56,7 @@ def rehearse(state: str) -> None:
     try:
         for _ in range(_ROUNDS):
             os.makedirs(directory, mode=0o700, exist_ok=True)
-            resident = Resident(_served, kill_rest)
+            resident = Resident(_served, kill_rest, kill_command)
             null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
             try:
                 # A helper that fails half-way must not leave the zygote waiting for an "end" that never comes.
@@ -138,6 +139,10 @@ def _contain(channel: Channel, directory: str) -> None:
     channel.ask("told", "c")
     channel.ask("facts", "c")
     channel.ask("forget", "c")
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    handover = Handover(channel, null)
+    handover.pid = _orphan(null)
+    handover.expects((), always=True)  # the shim answers when this helper has ended
 
 
 def _command(directory: str) -> None:

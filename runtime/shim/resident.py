@@ -25,6 +25,7 @@ from runtime.shim.protocol import Facts
 from runtime.shim.reaper import is_child
 from runtime.shim.report import report
 from runtime.shim.sink import Sink
+from runtime.shim.waiting import Command, Waiting
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ _LATER = object()  # an answer that comes when it is due
 class Helper:
     """A forked helper, seen from the shim."""
 
-    __slots__ = ("attachment", "end", "on_gone", "pid", "starts")
+    __slots__ = ("attachment", "command", "end", "on_gone", "pid", "starts")
 
     def __init__(self, pid: int, end: Socket, on_gone: Callable[[], None] | None) -> None:
         self.pid = pid
@@ -52,13 +53,17 @@ class Helper:
         self.on_gone = on_gone
         self.starts = False  # a container, once it has the lock
         self.attachment: Attachment | None = None
+        self.command: Command | None = None  # that it has handed over, or become
 
 
 class Resident:
     """The pod's supervisor. `serve` is what a helper does for a connection; `rest_killer(id, handler)` gives one that
-    kills what a container with a shared PID namespace has left."""
+    kills what a container with a shared PID namespace has left, `tree_killer(pid)` one that kills a command and what it
+    has started."""
 
-    def __init__(self, serve: Work, rest_killer: Callable[[str, str], Work]) -> None:
+    def __init__(
+        self, serve: Work, rest_killer: Callable[[str, str], Work], tree_killer: Callable[[int], Work]
+    ) -> None:
         self.request = b""
         self.containers: dict[str, Held] = {}
         self.pause_pid = 0
@@ -70,7 +75,7 @@ class Resident:
         self._helpers: dict[int, Helper] = {}
         self._locks: dict[str, list[Helper]] = {}  # the first has it, the others wait for it
         self._early: dict[int, int] = {}
-        self._awaited: dict[int, Helper] = {}
+        self._waiting = Waiting(self._loop, lambda pid: self._kill(tree_killer(pid)))
         self._subscribers: dict[int, Sink] = {}
         self._wake = self._wake_writer = -1
         self._actions: dict[str, Callable[..., object]] = {
@@ -79,15 +84,16 @@ class Resident:
             "end": self._end,
             "facts": self._facts,
             "forget": self._forget,
+            "hand_over": self._hand_over,
             "listen": self._listen,
             "lock": self._lock,
             "note": self._note,
             "pause": self._pause,
             "reopen": self._reopen,
             "started": self._started,
-            "status": self._status,
             "stop": self._stop,
             "subscribe": self._subscribe,
+            "take_back": self._take_back,
             "told": self._told,
         }
 
@@ -118,6 +124,7 @@ class Resident:
             self._listener.close()
         for sink in list(self._subscribers.values()):
             sink.close()
+        self._waiting.close()
         self._loop.close()
 
     # ------------------------------------------------------------------------------------------------ processes
@@ -156,10 +163,7 @@ class Resident:
             if helper.pid == pid:
                 helper.pid = 0  # from here on the number may be another's
                 return
-        awaiting = self._awaited.pop(pid, None)
-        if awaiting is not None:
-            self._reply(awaiting, status)
-        elif self._helpers:  # one of them may be about to ask for it
+        if not self._waiting.ended(pid, status) and self._helpers:  # one of them may be about to tell of it
             self._early[pid] = status
             if len(self._early) > _MAX_EARLY:
                 del self._early[next(iter(self._early))]
@@ -228,9 +232,10 @@ class Resident:
         for container_id, queue in list(self._locks.items()):
             if helper in queue:
                 self._unlock(container_id, queue, helper)
+        if helper.command is not None:
+            self._waiting.runs(helper.command, self._early_status(helper.command.pid))
         if not self._helpers:
             self._early.clear()
-            self._awaited.clear()
         if helper.on_gone is not None:
             helper.on_gone()
 
@@ -265,10 +270,15 @@ class Resident:
         )
         facts = held.facts
         self.containers[facts.id] = held
-        status = self._early.pop(facts.pid, None)
-        if status is not None and not is_child(facts.pid):
+        status = self._early_status(facts.pid)
+        if status is not None:
             held.ended(status)
         return True
+
+    def _early_status(self, pid: int) -> int | None:
+        """The status of a child that had ended before it was heard of."""
+        status = self._early.pop(pid, None)
+        return None if status is None or is_child(pid) else status
 
     def _started(self, _helper: Helper, _fds: list[int], container_id: str, when_ns: int) -> object:
         held = self.containers[container_id]
@@ -283,11 +293,18 @@ class Resident:
         queue = self._locks.get(container_id)
         return queue is not None and queue[0].starts
 
-    def _status(self, helper: Helper, _fds: list[int], pid: int) -> object:
-        """The wait status of a command that a helper runs, which became our child."""
-        if pid in self._early and not is_child(pid):
-            return self._early.pop(pid)
-        self._awaited[pid] = helper
+    def _hand_over(self, helper: Helper, fds: list[int], pid: int, says_pid: bool, watched: bool) -> object:
+        """A command that this helper leaves to us, or is about to become, and the connection of who waits for it. It
+        runs once the helper is gone. Nobody is there to hear an answer."""
+        helper.command = Command(pid, fds[0], says_pid, watched)
+        if self.stopping and pid not in self._early:
+            os.kill(pid, signals.SIGKILL)  # ours and not waited for
+        return _LATER
+
+    def _take_back(self, helper: Helper, _fds: list[int]) -> object:
+        if helper.command is not None:
+            os.close(helper.command.connection)
+            helper.command = None
         return _LATER
 
     def _note(self, _helper: Helper, _fds: list[int], container_id: str, message: str) -> bool:
@@ -350,6 +367,8 @@ class Resident:
             for other in self._helpers.values():
                 if other is not helper and other.pid:
                     os.kill(other.pid, signals.SIGKILL)  # ours and not waited for: it is no other's pid
+                if other.command is not None and other.command.pid not in self._early:
+                    os.kill(other.command.pid, signals.SIGKILL)
         return list(self.containers)
 
     def _end(self, _helper: Helper, _fds: list[int]) -> bool:
@@ -357,11 +376,18 @@ class Resident:
         return True
 
     def _kill_rest(self, held: Held, then: Callable[[], None]) -> None:
-        try:
-            self.fork(self._rest_killer(held.facts.id, held.handler), on_gone=then)
-        except OSError as error:  # no memory or no pids: delete kills them later, and the exit is told all the same
-            report("kill the rest", error)
+        # Without one, delete kills them later, and the exit is told all the same.
+        if not self._kill(self._rest_killer(held.facts.id, held.handler), then):
             then()
+
+    def _kill(self, killer: Work, then: Callable[[], None] | None = None) -> bool:
+        """A helper that kills; False without the memory or pids for one."""
+        try:
+            self.fork(killer, on_gone=then)
+        except OSError as error:
+            report("kill", error)
+            return False
+        return True
 
     # --------------------------------------------------------------------------------------------------- events
 

@@ -10,53 +10,55 @@ import os
 import select
 
 from runtime.errors import RuntimeFailure
-from runtime.linux.progress import phase
+from runtime.linux import progress
 from runtime.linux.sockets import FrameError, recv_frame
 from runtime.shim import protocol
 from runtime.shim.attach import MAX_LAG
-from runtime.shim.commands import run_on_fds, run_to_end
 from runtime.shim.handler import ANSWERED, Handler
+from runtime.shim.handover import Handover
 from runtime.shim.netns import connected, enter
-from runtime.shim.reaper import exit_code
 from runtime.shim.records import be_as_expendable_as
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class StreamHandler(Handler):
     """All requests: those of Handler, and these."""
 
     def _do_exec(self, body: object) -> object:
-        phase("parse")
+        progress.phase("parse")
         message = protocol.parse(protocol.ExecMessage, body)
-        held = self._running(message.id, "exec in")
-        be_as_expendable_as(held.facts.pid)
-        finished = run_to_end(self._engine(held.handler), message, self._connection.fileno(), self._status)
-        header = {"exit_code": finished.code, "timed_out": finished.timed_out, "truncated": finished.truncated}
-        self._send(protocol.reply(self._timed(header)), more=(finished.stdout, finished.stderr))
-        return ANSWERED
-
-    def _status(self, pid: int) -> int:
-        """The wait status of a command: our child, or, as the native runtime makes it, the shim's."""
-        try:
-            return os.waitpid(pid, 0)[1]
-        except ChildProcessError:
-            return int(self._channel.ask("status", pid))
+        return self._execute(message.id, message.process, terminal=False, watched=True)
 
     def _do_stream(self, body: object) -> object:
-        phase("parse")
+        progress.phase("parse")
         message = protocol.parse(protocol.StreamMessage, body)
-        held = self._running(message.id, "exec in")
-        if not message.terminal and len(self._fds) != 3:
+        return self._execute(message.id, message.process, terminal=message.terminal, watched=False)
+
+    def _execute(self, container_id: str, process: dict[str, Any], *, terminal: bool, watched: bool) -> object:
+        """A command on the caller's fds, or on a terminal whose master goes to the caller. The shim answers for it:
+        with its exit, and without `watched` with its pid before that."""
+        held = self._running(container_id, "exec in")
+        if not terminal and len(self._fds) != 3:
             raise RuntimeFailure(
-                f"exec in container {message.id}: expected stdin, stdout and stderr, got {len(self._fds)} fds",
+                f"exec in container {container_id}: expected stdin, stdout and stderr, got {len(self._fds)} fds",
                 code="invalid_argument",
             )
         be_as_expendable_as(held.facts.pid)
-        started = run_on_fds(self._engine(held.handler), message, self._fds)
-        told = self._timed({"pid": started.pid})
-        self._send(protocol.reply(told), (started.console,) if started.console >= 0 else ())
-        if started.console >= 0:
-            os.close(started.console)  # the caller's copy is the last: closing that hangs up the terminal
-        self._send(protocol.reply({"exit_code": exit_code(self._status(started.pid))[0]}))
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        stdio = (null, null, null) if terminal else tuple(self._fds)
+        says_pid = not watched or progress.kept()
+        caller = Handover(self._channel, self._connection.fileno(), says_pid=says_pid, watched=watched)
+        made = self._engine(held.handler).execute(container_id, process, stdio, caller)
+        if terminal:
+            # This process's copy ends with it, so the caller's is the last: closing that hangs up the terminal.
+            told = protocol.reply(self._timed({"pid": made.pid}))
+            self._send(told, (made.console,) if made.console >= 0 else ())
+            caller.says_pid = False
+        caller.pid = made.pid
+        caller.expects((), always=True)
         return ANSWERED
 
     def _do_connect(self, body: object) -> object:

@@ -24,14 +24,14 @@ class _Entry:
         self.session = session
 
 
-def _processes(proc: int) -> list[_Entry]:
+def _processes() -> list[_Entry]:
     """Parent and session of every process that is no zombie: fields 3, 4 and 6 of proc_pid_stat(5)."""
     found = []
-    for name in os.listdir(proc):
+    for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
         try:
-            fd = os.open(f"{name}/stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+            fd = os.open(f"/proc/{name}/stat", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             continue
         try:
@@ -45,9 +45,9 @@ def _processes(proc: int) -> list[_Entry]:
     return found
 
 
-def members(root: int, proc: int) -> set[int]:
+def members(root: int) -> set[int]:
     """`root`, everybody in the session that it leads, and all descendants of these."""
-    table = _processes(proc)
+    table = _processes()
     inside = {root} | {entry.pid for entry in table if entry.session == root}
     while True:
         more = {entry.pid for entry in table if entry.parent in inside} - inside
@@ -57,16 +57,15 @@ def members(root: int, proc: int) -> set[int]:
     return inside & {entry.pid for entry in table}
 
 
-def kill_tree(root: int, proc: int) -> None:
-    """SIGKILL for `root`, which leads a session and is not waited for yet, and for all of its tree. `proc` is a fd of
-    the host's /proc: who asks may be in a container's mount namespace.
+def kill_tree(root: int) -> None:
+    """SIGKILL for `root`, which leads a session and is not waited for yet, and for all of its tree.
 
     All are stopped before any is killed: a stopped parent forks no more and stays the parent that its children are
     found by. What left both the tree and the session earlier is a daemon of the container and dies with that.
     """
     stopped: set[int] = set()
     for _ in range(_ROUNDS):
-        new = members(root, proc) - stopped
+        new = members(root) - stopped
         if not new:
             break
         for pid in new:

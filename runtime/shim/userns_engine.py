@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+    from runtime.entering import Caller
     from runtime.shim.protocol import ContainerMessage, PodMessage
 
 
@@ -27,6 +28,6 @@ class MappedEngine(NativeEngine):
         give_pipes(self._pod, stdio)
         return super().create(message, stdio)
 
-    def execute(self, container_id: str, process: dict[str, Any], stdio: Sequence[int]) -> Made:
+    def execute(self, container_id: str, process: dict[str, Any], stdio: Sequence[int], caller: Caller) -> Made:
         give_pipes(self._pod, stdio)
-        return super().execute(container_id, process, stdio)
+        return super().execute(container_id, process, stdio, caller)

@@ -185,7 +185,7 @@ def test_commands_have_the_steps_of_their_process_below_them(watched: Watched) -
             return (await client.channels())[3]
 
     assert json.loads(asyncio.run(come_for_it()))["status"] == "Success"
-    steps = ("look up", "join", "process > session", "process > command", "process > exec")
+    steps = ("look up", "join", "process > session", "process > command", "process > wait")
     wanted = {f"{SERVICE}/ExecSync > shim.exec_sync > {step}" for step in (*steps, "run")}
     wanted |= {f"{SERVICE}/Exec > stream.exec > {step}" for step in steps}
     eventually(lambda: wanted <= watched.collector.paths(trace_id), 20, "the spans to come")

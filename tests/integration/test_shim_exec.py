@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime.linux.sockets import recv_frame
+from runtime.linux.sockets import recv_frame, send_frame
 from runtime.shim import protocol
-from runtime.shim.commands import DRAIN
-from runtime.shim.model import ContainerError, ExecSpec
+from runtime.shim.commands import DRAIN, run_to_end
+from runtime.shim.model import ContainerError, ExecResult, ExecSpec
 from tests.seccomp_agent import Agent, refuse
 from tests.shims import Home, Lab, Pod, kill, lab, process
 from tests.support import SOON_S, eventually, needs
@@ -194,7 +194,7 @@ def test_an_exec_dies_with_its_caller(running: tuple[Pod, str]) -> None:
     with socket.socket(socket.AF_UNIX) as caller:
         caller.connect(str(pod.directory / "shim.sock"))
         message = protocol.ExecMessage(container, process(["sleep", "4321"]), 0.0, 1000)
-        caller.sendall(protocol.frame(protocol.request("exec", message)))
+        send_frame(caller, protocol.request("exec", message), (0, 1, 2))
         eventually(lambda: any("4321" in line for line in inside(pod, container)))
     eventually(lambda: not any("4321" in line for line in inside(pod, container)), what="the exec to be killed")
 
@@ -253,6 +253,47 @@ def test_streams_go_straight_to_the_command(running: tuple[Pod, str]) -> None:
         received = recv_frame(control)
         assert received is not None and protocol.parse_reply(received[0]) == {"exit_code": 4}
         assert recv_frame(control) is None
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_session_that_is_open_holds_no_process_but_its_command(running: tuple[Pod, str], terminal: bool) -> None:
+    pod, container = running
+    own, shim = pod.facts(container).pid, pod.sandbox.pid
+    reader, writer = os.pipe()
+    fds = () if terminal else (reader, writer, writer)
+    command = process(["sh", "-c", "echo up; cat"], terminal=terminal)
+    stream = pod.shims.exec_stream(pod.sandbox, container, command, fds, terminal=terminal)
+    assert os.read(stream.console if terminal else reader, 2) == b"up"
+    children = Path(f"/proc/{shim}/task/{shim}/children")
+    eventually(lambda: {int(pid) for pid in children.read_text().split()} == {own, stream.pid}, what="helpers to end")
+    for fd in (reader, writer, *([stream.console] if terminal else [])):
+        os.close(fd)
+    pod.shims.signal(pod.sandbox, container, signal.SIGKILL)
+    with socket.socket(fileno=stream.control) as control:
+        control.settimeout(SOON_S)
+        received = recv_frame(control)
+        assert received is not None and "exit_code" in protocol.parse_reply(received[0])
+
+
+def test_a_shim_of_an_older_daemon_collects_the_output_itself() -> None:
+    """Shims outlive the daemon that started them, and its upgrade."""
+    ours, theirs = socket.socketpair()
+
+    def shim() -> None:
+        received = recv_frame(theirs, want_fds=True)
+        assert received is not None and len(received[1]) == 3
+        send_frame(theirs, protocol.reply({"exit_code": 3, "timed_out": False, "truncated": True}))
+        send_frame(theirs, b"out")
+        send_frame(theirs, b"err")
+        for fd in received[1]:
+            os.close(fd)
+
+    thread = threading.Thread(target=shim)
+    thread.start()
+    with ours, theirs:
+        result = run_to_end(ours, "c", ExecSpec(process(["true"])))
+        thread.join()
+    assert result == ExecResult(3, b"out", b"err", timed_out=False, truncated=True)
 
 
 def test_a_stream_with_a_terminal_gives_its_master(running: tuple[Pod, str]) -> None:

@@ -64,27 +64,41 @@ def test_phases_of_a_pod_and_of_a_container_down_to_the_steps_of_its_init(pods: 
     assert pod.facts(container).pid
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_phases_of_an_exec_down_to_the_steps_of_its_process(pods: Lab, terminal: bool) -> None:
+STEPS = ["limits", "terminal", "cgroup", "cwd", "files", "identity", "command", "wait"]
+
+
+def test_phases_of_an_exec_down_to_the_steps_of_its_process(pods: Lab) -> None:
+    """Up to the last that it can tell of: execve ends who kept them."""
     pod = pods.pod()
     container = pod.run("c", ["sleep", "1000"])
     told: list[list[Phase]] = []
     shims = Shims(pods.state, tell=told.append)
     before = time.time_ns()
-    spec = ExecSpec(process(["sh", "-c", "usleep 20000"], terminal=terminal), 0.0, 1 << 16)
+    spec = ExecSpec(process(["sh", "-c", "usleep 20000"]), 0.0, 1 << 16)
     assert shims.exec_sync(pod.sandbox, container, spec).exit_code == 0
     after = time.time_ns()
     (phases,) = told
     whole = {name: (since, end) for name, of, since, end in phases if not of}
     assert list(whole) == ["parse", "look up", "join", "process", "run", "drain"]
     steps = [(name, since, end) for name, of, since, end in phases if of == "process"]
-    console = ["console"] if terminal else []
-    middle = ["limits", "terminal", "cgroup", "cwd", "files", "identity", "command", "wait", "exec"]
-    assert [name for name, _, _ in steps] == ["session", *console, *middle]
+    assert [name for name, _, _ in steps] == ["session", *STEPS]
     order = [stamp for _, since, end in steps for stamp in (since, end)]
     assert order == sorted(order) and before <= whole["parse"][0] and whole["drain"][1] <= after
     assert whole["join"][0] <= order[0] and order[-1] <= whole["process"][1]
     assert whole["run"][1] - whole["run"][0] >= 20_000_000, "the time that the command slept is in its run"
+
+
+def test_phases_of_an_exec_at_a_terminal(pods: Lab) -> None:
+    pod = pods.pod()
+    container = pod.run("c", ["sleep", "1000"])
+    told: list[list[Phase]] = []
+    shims = Shims(pods.state, tell=told.append)
+    stream = shims.exec_stream(pod.sandbox, container, process(["true"], terminal=True), terminal=True)
+    with socket.socket(fileno=stream.control) as control:
+        received = recv_frame(control)
+        assert received is not None and protocol.parse_reply(received[0]) == {"exit_code": 0}
+    os.close(stream.console)
+    assert [name for name, of, _, _ in told[0] if of] == ["session", "console", *STEPS, "exec"]
 
 
 def test_phases_of_a_command_on_the_callers_own_fds(pods: Lab) -> None:

@@ -15,10 +15,13 @@ from typing import Any
 
 import pytest
 
+from runtime.errors import RuntimeFailure
+from runtime.fields import decode
 from runtime.linux.process import set_child_subreaper
-from runtime.linux.sockets import connect_unix, listen_unix
+from runtime.linux.sockets import connect_unix, listen_unix, recv_frame
 from runtime.shim import protocol
 from runtime.shim.channel import Channel, pair, receive, send
+from runtime.shim.handover import Handover
 from runtime.shim.helper import become_helper
 from runtime.shim.pipes import Pipes
 from runtime.shim.protocol import ContainerMessage, Facts
@@ -65,11 +68,22 @@ def work(script: Script, directory: Path) -> Any:
     return run
 
 
+def killer(pid: int) -> Any:
+    """As runtime.shim.helper.kill_command, for a process without a tree."""
+
+    def run(_resident: Resident, _connection: int, end: Any) -> None:
+        become_helper(end.fileno())
+        os.kill(pid, signal.SIGKILL)
+        os._exit(0)
+
+    return run
+
+
 def run(tmp_path: Path, *scripts: Script) -> Resident:
     """A resident whose first helper runs the first script; those of connections run the second."""
     nothing = work(lambda _channel, _directory: None, tmp_path)
     serve = work(scripts[1], tmp_path) if len(scripts) > 1 else nothing
-    resident = Resident(serve, lambda _id, _handler: nothing)
+    resident = Resident(serve, lambda _id, _handler: nothing, killer)
     resident.run(work(scripts[0], tmp_path), os.open("/dev/null", os.O_RDONLY))
     resident.close()
     failed = tmp_path / "failed"
@@ -247,6 +261,112 @@ def test_stop_kills_other_helpers_however_stuck(tmp_path: Path) -> None:
     run(tmp_path, script, stuck)
 
 
+def wait_for_ever() -> int:
+    become_helper()  # a command's execve closes what it has of its helper
+    signal.pause()
+    return 0
+
+
+def handing(act: Callable[[Handover], None], *, says_pid: bool = False, watched: bool = False) -> Script:
+    """The script of a helper that hands a command over, for who is at `directory`/caller.sock."""
+
+    def script(channel: Channel, directory: Path) -> None:
+        with connect_unix(directory / "caller.sock") as connection:
+            act(Handover(channel, connection.fileno(), says_pid=says_pid, watched=watched))
+
+    return script
+
+
+def answers(tmp_path: Path, script: Script, act: Callable[[socket.socket], None] = lambda _caller: None) -> list[Any]:
+    """What the caller of a command hears from a shim with one helper, which does `script`; the caller does `act`."""
+    heard: list[Any] = []
+
+    def first(channel: Channel, directory: Path) -> None:
+        listen(channel, directory)
+        with listen_unix(directory / "caller.sock") as listener:
+            connect_unix(directory / "shim.sock").close()
+            caller, _ = listener.accept()
+        act(caller)
+        while (received := recv_frame(caller)) is not None:
+            heard.append(decode(received[0]))
+        (directory / "heard").write_text(json.dumps(heard))
+        channel.ask("end")
+
+    run(tmp_path, first, script)
+    return list(json.loads((tmp_path / "heard").read_text()))
+
+
+def test_a_command_that_was_handed_over_is_answered_for_by_the_shim(tmp_path: Path) -> None:
+    def act(handover: Handover) -> None:
+        handover.pid = orphan(lambda: 7)
+        handover.expects((), always=True)
+
+    assert answers(tmp_path, handing(act)) == [{"ok": {"exit_code": 7}}]
+
+
+def test_o16_a_command_that_ended_before_it_was_handed_over_is_not_lost(tmp_path: Path) -> None:
+    def act(handover: Handover) -> None:
+        handover.pid = orphan(lambda: 7)
+        while Path(f"/proc/{handover.pid}").exists():  # until the shim has waited for it
+            os.sched_yield()
+        handover.expects((), always=True)
+
+    heard = answers(tmp_path, handing(act, says_pid=True))
+    assert [*heard[0]["ok"], heard[1]] == ["pid", {"ok": {"exit_code": 7}}]
+
+
+def test_a_command_that_fails_after_it_was_handed_over_is_answered_once(tmp_path: Path) -> None:
+    def act(handover: Handover) -> None:
+        handover.pid = orphan(lambda: 1)
+        handover.expects((), always=True)
+        handover.fail(RuntimeFailure("no such program", step="exec", code="not_found"))
+
+    (heard,) = answers(tmp_path, handing(act, says_pid=True))
+    assert heard["error"]["message"] == "no such program" and heard["error"]["step"] == "exec"
+
+
+def test_a_caller_who_closes_its_sending_half_ends_the_command_and_hears_of_it(tmp_path: Path) -> None:
+    def act(handover: Handover) -> None:
+        handover.pid = orphan(wait_for_ever)
+        handover.expects((), always=True)
+
+    heard = answers(tmp_path, handing(act, watched=True), lambda caller: caller.shutdown(socket.SHUT_WR))
+    assert heard == [{"ok": {"exit_code": 137}}]
+
+
+def test_a_stop_ends_commands_that_are_about_to_execute(tmp_path: Path) -> None:
+    """Before it was handed over or after: the process that becomes the command is killed."""
+
+    def helper(channel: Channel, directory: Path) -> None:
+        with connect_unix(directory / "caller.sock") as connection:
+            handover = Handover(channel, connection.fileno())
+            handover.pid = orphan(wait_for_ever)
+            handover.expects((), always=True)
+            (directory / "handed").write_text(str(handover.pid))
+            signal.pause()
+
+    def script(channel: Channel, directory: Path) -> None:
+        listen(channel, directory)
+        with listen_unix(directory / "caller.sock") as listener:
+            connect_unix(directory / "shim.sock").close()
+            caller, _ = listener.accept()
+        handed = directory / "handed"
+        while not handed.exists() or not handed.read_text():
+            os.sched_yield()
+        channel.ask("stop", True)
+        assert recv_frame(caller) == (protocol.reply({"exit_code": 137}), [])
+        while Path(f"/proc/{handed.read_text()}").exists():
+            os.sched_yield()
+        late, connection = orphan(wait_for_ever), os.open("/dev/null", os.O_RDONLY)
+        channel.tell("hand_over", late, False, False, fds=[connection])
+        while Path(f"/proc/{late}").exists():
+            os.sched_yield()
+        channel.tell("take_back")
+        channel.ask("end")
+
+    run(tmp_path, script, helper)
+
+
 def test_p11_a_helper_keeps_only_the_fds_it_is_given(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     pid = os.fork()
@@ -280,7 +400,7 @@ def test_o55_a_subscriber_that_does_not_read_is_let_go(tmp_path: Path) -> None:
         finally:
             os._exit(0)
 
-    resident = Resident(helper, lambda _id, _handler: helper)  # type: ignore[arg-type,return-value]
+    resident = Resident(helper, lambda _id, _handler: helper, killer)  # type: ignore[arg-type,return-value]
     resident.run(helper, os.open("/dev/null", os.O_RDONLY))  # type: ignore[arg-type]
     assert len(resident._subscribers) == 3  # behind, but not too far
     resident._tell("exit", _large_facts())

@@ -1,0 +1,70 @@
+"""A process that another takes the place of: clone3(2) without a copy of the caller's memory.
+
+The new process goes on in the caller's memory, while the caller waits in the kernel (CLONE_VM, CLONE_VFORK) until the
+other has executed a program or ended; then it ends itself. No page of an interpreter is copied, where a fork copies
+each that either of the two writes to.
+
+The caller must not come back from the call into code: the stack that it would return on has been used since. What it
+does between the call and its exit is therefore four instructions that use no memory, and so machine code. Refuses
+machines that it is not written for (`AVAILABLE`), and callers with threads. Invariant: in the memory of a caller only
+one process ever runs, and a new process that dies at any instant leaves a caller that ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+
+from runtime.linux import foreign as ctypes
+from runtime.linux.libc import KernelError
+from runtime.linux.memory import PROT_EXEC, PROT_READ, map_copy
+from runtime.linux.process import CLONE_INTO_CGROUP, CLONE_PARENT, CLONE_VM
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# linux/sched.h
+_CLONE_VFORK, _CLONE_PARENT_SETTID = 0x4000, 0x100000
+# long call(struct clone_args *, size_t): the arguments are where clone3 wants them (System V ABI, x86-64).
+_X86_64 = bytes.fromhex(
+    "f30f1efa"  # endbr64
+    "b8b3010000"  # mov $435, %eax    clone3
+    "0f05"  # syscall
+    "4885c0"  # test %rax, %rax
+    "7f01"  # jg 1f                   the caller, once the other has executed or ended
+    "c3"  # ret                       the new process, or an error
+    "31ff"  # 1: xor %edi, %edi
+    "b8e7000000"  # mov $231, %eax    exit_group
+    "0f05"  # syscall
+    "f4"  # hlt
+)
+
+
+def _function() -> Callable[..., int] | None:
+    if os.uname().machine != "x86_64" or struct.calcsize("P") != 8:
+        return None
+    try:
+        return ctypes.function_at(map_copy(_X86_64, len(_X86_64), PROT_READ | PROT_EXEC))
+    except KernelError:  # a policy of this machine against code that is made while a program runs
+        return None
+
+
+_call = _function()
+AVAILABLE = _call is not None
+
+
+def succeed(flags: int, *, cgroup_fd: int = -1) -> int:
+    """clone3(2) with `flags`, the new process a child of the caller's parent. Returns in the new process alone, with
+    its pid in the caller's PID namespace. `cgroup_fd` as with runtime.linux.process.clone3. Raises KernelError in the
+    caller, which goes on then."""
+    pid = ctypes.c_int(0)
+    flags |= CLONE_PARENT | CLONE_VM | _CLONE_VFORK | _CLONE_PARENT_SETTID
+    if cgroup_fd >= 0:
+        flags |= CLONE_INTO_CGROUP
+    args = struct.pack("=11Q", flags, 0, 0, ctypes.addressof(pid), 0, 0, 0, 0, 0, 0, max(cgroup_fd, 0))
+    result = -errno.ENOSYS if _call is None else _call(args, ctypes.c_long(len(args)))
+    if result < 0:
+        raise KernelError(-result, "clone3")
+    return pid.value
