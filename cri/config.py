@@ -210,7 +210,7 @@ class ImageSection:
     )
     key_providers: str = _key(
         "",
-        "ocicrypt's file of key providers: programs (cmd) that open encrypted layers. "
+        "ocicrypt's file of key providers: programs and services that open encrypted layers. "
         '"" is the one that OCICRYPT_KEYPROVIDER_CONFIG names, if any.',
         check=_absolute_or_none,
     )

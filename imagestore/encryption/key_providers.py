@@ -1,13 +1,14 @@
-"""Key providers: programs of a node that wrap and unwrap layers' keys, by ocicrypt's protocol, from its own file.
+"""Key providers: programs and services of a node that wrap and unwrap layers' keys, by ocicrypt's protocol.
 
-    {"key-providers": {"NAME": {"cmd": {"path": "/usr/lib/…", "args": […]}}}}       OCICRYPT_KEYPROVIDER_CONFIG
+    {"key-providers": {"NAME": {"cmd": {"path": "/usr/lib/…", "args": […]}},        OCICRYPT_KEYPROVIDER_CONFIG
+                       "NAME": {"grpc": "unix:///run/…", "grpc-tls": {…}}}}         key_services.py
 
     stdin   {"op": "keyunwrap", "keyunwrapparams": {"dc": {"Parameters": …}, "annotation": base64}}
     stdout  {"keyunwrapresults": {"optsdata": base64}}                              and "keywrap" the other way
 
-Blocking, for worker threads. Refuses providers that are asked over gRPC, and paths that are not absolute. The file is
-read for every use, as key files are. Invariant: a program is run only because the node's file names it, never because
-an image does; nothing that it prints is in a message.
+Blocking, for worker threads. Refuses paths that are not absolute. The file is read for every use, as key files are.
+Invariant: a program is run, and a service asked, only because the node's file names it, never because an image does;
+nothing that it says is in a message.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from imagestore.encryption.key_services import Service, call, service
 from imagestore.model import ContentInvalid, DecryptionRefused, ImageError, KeyFile
 from imagestore.programs import ask
-from imagestore.strict_json import parse_object
+from imagestore.strict_json import Fields, parse_object
 from runtime.linux.dataclass import dataclass
 from runtime.linux.files import AT_FDCWD, read_bounded
 from runtime.linux.libc import KernelError
@@ -65,20 +67,20 @@ class KeyProviders:
 
     def unwrap(self, name: str, packet: bytes, given: Parameters) -> bytes | None:
         """What `name` makes of a packet; None where the node has no such provider. Raises DecryptionRefused."""
-        command = self._commands().get(name)
-        if command is None:
+        provider = self._listed().get(name)
+        if provider is None:
             return None
         request = {
             "op": "keyunwrap",
             "keywrapparams": {"ec": None, "optsdata": None},
             "keyunwrapparams": {"dc": {"Parameters": _encoded(given)}, "annotation": _b64(packet)},
         }
-        return self._ask(name, command, request, "keyunwrapresults", "optsdata")
+        return self._ask(name, provider, request, "keyunwrapresults", "optsdata")
 
     def wrap(self, name: str, given: Parameters, private: bytes) -> bytes:
         """A packet that `name` unwraps. Raises DecryptionRefused."""
-        command = self._commands().get(name)
-        if command is None:
+        provider = self._listed().get(name)
+        if provider is None:
             where = f"is not in {self._file}" if self._file else "is not known: image.key_providers names no file"
             raise DecryptionRefused(f"key provider {name!r} {where}")
         to = {"Parameters": _encoded(given), "DecryptConfig": {"Parameters": {}}}
@@ -87,13 +89,18 @@ class KeyProviders:
             "keywrapparams": {"ec": to, "optsdata": _b64(private)},
             "keyunwrapparams": {"dc": None, "annotation": None},
         }
-        return self._ask(name, command, request, "keywrapresults", "annotation")
+        return self._ask(name, provider, request, "keywrapresults", "annotation")
 
-    def _ask(self, name: str, command: _Command, request: object, part: str, key: str) -> bytes:
+    def _ask(
+        self, name: str, provider: _Command | Service, request: Mapping[str, object], part: str, key: str
+    ) -> bytes:
         what = f"key provider {name!r}"
         data = json.dumps(request, separators=(",", ":")).encode()
         try:
-            answer = ask(command.path, command.arguments, os.environ, data, _ANSWER_S, called="program")
+            if isinstance(provider, Service):
+                answer = call(provider, str(request["op"]), data, _ANSWER_S)
+            else:
+                answer = ask(provider.path, provider.arguments, os.environ, data, _ANSWER_S, called="program")
         except ImageError as error:
             raise DecryptionRefused(f"{what}: {error}") from None
         try:
@@ -105,7 +112,7 @@ class KeyProviders:
             raise DecryptionRefused(f"{what}: its answer has no {key}")
         return found
 
-    def _commands(self) -> dict[str, _Command]:
+    def _listed(self) -> dict[str, _Command | Service]:
         if self._file is None:
             return {}
         what = f"key providers {self._file}"
@@ -115,19 +122,26 @@ class KeyProviders:
             raise DecryptionRefused(f"key providers: {error}") from error
         try:
             listed = parse_object(data, what, _VALUES).object("key-providers")
-            commands = {}
+            found = {}
             for name in listed.names() if listed else ():
                 entry = listed.object(name) if listed else None
-                command = entry.object("cmd") if entry else None
-                if command is None:
-                    continue  # one over gRPC: whoever needs it is told that it is not there
-                path = command.string("path")
-                if not path.startswith("/"):
-                    raise ContentInvalid(f"{command.path}.path: {path[:100]!r} is no absolute path")
-                commands[name] = _Command(Path(path), command.strings("args"))
-            return commands
+                if entry is not None:
+                    found[name] = _provider(entry)
+            return found
         except ContentInvalid as error:
             raise DecryptionRefused(str(error)) from None
+
+
+def _provider(entry: Fields) -> _Command | Service:
+    command = entry.object("cmd")
+    if command is None:
+        if not entry.string("grpc"):
+            raise ContentInvalid(f"{entry.path}: neither cmd nor grpc")
+        return service(entry.string("grpc"), entry.object("grpc-tls"), f"{entry.path}.grpc")
+    path = command.string("path")
+    if not path.startswith("/"):
+        raise ContentInvalid(f"{command.path}.path: {path[:100]!r} is no absolute path")
+    return _Command(Path(path), command.strings("args"))
 
 
 def _encoded(given: Parameters) -> dict[str, list[str]]:

@@ -5,19 +5,24 @@ from __future__ import annotations
 
 import base64
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf.wrappers_pb2 import BytesValue
 
+from imagestore.encryption import key_services
 from imagestore.encryption.keys import key_files, pack, recipients, unpack
 from imagestore.model import DecryptionRefused, ImageError
 from tests.fakes import key_provider
 from tests.fakes.imagestore import QUICK, Bench
-from tests.fakes.registry import FakeRegistry
+from tests.fakes.registry import FakeRegistry, make_tls
 from tests.integration.test_imagestore_copy import copy
 from tests.integration.test_imagestore_encryption import IMAGE, Keys, World, manifest_of
 
@@ -170,7 +175,13 @@ def test_an_image_names_no_programs(node: Node) -> None:
         ("{", "providers.json: not valid JSON"),
         ('{"key-providers": {"vault": {"cmd": {"path": "vault"}}}}', "'vault' is no absolute path"),
         ('{"key-providers": {"vault": {"cmd": {"path": "/does/not/exist"}}}}', "start: ENOENT"),
-        ('{"key-providers": {"vault": {"grpc": "127.0.0.1:1"}}}', "there is no private key"),
+        ('{"key-providers": {"vault": {"grpc": "127.0.0.1:1"}}}', "service 127.0.0.1:1: UNAVAILABLE"),
+        ('{"key-providers": {"vault": {"grpc": "198.51.100.1:50000"}}}', "is not on this machine, and has no grpc-tls"),
+        ('{"key-providers": {"vault": {}}}', "neither cmd nor grpc"),
+        (
+            '{"key-providers": {"vault": {"grpc": "198.51.100.1:1", "grpc-tls": {"insecure-skip-verify": true}}}}',
+            "who answers would not be known",
+        ),
         (None, "ENOENT"),
     ],
 )
@@ -182,3 +193,97 @@ def test_a_file_that_cannot_be_used(node: Node, text: str | None, says: str) -> 
         node.file.write_text(text)
     with pytest.raises(DecryptionRefused, match=says):
         node.pull(name)
+
+
+# --------------------------------------------------------------------------------------------------------- services
+
+
+@contextmanager
+def served(node: Node, tls: Path | None = None) -> Iterator[tuple[str, list[str]]]:
+    """The same provider as a service: where, and which methods were called."""
+    import grpc
+
+    called: list[str] = []
+
+    def answer(message: bytes, context: Any) -> bytes:
+        # By protobuf's own hand: keyProviderKeyWrapProtocolInput and -Output are one field of bytes each.
+        request = BytesValue.FromString(message).value
+        command = [sys.executable, key_provider.__file__, str(node.home)]
+        made = subprocess.run(command, input=request, capture_output=True, check=False)
+        if made.returncode:
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, "SECRET: not wrapped by me")
+        return BytesValue(value=made.stdout).SerializeToString()
+
+    class Handler(grpc.GenericRpcHandler):
+        def service(self, details: Any) -> Any:
+            called.append(details.method)
+            return grpc.unary_unary_rpc_method_handler(answer)
+
+    server = grpc.server(ThreadPoolExecutor(2), handlers=[Handler()])
+    address = f"unix:{node.directory}/vault.sock"
+    if tls is None:
+        server.add_insecure_port(address)
+    else:
+        pair = ((tls / "server.key").read_bytes(), (tls / "server.crt").read_bytes())
+        address = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', grpc.ssl_server_credentials([pair]))}"
+    server.start()
+    try:
+        yield address, called
+    finally:
+        server.stop(None).wait()
+
+
+@pytest.fixture
+def vault(node: Node) -> Iterator[list[str]]:
+    with served(node) as (address, called):
+        node.provide(vault={"grpc": address})
+        yield called
+
+
+def test_a_service_behind_tls_is_asked_where_it_is_known(node: Node) -> None:
+    (node.directory / "theirs").mkdir()
+    make_tls(node.directory, "vault.example")
+    make_tls(node.directory / "theirs", "vault.example")
+    with served(node, node.directory) as (address, called):
+
+        def knows(certificate: str, name: str) -> None:
+            tls = {"root-ca-file": f"{node.directory}/{certificate}", "server-name": name}
+            node.provide(vault={"grpc": address, "grpc-tls": tls})
+
+        knows("server.crt", "vault.example")
+        name = node.serve(node.sealed("provider:vault"))
+        image = node.pull(name)
+        node.holds(image)
+        before = len(called)
+        for certificate, other in (("server.crt", "other.example"), ("theirs/server.crt", "vault.example")):
+            knows(certificate, other)
+            with pytest.raises(DecryptionRefused, match=r"service 127.0.0.1:\d+: UNAVAILABLE"):
+                node.bench.store.permit(image, name)
+        assert len(called) == before
+        knows("missing.crt", "vault.example")
+        with pytest.raises(DecryptionRefused, match="ENOENT"):
+            node.bench.store.permit(image, name)
+
+
+def test_a_service_is_asked_as_a_program_is(node: Node, vault: list[str]) -> None:
+    name = node.serve(node.sealed("provider:vault"))
+    node.holds(node.pull(name))
+    calls = [f"/keyprovider.KeyProviderService/{one}" for one in ("WrapKey", "WrapKey", "UnWrapKey", "UnWrapKey")]
+    assert vault == calls and [one["op"] for one in node.asked()] == ["keywrap"] * 2 + ["keyunwrap"] * 2
+    (node.home / "secret").write_bytes(b"of another node")
+    with pytest.raises(DecryptionRefused, match=r"service unix:.*vault.sock: PERMISSION_DENIED") as refused:
+        node.pull(name)
+    assert "SECRET" not in str(refused.value)
+    (node.home / "answer").write_text("SECRET" * 100_000)
+    with pytest.raises(DecryptionRefused, match="RESOURCE_EXHAUSTED"):
+        node.pull(name)
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 300, 70_000])
+def test_messages_are_protobufs(size: int) -> None:
+    data = bytes(size)
+    assert BytesValue.FromString(key_services._pack(data)).value == data
+    if size:
+        assert key_services._unpack(BytesValue(value=data).SerializeToString()) == data
+    for wrong in (b"", b"\x0a", b"\x0a\x05abc", b"\x12\x01a", b"\x0a\xff\xff\xff\xff\xff\xff"):
+        assert key_services._unpack(wrong) == b""
