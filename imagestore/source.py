@@ -61,6 +61,10 @@ class RegistrySource:
     async def blob(self, wanted: Descriptor, ingest: Ingest, report: Report) -> None:
         await self._first(lambda host: host.blob(wanted, ingest, report))
 
+    async def ask(self, ask: Callable[[Repository], Awaitable[T]]) -> T:
+        """What the first host answers that does not fail."""
+        return await self._first(ask)
+
     async def _first(self, ask: Callable[[Repository], Awaitable[T]], *, resolving: bool = False) -> T:
         able = [host for host in self._repositories if (host.host.resolve if resolving else host.host.pull)]
         if not able:

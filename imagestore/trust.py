@@ -28,7 +28,7 @@ from imagestore.model import (
     SignatureRefused,
 )
 from imagestore.origins import Origin
-from imagestore.policy import ANYTHING, Material, Policy, Requirements, SigstoreSigned, read_policy
+from imagestore.policy import ANYTHING, Material, Policy, Requirements, SignedBy, SigstoreSigned, read_policy
 from imagestore.reference import Reference, parse
 from imagestore.scopes import Subject, in_registry
 from imagestore.signatures import Signature, dump, load, to_blob
@@ -233,15 +233,19 @@ class Finder:
         """Raises ImageError where a place that has signatures does not hand them over: fewer than there are could be
         enough, or too few."""
         from imagestore.attached import Attached
+        from imagestore.extension import Extension
 
         lookaside = await asyncio.to_thread(read_lookaside, self._config.registries_d)
         where = lookaside.place(self._reference)
         # containers/image reads attachments only where registries.d says so; here sigstoreSigned says it.
         sigstore = requirements is None or any(isinstance(one, SigstoreSigned) for one in requirements)
         attached = where.attachments is not False and sigstore
+        simple = requirements is None or any(isinstance(one, SignedBy) for one in requirements)
         found: list[Signature] = []
         for digest in digests:
             found += await read_signatures(where.read, self._reference.path, digest, self._config.signatures, self._get)
+            if simple:
+                found += await Extension(self._source, self._reference.path, self._config).signatures(digest)
             if attached:
                 found += await Attached(self._source, self._config).signatures(digest)
         size = sum(len(to_blob(one)) for one in found)

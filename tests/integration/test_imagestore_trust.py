@@ -4,6 +4,7 @@ that an image which was accepted once is judged again whenever it is used."""
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 from collections.abc import Iterator
@@ -171,6 +172,67 @@ def test_an_openpgp_signature_in_the_lookaside_store(world: World) -> None:
     claim = payload(ATOMIC, world.image.digest, world.name, {"creator": "gpg", "timestamp": 1})
     world.lay(world.maker.simple("release@example.com", claim))
     assert world.bench.pull(world.name).repo_tags == (world.name,)
+
+
+class Kept:
+    """A registry that keeps signatures itself, as OpenShift's."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        key = world.maker.gpg_key("release@example.com")
+        world.policy({"type": "signedBy", "keyType": "GPGKeys", "keyPath": str(key)})
+        claim = payload(ATOMIC, world.image.digest, world.name, {"creator": "gpg", "timestamp": 1})
+        self.good = world.maker.simple("release@example.com", claim).data
+        self.path = f"^/extensions/v2/team/app/signatures/{world.image.digest}$"
+        self.says("1")
+
+    def says(self, header: str, status: int = 200) -> None:
+        self.world.registry.heal()
+        self.world.registry.rule("GET", "^/v2/$", Reply(status, {"X-Registry-Supports-Signatures": header}))
+
+    def keeps(self, *items: object) -> None:
+        answer = Reply(200, {"Content-Type": "application/json"}, as_json({"signatures": list(items)}))
+        self.world.registry.rule("GET", self.path, answer)
+
+    def item(self, content: bytes, kind: str = "atomic", version: int = 2) -> dict[str, object]:
+        name = f"{self.world.image.digest}@0123456789abcdef0123456789abcdef"
+        return {
+            "schemaVersion": version, "name": name, "type": kind, "content": base64.b64encode(content).decode(),
+        }  # fmt: skip
+
+
+def test_a_signature_that_the_registry_keeps(world: World) -> None:
+    kept = Kept(world)
+    kept.keeps(kept.item(b"noise", "else"), kept.item(kept.good, version=1), kept.item(b"noise"))
+    world.refused("number 1: no OpenPGP message")
+    kept.says("1")
+    kept.keeps(kept.item(b"noise"), kept.item(kept.good))
+    image = world.bench.pull(world.name)
+    # It is kept with the image: no registry is asked when it is used.
+    world.registry.rule("GET", "", Reply(500))
+    world.bench.store.permit(image, world.name)
+
+
+def test_a_registry_that_keeps_none_is_not_asked_for_them(world: World) -> None:
+    kept = Kept(world)
+    kept.keeps(kept.item(kept.good))
+    kept.world.registry.rules.pop(0)
+    world.refused("there is no simple signing signature")
+    assert not world.registry.count("GET", "^/extensions/")
+    # Nor is one that is asked for sigstore's signatures alone.
+    world.require("good")
+    world.registry.seen.clear()
+    world.refused("there is no sigstore signature")
+    assert not world.registry.count("GET", "^/v2/$")
+
+
+@pytest.mark.parametrize("answer", [Reply(500), Reply(200, {}, b"<html>"), Endless(b"x" * 65536)])
+def test_a_registry_that_says_it_keeps_some_and_hands_over_none(world: World, answer: Reply | Endless) -> None:
+    kept = Kept(world)
+    kept.world.registry.rule("GET", kept.path, answer)
+    with pytest.raises((RegistryUnavailable, ContentInvalid)):
+        world.bench.pull(world.name)
+    assert not world.fetched()
 
 
 def test_a_lookaside_store_over_http(world: World) -> None:
