@@ -1,7 +1,7 @@
 """Signatures that a registry keeps itself: the extension of OpenShift's registry, which Pulp has as well.
 
-    GET /v2/                                       X-Registry-Supports-Signatures: 1
-    GET /extensions/v2/PATH/signatures/sha256:HEX  {"signatures": [{"schemaVersion": 2, "type": "atomic", "content": …}]}
+    GET /v2/                                      X-Registry-Supports-Signatures: 1
+    GET /extensions/v2/PATH/signatures/sha256:HEX {"signatures": [{"schemaVersion": 2, "type": "atomic", "content": …}]}
 
 Simple signing, and nothing else: other types are passed over. Refuses more of them than the limit. A host that does not
 say that it has this is asked no more, and that is no error; one that says so and does not hand them over is. Invariant:
