@@ -90,7 +90,8 @@ class Images(Protocol):
         """Raises SignatureRefused unless the signature policy of today accepts `image`, called `name` by whoever wants
         to run it (a reference, or its id), with the signatures that it came with. No network. PolicyInvalid.
         DecryptionRefused unless today's keys, `keys` among them, open its layers, where those are encrypted: that they
-        have been unpacked for one who had a key is no reason to give them to another."""
+        have been unpacked for one who had a key is no reason to give them to another. Key providers are asked then, and
+        may take their time."""
         ...
 
     def list(self) -> Sequence[Image]:

@@ -31,7 +31,7 @@ from runtime.linux.libc import KernelError
 PROVIDER = "provider:"
 _FILE_BYTES = 1 << 20
 _VALUES = 10_000
-_ANSWER_S = 60.0
+_ANSWER_S = 20.0  # a container may be waiting, and a thread of the daemon with it
 
 Parameters = Mapping[str, Sequence[bytes]]
 
@@ -60,7 +60,7 @@ def parameters(files: Iterable[KeyFile]) -> dict[str, list[bytes]]:
 
 
 class KeyProviders:
-    """Those of one file; None and a file that is not there are none."""
+    """Those of one file; None is none."""
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
