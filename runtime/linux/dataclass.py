@@ -2,7 +2,7 @@
 
 The standard library's compiles six functions out of text for each class, which takes half a millisecond: of 150
 classes that was 45 % of the time until `ocid` had begun. Here all classes share their __eq__, __hash__, __repr__ and
-the two methods that refuse changes, and __init__ is made once the first object is.
+the two methods that refuse changes, and __init__ is compiled once the first object is made.
 
 Refuses what no class of ours asks for: order, kw_only, InitVar. Invariant: everything else is as there, since it is
 there that the fields are found: `fields`, `replace`, `asdict`, `is_dataclass` and `match` know these classes, and
@@ -12,7 +12,7 @@ tests/unit/test_dataclass.py holds both to the same promises.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import FrozenInstanceError, field
+from dataclasses import MISSING, FrozenInstanceError
 from operator import attrgetter
 
 TYPE_CHECKING = False  # mypy takes the name for typing's own
@@ -25,6 +25,9 @@ else:
     def dataclass(*, frozen: bool = False, slots: bool = False) -> Callable[[type], type]:
         """A decorator, as dataclasses.dataclass with the same arguments."""
         return lambda cls: _made(cls, frozen, slots)
+
+
+_MADE = object()  # stands in a signature for what a factory makes
 
 
 def _made(cls: Any, frozen: bool, slots: bool) -> Any:
@@ -94,20 +97,28 @@ def _first_init(cls: Any) -> Callable[..., None]:
     return __init__
 
 
-def _init(cls: Any) -> Any:
-    """The standard's own: of a class with the same fields."""
-    fields = [
-        (one.name, one.type, field(default=one.default, default_factory=one.default_factory, init=one.init))
-        for one in dataclasses.fields(cls)
-    ]
-    twin: Any = dataclasses.make_dataclass(
-        cls.__name__,
-        fields,
-        namespace={name: getattr(cls, name) for name in ("__post_init__",) if hasattr(cls, name)},
-        repr=False,
-        eq=False,
-        frozen=cls.__setattr__ is _refuse_to_set,
-        slots="__slots__" in cls.__dict__,
-    )
-    twin.__init__.__qualname__ = f"{cls.__qualname__}.__init__"
-    return twin.__init__
+def _init(cls: Any) -> Callable[..., None]:
+    """Compiled, so that wrong arguments are refused in the interpreter's own words, and right ones cost little."""
+    scope: dict[str, Any] = {"_set": object.__setattr__, "_MADE": _MADE}
+    head, body = ["self"], []
+    for one in dataclasses.fields(cls):
+        name = value = default = one.name
+        if one.default_factory is not MISSING:
+            scope[f"_make_{name}"] = one.default_factory
+            default = "_MADE"
+            value = f"_make_{name}() if {name} is _MADE else {name}" if one.init else f"_make_{name}()"
+        elif one.default is not MISSING:
+            scope[f"_default_{name}"] = one.default
+            default = f"_default_{name}"
+            value = name if one.init else default
+        elif not one.init:
+            continue  # whoever comes later gives it a value
+        if one.init:
+            head.append(name if default == name else f"{name}={default}")
+        body.append(f"_set(self, {name!r}, {value})")
+    if hasattr(cls, "__post_init__"):
+        body.append("self.__post_init__()")
+    exec(f"def __init__({', '.join(head)}): {'; '.join(body) or 'pass'}", scope)  # noqa: S102 - names of our own
+    scope["__init__"].__qualname__ = f"{cls.__qualname__}.__init__"
+    made: Callable[..., None] = scope["__init__"]
+    return made

@@ -226,8 +226,9 @@ DANGEROUS_MODULES = {
     "pickle": "runs what it reads",
     "requests": "not a dependency",
 }
-# Module and call: what the start of ocirun runs is what python -m runtime.install compiled of our own sources.
-ALLOWED = {("runtime.boot", "exec")}
+# Module and call: what the start of ocirun runs is what python -m runtime.install compiled of our own sources; what an
+# __init__ is compiled from are the names of a class's fields.
+ALLOWED = {("runtime.boot", "exec"), ("runtime.linux.dataclass", "exec")}
 PRODUCTION = ("cri", *COMPONENTS)
 
 
