@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from conformance.registry import registry
-from cri.cli.main import main
+from cri.cli.main import ocid
 from imagestore.attached import cosign_tag, fallback_tag
 from tests.fakes.imagestore import Bench
 from tests.fakes.registry import OCI_INDEX, OCI_MANIFEST, build_image, build_index, sha256
@@ -57,7 +57,7 @@ class World(Place):
         """The command, in this process: an interpreter for each would be most of the time."""
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = main(["--config", str(self.config), *words])
+            status = ocid(["--config", str(self.config), *words])
         assert status == code, out.getvalue() + err.getvalue()
         return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 

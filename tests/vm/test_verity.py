@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from cri.cli.main import main
+from cri.cli.main import ocid
 from imagestore.content import Blobs
 from tests.fakes.registry import FakeRegistry, build_image
 
@@ -41,7 +41,7 @@ class Disk:
         out = io.StringIO()
         where = ["--root", str(self.mountpoint / "root"), "--state", str(self.mountpoint / "state")]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            status = main([*where, *words])
+            status = ocid([*where, *words])
         assert status == code, out.getvalue()
         return out.getvalue()
 
