@@ -527,10 +527,12 @@ def test_cgroups_as_this_host_has_them(home: Bundles, own: bool, mode: str, user
     for path in hierarchies:
         assert {mode, "nosuid", "nodev", "noexec"} <= flags(found[path])
         assert user or "noatime" in flags(found[path])
-        listed = one.exec("ls", path, flags=("--user", "0")).ok().split()
-        assert "cgroup.procs" in listed and home.cgroup not in listed  # its own part only
-        procs = one.exec("cat", f"{path}/cgroup.procs").ok().split()
-        assert "1" in procs
+    script = 'for path; do echo "$path:" $(ls $path); echo "$path:" $(cat $path/cgroup.procs); done'
+    said = one.exec("sh", "-c", script, "sh", *hierarchies, flags=("--user", "0")).ok().splitlines()
+    for path, listed, procs in zip(hierarchies, said[::2], said[1::2], strict=True):
+        assert listed.startswith(f"{path}: ") and procs.startswith(f"{path}: ")
+        assert "cgroup.procs" in listed.split() and home.cgroup not in listed.split()  # its own part only
+        assert "1" in procs.split()
     made = one.exec("mkdir", "/sys/fs/cgroup/pids/below")
     assert (made.code == 0) is (mode == "rw" and not user), made
     assert mode == "rw" or "Read-only" in made.error

@@ -54,6 +54,8 @@ def _is_type_checking(test: ast.expr) -> bool:
 
 def _walk(node: ast.AST, lazy: bool) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
     for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.expr):
+            continue  # no statement is inside of one
         if isinstance(child, ast.Import | ast.ImportFrom):
             yield child, lazy
         elif isinstance(child, ast.If) and _is_type_checking(child.test):

@@ -70,16 +70,22 @@ def test_what_is_in_a_package_that_changed_waits_for_it(package: tuple[Path, Pat
     assert asked(bundle, tree, "run") == f"{BUNDLED} False Bundle"
 
 
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    """A prefix, and what its file of modules holds."""
+    prefix = tmp_path_factory.mktemp("prefix")
+    assert install.main([str(prefix)]) == 0
+    return prefix, (prefix / "lib/ocirun/modules").read_bytes()
+
+
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "garbage"])
-def test_the_command_works_without_its_file_of_modules(tmp_path: Path, damage: str) -> None:
-    assert install.main([str(tmp_path)]) == 0
-    modules = tmp_path / "lib/ocirun/modules"
-    whole = modules.read_bytes()
-    if damage == "missing":
-        modules.unlink()
-    else:
+def test_the_command_works_without_its_file_of_modules(installed: tuple[Path, bytes], damage: str) -> None:
+    prefix, whole = installed
+    modules = prefix / "lib/ocirun/modules"
+    modules.unlink(missing_ok=True)
+    if damage != "missing":
         modules.write_bytes({"empty": b"", "cut": whole[:100], "garbage": b"0" * boot.HEADER + whole}[damage])
-    said = subprocess.run([tmp_path / "bin/ocirun", "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    said = subprocess.run([prefix / "bin/ocirun", "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout
     assert said.startswith("ocirun version ")
 
 
