@@ -71,7 +71,7 @@ def test_every_command_has_options_and_help(command: str, capsys: pytest.Capture
 
 
 def test_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main.main(["--root", "/x", "frobnicate"]) == 125
+    assert main.ocid(["--root", "/x", "frobnicate"]) == 125
     assert "'frobnicate' is no command" in capsys.readouterr().err
 
 
