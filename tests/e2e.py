@@ -330,6 +330,25 @@ def named_log(said: str) -> Path:
     return Path(said.partition("log file: ")[2].split(" (hint")[0])
 
 
+@contextmanager
+def seasoned(directory: Path, registry: FakeRegistry) -> Iterator[Node]:
+    """A node that has an image and has run a pod: zygote, bridge and the cached seccomp program stay."""
+    with node(directory) as made:
+        made.image = f"{registry.name}/busybox:1"
+        made.client.pull(made.image)
+        made.drop(made.run(made.image, ["true"], network=True)[0])
+        yield made
+
+
+@contextmanager
+def borrowed(made: Node) -> Iterator[Node]:
+    """A node that several tests use, for one of them: what it has left goes, and nothing else is there then."""
+    before = made.held()
+    yield made
+    made.client.clear()
+    made.settles(before)
+
+
 def messages(log: Path, stream: str = "stdout") -> list[str]:
     """What a container printed, out of a log in the CRI's format."""
     lines = log.read_text().splitlines() if log.exists() else []

@@ -13,7 +13,7 @@ import pytest
 
 from conformance.cri_client import container
 from cri.api import api_pb2 as pb
-from tests.e2e import Node, node, stocked
+from tests.e2e import Node, seasoned, stocked
 from tests.fakes.registry import FakeRegistry
 from tests.support import SOON_S, eventually, needs
 
@@ -34,9 +34,7 @@ def registry() -> Iterator[FakeRegistry]:
 
 @pytest.fixture
 def here(tmp_path: Path, registry: FakeRegistry) -> Iterator[Node]:
-    with node(tmp_path / "n") as made:
-        made.client.pull(f"{registry.name}/busybox:1")
-        made.drop(made.run(f"{registry.name}/busybox:1", ["true"], network=True)[0])
+    with seasoned(tmp_path / "n", registry) as made:
         yield made
 
 

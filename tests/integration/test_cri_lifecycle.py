@@ -14,7 +14,7 @@ import pytest
 from conformance.cri_client import container
 from cri.api import api_pb2 as pb
 from runtime.linux.process import is_running, start_time
-from tests.e2e import Node, messages, node, stocked
+from tests.e2e import Node, borrowed, messages, node, seasoned, stocked
 from tests.fakes.registry import FakeRegistry
 from tests.support import SOON_S, eventually, needs
 
@@ -26,12 +26,22 @@ def registry() -> Iterator[FakeRegistry]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry) -> Iterator[Node]:
+    with seasoned(tmp_path_factory.mktemp("n") / "n", registry) as made:
+        yield made
+
+
 @pytest.fixture
-def here(tmp_path: Path, registry: FakeRegistry) -> Iterator[Node]:
-    with node(tmp_path / "n") as made:
-        made.client.pull(f"{registry.name}/busybox:1")
-        # One pod before anything is counted: zygote, bridge and the cached seccomp program stay.
-        made.drop(made.run(f"{registry.name}/busybox:1", ["true"], network=True)[0])
+def here(shared: Node) -> Iterator[Node]:
+    with borrowed(shared) as made:
+        yield made
+
+
+@pytest.fixture
+def alone(tmp_path: Path, registry: FakeRegistry) -> Iterator[Node]:
+    """For whoever ends the daemon."""
+    with seasoned(tmp_path / "n", registry) as made:
         yield made
 
 
@@ -102,38 +112,38 @@ def test_a_program_that_the_kernel_refuses_ends_with_the_cause(here: Node, image
     here.drop(pod)
 
 
-def test_o14_o18_exits_while_the_daemon_is_dead_are_known_afterwards(here: Node, image: str) -> None:
-    config = here.pod_config()
-    pod = here.client.run_pod(config)
-    gate = here.directory / "gate"
+def test_o14_o18_exits_while_the_daemon_is_dead_are_known_afterwards(alone: Node, image: str) -> None:
+    config = alone.pod_config()
+    pod = alone.client.run_pod(config)
+    gate = alone.directory / "gate"
     gate.mkdir()
     made = {}
     for code in (0, 1, 42):
         one = container(f"c{code}", image, ["sh", "-c", f"while [ ! -e /gate/go ]; do sleep 0.05; done; exit {code}"])
         one.mounts.add(container_path="/gate", host_path=str(gate), readonly=True)
-        made[code] = here.client.create(pod, one, config)
-        here.client.start(made[code])
-    stays = here.client.create(pod, container("stays", image, ["sleep", "1000"]), config)
-    here.client.start(stays)
-    pids = {here.client.status(one).id: _pid(here, one) for one in (*made.values(), stays)}
-    here.end(9)
+        made[code] = alone.client.create(pod, one, config)
+        alone.client.start(made[code])
+    stays = alone.client.create(pod, container("stays", image, ["sleep", "1000"]), config)
+    alone.client.start(stays)
+    pids = {alone.client.status(one).id: _pid(alone, one) for one in (*made.values(), stays)}
+    alone.end(9)
     (gate / "go").touch()
     for code in made:
         eventually(lambda code=code: not Path(f"/proc/{pids[made[code]]}").exists(), what=f"exit {code}")
     for _ in range(2):
-        here.start()
+        alone.start()
         for code, one in made.items():
-            status = here.client.status(one)
+            status = alone.client.status(one)
             assert (status.state, status.exit_code) == (pb.CONTAINER_EXITED, code)
             assert status.reason == ("Completed" if code == 0 else "Error")
-        assert here.client.status(stays).state == pb.CONTAINER_RUNNING and _pid(here, stays) == pids[stays]
-        assert here.client.pod_status(pod).state == pb.SANDBOX_READY
-        here.end(9)
-    here.start()
-    assert here.client.exec_sync(stays, ["echo", "still here"])[1] == b"still here\n"
+        assert alone.client.status(stays).state == pb.CONTAINER_RUNNING and _pid(alone, stays) == pids[stays]
+        assert alone.client.pod_status(pod).state == pb.SANDBOX_READY
+        alone.end(9)
+    alone.start()
+    assert alone.client.exec_sync(stays, ["echo", "still here"])[1] == b"still here\n"
     # What ends after the restart is told by events, too.
-    here.client.stop(stays, 0)
-    assert here.client.status(stays).exit_code == 137
+    alone.client.stop(stays, 0)
+    assert alone.client.status(stays).exit_code == 137
 
 
 def _pid(here: Node, one: str) -> int:
@@ -156,26 +166,26 @@ def test_o13_a_killed_shim_takes_its_containers_along_and_says_so(here: Node, im
     assert here.held() - before == set()
 
 
-def test_o20_a_stopped_shim_delays_neither_start_nor_list_and_can_be_stopped(here: Node, image: str) -> None:
-    before = here.held()
-    hung, inside, _ = here.run(image, ["sleep", "1000"])
-    fine, other, _ = here.run(image, ["sleep", "1000"])
-    shim = here.shim(hung)
+def test_o20_a_stopped_shim_delays_neither_start_nor_list_and_can_be_stopped(alone: Node, image: str) -> None:
+    before = alone.held()
+    hung, inside, _ = alone.run(image, ["sleep", "1000"])
+    fine, other, _ = alone.run(image, ["sleep", "1000"])
+    shim = alone.shim(hung)
     ticks = start_time(shim)
-    here.end(9)
+    alone.end(9)
     os.kill(shim, 19)
     try:
-        here.start()
-        assert {pod.id for pod in here.client.list_pods()} == {hung, fine}
-        assert here.client.exec_sync(other, ["true"])[0] == 0
-        assert here.client.status(inside).state == pb.CONTAINER_RUNNING
-        here.drop(hung)
+        alone.start()
+        assert {pod.id for pod in alone.client.list_pods()} == {hung, fine}
+        assert alone.client.exec_sync(other, ["true"])[0] == 0
+        assert alone.client.status(inside).state == pb.CONTAINER_RUNNING
+        alone.drop(hung)
     finally:
         if is_running(shim, ticks):
             os.kill(shim, 18)
-    here.drop(fine)
+    alone.drop(fine)
     assert not is_running(shim, ticks)
-    assert {line for line in here.held() - before if not line.startswith("process ")} == set()
+    assert {line for line in alone.held() - before if not line.startswith("process ")} == set()
 
 
 def test_o20_sighup_ends_nothing(here: Node, image: str) -> None:
@@ -327,33 +337,34 @@ def test_a_second_daemon_is_refused(here: Node) -> None:
 
 
 @pytest.mark.parametrize("handler", ["runc"])
-def test_a_runc_compatible_binary_runs_pods_as_the_native_one_does(here: Node, image: str, handler: str) -> None:
+def test_a_runc_compatible_binary_runs_pods_as_the_native_one_does(alone: Node, image: str, handler: str) -> None:
     needs(handler)
-    (here.directory / "conf.d").mkdir()
-    (here.directory / "conf.d" / "handlers.toml").write_text(f'[runtime.handlers]\n{handler} = "/usr/sbin/{handler}"\n')
-    here.end()
-    here.start()
-    before = {line for line in here.held() if not line.startswith("process ")}
-    config = here.pod_config(network=True)
-    pod = here.client.runtime.RunPodSandbox(pb.RunPodSandboxRequest(config=config, runtime_handler=handler))
+    (alone.directory / "conf.d").mkdir()
+    section = f'[runtime.handlers]\n{handler} = "/usr/sbin/{handler}"\n'
+    (alone.directory / "conf.d" / "handlers.toml").write_text(section)
+    alone.end()
+    alone.start()
+    before = {line for line in alone.held() if not line.startswith("process ")}
+    config = alone.pod_config(network=True)
+    pod = alone.client.runtime.RunPodSandbox(pb.RunPodSandboxRequest(config=config, runtime_handler=handler))
     pod_id = pod.pod_sandbox_id
-    assert here.client.pod_status(pod_id).runtime_handler == handler
-    one = here.client.create(pod_id, container("one", image, ["sh", "-c", "echo hello; sleep 1000"]), config)
-    here.client.start(one)
+    assert alone.client.pod_status(pod_id).runtime_handler == handler
+    one = alone.client.create(pod_id, container("one", image, ["sh", "-c", "echo hello; sleep 1000"]), config)
+    alone.client.start(one)
     log = Path(config.log_directory) / "one.log"
     eventually(lambda: messages(log) == ["hello"])
-    assert here.client.exec_sync(one, ["sh", "-c", "hostname; exit 3"])[:2] == (3, f"{config.hostname}\n".encode())
-    here.end(9)
-    here.start()
-    assert here.client.status(one).state == pb.CONTAINER_RUNNING
-    here.client.stop(one, 0)
-    assert here.client.status(one).exit_code == 137
-    here.client.remove(one)
-    here.drop(pod_id)
-    left = {line for line in here.held() if not line.startswith("process ")} - before
+    assert alone.client.exec_sync(one, ["sh", "-c", "hostname; exit 3"])[:2] == (3, f"{config.hostname}\n".encode())
+    alone.end(9)
+    alone.start()
+    assert alone.client.status(one).state == pb.CONTAINER_RUNNING
+    alone.client.stop(one, 0)
+    assert alone.client.status(one).exit_code == 137
+    alone.client.remove(one)
+    alone.drop(pod_id)
+    left = {line for line in alone.held() if not line.startswith("process ")} - before
     # The binary's own root stays, empty, as its cache does.
-    assert {line for line in left if f"{here.state}/handlers" not in line} == set()
-    assert not list((here.state / "handlers" / f"usr-sbin-{handler}").iterdir())
+    assert {line for line in left if f"{alone.state}/handlers" not in line} == set()
+    assert not list((alone.state / "handlers" / f"usr-sbin-{handler}").iterdir())
 
 
 def test_o42_stats_while_containers_come_and_go(here: Node, image: str) -> None:

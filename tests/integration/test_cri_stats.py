@@ -17,7 +17,7 @@ from conformance.cri_client import connected, container
 from conformance.daemons import remove_cgroup
 from cri.api import api_pb2 as pb
 from runtime.cgroups.hierarchy import detect
-from tests.e2e import Node, node, stocked
+from tests.e2e import Node, borrowed, seasoned, stocked
 from tests.fakes.registry import FakeRegistry
 from tests.support import SOON_S, eventually, needs
 
@@ -31,13 +31,23 @@ def registry() -> Iterator[FakeRegistry]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry) -> Iterator[Node]:
+    with seasoned(tmp_path_factory.mktemp("n") / "n", registry) as made:
+        yield made
+
+
 @pytest.fixture
-def here(tmp_path: Path, registry: FakeRegistry) -> Iterator[Node]:
-    with node(tmp_path / "n") as made:
-        made.client.pull(f"{registry.name}/busybox:1")
-        made.image = f"{registry.name}/busybox:1"
-        # One pod before anything is counted: zygote, bridge and the cached seccomp program stay.
-        made.drop(made.run(made.image, ["true"], network=True)[0])
+def here(shared: Node) -> Iterator[Node]:
+    with borrowed(shared) as made:
+        yield made
+    remove_cgroup(f"/{shared.tag}p")
+
+
+@pytest.fixture
+def alone(tmp_path: Path, registry: FakeRegistry) -> Iterator[Node]:
+    """For whoever ends the daemon."""
+    with seasoned(tmp_path / "n", registry) as made:
         yield made
         remove_cgroup(f"/{made.tag}p")
 
@@ -164,15 +174,15 @@ def test_o42_lists_of_statistics_are_whole_while_everything_comes_and_goes(here:
     here.drop(stays)
 
 
-def test_o55_events_of_real_containers_come_in_order_and_none_is_lost(here: Node) -> None:
-    stream = here.client.runtime.GetContainerEvents(pb.GetEventsRequest())
+def test_o55_events_of_real_containers_come_in_order_and_none_is_lost(alone: Node) -> None:
+    stream = alone.client.runtime.GetContainerEvents(pb.GetEventsRequest())
     stream.initial_metadata()  # from here on, nothing is missed
-    pod, config, _ = _pod(here)
-    quick = [_run(here, pod, config, f"quick{number}", f"exit {number}") for number in range(5)]
+    pod, config, _ = _pod(alone)
+    quick = [_run(alone, pod, config, f"quick{number}", f"exit {number}") for number in range(5)]
     for one in quick:
-        here.client.wait_exit(one)
-        here.client.remove(one)
-    here.drop(pod)
+        alone.client.wait_exit(one)
+        alone.client.remove(one)
+    alone.drop(pod)
     seen: dict[str, list[Any]] = {}
     for event in stream:
         seen.setdefault(event.container_id, []).append(event)
@@ -192,28 +202,28 @@ def test_o55_events_of_real_containers_come_in_order_and_none_is_lost(here: Node
     for number, one in enumerate(quick):
         (status,) = [item for item in seen[one][2].containers_statuses if item.id == one]
         assert (status.state, status.exit_code) == (pb.CONTAINER_EXITED, number)
-    idle = here.client.runtime.GetContainerEvents(pb.GetEventsRequest())
+    idle = alone.client.runtime.GetContainerEvents(pb.GetEventsRequest())
     idle.initial_metadata()
-    assert here.process is not None
-    here.process.terminate()
+    assert alone.process is not None
+    alone.process.terminate()
     with pytest.raises(grpc.RpcError, match="stopping") as caught:
         next(iter(idle))
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    here.process.wait(SOON_S)  # a reader does not hold up the end
+    alone.process.wait(SOON_S)  # a reader does not hold up the end
 
 
-def test_limits_of_a_pod_are_in_force_as_a_whole_or_not_at_all(here: Node) -> None:
-    pod, config, cgroup = _pod(here)
+def test_limits_of_a_pod_are_in_force_as_a_whole_or_not_at_all(alone: Node) -> None:
+    pod, config, cgroup = _pod(alone)
 
     def update(**fields: Any) -> None:
         resources = pb.LinuxContainerResources(**fields)
         request = pb.UpdatePodSandboxResourcesRequest(pod_sandbox_id=pod, resources=resources)
-        here.client.runtime.UpdatePodSandboxResources(request)
+        alone.client.runtime.UpdatePodSandboxResources(request)
 
     def limits() -> tuple[str, str]:
         return _file(cgroup, "memory.limit_in_bytes", "memory.max"), _file(cgroup, "cpu.shares", "cpu.weight")
 
-    one = _run(here, pod, config, "one", "exec sleep 1000")
+    one = _run(alone, pod, config, "one", "exec sleep 1000")
     cpus = _file("", "cpuset.effective_cpus", "cpuset.cpus.effective")  # v1 takes none away that a container may use
     update(memory_limit_in_bytes=256 * MIB, cpu_shares=512, cpuset_cpus=cpus)
     memory, shares = limits()
@@ -226,12 +236,12 @@ def test_limits_of_a_pod_are_in_force_as_a_whole_or_not_at_all(here: Node) -> No
     with pytest.raises(grpc.RpcError, match="memory") as caught:
         update(memory_limit_in_bytes=4096)
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-    assert limits() == (memory, shares) and here.client.status(one).state == pb.CONTAINER_RUNNING
-    here.end()
-    here.start()
+    assert limits() == (memory, shares) and alone.client.status(one).state == pb.CONTAINER_RUNNING
+    alone.end()
+    alone.start()
     update(cpu_shares=2048)
     assert limits()[0] == memory and limits()[1] != shares
-    here.drop(pod)
+    alone.drop(pod)
 
 
 def test_limits_of_a_container_are_in_force_as_a_whole_or_not_at_all(here: Node) -> None:
