@@ -22,13 +22,16 @@ from conformance.images import layouts, push
 from conformance.isolated import reenter
 from conformance.kubelet import (
     amounts,
+    checkpoint,
     confinement,
+    devices,
     hands,
     lifecycle,
     members,
     network,
     probes,
     restarts,
+    troubles,
     volumes,
 )
 from conformance.kubelet.cluster import cluster
@@ -47,6 +50,7 @@ CALM = (
     *network.STEPS,
     *confinement.STEPS,
     *amounts.STEPS,
+    *checkpoint.STEPS,
 )
 
 
@@ -88,7 +92,9 @@ def in_cluster(node: Node, programs: dict[str, Path], only: str) -> Score:
     with cluster(node.base / "cluster", programs["kube-apiserver"], programs["kubectl"]) as kubectl:
         try:
             node.join(kubectl)
-            score.add(play(node, _chosen((*hands.STEPS, *members.STEPS), only)))
+            score.add(play(node, _chosen((*hands.STEPS, *members.STEPS, *devices.STEPS), only)))
+            score.add(emptied(node))
+            score.add(play(node, _chosen(troubles.STEPS, only)))
             score.add(emptied(node))
         finally:
             node.kubelet.stop()

@@ -44,6 +44,8 @@ ALLOWED: dict[str, str] = {
     # What the steps are about.
     r"runAsNonRoot and image will run as root": "confinement.identity: it must refuse",
     r"/no/such/command": "lifecycle.exits: there is none",
+    r"ListAndWatch ended unexpectedly.*ocid.invalid": "devices.plugged: the plugin has ended",
+    r"CheckpointContainer from runtime service failed.*(err=<|criu failed|file not found)": "checkpoint: it must",
     r"ExecSync.*DeadlineExceeded.*sleep.*54321": "probes.hanging: it must be ended",
     r"CrashLoopBackOff.*pod=(backoff|init-fails|empty-dirs|exits|liveness|(kubelet|ocid|both)-ends|resized)[-_]": (
         "their containers end on purpose"

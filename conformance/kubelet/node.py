@@ -72,7 +72,11 @@ class Node:
             (self.base / name).mkdir(parents=True, exist_ok=True)
         (self.base / "resolv.conf").write_text("nameserver 192.0.2.1\n")
         command, self.socket = ocid_command(
-            self.base / "ocid", "10.201.0.0/16", BRIDGE, handlers={"runc": shutil.which("runc") or "/usr/sbin/runc"}
+            self.base / "ocid",
+            "10.201.0.0/16",
+            BRIDGE,
+            handlers={"runc": shutil.which("runc") or "/usr/sbin/runc"},
+            more=f'[checkpoint]\nenabled = true\ncriu = "{self.base}/criu"\n',  # a step puts one there
         )
         self.ocid = Service("ocid", command, self.base / "ocid.log", self._serves)
         words = [str(self.kubelet_binary), f"--config={self.base}/kubelet.json", f"--root-dir={self.base}/kubelet"]
@@ -193,9 +197,10 @@ class Node:
     # What it is asked to run
 
     def apply(self, document: Document) -> None:
-        """A static pod, new or changed; or, once there is an API server, a pod that names its node."""
+        """A static pod, new or changed; or, once there is an API server, a pod that names its node, or what it must
+        have before it gets one."""
         document = with_out(document, str(self.base / "out"))
-        if self.kubectl and "nodeName" in document["spec"]:
+        if self.kubectl and ("nodeName" in document["spec"] or "resourceClaims" in document["spec"]):
             self.kubectl.apply(document)
             return
         # Renamed into place: the kubelet reads what is there.
@@ -294,7 +299,10 @@ class Node:
     def cgroups(self) -> list[Path]:
         """Every cgroup of a pod."""
         below = f"{self.cgroup.strip('/')}/kubepods"
-        return [path for top in hierarchies() for path in (top / below).rglob("pod*")]
+        walked = [
+            entry for top in hierarchies() for entry in os.walk(top / below)
+        ]  # which knows that some go meanwhile
+        return [Path(directory, name) for directory, names, _ in walked for name in names if name.startswith("pod")]
 
     def cgroup_of(self, document: Document, controller: str) -> Path:
         """The pod's cgroup, where a kubelet puts it by its quality of service."""

@@ -3,9 +3,10 @@ comes up; then the steps are played one after the other, so that their waiting i
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -29,6 +30,20 @@ class Step:
     @property
     def name(self) -> str:
         return self.check.__name__
+
+
+@contextlib.contextmanager
+def applied(node: Node, *documents: Document) -> Iterator[None]:
+    """Pods that are there in the block, and gone after it: for steps whose pods need something that ends with them."""
+    for document in documents:
+        node.apply(document)
+    try:
+        yield
+    finally:
+        for document in documents:
+            node.withdraw(document["metadata"]["name"])
+        for document in documents:
+            node.until_gone(document["metadata"]["name"])
 
 
 def play(node: Node, steps: Sequence[Step]) -> Score:
