@@ -69,5 +69,5 @@ def test_layers_are_mapped_for_a_user_namespace(tmp_path: Path) -> None:
         result = pod.exec(one.id, ["sh", "-c", "ls -ln /bin/busybox /new; cat /proc/1/comm; echo again > /dev/stdout"])
         words = result.stdout.decode().split()
         assert (words[2], words[3]) == ("0", "0") and words[-2:] == ["ocid-pause", "again"], result
-        assert (opened.root / "bin/busybox").stat().st_uid == 0
+        assert (opened.home.root / "bin/busybox").stat().st_uid == 0
         assert (pod.bundle("one") / "upper/new").stat().st_uid == FIRST
