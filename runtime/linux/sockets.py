@@ -13,6 +13,7 @@ import struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _socket import socket as Socket
     from pathlib import Path
 
 MAX_FRAME = 32 << 20
@@ -78,7 +79,7 @@ def _recv_exactly(sock: socket.socket, count: int, fds: list[int] | None) -> byt
     return b"".join(pieces)
 
 
-def peer_uid(sock: socket.socket) -> int:
+def peer_uid(sock: Socket) -> int:
     """SO_PEERCRED's uid."""
     return int(struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1])
 

@@ -86,6 +86,14 @@ class Channel:
         except ConnectionError:
             raise RuntimeFailure(f"the shim ended before it heard {name!r}", code="unavailable") from None
 
+    def take(self) -> tuple[str, list[int]]:
+        """What the shim says next, by name, and the fds with it, which are ours. ("", []) when it is gone."""
+        try:
+            received = receive(self._end)
+        except ConnectionError:
+            return "", []
+        return ("", []) if received is None else received
+
     def hear(self) -> Any:
         """What the shim says of itself, after an answer that said that it will; None when it is gone."""
         try:

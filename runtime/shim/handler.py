@@ -16,6 +16,7 @@ from runtime.linux import progress, signals
 from runtime.linux.sockets import send_frame
 from runtime.shim import protocol
 from runtime.shim.engine import shares_pids
+from runtime.shim.lingering import IDLE
 from runtime.shim.logfile import LogFile
 from runtime.shim.oom import OomSource
 from runtime.shim.pipes import Pipes
@@ -60,6 +61,7 @@ class Handler:
         self._channel = channel
         self._connection = connection
         self._fds = fds
+        self.expects_start = False
 
     def run(self, request: bytes) -> None:
         """Does what is asked for, and answers."""
@@ -106,10 +108,13 @@ class Handler:
     def _held(self, container_id: str) -> Held:
         held = self._resident.containers.get(container_id)
         if held is None:
-            raise RuntimeFailure(
-                f"container {container_id} is unknown to the shim of pod {self._pod.id}", code="not_found"
-            )
+            raise self._unknown(container_id)
         return held
+
+    def _unknown(self, container_id: str) -> RuntimeFailure:
+        return RuntimeFailure(
+            f"container {container_id} is unknown to the shim of pod {self._pod.id}", code="not_found"
+        )
 
     def _engine(self, handler: str) -> Engine:
         if self._pod.uids and not handler:
@@ -137,7 +142,12 @@ class Handler:
 
     def _do_create(self, body: object) -> object:
         message = protocol.parse(protocol.ContainerMessage, body)
-        return self._create(message, lambda engine, stdio: engine.create(message, stdio))
+        made = self._create(message, lambda engine, stdio: engine.create(message, stdio))
+        # A create by these leaves a helper as it was before: in no namespace and with no right less.
+        self.expects_start = not message.handler and not self._pod.uids
+        if self.expects_start:  # before the answer, which a start may follow faster than this process comes to say it
+            self._channel.tell(IDLE)
+        return made
 
     def _do_restore(self, body: object) -> object:
         """Made and running in one: nothing of it waits to be started."""
@@ -209,20 +219,22 @@ class Handler:
 
     def _do_start(self, body: object) -> object:
         container_id = protocol.parse(protocol.IdMessage, body).id
+        check_id(container_id)
         facts = self._lock(container_id, starts=True)
-        held = self._held(container_id)
-        if facts is None:
-            raise RuntimeFailure(f"container {container_id} was deleted", code="not_found")
+        # From the record: a helper that has been waiting for this (runtime.shim.lingering) knows what was, not what is.
+        left = read_record(self._record(container_id))
+        if facts is None or left is None:
+            raise self._unknown(container_id)
         if facts["started_ns"] or facts["finished_ns"]:
             what = "has ended" if facts["finished_ns"] else "was started already"
             raise RuntimeFailure(f"start container {container_id}: it {what}", code="failed_precondition")
         when_ns = time.time_ns()
         try:
-            self._engine(held.handler).start(container_id)
+            self._engine(left[1]).start(container_id)
         except RuntimeFailure as error:
             self._channel.ask("note", container_id, str(error))
             raise
-        return self._started(container_id, held.bundle, held.handler, when_ns)
+        return self._started(container_id, *left, when_ns)
 
     def _started(self, container_id: str, bundle: str, handler: str, when_ns: int) -> object:
         value = self._channel.ask("started", container_id, when_ns)

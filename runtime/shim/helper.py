@@ -17,6 +17,7 @@ from runtime.linux.process import close_range, start_time
 from runtime.linux.sockets import FrameError, listen_unix, peer_uid, recv_frame, send_frame
 from runtime.shim import protocol
 from runtime.shim.channel import Channel
+from runtime.shim.lingering import linger
 from runtime.shim.protocol import PodMessage, SweepMessage
 from runtime.shim.records import engine_for
 from runtime.shim.report import report
@@ -39,19 +40,29 @@ def serve(resident: Resident, connection_fd: int, end: Socket) -> NoReturn:
     """In a fork of the shim: never returns."""
     try:
         become_helper(connection_fd, end.fileno(), *(held.stdio.console for held in resident.containers.values()))
-        with socket.socket(fileno=connection_fd) as connection:
-            connection.settimeout(_PATIENCE)
-            received = recv_frame(connection, want_fds=True) if peer_uid(connection) == 0 else None
-            connection.settimeout(None)
-            if received is not None:
-                request, fds = received
-                StreamHandler(pod_of(resident), resident, Channel(end), connection, fds).run(request)
+        channel = Channel(end)
+        if _answer(resident, connection_fd, channel):
+            linger(channel, lambda taken: _answer(resident, taken, channel))
     except (OSError, FrameError):  # whoever it was, it did not say what it wanted
         pass
     except BaseException as error:
         report("serve a request", error)
     finally:
         os._exit(0)
+
+
+def _answer(resident: Resident, take_connection: int, channel: Channel) -> bool:
+    """True where the start of what was made is likely to follow."""
+    with socket.socket(fileno=take_connection) as connection:
+        connection.settimeout(_PATIENCE)
+        received = recv_frame(connection, want_fds=True) if peer_uid(connection) == 0 else None
+        connection.settimeout(None)
+        if received is None:
+            return False
+        request, fds = received
+        handler = StreamHandler(pod_of(resident), resident, channel, connection, fds)
+        handler.run(request)
+    return handler.expects_start
 
 
 def first_helper(state: str, zygote: int) -> Work:

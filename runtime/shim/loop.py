@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 READ, WRITE = select.EPOLLIN, select.EPOLLOUT
+DESERTED = select.EPOLLRDHUP  # the peer sends no more
 HANGUP = select.EPOLLHUP | select.EPOLLERR
 
 

@@ -22,6 +22,7 @@ from runtime.shim import protocol
 from runtime.shim.channel import Channel
 from runtime.shim.handover import Handover
 from runtime.shim.helper import become_helper, kill_command, kill_rest
+from runtime.shim.lingering import IDLE
 from runtime.shim.pipes import Pipes
 from runtime.shim.protocol import ContainerMessage, ExecMessage, Facts
 from runtime.shim.resident import Resident
@@ -83,10 +84,14 @@ def _reap() -> None:
 
 
 def _served(_resident: Resident, connection: int, end: Socket) -> NoReturn:
-    """The helper of a connection: it hands it over to the shim as a subscriber's."""
+    """The helper of a connection: it hands it over to the shim as a subscriber's, and a command to be answered for."""
     try:
         become_helper(connection, end.fileno())
-        Channel(end).ask("subscribe", b"subscribed", fds=[connection])
+        channel = Channel(end)
+        channel.ask("subscribe", b"subscribed", fds=[connection])
+        handover = Handover(channel, connection, watched=True)
+        handover.pid = _orphan(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+        handover.expects((), always=True)
     finally:
         os._exit(0)
 
@@ -109,8 +114,14 @@ def _rehearse(channel: Channel, directory: str) -> None:
         listener.setblocking(False)
         channel.ask("listen", b"ocid-zygote", b"", fds=[listener.fileno()])
     with connect_unix(f"{directory}/shim.sock", _PATIENCE) as subscriber:
-        subscriber.recv(16)
+        heard = b""
+        while b"exit_code" not in heard:
+            heard += subscriber.recv(64) or b"exit_code"
         _contain(channel, directory)
+    channel.tell(IDLE)
+    with connect_unix(f"{directory}/shim.sock", _PATIENCE):
+        for fd in channel.take()[1]:
+            os.close(fd)
     channel.ask("stop", True)
     channel.ask("end")
 
@@ -139,10 +150,6 @@ def _contain(channel: Channel, directory: str) -> None:
     channel.ask("told", "c")
     channel.ask("facts", "c")
     channel.ask("forget", "c")
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    handover = Handover(channel, null)
-    handover.pid = _orphan(null)
-    handover.expects((), always=True)  # the shim answers when this helper has ended
 
 
 def _command(directory: str) -> None:

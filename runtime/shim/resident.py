@@ -73,6 +73,7 @@ class Resident:
         self._loop = Loop(report)
         self._listener: Socket | None = None
         self._helpers: dict[int, Helper] = {}
+        self._idle: Helper | None = None  # see runtime.shim.lingering
         self._locks: dict[str, list[Helper]] = {}  # the first has it, the others wait for it
         self._early: dict[int, int] = {}
         self._waiting = Waiting(self._loop, lambda pid: self._kill(tree_killer(pid)))
@@ -81,10 +82,13 @@ class Resident:
         self._actions: dict[str, Callable[..., object]] = {
             "adopt": self._adopt,
             "attach": self._attach,
+            "decline": self._decline,
             "end": self._end,
             "facts": self._facts,
             "forget": self._forget,
             "hand_over": self._hand_over,
+            "idle": self._be_idle,
+            "leave": self._leave,
             "listen": self._listen,
             "lock": self._lock,
             "note": self._note,
@@ -178,9 +182,41 @@ class Resident:
         except (BlockingIOError, ConnectionAbortedError):
             return
         try:
-            self.fork(self._serve, connection)
+            if not self._hand_to_idle(connection):
+                self.fork(self._serve, connection)
         finally:
             os.close(connection)
+
+    def _hand_to_idle(self, connection: int) -> bool:
+        idle, self._idle = self._idle, None
+        if idle is None:
+            return False
+        try:
+            channel.send(idle.end, "serve", [connection])
+        except OSError:  # it was killed
+            return False
+        return True
+
+    def _be_idle(self, helper: Helper, _fds: list[int]) -> object:
+        self._free(helper)
+        helper.starts = False
+        if self._idle is not None:
+            return "left"
+        self._idle = helper
+        return _LATER
+
+    def _leave(self, helper: Helper, _fds: list[int]) -> object:
+        if self._idle is not helper:
+            return _LATER  # it has been handed a connection meanwhile
+        self._idle = None
+        return "left"
+
+    def _decline(self, _helper: Helper, fds: list[int]) -> object:
+        try:
+            self.fork(self._serve, fds[0])
+        finally:
+            os.close(fds[0])
+        return _LATER
 
     def fork(
         self,
@@ -229,15 +265,21 @@ class Resident:
         helper.end.close()
         if helper.attachment is not None:
             helper.attachment.close()
-        for container_id, queue in list(self._locks.items()):
-            if helper in queue:
-                self._unlock(container_id, queue, helper)
+        if self._idle is helper:
+            self._idle = None
+        self._free(helper)
         if helper.command is not None:
             self._waiting.runs(helper.command, self._early_status(helper.command.pid))
         if not self._helpers:
             self._early.clear()
         if helper.on_gone is not None:
             helper.on_gone()
+
+    def _free(self, helper: Helper) -> None:
+        """What it had locked, and waited for."""
+        for container_id, queue in list(self._locks.items()):
+            if helper in queue:
+                self._unlock(container_id, queue, helper)
 
     def _unlock(self, container_id: str, queue: list[Helper], helper: Helper) -> None:
         held_it = queue[0] is helper
@@ -364,6 +406,7 @@ class Resident:
         """From now on nothing is created; other helpers, stuck ones too, are killed. Ids of what is there."""
         self.stopping = on
         if on:
+            self._idle = None
             for other in self._helpers.values():
                 if other is not helper and other.pid:
                     os.kill(other.pid, signals.SIGKILL)  # ours and not waited for: it is no other's pid

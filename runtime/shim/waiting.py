@@ -1,18 +1,17 @@
 """The shim's side of commands: which are about to run, which run, and who is to hear how they ended.
 
-A command was handed over (runtime/shim/handover.py) with the connection on which it was asked for. Refuses to block on
-that: an answer is shorter than any socket's buffer, and who has filled it does not listen. Invariant: each connection
-is answered once, and closed.
+A command was handed over (runtime/shim/handover.py) with the connection on which it was asked for. Refuses to wait for
+who is there: both parts of an answer fit into the buffer of a socket on which nothing was said before. Plain bytes and
+calls of the kernel only, since a shim pays for each page that it writes to. Invariant: each connection is answered
+once, and closed.
 """
 
 from __future__ import annotations
 
 import os
-import select
-from _socket import AF_UNIX, MSG_DONTWAIT, MSG_NOSIGNAL, SOCK_STREAM
-from _socket import socket as Socket
 
 from runtime.shim import protocol
+from runtime.shim.loop import DESERTED
 from runtime.shim.reaper import exit_code
 
 TYPE_CHECKING = False
@@ -45,15 +44,14 @@ class Waiting:
     def runs(self, command: Command, status: int | None) -> None:
         """It executed; `status` where it has ended already."""
         pid, connection = command.pid, command.connection
-        said = protocol.frame(protocol.reply({"pid": pid})) if command.says_pid else b""
+        if command.says_pid:
+            _tell(connection, b'{"ok":{"pid":%d}}' % pid)
         if status is not None:
-            self._end(connection, said, status)
+            _end(connection, status)
             return
-        if said:
-            _tell(connection, said)
         self._commands[pid] = command
         if command.watched:
-            self._loop.watch(connection, select.EPOLLRDHUP, lambda _events: self._deserted(command))
+            self._loop.watch(connection, DESERTED, lambda _events: self._deserted(command))
 
     def ended(self, pid: int, status: int) -> bool:
         """A process has ended; True if it was one of these."""
@@ -62,7 +60,7 @@ class Waiting:
             return False
         if command.watched:
             self._loop.unwatch(command.connection)
-        self._end(command.connection, b"", status)
+        _end(command.connection, status)
         return True
 
     def close(self) -> None:
@@ -74,16 +72,15 @@ class Waiting:
         self._loop.unwatch(command.connection)
         self._kill(command.pid)
 
-    def _end(self, take_connection: int, said: bytes, status: int) -> None:
-        _tell(take_connection, said + protocol.frame(protocol.reply({"exit_code": exit_code(status)[0]})))
-        os.close(take_connection)
+
+def _end(take_connection: int, status: int) -> None:
+    _tell(take_connection, b'{"ok":{"exit_code":%d}}' % exit_code(status)[0])
+    os.close(take_connection)
 
 
-def _tell(connection: int, words: bytes) -> None:
-    sock = Socket(AF_UNIX, SOCK_STREAM, 0, connection)
+def _tell(connection: int, body: bytes) -> None:
+    """`body` as protocol.reply(…) has it."""
     try:
-        sock.send(words, MSG_DONTWAIT | MSG_NOSIGNAL)
-    except OSError:  # it is gone, or as good as that
+        os.write(connection, protocol.frame(body))
+    except OSError:  # it is gone; SIGPIPE is ignored
         pass
-    finally:
-        sock.detach()

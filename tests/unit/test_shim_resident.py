@@ -18,13 +18,14 @@ import pytest
 from runtime.errors import RuntimeFailure
 from runtime.fields import decode
 from runtime.linux.process import set_child_subreaper
-from runtime.linux.sockets import connect_unix, listen_unix, recv_frame
-from runtime.shim import protocol
+from runtime.linux.sockets import connect_unix, listen_unix, recv_frame, send_frame
+from runtime.shim import lingering, protocol
 from runtime.shim.channel import Channel, pair, receive, send
 from runtime.shim.handover import Handover
 from runtime.shim.helper import become_helper
+from runtime.shim.lingering import IDLE, linger
 from runtime.shim.pipes import Pipes
-from runtime.shim.protocol import ContainerMessage, Facts
+from runtime.shim.protocol import ContainerMessage, Facts, IdMessage
 from runtime.shim.reaper import exit_code
 from runtime.shim.resident import Resident
 
@@ -362,6 +363,62 @@ def test_a_stop_ends_commands_that_are_about_to_execute(tmp_path: Path) -> None:
         while Path(f"/proc/{late}").exists():
             os.sched_yield()
         channel.tell("take_back")
+        channel.ask("end")
+
+    run(tmp_path, script, helper)
+
+
+@pytest.mark.parametrize("operation", ["start", "list"])
+def test_the_next_connection_goes_to_an_idle_helper_and_on_to_a_new_one_if_it_is_no_start(
+    tmp_path: Path, operation: str
+) -> None:
+    """And what it had locked is free."""
+
+    def helper(channel: Channel, directory: Path) -> None:
+        if (directory / "locked").exists():
+            (directory / "forked").touch()
+            return
+        assert channel.ask("lock", "c") is None
+        (directory / "locked").touch()
+        channel.tell(IDLE)
+        linger(channel, lambda connection: os.write(connection, b"served"))
+        (directory / "ended").touch()
+
+    def until(path: Path) -> None:
+        while not path.exists():
+            os.sched_yield()
+
+    def script(channel: Channel, directory: Path) -> None:
+        listen(channel, directory)
+        connect_unix(directory / "shim.sock").close()
+        until(directory / "locked")
+        assert channel.ask("lock", "c") is None
+        with connect_unix(directory / "shim.sock") as other:
+            send_frame(other, protocol.request(operation, IdMessage("c")))
+            if operation == "start":
+                assert other.recv(6) == b"served"
+            else:
+                until(directory / "forked")
+            until(directory / "ended")
+        channel.ask("end")
+
+    run(tmp_path, script, helper)
+
+
+def test_an_idle_helper_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lingering, "PATIENCE", 0.01)
+
+    def helper(channel: Channel, directory: Path) -> None:
+        channel.tell(IDLE)
+        linger(channel, lambda _connection: (directory / "served").touch())
+        (directory / "ended").touch()
+
+    def script(channel: Channel, directory: Path) -> None:
+        listen(channel, directory)
+        connect_unix(directory / "shim.sock").close()
+        while not (directory / "ended").exists():
+            os.sched_yield()
+        assert not (directory / "served").exists()
         channel.ask("end")
 
     run(tmp_path, script, helper)
