@@ -17,14 +17,14 @@ from _socket import AF_UNIX, SOCK_STREAM
 from _socket import socket as Socket
 
 from runtime.linux import signals
-from runtime.shim import channel, protocol
+from runtime.shim import channel
 from runtime.shim.held import Held
+from runtime.shim.locks import Helper, Locks
 from runtime.shim.logfile import LogFile
 from runtime.shim.loop import READ, Loop
-from runtime.shim.protocol import Facts
 from runtime.shim.reaper import is_child
 from runtime.shim.report import report
-from runtime.shim.sink import Sink
+from runtime.shim.subscribers import Subscribers
 from runtime.shim.waiting import Command, Waiting
 
 TYPE_CHECKING = False
@@ -32,28 +32,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
-    from runtime.shim.attach import Attachment
-
     Work = Callable[["Resident", int, Socket], NoReturn]  # what a helper does; it never returns
 
-EVENT_LIMIT = 256 << 10  # bytes of events that a subscriber may lag behind
 _BACKLOG = 128  # calls that were not come to yet
 _MAX_EARLY = 4096  # statuses of unknown children that are kept for helpers
 _LATER = object()  # an answer that comes when it is due
-
-
-class Helper:
-    """A forked helper, seen from the shim."""
-
-    __slots__ = ("attachment", "command", "end", "on_gone", "pid", "starts")
-
-    def __init__(self, pid: int, end: Socket, on_gone: Callable[[], None] | None) -> None:
-        self.pid = pid
-        self.end = end
-        self.on_gone = on_gone
-        self.starts = False  # a container, once it has the lock
-        self.attachment: Attachment | None = None
-        self.command: Command | None = None  # that it has handed over, or become
 
 
 class Resident:
@@ -74,10 +57,10 @@ class Resident:
         self._listener: Socket | None = None
         self._helpers: dict[int, Helper] = {}
         self._idle: Helper | None = None  # see runtime.shim.lingering
-        self._locks: dict[str, list[Helper]] = {}  # the first has it, the others wait for it
+        self._locks = Locks(self._granted, self._freed)
         self._early: dict[int, int] = {}
         self._waiting = Waiting(self._loop, lambda pid: self._kill(tree_killer(pid)))
-        self._subscribers: dict[int, Sink] = {}
+        self._subscribers = Subscribers(self._loop)
         self._wake = self._wake_writer = -1
         self._actions: dict[str, Callable[..., object]] = {
             "adopt": self._adopt,
@@ -126,8 +109,7 @@ class Resident:
             os.close(fd)
         if self._listener is not None:
             self._listener.close()
-        for sink in list(self._subscribers.values()):
-            sink.close()
+        self._subscribers.close()
         self._waiting.close()
         self._loop.close()
 
@@ -198,7 +180,7 @@ class Resident:
         return True
 
     def _be_idle(self, helper: Helper, _fds: list[int]) -> object:
-        self._free(helper)
+        self._locks.free(helper)
         helper.starts = False
         if self._idle is not None:
             return "left"
@@ -267,7 +249,7 @@ class Resident:
             helper.attachment.close()
         if self._idle is helper:
             self._idle = None
-        self._free(helper)
+        self._locks.free(helper)
         if helper.command is not None:
             self._waiting.runs(helper.command, self._early_status(helper.command.pid))
         if not self._helpers:
@@ -275,21 +257,12 @@ class Resident:
         if helper.on_gone is not None:
             helper.on_gone()
 
-    def _free(self, helper: Helper) -> None:
-        """What it had locked, and waited for."""
-        for container_id, queue in list(self._locks.items()):
-            if helper in queue:
-                self._unlock(container_id, queue, helper)
+    def _granted(self, helper: Helper, container_id: str) -> None:
+        self._reply(helper, self._facts(helper, [], container_id))
 
-    def _unlock(self, container_id: str, queue: list[Helper], helper: Helper) -> None:
-        held_it = queue[0] is helper
-        queue.remove(helper)
-        if not queue:
-            del self._locks[container_id]
-        elif held_it:
-            self._reply(queue[0], self._facts(queue[0], [], container_id))
+    def _freed(self, container_id: str) -> None:
         held = self.containers.get(container_id)
-        if held_it and held is not None:
+        if held is not None:
             held.go_on()
 
     # ------------------------------------------------------------------------------------- what helpers may ask for
@@ -298,9 +271,7 @@ class Resident:
         """Facts of the container or None, once nobody else creates, starts or deletes it. With `starts` its exit is
         not told before its start was."""
         helper.starts = starts
-        queue = self._locks.setdefault(container_id, [])
-        queue.append(helper)
-        return self._facts(helper, [], container_id) if queue[0] is helper else _LATER
+        return self._facts(helper, [], container_id) if self._locks.ask(helper, container_id) else _LATER
 
     def _facts(self, _helper: Helper, _fds: list[int], container_id: str) -> object:
         held = self.containers.get(container_id)
@@ -308,7 +279,12 @@ class Resident:
 
     def _adopt(self, _helper: Helper, fds: list[int], made: dict[str, Any]) -> bool:
         held = Held(
-            self._loop, made, dict(zip(made["fds"], fds, strict=True)), self._tell, self._kill_rest, self._is_starting
+            self._loop,
+            made,
+            dict(zip(made["fds"], fds, strict=True)),
+            self._subscribers.tell,
+            self._kill_rest,
+            self._is_starting,
         )
         facts = held.facts
         self.containers[facts.id] = held
@@ -332,8 +308,8 @@ class Resident:
         return answer
 
     def _is_starting(self, container_id: str) -> bool:
-        queue = self._locks.get(container_id)
-        return queue is not None and queue[0].starts
+        holder = self._locks.holder(container_id)
+        return holder is not None and holder.starts
 
     def _hand_over(self, helper: Helper, fds: list[int], pid: int, says_pid: bool, watched: bool) -> object:
         """A command that this helper leaves to us, or is about to become, and the connection of who waits for it. It
@@ -432,27 +408,9 @@ class Resident:
             return False
         return True
 
-    # --------------------------------------------------------------------------------------------------- events
-
     def _subscribe(self, _helper: Helper, fds: list[int], answer: bytes) -> bool:
-        fd, probe = fds[0], os.dup(fds[0])  # epoll takes an fd once: one to write to, one to hear the end of
-        sink = self._subscribers[fd] = Sink(self._loop, fd, EVENT_LIMIT, lambda: self._unsubscribe(fd, probe))
-        self._loop.watch(probe, READ, lambda _events: self._unsubscribe(fd, probe))
-        sink.write(answer)
+        self._subscribers.add(fds[0], answer)
         return True
-
-    def _unsubscribe(self, fd: int, probe: int) -> None:
-        """It has closed, said something, which subscribers do not, or fallen too far behind."""
-        sink = self._subscribers.pop(fd, None)
-        if sink is not None:
-            self._loop.unwatch(probe)
-            os.close(probe)
-            sink.close()
-
-    def _tell(self, kind: str, facts: Facts) -> None:
-        payload = protocol.frame(protocol.event(kind, facts))
-        for sink in list(self._subscribers.values()):
-            sink.write(payload)
 
 
 def _nothing(_number: int, _frame: object) -> None:
