@@ -64,15 +64,15 @@ class Machine:
 
     @classmethod
     def now(cls, *, shared: bool = True) -> Machine:
-        """Reads all of it; what vanishes while being read is not there. Without `shared` the tables of nftables, for
-        which a program must be started, are left out: a comparison by marks does not look at them."""
+        """Reads all of it; what vanishes while being read is not there. Without `shared` what no mark can be on is left
+        out: the tables of nftables, for which a program must be started, and cgroups, which are many."""
         return cls(
             mounts=tuple(_mounts()),
             namespaces=frozenset(_namespaces()),
             # Not /sys/class/net: sysfs shows the namespace it was mounted in.
             links=frozenset(name for _, name in socket.if_nameindex()),
             tables=frozenset(_tables() if shared else ()),
-            cgroups=frozenset(_cgroups()),
+            cgroups=frozenset(_cgroups() if shared else ()),
             processes=frozenset(_processes()),
         )
 
@@ -175,8 +175,14 @@ def _tables() -> Iterable[str]:
 
 
 def _cgroups() -> Iterable[str]:
-    for directory, names, _ in os.walk(CGROUPS):
-        yield from (f"{directory}/{name}" for name in names)
+    queue = [str(CGROUPS)]
+    while queue:
+        with contextlib.suppress(FileNotFoundError), os.scandir(queue.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    yield entry.path
+                    if entry.stat(follow_symlinks=False).st_nlink > 2:  # or there are files only, sixty of them
+                        queue.append(entry.path)
 
 
 def _processes() -> Iterable[Process]:

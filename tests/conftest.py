@@ -80,7 +80,8 @@ def _settled(before: Machine, marks: list[str]) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def leaves_nothing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Fails an integration test that leaves a mount, namespace, cgroup or process of its own."""
+    """Fails an integration test that leaves a mount, namespace or process of its own. Cgroups, whose names say nothing
+    of a test, are for those who make them, and for who compares the whole machine."""
     if INTEGRATION not in request.path.parents:
         yield
         return

@@ -241,7 +241,7 @@ class Node:
         # Not the node's own parent: it may stay while it is empty.
         for pattern in (f"*/{self.tag}/*/", f"{self.tag}/*/"):
             found |= {f"cgroup {path}" for path in CGROUPS.glob(pattern)}
-        machine = Machine.now()
+        machine = Machine.now(shared=False)
         mark = str(self.directory)
         found |= {f"mount {mount}" for mount in machine.mounts if mark in mount}
         found |= {f"process {one.pid} {one.command[:80]}" for one in machine.processes if mark in one.command}
