@@ -219,7 +219,7 @@ def _container_config(args: argparse.Namespace, name: str, image: str) -> pb.Con
     config.command.extend([args.entrypoint] if args.entrypoint else [])
     config.args.extend(words)
     options.environment(config, args.env)
-    config.mounts.extend(options.volume(text) for text in args.volume)
+    config.mounts.extend(_volume(text) for text in args.volume)
     config.linux.resources.CopyFrom(options.resources(args))
     context = config.linux.security_context
     context.privileged, context.readonly_rootfs = args.privileged, args.read_only
@@ -230,3 +230,12 @@ def _container_config(args: argparse.Namespace, name: str, image: str) -> pb.Con
     if args.user:
         options.user(context, args.user)
     return config
+
+
+def _volume(text: str) -> pb.Mount:
+    """Of a path that is there: the CRI's calls make a directory, as a kubelet expects (docs/decisions/0014), and
+    whoever types a path means one that he knows."""
+    mount = options.volume(text)
+    if not os.path.lexists(mount.host_path):
+        raise CommandError(f"-v: {mount.host_path} is not there")
+    return mount

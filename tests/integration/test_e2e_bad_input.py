@@ -33,7 +33,8 @@ def registry() -> Iterator[FakeRegistry]:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     needs("root", "overlay")
-    with node(tmp_path_factory.mktemp("bad"), image="stall_s = 1.0\nretries = 1") as made:
+    image, runtime = "stall_s = 1.0\nretries = 1", 'missing_host_paths = "refuse"'
+    with node(tmp_path_factory.mktemp("bad"), image=image, runtime=runtime) as made:
         yield made
 
 
