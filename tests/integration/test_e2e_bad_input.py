@@ -107,7 +107,7 @@ TROUBLE: list[tuple[str, str, Action, StatusCode, str]] = [
     ("hangs", "/v2/", Hang(), StatusCode.UNAVAILABLE, "no answer in time"),
     ("truncates-manifest", "/manifests/", Cut(10), StatusCode.UNAVAILABLE, "ended before"),
     ("wrong-manifest", "/manifests/", Spoil(), StatusCode.DATA_LOSS, "sha256:"),
-    # What a refused config leaves of layers that came beside it, to be resumed: tests/integration/test_imagestore_beside
+    # What a refused config leaves of layers that came beside it: tests/integration/test_imagestore_beside
     ("wrong-digest", "/blobs/LAYER", Spoil(), StatusCode.DATA_LOSS, "wrong content"),
 ]
 
