@@ -16,7 +16,7 @@ from runtime.fields import Fields, decode
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import remove_tree
 from runtime.linux.libc import KernelError
-from runtime.linux.process import is_running, pidfd_open, pidfd_send_signal
+from runtime.linux.process import is_running, pidfd_open, pidfd_send_signal, signal_running
 from runtime.state import State
 
 TYPE_CHECKING = False
@@ -132,11 +132,8 @@ def _signal(facts: State, number: int) -> bool:
     try:
         if not is_running(facts.pid, facts.started):
             return False
-        pidfd_send_signal(pidfd, number)
-        return True
+        return signal_running(pidfd, number)
     except KernelError as error:
-        if error.errno == errno.ESRCH:
-            return False
         raise RuntimeFailure.of(error, what=f"signal container {facts.id}") from None
     finally:
         os.close(pidfd)
@@ -149,10 +146,7 @@ def _signal_each(pids: list[int], number: int) -> None:
         except KernelError:
             continue
         try:
-            pidfd_send_signal(pidfd, number)
-        except KernelError as error:
-            if error.errno != errno.ESRCH:
-                raise
+            signal_running(pidfd, number)
         finally:
             os.close(pidfd)
 

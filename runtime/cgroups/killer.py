@@ -16,7 +16,7 @@ from runtime.cgroups.stats import table
 from runtime.cgroups.tree import remove_place
 from runtime.errors import RuntimeFailure
 from runtime.linux.libc import KernelError
-from runtime.linux.process import pidfd_open, pidfd_send_signal
+from runtime.linux.process import pidfd_open, signal_running
 
 TYPE_CHECKING = False  # as in runtime.fields
 if TYPE_CHECKING:
@@ -109,11 +109,7 @@ def _signal_batch(number: int, batch: list[int], pids: Callable[[], list[int]], 
         for pid, fd in opened.items():
             if pid not in still_here:
                 continue
-            try:
-                pidfd_send_signal(fd, number)
-            except KernelError as error:
-                if error.errno != errno.ESRCH:
-                    raise
+            if not signal_running(fd, number):
                 continue
             poll.register(fd, select.POLLIN)
             waiting.add(fd)

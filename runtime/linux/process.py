@@ -80,13 +80,21 @@ def pidfd_send_signal(pidfd: int, number: int) -> None:
     syscall("pidfd_send_signal", pidfd, number, None, 0, subject=f"signal {number}")
 
 
+def signal_running(pidfd: int, number: int) -> bool:
+    """pidfd_send_signal(2); False once the process has exited and was waited for."""
+    try:
+        pidfd_send_signal(pidfd, number)
+    except KernelError as error:
+        if error.errno == errno.ESRCH:
+            return False
+        raise
+    return True
+
+
 def end_child(pid: int, take_pidfd: int) -> None:
     """SIGKILL for a child by its pidfd, and a wait for it; one that has ended, or was waited for, is fine."""
     try:
-        pidfd_send_signal(take_pidfd, _SIGKILL)
-    except KernelError as error:
-        if error.errno != errno.ESRCH:
-            raise
+        signal_running(take_pidfd, _SIGKILL)
     finally:
         os.close(take_pidfd)
     try:
@@ -214,17 +222,6 @@ def execveat(dirfd: int, path: str, argv: Sequence[bytes], env: Sequence[bytes],
 def personality(persona: int) -> None:
     """personality(2)."""
     check(_libc.personality(ctypes.c_ulong(persona)), "personality", hex(persona))
-
-
-def exists(pidfd: int) -> bool:
-    """False once the process behind the pidfd has exited (a zombie has)."""
-    try:
-        pidfd_send_signal(pidfd, 0)
-    except KernelError as error:
-        if error.errno == errno.ESRCH:
-            return False
-        raise
-    return True
 
 
 def ioprio_set(kind: int, priority: int) -> None:

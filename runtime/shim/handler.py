@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from runtime.shim.resident import Resident
 
 _LOCK_DEADLINE = 60.0  # seconds for another call about the same container to end
-_TOGETHER = 1 << 16
 _KILL_DEADLINE = 30.0  # seconds for a killed container to die: longer is stuck in the kernel
 ANSWERED = object()
 
@@ -80,15 +79,9 @@ class Handler:
         if value is not ANSWERED:
             self._send(protocol.reply(value))
 
-    def _send(self, payload: bytes, fds: tuple[int, ...] = (), more: tuple[bytes, ...] = ()) -> None:
-        """A frame, and those of `more`: together, as long as they are short, so that the other side wakes up once."""
+    def _send(self, payload: bytes, fds: tuple[int, ...] = ()) -> None:
         try:
-            if more and sum(map(len, more)) < _TOGETHER:
-                self._connection.sendall(b"".join(map(protocol.frame, (payload, *more))))
-                return
             send_frame(self._connection, payload, fds)
-            for another in more:
-                send_frame(self._connection, another)
         except OSError:  # the daemon has gone: it will ask again when it is back
             pass
 

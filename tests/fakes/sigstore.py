@@ -8,56 +8,27 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any
 
-from tests.support import SOON_S
+from tests.fakes.posted import Posted
 from tests.vectors import ISSUER, Maker, compact, pae
 
 
-class Services:
+class Services(Posted):
     """`url` for both; `seen` has every body."""
 
     def __init__(self, maker: Maker) -> None:
+        super().__init__()
         self.maker = maker
         self.seen: list[tuple[str, dict[str, Any]]] = []
         self.redirect = ""
-        services = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                services.seen.append((self.path, body))
-                status, answer = services.answer(self.path, body)
-                data = json.dumps(answer).encode()
-                self.send_response(status)
-                if services.redirect:
-                    self.send_header("Location", services.redirect)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-
-    def __enter__(self) -> Services:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(SOON_S)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+    def posted(self, path: str, _kind: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        document = json.loads(body)
+        self.seen.append((path, document))
+        status, answer = self.answer(path, document)
+        return status, {"Location": self.redirect} if self.redirect else {}, json.dumps(answer).encode()
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if self.redirect:

@@ -14,13 +14,10 @@ import base64
 import hashlib
 import json
 import subprocess
-import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any
 
-from tests.support import SOON_S
+from tests.fakes.posted import Posted
 from tests.vectors import Maker, b64, compact, pae, tree_path, tree_root
 
 KEY, KIND, ORIGIN = "tiled-log", "ed25519", "log2025.example"
@@ -40,46 +37,22 @@ class Refused(Exception):
     """status 400, as the real one words it."""
 
 
-class TiledLog:
+class TiledLog(Posted):
     """`url` is the log's, `clock` the authority's; `bodies` is what was entered."""
 
     def __init__(self, maker: Maker) -> None:
+        super().__init__()
         self.maker = maker
         self.bodies: list[bytes] = [compact({"other": number}) for number in range(5)]
         self.seen: list[tuple[str, bytes]] = []
         self.spoil: Callable[[dict[str, Any]], None] = lambda answer: None
         self.key = maker.public(KEY, KIND)
         maker.stamper(STAMPER, STAMPER_ROOT)
-        log = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                log.seen.append((self.path, body))
-                status, data = log.answer(self.path, self.headers["Content-Type"], body)
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-
-    def __enter__(self) -> TiledLog:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(SOON_S)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+    def posted(self, path: str, kind: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        self.seen.append((path, body))
+        status, data = self.answer(path, kind, body)
+        return status, {}, data
 
     @property
     def clock(self) -> str:
