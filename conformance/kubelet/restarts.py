@@ -3,6 +3,7 @@ containers, same processes; what ended meanwhile is told with its code; what cha
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -62,8 +63,21 @@ def _check(node: Node, name: str, before: dict[str, tuple[str, int, int]]) -> No
 
 
 def _texts(log: Path) -> list[str]:
-    files = sorted(path for path in log.parent.glob("0.log*") if path.suffix != ".gz" and path.suffix != ".tmp")
-    return [path.read_text() for path in [*files[1:], files[0]]]
+    """Oldest first, as they are between two rotations: what was read while one went on is read again."""
+    while True:
+        files = _files(log)
+        with contextlib.suppress(FileNotFoundError):
+            texts = [path.read_text() for path, _ in files]
+            if texts and _files(log) == files:
+                return [*texts[1:], texts[0]]
+
+
+def _files(log: Path) -> list[tuple[Path, int]]:
+    """Those that are no archives, with their inodes; `log` itself comes first."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            found = [path for path in log.parent.glob("0.log*") if path.suffix not in (".gz", ".tmp")]
+            return sorted((path, path.stat().st_ino) for path in found)
 
 
 def kubelet_pods(node: Node) -> list[Document]:

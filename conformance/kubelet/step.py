@@ -6,8 +6,10 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 
@@ -60,7 +62,8 @@ def play(node: Node, steps: Sequence[Step]) -> Score:
         except Surprise as error:
             failure = str(error)
         except FAILURES as error:
-            failure = f"{type(error).__name__}: {error}"
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            failure = f"{type(error).__name__}: {error} ({where.name}, {Path(where.filename).name}:{where.lineno})"
         score.add(Score(passed=int(not failure), failed=int(bool(failure))))
         print(
             f"  {step.name:24} {time.perf_counter() - began:6.1f} s  {failure and 'FAILED: '}{failure or 'ok'}",
