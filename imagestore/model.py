@@ -159,6 +159,10 @@ class Unpacker(Protocol):
         """What `remove_layers_except` would remove now: chain ids, and the bytes that they take."""
         ...
 
+    def layer_sizes(self) -> Mapping[str, int]:
+        """What each committed layer takes on disk, in bytes by chain id."""
+        ...
+
     def damaged_layers(self) -> Sequence[tuple[str, str]]:
         """Committed layers whose files are not what was recorded: chain ids, and what is wrong."""
         ...

@@ -35,9 +35,9 @@ _EARLIEST, _LATEST = -(2**31) * 10**9, (2**34 - 1) * 10**9
 
 class Extracted(NamedTuple):
     """What is left to do at commit, and what there is: `implied` directories and `links` into lower layers depend on
-    the parent, `opaque` says that nothing below the layer's root shows through."""
+    the parent, `opaque` says that nothing below the layer's root shows through. `inodes` is 0 where entries replaced
+    others: how many there are is then to be looked up."""
 
-    size: int
     inodes: int
     implied: list[bytes]
     links: list[bytes]
@@ -65,9 +65,8 @@ class Extractor:
         self._planned_bytes = 0
         self._links: dict[bytes, None] = {}
         self._opaque = False
-        self._bytes = 0
         self._inodes = 1
-        self._block = max(os.fstatvfs(root_fd).f_bsize, 512)
+        self._replaced = False
         # With a umask open(2) gives less than the mode asked for: then fchmod for every file. A worker has none.
         self._exact = process_umask() == 0
 
@@ -107,8 +106,7 @@ class Extractor:
         if b"" not in self._planned:
             implied.insert(0, b"")
         return Extracted(
-            self._bytes + self._tree.made * self._block,
-            self._inodes + self._tree.made,
+            0 if self._replaced else self._inodes + self._tree.made,
             implied,
             list(self._links),
             self._opaque,
@@ -170,7 +168,6 @@ class Extractor:
         finally:
             os.close(fd)
         self._inodes += 1
-        self._bytes += -(-entry.stored // self._block) * self._block
 
     def _write_sparse(self, fd: int, entry: tar.Entry) -> None:
         """Data to their regions, and the length: what no region covers stays a hole."""
@@ -192,7 +189,6 @@ class Extractor:
         try:
             os.mkdir(name, 0o700, dir_fd=parent)
             self._inodes += 1
-            self._bytes += self._block
         except FileExistsError:
             status = os.stat(name, dir_fd=parent, follow_symlinks=False)
             if not stat.S_ISDIR(status.st_mode):
@@ -347,6 +343,7 @@ class Extractor:
 
     def _clear(self, parent: int, name: bytes) -> None:
         """Removes what a later entry of the same name replaces. `parent` stays open until the next look-up."""
+        self._replaced = True
         status = os.stat(name, dir_fd=parent, follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
             self._tree.forget()

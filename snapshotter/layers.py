@@ -18,6 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from runtime.linux.failpoint import failpoint
@@ -95,6 +96,7 @@ class Layers:
         self._config = config
         self._flights: dict[str, _Flight] = {}
         self._failures: dict[str, tuple[float, str]] = {}
+        self._measuring = threading.Lock()
         self._fd = os.open(layout.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._syncer = Syncer(self._fd)
         self.pool = Pool(config.workers, config.worker_idle_s, config.arriving)
@@ -133,10 +135,31 @@ class Layers:
         return found
 
     def usage(self) -> Usage:
-        """The sum over all layers, as computed when they were unpacked."""
+        """What all layers take on disk, to the block, with the directories that they lie in."""
+        taken = sum(self.sizes().values()) + os.lstat(self._layout.layers).st_blocks * 512
         with self._changed:
-            layers = tuple(self._records.layers.values())
-        return Usage(sum(layer.bytes for layer in layers), sum(layer.inodes for layer in layers))
+            return Usage(taken, 1 + sum(1 + layer.inodes for layer in self._records.layers.values()))
+
+    def sizes(self) -> dict[str, int]:
+        """What each layer takes on disk, by chain id. Its files never change, so they are measured once: when somebody
+        asks, since a pull need not wait for that, and what a filesystem has given is certain once it was synced."""
+        with self._measuring:
+            with self._changed:
+                layers = tuple(self._records.layers.values())
+            return {layer.chain_id: layer.bytes or self._measure(layer) for layer in layers}
+
+    def _measure(self, layer: LayerRecord) -> int:
+        try:
+            fd = os.open(self._layout.layer(layer.number).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:  # removed meanwhile; of what is damaged `damaged` tells
+            return 0
+        try:
+            size = measure(fd).bytes
+        finally:
+            os.close(fd)
+        with self._changed:
+            self._records.measured(layer, size)
+        return size
 
     def unpack(
         self,
@@ -291,9 +314,7 @@ class Layers:
             hidden.rename(final)
             self._syncer.sync()
             failpoint("snapshots.layer.synced")
-            record = LayerRecord(
-                chain_id, diff_id, flight.parent, number, made.size, made.inodes, made.opaque, time.time_ns()
-            )
+            record = LayerRecord(chain_id, diff_id, flight.parent, number, 0, made.inodes, made.opaque, time.time_ns())
             with self._changed:
                 if flight.parent is not None and self._records.chain(flight.parent) is None:
                     raise SnapshotError(f"layer {chain_id}: its parent {flight.parent} was removed meanwhile")
@@ -319,6 +340,8 @@ class Layers:
                 made = self.pool.ask(flight, request, source.fd, layer_fd, *credit, patient=bool(credit))
                 lowers = self._lowers(flight)
                 more = self.pool.ask(flight, protocol.Finish(lowers, made.implied, made.links), layer_fd).aliases
+                if not more and (made.links or not made.inodes):
+                    made = replace(made, inodes=measure(layer_fd).inodes)  # some were replaced after they were counted
             finally:
                 os.close(layer_fd)
             if not more:

@@ -11,7 +11,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from runtime.linux.failpoint import failpoint
@@ -193,7 +193,12 @@ class Overlay:
 
     def removable_layers(self, keep: frozenset[str]) -> Sequence[tuple[str, int]]:
         """See imagestore.model.Unpacker.removable_layers."""
-        return [(layer.chain_id, layer.bytes) for layer in self._layers.removable(keep, self._parents)]
+        sizes = self._layers.sizes()
+        return [(one.chain_id, sizes.get(one.chain_id, 0)) for one in self._layers.removable(keep, self._parents)]
+
+    def layer_sizes(self) -> Mapping[str, int]:
+        """See imagestore.model.Unpacker.layer_sizes."""
+        return self._layers.sizes()
 
     def damaged_layers(self) -> Sequence[tuple[str, str]]:
         """See imagestore.model.Unpacker.damaged_layers."""
@@ -208,7 +213,7 @@ class Overlay:
         return [*self._making.values(), *(record.parent for record in self._records.active.values())]
 
     def layers_usage(self) -> Usage:
-        """The sum over all committed layers, as computed when they were unpacked."""
+        """What all committed layers take on disk together."""
         return self._layers.usage()
 
     # --------------------------------------------------------------------------------------------------- the rest

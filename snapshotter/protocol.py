@@ -3,7 +3,7 @@
     daemon                                  worker (thread `main` reads, thread `job` works)
       Unpack + fds (blob, layer directory, ──▶            [eventfd]: only for a blob that is still arriving
         [eventfd])
-                                            ◀── Done(diff id, usage, implied, links) | Failed
+                                            ◀── Done(inodes, implied, links) | Failed
       Finish + fd (layer directory)        ──▶
                                             ◀── Done(aliases) | Failed
       close                                ──▶  exits at once, whatever it is doing
@@ -51,7 +51,6 @@ class Finish:
 class Done:
     """The job is done. After Finish only `aliases` says something, and only when the layer must be unpacked again."""
 
-    size: int = 0
     inodes: int = 0
     opaque: bool = False
     implied: Sequence[bytes] = ()
@@ -156,7 +155,7 @@ def encode_reply(reply: Done | Failed) -> bytes:
             }
         )
     return _pack(
-        {"type": "done", "size": reply.size, "inodes": reply.inodes, "opaque": reply.opaque},
+        {"type": "done", "inodes": reply.inodes, "opaque": reply.opaque},
         reply.implied,
         reply.links,
         reply.aliases,
@@ -173,7 +172,7 @@ def decode_reply(frame: bytes) -> Done | Failed:
             str(head.get("call")),
             str(head.get("subject")),
         )
-    size, inodes = head.get("size"), head.get("inodes")
-    if head.get("type") != "done" or len(lists) != 3 or not isinstance(size, int) or not isinstance(inodes, int):
+    inodes = head.get("inodes")
+    if head.get("type") != "done" or len(lists) != 3 or not isinstance(inodes, int):
         raise SnapshotError("unpack worker: malformed reply")
-    return Done(size, inodes, head.get("opaque") is True, *lists)
+    return Done(inodes, head.get("opaque") is True, *lists)

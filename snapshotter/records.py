@@ -7,6 +7,7 @@ transaction). Callers hold `Overlay`'s lock.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,7 +38,8 @@ CREATE TABLE IF NOT EXISTS snapshotter_active (
 
 @dataclass(frozen=True, slots=True)
 class LayerRecord:
-    """A committed layer: its directory is layers/`number`. `opaque`: nothing below shows through its root."""
+    """A committed layer: its directory is layers/`number`. `bytes` is what that takes on disk, 0 until somebody has
+    measured it; `opaque`: nothing below shows through its root."""
 
     chain_id: str
     diff_id: str
@@ -105,6 +107,14 @@ class Records:
                 layer.created_ns,
             ),
         )
+
+    def measured(self, layer: LayerRecord, size: int) -> None:
+        """Notes what a layer takes, if it is there still. On a disk that is full the database cannot take it: then it
+        is measured again after a restart, and whoever asks how full the disk is has the answer all the same."""
+        if self.layers.get(layer.chain_id) == layer:
+            self.layers[layer.chain_id] = replace(layer, bytes=size)
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("UPDATE snapshotter_layers SET bytes = ? WHERE number = ?", (size, layer.number))
 
     def remove_layer(self, chain_id: str) -> None:
         self._db.execute("DELETE FROM snapshotter_layers WHERE chain_id = ?", (chain_id,))

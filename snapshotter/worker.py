@@ -45,7 +45,7 @@ def work(request: protocol.Unpack | protocol.Finish, fds: list[int]) -> protocol
         key=request.key,
     ).extracted
     failpoint("snapshots.worker.unpacked")
-    return protocol.Done(made.size, made.inodes, made.opaque, made.implied, made.links)
+    return protocol.Done(made.inodes, made.opaque, made.implied, made.links)
 
 
 def _job(sock: socket.socket, frame: bytes, fds: list[int]) -> None:

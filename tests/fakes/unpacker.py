@@ -88,6 +88,10 @@ class MemoryUnpacker:
         with self._changed:
             return [(chain_id, len(tar)) for chain_id, tar in self.layers.items() if chain_id not in keep]
 
+    def layer_sizes(self) -> dict[str, int]:
+        with self._changed:
+            return {chain_id: len(tar) for chain_id, tar in self.layers.items()}
+
     def damaged_layers(self) -> list[tuple[str, str]]:
         return [(chain_id, why) for chain_id, why in self.damage.items() if chain_id in self.layers]
 

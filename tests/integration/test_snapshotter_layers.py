@@ -7,6 +7,7 @@ import os
 import sqlite3
 import stat
 import struct
+import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -445,12 +446,48 @@ def test_links_of_the_same_layer_are_followed_within_it(overlay: Overlay, stack:
 
 
 def test_usage_is_what_the_layer_takes(overlay: Overlay, stack: Stack, tmp_path: Path) -> None:
-    stack(
-        [directory("d"), file("d/a", b"x" * 5000), file("d/b", b"x" * 100), hardlink("d/c", "d/a"), symlink("s", "d")]
-    )
+    """As du(1) counts it: large directories, attributes beyond an inode, links into lower layers that became copies."""
+    below = [
+        directory("d"),
+        file("d/a", b"x" * 5000),
+        file("d/b", b"x" * 100),
+        hardlink("d/c", "d/a"),
+        symlink("s", "d"),
+    ]
+    many = [
+        file("x", b"1", pax_headers=xattrs(user__long=b"v" * 3000)),
+        *(file(f"many/{'n' * 200}{n}") for n in range(300)),
+    ]
+    stack(below, [hardlink("link", "d/a"), symlink("long", "t" * 200), file("again", b"1"), file("again", b"2" * 9000)])
+    first = overlay.layers_usage()
+    layers = str(tmp_path / "root/layers")
+
+    def du(option: str) -> int:
+        told = subprocess.run(["du", "-s", option, layers], capture_output=True, text=True, check=True).stdout
+        return int(told.split()[0])
+
+    assert (first.bytes, first.inodes) == (du("--block-size=1"), du("--inodes"))
+    stack(many)
     usage = overlay.layers_usage()
-    assert usage.inodes == 5
-    assert 12288 <= usage.bytes <= 24576
+    assert usage.bytes > first.bytes
+    assert (usage.bytes, usage.inodes) == (du("--block-size=1"), du("--inodes"))
+    assert sum(overlay.layer_sizes().values()) == usage.bytes - os.lstat(layers).st_blocks * 512
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [file("f", b"1"), file("f", b"2")],
+        [directory("e"), file("e/f"), file("e/g"), file("e")],
+        [file("f"), hardlink("g", "f"), file("f", b"2")],
+        [symlink("l", "a"), symlink("l", "b"), fifo("p"), fifo("p")],
+        [hardlink("x", "s"), hardlink("y", "x")],
+        [hardlink("x", "d/a"), hardlink("y", "x"), file("x", b"1")],
+    ],
+)
+def test_what_replaces_something_is_no_damage(overlay: Overlay, stack: Stack, members: list[Member]) -> None:
+    stack([directory("d"), file("d/a", b"x"), symlink("s", "d")], members)
+    assert overlay.damaged_layers() == []
 
 
 def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_requests_come_back(one: list[bytes], two: list[bytes], base: bool) -> N
 
 @given(PATHS, PATHS, PATHS)
 def test_replies_come_back(one: list[bytes], two: list[bytes], three: list[bytes]) -> None:
-    done = protocol.Done(5, 6, True, one, two, three)
+    done = protocol.Done(6, True, one, two, three)
     assert protocol.decode_reply(protocol.encode_reply(done)) == done
 
 
