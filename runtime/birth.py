@@ -21,6 +21,7 @@ from runtime.linux.process import end_child
 from runtime.linux.progress import Progress, phase
 from runtime.namespaces import Joins
 from runtime.newborn import adjust_oom_score, check_mappings, write_mappings
+from runtime.spec import hosts_sysctl, namespace_of
 from runtime.terminal import send_master
 
 TYPE_CHECKING = False
@@ -107,6 +108,9 @@ class Birth:
         joins = Joins(spec.namespaces)
         gate = self._manager.gate()
         try:
+            for name, _ in spec.sysctl:
+                if (kind := namespace_of(name)) in joins.callers:
+                    raise RuntimeFailure(f"linux.sysctl: {hosts_sysctl(name, kind)}", code="invalid_argument")
             root_tree = self._early_root() if spec.has("user") else -1
             rootfs.load_for(spec, no_pivot=self._request.no_pivot)
             if spec.hooks.create_container or spec.hooks.start_container:

@@ -133,12 +133,14 @@ def _identity(kind: str, path: str) -> tuple[int, int]:
 class Joins:
     """The fds of the namespaces to join, open in the parent, and who joins which.
 
-    `before`: by the process between, before it clones the init. `inside`: by the init itself. Both in order.
+    `before`: by the process between, before it clones the init. `inside`: by the init itself. Both in order. `callers`:
+    the kinds of those that have a path and are the caller's own.
     """
 
     def __init__(self, namespaces: Iterable[Namespace]) -> None:
         self.before: list[tuple[int, int]] = []
         self.inside: list[tuple[int, int]] = []
+        self.callers: set[str] = set()
         wanted = {namespace.kind: namespace for namespace in namespaces}
         # Inside another user namespace the init has no rights over the namespaces of others: all is joined before.
         early = "user" in wanted
@@ -147,6 +149,7 @@ class Joins:
                 if kind not in wanted or not wanted[kind].path:
                     continue
                 if _identity(kind, wanted[kind].path) == _identity(kind, f"/proc/self/ns/{PROC_NAMES[kind]}"):
+                    self.callers.add(kind)
                     continue  # joined already; for a user namespace setns(2) even refuses it
                 target = self.before if early or kind == "pid" else self.inside
                 target.append((_open(kind, wanted[kind].path), flag))

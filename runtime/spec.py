@@ -158,24 +158,33 @@ def _sysctl(linux: Fields, namespaces: Sequence[Namespace]) -> tuple[tuple[str, 
     found = linux.mapping("sysctl")
     for name, value in found.items():
         parts = name.replace("/", ".").split(".")
-        needs = ""
-        if parts[0] == "net":
-            needs = "network"
-        elif parts[:1] == ["kernel"] and len(parts) == 2 and parts[1] in _IPC_SYSCTLS or parts[:2] == ["fs", "mqueue"]:
-            needs = "ipc"
-        elif parts == ["kernel", "domainname"]:
-            needs = "uts"
-        elif parts == ["kernel", "hostname"]:
+        if parts == ["kernel", "hostname"]:
             raise linux.error("sysctl", f'"{name}" conflicts with the field hostname: use that')
-        else:
+        needs = namespace_of(name)
+        if not needs:
             raise linux.error("sysctl", f'sysctl "{name:.80}" is not in a separate kernel namespace')
         if "" in parts or ".." in parts or not name.isascii() or not name.isprintable() or " " in name:
             raise linux.error("sysctl", f'"{name:.80}" is no name of a sysctl')
         if "\n" in value:
             raise linux.error("sysctl", f'the value of "{name}" holds a line break')
         if needs not in kinds:
-            raise linux.error("sysctl", f'sysctl "{name}" needs a {needs} namespace of its own')
+            raise linux.error("sysctl", hosts_sysctl(name, needs))
     return tuple(found.items())
+
+
+def namespace_of(sysctl: str) -> str:
+    """The kind of namespace that has a value of its own for it, "" for one of the whole machine."""
+    parts = sysctl.replace("/", ".").split(".")
+    if parts[0] in ("net", "user"):
+        return {"net": "network", "user": "user"}[parts[0]]
+    if parts[:1] == ["kernel"] and len(parts) == 2 and parts[1] in _IPC_SYSCTLS or parts[:2] == ["fs", "mqueue"]:
+        return "ipc"
+    return "uts" if parts == ["kernel", "domainname"] else ""
+
+
+def hosts_sysctl(name: str, kind: str) -> str:
+    """Why it is refused where the container has the host's namespace, in runc's words."""
+    return f'sysctl "{name}" not allowed in host {kind} namespace: it needs a {kind} namespace of its own'
 
 
 def _absolute(linux: Fields, key: str) -> tuple[str, ...]:

@@ -179,6 +179,28 @@ def test_s59_sysctls_of_the_host_are_refused(home: Bundles, outside: Path, name:
     one.gone()
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "path"),
+    [
+        ("network", "net.ipv4.ip_default_ttl", "/proc/self/ns/net"),
+        ("ipc", "kernel.msgmax", "/proc/self/ns/ipc"),
+        ("uts", "kernel.domainname", "/proc/self/ns/uts"),
+    ],
+)
+def test_s59_sysctls_of_a_hosts_namespace_that_is_joined_are_refused(
+    home: Bundles, kind: str, name: str, path: str
+) -> None:
+    held = Path("/proc/sys", name.replace(".", "/"))
+    before = held.read_text()
+    one = home.make("true")
+    one.linux["namespaces"] = [entry for entry in one.linux["namespaces"] if entry["type"] != kind]
+    one.linux["namespaces"].append({"type": kind, "path": path})
+    one.linux["sysctl"] = {name: "33"}
+    one.run().failed(f'sysctl "{name}" not allowed in host {kind} namespace')
+    assert held.read_text() == before
+    one.gone()
+
+
 # ---------------------------------------------------------------------------------------------- races for a mount
 
 

@@ -286,6 +286,18 @@ def test_a_mount_namespace_is_not_joined(home: Bundles) -> None:
         one.gone()
 
 
+def test_sysctls_of_a_user_namespace_are_its_own(home: Bundles) -> None:
+    held = Path("/proc/sys/user/max_net_namespaces")
+    before = held.read_text()
+    one = home.sh("cat /proc/sys/user/max_net_namespaces").user_namespace()
+    one.linux["sysctl"] = {"user.max_net_namespaces": "7"}
+    assert one.run().ok() == "7\n"
+    refused = home.make("true")
+    refused.linux["sysctl"] = {"user.max_net_namespaces": "7"}
+    refused.run().failed("not allowed in host user namespace")
+    assert held.read_text() == before
+
+
 def test_s67_limits_hold_in_a_user_namespace(home: Bundles) -> None:
     one = home.make("sleep", "1000").user_namespace()
     one.linux["resources"] = {"pids": {"limit": 5}, "memory": {"limit": 32 << 20}}
