@@ -90,6 +90,7 @@ class Built:
         self.network.close()
         await asyncio.get_running_loop().run_in_executor(None, self.snapshots.close)
         self.node.exec_threads.close()
+        self.node.create_threads.close()
         for database in self.databases:
             database.close()
 

@@ -34,7 +34,7 @@ from cri.processes import Processes
 from cri.records import Container, Pod
 from cri.store import Store
 from cri.streaming.sessions import Request
-from cri.threads import Threads
+from cri.threads import LIMIT, Threads
 from runtime.cgroups.stats import Stats
 from runtime.linux.dataclass import dataclass
 
@@ -193,6 +193,7 @@ class Node:
     starting: dict[str, list[ContainerFacts]] = field(default_factory=dict)
     processes: dict[str, dict[str, object]] = field(default_factory=dict)
     exec_threads: Threads = field(default_factory=lambda: Threads("exec", EXEC_THREADS))
+    create_threads: Threads = field(default_factory=lambda: Threads("create", LIMIT))
     # Whether AppArmor's default profile is loaded; blocks.
     default_apparmor: Callable[[], bool] = lambda: False
     pod_names: Reservations[str] = field(init=False)

@@ -21,6 +21,7 @@ from dataclasses import field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from imagestore.errands import Errand
 from imagestore.model import ContentInvalid, Credentials, ImageError
 from imagestore.programs import ProgramRefused, ask, find
 from imagestore.reference import DEFAULT_DOMAIN
@@ -70,29 +71,31 @@ class Keyring:
         self._config = config
         self._providers: object = None
 
-    def find(self, domain: str, path: str) -> Credentials | None:
-        """For the repository `path` on the host `domain`. Raises ImageError when an entry is there and unusable."""
+    def find(self, domain: str, path: str, errand: Errand | None = None) -> Credentials | None:
+        """For the repository `path` on the host `domain`; programs are asked on `errand`, or on one that nobody ends.
+        Raises ImageError when an entry is there and unusable."""
+        errand = errand or Errand()
         if self._config.providers is not None:
-            found = self._provided(domain, path)
+            found = self._provided(domain, path, errand)
             if found is not None:
                 return found
         files = self._config.files
         for file in usual_files(self._config.environment) if files is None else files:
             document = _read(file)
             if document is not None:
-                found = _AuthFile(file, document, self._config.environment).find(domain, path)
+                found = _AuthFile(file, document, self._config.environment, errand).find(domain, path)
                 if found is not None:
                     return found
         return None
 
-    def _provided(self, domain: str, path: str) -> Credentials | None:
+    def _provided(self, domain: str, path: str, errand: Errand) -> Credentials | None:
         from imagestore.providers import Providers  # YAML, for nodes that have such a file
 
         if not isinstance(self._providers, Providers):
             assert self._config.providers is not None
             directory = self._config.provider_directory or self._config.providers.parent
             self._providers = Providers(self._config.providers, directory, self._config.environment)
-        return self._providers.find(domain, path)
+        return self._providers.find(domain, path, errand)
 
 
 def _read(path: Path) -> Fields | None:
@@ -116,8 +119,9 @@ def _read(path: Path) -> Fields | None:
 class _AuthFile:
     """One config.json or auth.json."""
 
-    def __init__(self, path: Path, document: Fields, environment: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, document: Fields, environment: Mapping[str, str], errand: Errand) -> None:
         self._path = path
+        self._errand = errand
         self._environment = environment
         self._auths = document.object("auths")
         self._helpers = document.string_map("credHelpers")
@@ -184,7 +188,7 @@ class _AuthFile:
         directories = self._environment.get("PATH", "/usr/local/bin:/usr/bin:/bin").split(":")
         program = find(f"docker-credential-{helper}", directories)
         try:
-            answer = ask(program, ["get"], self._environment, server.encode(), _HELPER_S)
+            answer = ask(program, ["get"], self._environment, server.encode(), _HELPER_S, self._errand)
         except ProgramRefused as error:
             if _NOTHING in error.answer:
                 return None

@@ -98,7 +98,9 @@ class Layers:
         data = await puller.threads.io(puller.blobs.read, manifest.config.digest, puller.config.config_bytes)
         config, layers = await puller.threads.io(parse_config, data, manifest, what, puller.config)
         check_platform(config, puller.config.platform, what)
-        return Known(config, layers, await puller.threads.io(puller.opener.open, layers, self._held.keys))
+        if not any(map(is_encrypted, self._blobs)):
+            return Known(config, layers, {})
+        return Known(config, layers, await puller.threads.ask(puller.opener.open, layers, self._held.keys))
 
     def _parent(self, number: int) -> str | None:
         return self._layers[number - 1].chain_id if number else None

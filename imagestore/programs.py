@@ -2,7 +2,8 @@
 
 Blocking, for worker threads. Refuses names that are paths, and answers beyond the limit. Invariant: the process is
 never forked (posix_spawn(3) shares its memory until execve), the program's whole group has ended when `ask` returns or
-raises, and no text of the program's is repeated in an error: it may hold what it was asked for.
+raises, and no text of the program's is repeated in an error: it may hold what it was asked for. It raises soon after
+its errand (imagestore.errands) has ended.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from imagestore.content import errno_text
+from imagestore.errands import Errand
 from imagestore.model import ImageError
 from runtime.linux.process import CLOSE_RANGE_CLOEXEC, close_range, pidfd_open
 
@@ -42,12 +44,17 @@ def ask(
     environment: Mapping[str, str],
     data: bytes,
     limit_s: float,
+    errand: Errand,
     *,
     called: str = "credential program",
 ) -> bytes:
-    """What `program` printed, after exit code 0. Raises ProgramRefused for any other, ImageError; there it is what
-    `called` says."""
+    """What `program` printed, after exit code 0, within `limit_s` and what `errand` has left. Raises ProgramRefused for
+    any other, ImageError; there it is what `called` says."""
     what = f"{called} {program.name}"
+    try:
+        limit_s = errand.share(limit_s)
+    except ImageError as error:
+        raise ImageError(f"{what}: not asked: {error}") from None
     close_range(3, flags=CLOSE_RANGE_CLOEXEC)  # what whoever started us left open goes to nobody
     questions, give = os.pipe2(os.O_CLOEXEC)
     take, answers = os.pipe2(os.O_CLOEXEC)
@@ -79,12 +86,13 @@ def ask(
     talk = _Talk(give, take, data)
     in_time = False
     try:
-        in_time = talk.hold(time.monotonic() + limit_s)
+        with errand.ended_by(talk.end):
+            in_time = talk.hold(time.monotonic() + limit_s)
     finally:
         talk.close()
         status = _end(pid, _GOODBYE_S if in_time else 0.0)
     if not in_time:
-        raise ImageError(f"{what}: no answer in {limit_s:g} s, killed")
+        raise ImageError(f"{what}: {'given up' if talk.ended else f'no answer in {limit_s:.3g} s'}, killed")
     if len(talk.answer) > _ANSWER:
         raise ImageError(f"{what}: answered more than {_ANSWER} bytes, killed")
     if status:
@@ -101,21 +109,29 @@ class ProgramRefused(ImageError):
 
 
 class _Talk:
-    """Both ends of the conversation, until the program has closed its output."""
+    """Both ends of the conversation, until the program has closed its output, or somebody has ended it."""
 
     def __init__(self, give: int, take: int, data: bytes) -> None:
         self._give, self._take = give, take
         self._left = memoryview(data)
+        self._told = os.eventfd(0, os.EFD_CLOEXEC)
         self.answer = bytearray()
+        self.ended = False
+
+    def end(self) -> None:
+        """From any thread, until `close`."""
+        self.ended = True
+        os.eventfd_write(self._told, 1)
 
     def hold(self, deadline: float) -> bool:
-        """False at the deadline."""
+        """False at the deadline, and once it was ended."""
         poll = select.poll()
+        poll.register(self._told, select.POLLIN)
         poll.register(self._take, select.POLLIN)
         poll.register(self._give, select.POLLOUT)
         while len(self.answer) <= _ANSWER:
             ready = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
-            if not ready:
+            if not ready or self.ended:
                 return False
             for fd, _ in ready:
                 if fd == self._give and self._fed():
@@ -139,7 +155,7 @@ class _Talk:
         return not self._left
 
     def close(self) -> None:
-        for fd in (self._give, self._take):
+        for fd in (self._give, self._take, self._told):
             if fd >= 0:
                 os.close(fd)
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from imagestore import durations
+from imagestore.errands import Errand
 from imagestore.keyring import matches
 from imagestore.model import ContentInvalid, Credentials, ImageError
 from imagestore.programs import ask, find
@@ -58,17 +59,17 @@ class Providers:
         self._kept: dict[tuple[str, str], _Kept] = {}
         self._lock = threading.Lock()
 
-    def find(self, domain: str, path: str) -> Credentials | None:
+    def find(self, domain: str, path: str, errand: Errand) -> Credentials | None:
         """For the repository, from the first provider that has some. Raises ImageError."""
         for provider in self._providers:
             if any(matches(pattern, domain, path) for pattern in provider.images):
-                found = self._ask(provider, domain, path)
+                found = self._ask(provider, domain, path, errand)
                 fitting = [key for key in found if matches(key, domain, path)]
                 if fitting:
                     return found[max(fitting, key=len)]
         return None
 
-    def _ask(self, provider: Provider, domain: str, path: str) -> Mapping[str, Credentials]:
+    def _ask(self, provider: Provider, domain: str, path: str, errand: Errand) -> Mapping[str, Credentials]:
         now = time.monotonic()
         image = f"{domain}/{path}"
         with self._lock:
@@ -80,7 +81,7 @@ class Providers:
         request = {"apiVersion": provider.api_version, "kind": "CredentialProviderRequest", "image": image}
         program = find(provider.name, (str(self._directory),))
         environment = {**self._environment, **provider.environment}
-        answer = ask(program, provider.arguments, environment, json.dumps(request).encode(), _PROVIDER_S)
+        answer = ask(program, provider.arguments, environment, json.dumps(request).encode(), _PROVIDER_S, errand)
         try:
             fields = parse_object(answer, what, _VALUES)
             found, scope, cache_s = _parse_answer(fields, provider)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from imagestore.auth import applicable
 from imagestore.config import StoreConfig
+from imagestore.errands import Errand
 from imagestore.hosts import Host, configured, upstream_host
 from imagestore.keyring import Keyring
 from imagestore.model import Credentials
@@ -40,7 +41,7 @@ class Remotes:
         self, wanted: Reference, credentials: Credentials | None, actions: str = "pull"
     ) -> list[Repository]:
         """In the order in which to ask; the registry itself comes last. Raises ImageError and its kinds."""
-        found = await self._threads.io(self._hosts, wanted, credentials)
+        found = await self._threads.ask(self._hosts, wanted, credentials)
         limit = self._config.pull_bandwidth_bytes
         rate = Rate(limit) if limit else None
         return [
@@ -48,18 +49,22 @@ class Remotes:
             for host, logins in found
         ]
 
-    def _hosts(self, wanted: Reference, given: Credentials | None) -> list[tuple[Host, tuple[Credentials, ...]]]:
+    def _hosts(
+        self, wanted: Reference, given: Credentials | None, errand: Errand
+    ) -> list[tuple[Host, tuple[Credentials, ...]]]:
         config = self._config
         listed = self._files.now().hosts(wanted)  # first of all: it may say that the registry is blocked
         hosts = configured(wanted.domain, config.hosts_directories, config.mirrors) or listed
         hosts = hosts or (upstream_host(wanted.domain),)
-        return [(host, self._logins(host, wanted, applicable(given, wanted.domain))) for host in hosts]
+        return [(host, self._logins(host, wanted, applicable(given, wanted.domain), errand)) for host in hosts]
 
-    def _logins(self, host: Host, wanted: Reference, given: Credentials | None) -> tuple[Credentials, ...]:
+    def _logins(
+        self, host: Host, wanted: Reference, given: Credentials | None, errand: Errand
+    ) -> tuple[Credentials, ...]:
         if host.upstream and given is not None:
             return (given,)
         # A registry that a file has moved elsewhere is logged in to under the name that it has there.
         moved = bool(host.path) or not host.upstream
         domain = host.origin.partition("://")[2] if moved else wanted.domain
-        found = self._keyring.find(domain, host.repository(wanted.path) if moved else wanted.path)
+        found = self._keyring.find(domain, host.repository(wanted.path) if moved else wanted.path, errand)
         return (found, Credentials()) if found is not None else ()

@@ -23,6 +23,7 @@ from imagestore.collector import Collector, Garbage
 from imagestore.config import StoreConfig
 from imagestore.content import Blobs, errno_text
 from imagestore.doctor import Doctor, Problem
+from imagestore.errands import Errand
 from imagestore.layout import Layout
 from imagestore.leases import Leases
 from imagestore.local import DirectoryFiles, DockerArchive, LocalSource, TarFiles, local_name
@@ -88,7 +89,9 @@ class Store:
         self._reserve.fill()
         self._leases = Leases(root / "ingest")
         self._threads = Threads(
-            config.concurrent_downloads + 2, config.concurrent_unpacks + config.concurrent_pulls + config.early_unpacks
+            config.concurrent_downloads + 2,
+            config.concurrent_unpacks + config.concurrent_pulls + config.early_unpacks,
+            config.concurrent_pulls,
         )
         self._transport = Transport(config)
         self._remotes = Remotes(self._transport, self._threads, config)
@@ -194,14 +197,14 @@ class Store:
             return None  # some registries know no HEAD: then the manifest itself tells
         if digest not in served:
             return None
-        return await self._threads.io(self._still_permitted, record, str(wanted), caller)
+        return await self._threads.ask(self._still_permitted, record, str(wanted), caller)
 
-    def _still_permitted(self, record: ImageRecord, name: str, caller: _Caller) -> Image | None:
+    def _still_permitted(self, record: ImageRecord, name: str, caller: _Caller, errand: Errand) -> Image | None:
         """The image of a record, if it is whole and the policy of today accepts it with the signatures it came with."""
         image = self._catalog.image(record, again=True)
         try:
             if image is not None:
-                self.permit(image, name, caller.namespace, caller.keys)
+                self._permit(image, name, caller.namespace, caller.keys, errand)
         except SignatureRefused:
             return None  # there may be other signatures by now
         return image
@@ -296,9 +299,12 @@ class Store:
 
     def permit(self, image: Image, name: str, namespace: str = "", keys: tuple[KeyFile, ...] = ()) -> None:
         """See cri.interfaces.Images.permit."""
+        self._permit(image, name, namespace, keys, Errand())
+
+    def _permit(self, image: Image, name: str, namespace: str, keys: tuple[KeyFile, ...], errand: Errand) -> None:
         try:
             self._trust.permit(image, name, self._records.origins(image.id), namespace)
-            self._puller.opener.open(image.layers, keys)
+            self._puller.opener.open(image.layers, keys, errand)
         except ImageError as error:
             raise told(f"use image {name}", error) from error
 

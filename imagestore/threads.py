@@ -1,7 +1,9 @@
-"""Worker threads of the pull path: some for hashing and writing, some for unpacking; none while nothing is pulled.
+"""Worker threads of the pull path: some for hashing and writing, some for unpacking, some that ask programs; none
+while nothing is pulled.
 
 Refuses to share asyncio's default threads: an unpack holds one for seconds, and the rest of the daemon needs those.
-Invariant: there are no more than the config's numbers, and none of them outlives the last pull.
+Invariant: there are no more than the config's numbers, and none of them outlives the last pull; who waits for a program
+holds up nobody else.
 """
 
 from __future__ import annotations
@@ -11,17 +13,20 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from imagestore.errands import Errand
+
 T = TypeVar("T")
 
 
 class Threads:
-    """Two pools that exist between `enter` and the last `leave`. Called on the event loop only."""
+    """Three pools that exist between `enter` and the last `leave`. Called on the event loop only."""
 
-    def __init__(self, io: int, unpack: int) -> None:
-        self._sizes = (io, unpack)
+    def __init__(self, io: int, unpack: int, ask: int) -> None:
+        self._sizes = (io, unpack, ask)
         self._users = 0
         self._io: ThreadPoolExecutor | None = None
         self._unpack: ThreadPoolExecutor | None = None
+        self._ask: ThreadPoolExecutor | None = None
 
     def enter(self) -> None:
         self._users += 1
@@ -29,10 +34,10 @@ class Threads:
     def leave(self) -> None:
         self._users -= 1
         if self._users == 0:
-            for pool in (self._io, self._unpack):
+            for pool in (self._io, self._unpack, self._ask):
                 if pool is not None:
                     pool.shutdown(wait=False)
-            self._io = self._unpack = None
+            self._io = self._unpack = self._ask = None
 
     def start_io(self, call: Callable[..., T], *args: object) -> asyncio.Future[T]:
         """Runs a short disk call; the future may be abandoned, the call goes on."""
@@ -60,6 +65,22 @@ class Threads:
             await asyncio.wait({taking})
             raise
         return taking.result()
+
+    async def ask(self, call: Callable[..., T], *args: object) -> T:
+        """Runs a call that may wait for programs and services of this machine, with an Errand behind its arguments.
+        Cancelled, it ends the errand, and the call with it."""
+        if self._ask is None:
+            self._ask = ThreadPoolExecutor(self._sizes[2], thread_name_prefix="image-ask")
+        errand = Errand()
+        asking = asyncio.get_running_loop().run_in_executor(self._ask, call, *args, errand)
+        try:
+            await asyncio.wait({asking})
+        except asyncio.CancelledError:
+            errand.end()
+            asking.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen: nobody asks for it
+            await asyncio.wait({asking})
+            raise
+        return asking.result()
 
     def start_unpack(self, call: Callable[..., T], *args: object) -> Future[T]:
         """Runs a call of the unpacker, which may take long; not bound to the event loop, which may end before it."""

@@ -38,7 +38,7 @@ class Reach:
 async def reaching(config: StoreConfig) -> AsyncIterator[Reach]:
     """Ends pools and threads at the end."""
     preload()
-    threads = Threads(4, 1)
+    threads = Threads(4, 1, 1)
     threads.enter()
     transport = Transport(config)
     try:

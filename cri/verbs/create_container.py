@@ -109,7 +109,8 @@ async def _make(node: Node, pod: Pod, container: Container, keys: tuple[KeyFile,
         await node.store.add(container)
         failpoint("create_container.recorded")
         undo.did("remove the container", lambda: to_thread(take_away, node, container))
-        made, facts = await to_thread(_create, node, pod, container, keys)
+        # Threads of its own: a program that is to open an encrypted image may be waited for.
+        made, facts = await node.create_threads.run(_create, node, pod, container, keys)
         failpoint("create_container.created")
         # Before it is visible: StopPodSandbox may have begun meanwhile, and would have missed it.
         require_ready(node.store.pods[pod.id], f"create container {container.name}")

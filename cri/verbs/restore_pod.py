@@ -159,7 +159,7 @@ class _Work:
         undo.did("remove the container", lambda: to_thread(take_away, node, record))
         node.starting[record.id] = []
         try:
-            bundled, facts = await to_thread(self._container, record)
+            bundled, facts = await node.create_threads.run(self._container, record)
         except BaseException:
             del node.starting[record.id]
             raise

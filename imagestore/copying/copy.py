@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from imagestore.copying.targets import Target
 from imagestore.encryption.keys import Recipients
 from imagestore.encryption.layers import is_encrypted, plain_type
 from imagestore.encryption.sealing import decrypt, encrypt
+from imagestore.errands import Errand
 from imagestore.manifest import (
     DOCKER_LIST,
     DOCKER_MANIFEST,
@@ -91,9 +93,17 @@ class Copy:
         self._done: dict[str, Descriptor] = {}
         self._locks: dict[str, asyncio.Lock] = {}
         self._images = 0
+        # Bytes are copied between one question and the next: only each by itself has a limit.
+        self._errand = Errand(math.inf)
 
     async def run(self) -> Document:
         """The top manifest as the target has it. Raises ImageError and its kinds."""
+        try:
+            return await self._run()
+        finally:
+            self._errand.end()
+
+    async def _run(self) -> Document:
         asked = top = await self._source.top()
         if read(top, self._config).is_index and not self._options.all:
             config = replace(self._config, platform=self._options.platform)
@@ -231,14 +241,14 @@ class Copy:
 
     def _changed(self, path: Path, blob: Descriptor, change: _Change) -> tuple[Path, Descriptor]:
         """Another file and its descriptor; of the files between nothing is left."""
-        options, limit, providers = self._options, self._config.image_bytes, self._config.key_providers
+        options, limit, asked = self._options, self._config.image_bytes, (self._config.key_providers, self._errand)
         steps: list[tuple[str, Callable[[Path, Descriptor, Path], Descriptor]]] = []
         if change.decrypt:
-            steps.append(("open", lambda old, of, new: decrypt(old, of, options.decryption_keys, new, providers)))
+            steps.append(("open", lambda old, of, new: decrypt(old, of, options.decryption_keys, new, *asked)))
         if (how := change.how) is not None:
             steps.append((how or "plain", lambda old, of, new: recompress(old, of, how, new, limit)))
         if change.encrypt:
-            steps.append(("sealed", lambda old, of, new: encrypt(old, of, options.recipients, new, providers)))
+            steps.append(("sealed", lambda old, of, new: encrypt(old, of, options.recipients, new, *asked)))
         made, files = blob, [path]
         try:
             for name, step in steps:

@@ -141,7 +141,7 @@ async def session(config: StoreConfig, beside: Path | None = None) -> AsyncItera
         scratch = Path(tempfile.mkdtemp(prefix=".ocid-copy-", dir=place))
     except OSError as error:
         raise ImageError(f"make a staging directory: {errno_text(error)}") from error
-    threads = Threads(config.concurrent_downloads + 2, 1)
+    threads = Threads(config.concurrent_downloads + 2, 1, 1)
     threads.enter()
     try:
         await threads.io(preload)

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from imagestore.encryption.key_services import Service, call, service
+from imagestore.errands import Errand
 from imagestore.model import ContentInvalid, DecryptionRefused, ImageError, KeyFile
 from imagestore.programs import ask
 from imagestore.strict_json import Fields, parse_object
@@ -31,7 +32,7 @@ from runtime.linux.libc import KernelError
 PROVIDER = "provider:"
 _FILE_BYTES = 1 << 20
 _VALUES = 10_000
-_ANSWER_S = 20.0  # a container may be waiting, and a thread of the daemon with it
+ANSWER_S = 20.0  # a container may be waiting
 
 Parameters = Mapping[str, Sequence[bytes]]
 
@@ -65,7 +66,7 @@ class KeyProviders:
     def __init__(self, file: Path | None) -> None:
         self._file = file
 
-    def unwrap(self, name: str, packet: bytes, given: Parameters) -> bytes | None:
+    def unwrap(self, name: str, packet: bytes, given: Parameters, errand: Errand) -> bytes | None:
         """What `name` makes of a packet; None where the node has no such provider. Raises DecryptionRefused."""
         provider = self._listed().get(name)
         if provider is None:
@@ -75,9 +76,9 @@ class KeyProviders:
             "keywrapparams": {"ec": None, "optsdata": None},
             "keyunwrapparams": {"dc": {"Parameters": _encoded(given)}, "annotation": _b64(packet)},
         }
-        return self._ask(name, provider, request, "keyunwrapresults", "optsdata")
+        return self._ask(name, provider, request, ("keyunwrapresults", "optsdata"), errand)
 
-    def wrap(self, name: str, given: Parameters, private: bytes) -> bytes:
+    def wrap(self, name: str, given: Parameters, private: bytes, errand: Errand) -> bytes:
         """A packet that `name` unwraps. Raises DecryptionRefused."""
         provider = self._listed().get(name)
         if provider is None:
@@ -89,18 +90,25 @@ class KeyProviders:
             "keywrapparams": {"ec": to, "optsdata": _b64(private)},
             "keyunwrapparams": {"dc": None, "annotation": None},
         }
-        return self._ask(name, provider, request, "keywrapresults", "annotation")
+        return self._ask(name, provider, request, ("keywrapresults", "annotation"), errand)
 
     def _ask(
-        self, name: str, provider: _Command | Service, request: Mapping[str, object], part: str, key: str
+        self,
+        name: str,
+        provider: _Command | Service,
+        request: Mapping[str, object],
+        wanted: tuple[str, str],
+        errand: Errand,
     ) -> bytes:
+        """The bytes that are `wanted`: which part of the answer, and which key in it."""
+        part, key = wanted
         what = f"key provider {name!r}"
         data = json.dumps(request, separators=(",", ":")).encode()
         try:
             if isinstance(provider, Service):
-                answer = call(provider, str(request["op"]), data, _ANSWER_S)
+                answer = call(provider, str(request["op"]), data, ANSWER_S, errand)
             else:
-                answer = ask(provider.path, provider.arguments, os.environ, data, _ANSWER_S, called="program")
+                answer = ask(provider.path, provider.arguments, os.environ, data, ANSWER_S, errand, called="program")
         except ImageError as error:
             raise DecryptionRefused(f"{what}: {error}") from None
         try:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import ipaddress
 from pathlib import Path
 
-from imagestore.model import DecryptionRefused
+from imagestore.errands import Errand
+from imagestore.model import DecryptionRefused, ImageError
 from imagestore.strict_json import Fields
 from runtime.linux.dataclass import dataclass
 from runtime.linux.files import AT_FDCWD, read_bounded
@@ -49,17 +50,25 @@ def _is_here(address: str) -> bool:
         return False
 
 
-def call(where: Service, operation: str, data: bytes, limit_s: float) -> bytes:
-    """What the service answers. Raises DecryptionRefused."""
+def call(where: Service, operation: str, data: bytes, limit_s: float, errand: Errand) -> bytes:
+    """What the service answers within `limit_s` and what `errand` has left. Raises ImageError."""
     import grpc  # only on nodes that have such a provider
 
+    try:
+        limit_s = errand.share(limit_s)
+    except ImageError as error:
+        raise ImageError(f"service {where.address}: not asked: {error}") from None
     try:
         with _channel(where) as channel:
             ask = channel.unary_unary(
                 _SERVICE + _METHODS[operation], request_serializer=_pack, response_deserializer=_unpack
             )
-            answer: bytes = ask(data, timeout=limit_s)
+            asked = ask.future(data, timeout=limit_s)
+            with errand.ended_by(asked.cancel):
+                answer: bytes = asked.result()
             return answer
+    except grpc.FutureCancelledError:
+        raise DecryptionRefused(f"service {where.address}: given up") from None
     except grpc.RpcError as error:
         raise DecryptionRefused(f"service {where.address}: {error.code().name}") from None
     except KernelError as error:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from imagestore.encryption.key_providers import KeyProviders, parameters
 from imagestore.encryption.keys import keys_below, private_key
+from imagestore.errands import Errand
 from imagestore.model import ContentInvalid, DecryptionRefused, Descriptor, KeyFile, Layer, LayerKey
 from imagestore.strict_json import parse_object
 from runtime.linux.dataclass import dataclass
@@ -35,6 +36,7 @@ PUBLIC = f"{ANNOTATIONS}pubopts"
 WRAPPED = f"{ANNOTATIONS}keys."
 CIPHER = "AES_256_CTR_HMAC_SHA256"
 _PROVIDER = "provider."
+_READ = ("jwe", "pkcs7")
 _ATTEMPTS = 4096
 _PACKETS = 4
 """For one provider, of one layer: each is a program that is run, and may take its time."""
@@ -74,36 +76,42 @@ class Opener:
         self._directory = directory
         self._providers = KeyProviders(providers)
 
-    def open(self, layers: Sequence[Layer], given: Iterable[KeyFile] = ()) -> dict[str, LayerKey]:
-        """The keys of the encrypted ones of `layers`, by chain id. Raises DecryptionRefused where no key opens one;
-        ContentInvalid where its annotations are not what they should be."""
+    def open(
+        self, layers: Sequence[Layer], given: Iterable[KeyFile] = (), errand: Errand | None = None
+    ) -> dict[str, LayerKey]:
+        """The keys of the encrypted ones of `layers`, by chain id; providers are asked on `errand`, or on one that
+        nobody ends. Raises DecryptionRefused where no key opens one; ContentInvalid where its annotations are not what
+        they should be."""
         sealed = [layer for layer in layers if is_encrypted(layer.blob)]
         if not sealed:
             return {}
         files = tuple(given)
         keys = [key for file in (*files, *keys_below(self._directory)) if (key := private_key(file)) is not None]
-        attempts = _Attempts(keys, self._providers, parameters(files))
+        attempts = _Attempts(keys, self._providers, parameters(files), errand or Errand())
         return {layer.chain_id: self._open(layer.blob, attempts).key for layer in sealed}
 
-    def open_blob(self, blob: Descriptor, given: Iterable[KeyFile]) -> Opened:
+    def open_blob(self, blob: Descriptor, given: Iterable[KeyFile], errand: Errand | None = None) -> Opened:
         """The same for one descriptor and the given keys and providers alone."""
         files = tuple(given)
         keys = [key for file in files if (key := private_key(file)) is not None]
         told = parameters(files)
-        return self._open(blob, _Attempts(keys, self._providers, told, only=frozenset(told)))
+        return self._open(blob, _Attempts(keys, self._providers, told, errand or Errand(), only=frozenset(told)))
 
     def _open(self, blob: Descriptor, attempts: _Attempts) -> Opened:
         found = attempts.unwrap(blob)
         if found is None:
-            schemes = sorted(name.removeprefix(WRAPPED) for name in blob.annotations if name.startswith(WRAPPED)) or [
-                "no scheme"
-            ]
+            schemes = sorted(name.removeprefix(WRAPPED) for name in blob.annotations if name.startswith(WRAPPED))
+            what = f"layer {blob.digest}: encrypted ({', '.join(schemes) or 'no scheme'})"
+            if not any(scheme in _READ or scheme.startswith(_PROVIDER) for scheme in schemes):
+                raise DecryptionRefused(
+                    f"{what}, which no key opens here: {', '.join(_READ)} and key providers are read"
+                )
             hint = f"; give one, or put it into {self._directory}" if self._directory else ""
             count = len(attempts.keys)
             why = f"none of the {count} private keys opens it" if count else f"there is no private key to open it{hint}"
             if attempts.refusals:
                 why += f" ({'; '.join(attempts.refusals[:4])})"
-            raise DecryptionRefused(f"layer {blob.digest}: encrypted ({', '.join(schemes)}), and {why}")
+            raise DecryptionRefused(f"{what}, and {why}")
         return _opened(blob, found)
 
 
@@ -123,12 +131,13 @@ class _Attempts:
         keys: Sequence[PrivateKey],
         providers: KeyProviders,
         told: Mapping[str, Sequence[bytes]],
+        errand: Errand,
         only: frozenset[str] | None = None,
     ) -> None:
         """`told` is what callers have for providers; with `only`, no others are asked."""
         self.keys = list(keys)
         self.refusals: list[str] = []
-        self._providers, self._told, self._only = providers, told, only
+        self._providers, self._told, self._only, self._errand = providers, told, only, errand
         self._left = _ATTEMPTS
 
     def unwrap(self, blob: Descriptor) -> bytes | None:
@@ -159,7 +168,7 @@ class _Attempts:
                 continue
             for text in [*filter(None, blob.annotations[name].split(","))][:_PACKETS]:
                 try:
-                    found = self._providers.unwrap(provider, _decode(text, name), self._told)
+                    found = self._providers.unwrap(provider, _decode(text, name), self._told, self._errand)
                 except DecryptionRefused as error:
                     self.refusals.append(str(error))
                     continue

@@ -26,16 +26,17 @@ from imagestore.encryption.layers import (
     private_options,
     public_options,
 )
+from imagestore.errands import Errand
 from imagestore.model import ContentInvalid, Descriptor, KeyFile
 
 _PIECE = 1 << 20
 
 
 def encrypt(
-    source: Path, layer: Descriptor, recipients: Recipients, target: Path, providers: Path | None = None
+    source: Path, layer: Descriptor, recipients: Recipients, target: Path, providers: Path | None, errand: Errand
 ) -> Descriptor:
     """Writes the plain layer in `source` to `target`, encrypted; its descriptor there. `providers` is the file of
-    key_providers.py. Raises DecryptionRefused, OSError."""
+    key_providers.py, asked on `errand`. Raises DecryptionRefused, OSError."""
     from cryptography.hazmat.primitives.ciphers import Cipher
     from cryptography.hazmat.primitives.ciphers.algorithms import AES
     from cryptography.hazmat.primitives.ciphers.modes import CTR
@@ -58,20 +59,21 @@ def encrypt(
         annotations[f"{WRAPPED}pkcs7"] = base64.b64encode(pkcs7.wrap(private, recipients.certificates)).decode()
     told = parameters(recipients.providers)
     for name in told:
-        packet = KeyProviders(providers).wrap(name, told, private)
+        packet = KeyProviders(providers).wrap(name, told, private, errand)
         annotations[f"{WRAPPED}provider.{name}"] = base64.b64encode(packet).decode()
     return Descriptor(layer.media_type + ENCRYPTED, f"sha256:{digest.hexdigest()}", size, annotations)
 
 
 def decrypt(
-    source: Path, layer: Descriptor, keys: Sequence[KeyFile], target: Path, providers: Path | None = None
+    source: Path, layer: Descriptor, keys: Sequence[KeyFile], target: Path, providers: Path | None, errand: Errand
 ) -> Descriptor:
-    """Writes the encrypted layer in `source` to `target`, plain. Raises DecryptionRefused, ContentInvalid, OSError."""
+    """Writes the encrypted layer in `source` to `target`, plain; `providers` as above. Raises DecryptionRefused,
+    ContentInvalid, OSError."""
     from cryptography.hazmat.primitives.ciphers import Cipher
     from cryptography.hazmat.primitives.ciphers.algorithms import AES
     from cryptography.hazmat.primitives.ciphers.modes import CTR
 
-    opened = Opener(None, providers).open_blob(layer, keys)
+    opened = Opener(None, providers).open_blob(layer, keys, errand)
     key, nonce, expected = opened.key
     decryptor = Cipher(AES(key), CTR(nonce)).decryptor()
     mac, digest, size = hmac.new(key, digestmod=hashlib.sha256), hashlib.sha256(), 0

@@ -3,7 +3,8 @@
     key_provider.py DIRECTORY
 
 DIRECTORY/secret is what it wraps with, DIRECTORY/asked gets a line of JSON for each request. It wraps by HMAC-SHA-256
-as a stream, and refuses packets that another secret has wrapped. DIRECTORY/answer, where there is one, is what it says.
+as a stream, and refuses packets that another secret has wrapped. DIRECTORY/answer, where there is one, is what it says;
+with a DIRECTORY/silent it says nothing and does not end, and DIRECTORY/silent has a file called by its pid.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import hmac
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -40,6 +42,9 @@ def main() -> None:
     request = json.load(sys.stdin)
     with (home / "asked").open("a") as log:
         log.write(json.dumps(request) + "\n")
+    if (home / "silent").exists():
+        (home / "silent" / str(os.getpid())).touch()
+        signal.pause()
     if (home / "answer").exists():
         sys.stdout.write((home / "answer").read_text())
         return

@@ -18,6 +18,7 @@ import pytest
 from imagestore.encryption.keys import key_files, keys_below, recipients
 from imagestore.encryption.layers import PUBLIC, Opener, private_options, public_options
 from imagestore.encryption.sealing import encrypt
+from imagestore.errands import Errand
 from imagestore.model import ContentInvalid, DecryptionRefused, Descriptor, Image, ImageError
 from tests.fakes.imagestore import Bench, run
 from tests.fakes.registry import OCI_MANIFEST, BuiltImage, FakeRegistry, as_json, build_image, sha256, write_layout
@@ -254,15 +255,20 @@ def test_without_a_key_nothing_is_fetched(world: World) -> None:
     assert not any(world.registry.count("GET", f"/v2/team/app/blobs/{digest}") for digest in blobs)
 
 
-def test_a_scheme_that_we_have_not_is_named(world: World) -> None:
+@pytest.mark.parametrize("scheme", ["pgp", "pkcs11"])
+def test_a_scheme_that_we_have_not_is_named(world: World, scheme: str) -> None:
+    """With the layer, and without talk of keys: none would help."""
+
     def edit(manifest: dict[str, Any]) -> None:
         for layer in manifest["layers"]:
             wrapped = layer["annotations"].pop("org.opencontainers.image.enc.keys.jwe")
-            layer["annotations"]["org.opencontainers.image.enc.keys.pgp"] = wrapped
+            layer["annotations"][f"org.opencontainers.image.enc.keys.{scheme}"] = wrapped
 
     name = world.serve(world.by_skopeo(f"jwe:{world.keys.public('rsa')}"), edit=edit)
-    with pytest.raises(DecryptionRefused, match=r"encrypted \(pgp\)"):
-        world.pull(name, world.keys.private("rsa"))
+    says = rf"layer sha256:[0-9a-f]{{64}}: encrypted \({scheme}\), which no key opens here: jwe, pkcs7 and key "
+    for keys in ((), (world.keys.private("rsa"),)):
+        with pytest.raises(DecryptionRefused, match=says):
+            world.pull(name, *keys)
 
 
 def test_ciphertext_that_was_altered_is_not_committed(world: World) -> None:
@@ -368,6 +374,8 @@ def test_a_key_of_ones_own_for_somebody_elses_layer(world: World) -> None:
         Descriptor("application/vnd.oci.image.layer.v1.tar+gzip", sha256(b"not the layer"), 13),
         recipients([f"jwe:{world.keys.public('rsa')}"]),
         world.directory / "forged",
+        None,
+        Errand(),
     )
 
     def edit(manifest: dict[str, Any]) -> None:

@@ -3,28 +3,35 @@ what is asked and answered stands here in full, as ocicrypt's own types have it.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from google.protobuf.wrappers_pb2 import BytesValue
 
-from imagestore.encryption import key_services
+from imagestore.encryption import key_providers, key_services
 from imagestore.encryption.keys import key_files, pack, recipients, unpack
 from imagestore.model import DecryptionRefused, ImageError
 from tests.fakes import key_provider
 from tests.fakes.imagestore import QUICK, Bench
-from tests.fakes.registry import FakeRegistry, make_tls
+from tests.fakes.registry import FakeRegistry, build_image, make_tls
 from tests.integration.test_imagestore_copy import copy
 from tests.integration.test_imagestore_encryption import IMAGE, Keys, World, manifest_of
+from tests.support import SOON_S
+
+T = TypeVar("T")
 
 ANNOTATION = "org.opencontainers.image.enc.keys.provider.vault"
 
@@ -193,6 +200,58 @@ def test_a_file_that_cannot_be_used(node: Node, text: str | None, says: str) -> 
         node.file.write_text(text)
     with pytest.raises(DecryptionRefused, match=says):
         node.pull(name)
+
+
+def silenced(node: Node) -> Callable[[], list[int]]:
+    """From now on the provider does not answer: the processes that do not."""
+    (node.home / "silent").mkdir()
+    return lambda: [int(name) for name in os.listdir(node.home / "silent")]
+
+
+async def whichever(probe: Callable[[], T], what: str) -> T:
+    """As `eventually`, for the event loop."""
+    async with asyncio.timeout(SOON_S):
+        while not (found := probe()):
+            await asyncio.sleep(0.01)
+    assert found, what
+    return found
+
+
+def test_r14_one_that_is_silent_holds_up_nobody_else_and_ends_with_its_pulls(node: Node) -> None:
+    """More of them than there are threads that write what others download."""
+    names = [node.serve(node.sealed("provider:vault"), f"stuck/app{n}") for n in range(2)]
+    plain = node.registry.add("plain", "1", build_image([{"x": b"y"}]))
+    asked, store = silenced(node), node.bench.store
+    count = node.bench.config.concurrent_downloads + 4
+
+    async def body() -> None:
+        # Each in a namespace of its own is a pull of its own.
+        stuck = [asyncio.create_task(store.pull(names[n % 2], namespace=f"n{n}")) for n in range(count)]
+        await whichever(lambda: len(asked()) == count, "all of them wait")
+        assert (await store.pull(plain)).repo_tags == (plain,)
+        for pull in stuck:
+            pull.cancel()
+        await asyncio.wait(stuck)
+        assert all(pull.cancelled() for pull in stuck)
+        assert not [pid for pid in asked() if Path(f"/proc/{pid}").exists()]
+
+    asyncio.run(body())
+
+
+def test_a_service_that_is_silent_ends_with_its_pull(node: Node, vault: list[str]) -> None:
+    name = node.serve(node.sealed("provider:vault"))
+    asked, began = silenced(node), time.monotonic()
+
+    async def body() -> None:
+        pull = asyncio.create_task(node.bench.store.pull(name))
+        await whichever(asked, "it is asked")
+        pull.cancel()
+        await asyncio.wait({pull})
+        assert pull.cancelled() and time.monotonic() - began < key_providers.ANSWER_S
+
+    asyncio.run(body())
+    for pid in asked():  # the service's own
+        os.kill(pid, signal.SIGKILL)
 
 
 # --------------------------------------------------------------------------------------------------------- services

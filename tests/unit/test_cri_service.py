@@ -22,6 +22,7 @@ from cri.api import api_pb2_grpc
 from cri.daemon import _server
 from cri.errors import CODES, CallFailed, code_of
 from cri.interfaces import ContainerError, ExecResult
+from cri.threads import LIMIT
 from cri.undo import Undo, both
 from cri.verbs.images import credentials, mount_points
 from cri.verbs.stop_container import signal_number
@@ -628,6 +629,31 @@ def test_pods_of_the_systemd_driver_are_in_slices(tmp_path: Path) -> None:
         assert await cgroup_of("none", "") == "/ocid.slice/ocid-ID.scope"
         with pytest.raises(CallFailed, match=r"linux.cgroup_parent: '/kubepods/podx': .*no slice"):
             await rig.run_pod("wrong", linux=pb.LinuxPodSandboxConfig(cgroup_parent="/kubepods/podx"))
+
+    on_rig(tmp_path, body)
+
+
+def test_r14_creations_that_wait_for_a_key_leave_questions_alone(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        answered, waiting = threading.Event(), 0
+
+        def permit(*_: object) -> None:
+            nonlocal waiting
+            waiting += 1
+            assert answered.wait(SOON_S)
+
+        rig.images.permit = permit  # type: ignore[method-assign]
+        pod = await rig.run_pod("stuck")
+        stuck = [asyncio.create_task(rig.create(pod, f"c{n}")) for n in range(LIMIT)]
+        try:
+            async with asyncio.timeout(SOON_S):
+                while waiting < LIMIT:
+                    await asyncio.sleep(0.01)
+                image = pb.ImageStatusRequest(image=pb.ImageSpec(image=IMAGE))
+                assert (await rig.call("ImageStatus", image)).image.id
+        finally:
+            answered.set()
+            await asyncio.gather(*stuck)
 
     on_rig(tmp_path, body)
 

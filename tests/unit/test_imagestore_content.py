@@ -223,7 +223,7 @@ def test_what_was_opened_for_a_pull_that_is_cancelled_meanwhile_is_let_go(blobs:
         return opened(blobs)
 
     async def scenario() -> None:
-        threads = Threads(1, 1)
+        threads = Threads(1, 1, 1)
         threads.enter()
         taking = asyncio.create_task(threads.take(Ingest.close, slowly))
         await asyncio.sleep(0)

@@ -6,15 +6,18 @@ import base64
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from imagestore.errands import Errand
 from imagestore.keyring import Keyring, KeyringConfig, matches, usual_files
 from imagestore.model import Credentials, ImageError
 from imagestore.programs import ask, find
 from imagestore.providers import read_providers
+from tests.support import SOON_S, eventually
 
 SECRET = "hunter2!"
 
@@ -212,10 +215,36 @@ def test_a_helper_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None
     path = program(tmp_path, "h", f"sleep 600 & echo $$ $! >{pids}; wait")
     began = time.monotonic()
     with pytest.raises(ImageError, match="no answer in 0.5 s"):
-        ask(path, [], {"PATH": os.environ["PATH"]}, b"", 0.5)
+        ask(path, [], {"PATH": os.environ["PATH"]}, b"", 0.5, Errand())
     assert time.monotonic() - began < 20
     for pid in pids.read_text().split():
         assert _is_gone(int(pid)), f"{pid} is still there"
+
+
+def test_a_program_ends_with_its_errand(tmp_path: Path) -> None:
+    pids, errand = tmp_path / "pids", Errand()
+    path = program(tmp_path, "h", f"sleep 600 & echo $$ $! >{pids}.new; mv {pids}.new {pids}; wait")
+    with ThreadPoolExecutor(1) as threads:
+        asking = threads.submit(ask, path, [], {"PATH": os.environ["PATH"]}, b"", 600, errand)
+        eventually(pids.exists)
+        errand.end()
+        with pytest.raises(ImageError, match="credential program h: given up, killed"):
+            asking.result(SOON_S)
+    assert all(_is_gone(int(pid)) for pid in pids.read_text().split())
+    pids.unlink()
+    with pytest.raises(ImageError, match="not asked: it was given up"):
+        ask(path, [], {}, b"", 600, errand)
+    with pytest.raises(ImageError, match="not asked: what was asked before it has taken all of 0 s"):
+        ask(path, [], {}, b"", 600, Errand(0))
+    assert not pids.exists()
+
+
+def test_programs_share_the_time_of_their_errand(tmp_path: Path) -> None:
+    path = program(tmp_path, "h", "sleep 600")
+    errand = Errand(0.4)
+    for says in ("no answer in 0.[34]", "no answer in 0.[012]|has taken all of 0.4 s", "has taken all of 0.4 s"):
+        with pytest.raises(ImageError, match=says):
+            ask(path, [], {"PATH": os.environ["PATH"]}, b"", 0.3, errand)
 
 
 def _is_gone(pid: int) -> bool:
@@ -234,7 +263,7 @@ def test_a_helper_inherits_nothing(tmp_path: Path) -> None:
     fd = os.open("/dev/null", os.O_RDONLY)
     os.set_inheritable(fd, True)
     try:
-        answer = ask(program(tmp_path, "h", "ls /proc/$$/fd"), [], {"PATH": os.environ["PATH"]}, b"", 30)
+        answer = ask(program(tmp_path, "h", "ls /proc/$$/fd"), [], {"PATH": os.environ["PATH"]}, b"", 30, Errand())
     finally:
         os.close(fd)
     # The shell has its script open as one more, with a high number.
@@ -242,7 +271,7 @@ def test_a_helper_inherits_nothing(tmp_path: Path) -> None:
 
 
 def test_a_long_question_meets_a_deaf_program(tmp_path: Path) -> None:
-    answer = ask(program(tmp_path, "h", "echo heard"), [], {"PATH": os.environ["PATH"]}, b"x" * (1 << 20), 30)
+    answer = ask(program(tmp_path, "h", "echo heard"), [], {"PATH": os.environ["PATH"]}, b"x" * (1 << 20), 30, Errand())
     assert answer == b"heard\n"
 
 
