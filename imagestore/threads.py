@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from imagestore.errands import Errand
@@ -72,7 +73,7 @@ class Threads:
         if self._ask is None:
             self._ask = ThreadPoolExecutor(self._sizes[2], thread_name_prefix="image-ask")
         errand = Errand()
-        asking = asyncio.get_running_loop().run_in_executor(self._ask, call, *args, errand)
+        asking = asyncio.get_running_loop().run_in_executor(self._ask, partial(call, *args, errand))
         try:
             await asyncio.wait({asking})
         except asyncio.CancelledError:
