@@ -150,8 +150,10 @@ class ImageSection:
     """[image]"""
 
     hosts_dirs: tuple[Path, ...] = _key(
-        (Path("/etc/ocid/certs.d"), Path("/etc/containerd/certs.d")),
-        "Where hosts.toml directories of registries lie; the first one that has a registry decides.",
+        tuple(Path(f"/etc/{owner}/certs.d") for owner in ("ocid", "containerd", "containers", "docker")),
+        "Where registries have directories with a hosts.toml, or as docker and podman have them, with NAME.crt (an "
+        "authority) and NAME.cert, NAME.key (shown to it). The first hosts.toml of a registry decides, else the first "
+        "directory with such files.",
         check=_absolute_all,
     )
     registries_conf: Path = _key(

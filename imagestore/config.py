@@ -23,6 +23,7 @@ class StoreConfig:
 
     platform: Platform = host_platform()
     hosts_directories: tuple[Path, ...] = (Path("/etc/ocid/certs.d"), Path("/etc/containerd/certs.d"))
+    """With a directory for each registry: hosts.toml, or certificates alone."""
     pinned: frozenset[str] = frozenset()
     """References whose images are reported as pinned: the kubelet's image collection leaves those alone."""
     layers_usage: Callable[[], Usage] | None = None

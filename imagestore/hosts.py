@@ -10,6 +10,7 @@ Invariant: plain HTTP only where the reference itself names a loopback host lite
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -71,13 +72,18 @@ def hosts_for(domain: str, directories: tuple[Path, ...], limit: int) -> tuple[H
 
 def configured(domain: str, directories: tuple[Path, ...], limit: int) -> tuple[Host, ...] | None:
     """As `hosts_for`; None where no directory says anything of this registry."""
-    for directory in directories:
-        for name in _names(domain):
-            path = directory / name / "hosts.toml"
-            document = _read(path)
-            if document is not None:
-                return _File(path, domain).hosts(document, limit)
+    for directory in directories_of(domain, directories):
+        document = _read(directory / "hosts.toml")
+        if document is not None:
+            return _File(directory / "hosts.toml", domain).hosts(document, limit)
     return None
+
+
+def directories_of(authority: str, directories: Sequence[Path]) -> Iterator[Path]:
+    """Where a registry's files may lie; the first that has some decides."""
+    for directory in directories:
+        for name in _names(authority):
+            yield directory / name
 
 
 def _names(domain: str) -> tuple[str, ...]:

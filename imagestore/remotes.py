@@ -10,6 +10,7 @@ from __future__ import annotations
 from imagestore.auth import applicable
 from imagestore.config import StoreConfig
 from imagestore.errands import Errand
+from imagestore.host_files import with_certificates
 from imagestore.hosts import Host, configured, upstream_host
 from imagestore.keyring import Keyring
 from imagestore.model import Credentials
@@ -54,8 +55,10 @@ class Remotes:
     ) -> list[tuple[Host, tuple[Credentials, ...]]]:
         config = self._config
         listed = self._files.now().hosts(wanted)  # first of all: it may say that the registry is blocked
-        hosts = configured(wanted.domain, config.hosts_directories, config.mirrors) or listed
-        hosts = hosts or (upstream_host(wanted.domain),)
+        hosts = configured(wanted.domain, config.hosts_directories, config.mirrors)
+        if hosts is None:
+            named = listed or (upstream_host(wanted.domain),)
+            hosts = with_certificates(named, wanted.domain, config.hosts_directories)
         return [(host, self._logins(host, wanted, applicable(given, wanted.domain), errand)) for host in hosts]
 
     def _logins(

@@ -48,12 +48,12 @@ class Transient(RegistryUnavailable):
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """How to verify a server and how to show oneself to it, as hosts.toml says."""
+    """How to verify a server and how to show oneself to it, as hosts.toml says, or files beside where that would be."""
 
     host: Host | None = None
 
     def context(self) -> ssl.SSLContext:
-        """Raises ImageError when a file of hosts.toml cannot be used."""
+        """Raises ImageError when a certificate cannot be used."""
         context = ssl.create_default_context()
         host = self.host
         if host is None:
@@ -64,7 +64,7 @@ class Tls:
             for certificate, key in host.client:
                 context.load_cert_chain(certificate, key)
         except (OSError, ssl.SSLError) as error:
-            raise ImageError(f"registry {host.origin}: certificates of hosts.toml: {error}") from None
+            raise ImageError(f"registry {host.origin}: certificates: {error}") from None
         if host.skip_verify:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE

@@ -262,6 +262,24 @@ def test_a_client_certificate_is_shown_to_its_host_alone(bench: Bench, tmp_path:
             bench.pull(reference)
 
 
+def test_certificates_as_docker_has_them(bench: Bench, tmp_path: Path) -> None:
+    """No hosts.toml: a CA and a client's certificate in the registry's directory, and a file that is lost is named."""
+    context, ca = make_tls(tmp_path, "127.0.0.1")
+    certificate, key = tmp_path / "client.crt", tmp_path / "client.key"
+    _client(certificate, key)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(certificate)
+    with FakeRegistry(tls=context) as secure:
+        reference = secure.add("team/app", "1", build_image())
+        files = bench.hosts / secure.name
+        files.mkdir(parents=True)
+        for name, path in (("ca.crt", ca), ("client.cert", certificate), ("client.key", key)):
+            with pytest.raises(ImageError):
+                bench.pull(reference)
+            (files / name).write_bytes(path.read_bytes())
+        bench.pull(reference)
+
+
 def _client(certificate: Path, key: Path) -> None:
     kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1", "-subj", "/CN=client"]
     command = ["openssl", "req", "-x509", *kind, "-keyout", str(key), "-out", str(certificate)]

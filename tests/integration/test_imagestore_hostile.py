@@ -733,7 +733,7 @@ def test_broken_hosts_toml(bench: Bench, registry: FakeRegistry) -> None:
     bench.hosts_toml(registry.name, "server = 7")
     fails(bench, reference, ImageError, r"hosts\.toml: server: expected a URL")
     bench.hosts_toml(registry.name, f'server = "https://{registry.name}"\nca = "missing.pem"')
-    fails(bench, reference, ImageError, r"certificates of hosts\.toml")
+    fails(bench, reference, ImageError, rf"registry https://{registry.name}: certificates: ")
     bench.hosts_toml(registry.name, f'server = "{registry.url}"')
     heals(bench, registry, reference)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from imagestore.hosts import Host, hosts_for
+from imagestore.host_files import with_certificates
+from imagestore.hosts import Host, hosts_for, upstream_host
 from imagestore.model import ImageError
 from imagestore.proxy import proxy_for
 
@@ -177,3 +178,62 @@ PROXIES = {"HTTPS_PROXY": "http://secure:3128", "http_proxy": "plain:80"}
 def test_proxies_of_the_environment(url: str, excluded: str, proxy: str | None) -> None:
     assert proxy_for(url, {**PROXIES, "NO_PROXY": excluded}) == proxy
     assert proxy_for(url, {}) is None
+
+
+# -------------------------------------------------------------------------------------- certificates as docker has them
+
+
+def lay(directory: Path, *names: str) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (directory / name).touch()
+    return directory
+
+
+def test_certificates_lie_under_the_name_of_their_host(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    lay(ours / "r.example:5000")  # empty: the next one is looked at
+    own = lay(theirs / "r.example:5000", "ca.crt", "b.crt", "client.cert", "client.key", "README")
+    lay(theirs / "r.example", "other.crt")
+    usual = lay(theirs / "_default", "all.crt")
+    hub = lay(theirs / "docker.io", "hub.crt")
+
+    def of(domain: str) -> Host:
+        (host,) = with_certificates((upstream_host(domain),), domain, (ours, theirs))
+        return host
+
+    found = of("r.example:5000")
+    assert found.ca == (own / "b.crt", own / "ca.crt")
+    assert found.client == ((own / "client.cert", own / "client.key"),)
+    assert of("quay.io").ca == (usual / "all.crt",) and of("quay.io").client == ()
+    assert of("docker.io").ca == (usual / "all.crt",)  # under registry-1.docker.io's own name first
+    (usual / "all.crt").unlink()
+    assert of("docker.io").ca == (hub / "hub.crt",) and of("quay.io") == upstream_host("quay.io")
+
+
+def test_a_mirror_has_its_own_certificates_only(tmp_path: Path) -> None:
+    files = lay(tmp_path / "r.example", "ca.crt")
+    hosts = (Host("https://m.example/v2", upstream=False), Host("https://r.example/v2", upstream=True))
+    mirror, registry = with_certificates(hosts, "r.example", (tmp_path,))
+    assert mirror == hosts[0] and registry.ca == (files / "ca.crt",)
+
+
+def test_certificates_say_that_a_registry_speaks_tls(tmp_path: Path) -> None:
+    lay(tmp_path / "localhost:5000", "ca.crt")
+    (host,) = with_certificates((upstream_host("localhost:5000"),), "localhost:5000", (tmp_path,))
+    assert host.base == "https://localhost:5000/v2"
+    both = tuple(Host(f"{scheme}://localhost:5000/v2", upstream=True) for scheme in ("http", "https"))
+    assert bases(with_certificates(both, "localhost:5000", (tmp_path,))) == bases(both)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("a.cert",), r"a\.key is missing: the key of a client"),
+        (("a.cert", "a.key", "b.key"), r"b\.cert is missing: the certificate of a client"),
+    ],
+)
+def test_half_of_a_client_is_an_error(tmp_path: Path, names: tuple[str, ...], says: str) -> None:
+    lay(tmp_path / "r.example", *names)
+    with pytest.raises(ImageError, match=says):
+        with_certificates((upstream_host("r.example"),), "r.example", (tmp_path,))
