@@ -72,13 +72,15 @@ class Images(Protocol):
         keys: tuple[KeyFile, ...] = (),
         *,
         all_platforms: bool = False,
+        platform: str = "",
     ) -> Image:
         """Before: anything. After: the image is whole, unpacked, durable and has `reference` as tag or digest.
 
         `namespace` is that of the pod it is for, which may have a signature policy of its own. `keys` open encrypted
         layers, besides those that this node has. `all_platforms`: what an index has for others is kept as it is, as
-        long as the image is. Equal pulls at once are one; cancelling the last waiter leaves only resumable ingests.
-        Idempotent: asks the registry for the tag's digest each time. Raises imagestore.model.ImageError and its kinds.
+        long as the image is. `platform`: the image for another one than this machine's, "os/arch[/variant]", which
+        `reference` then means here. Equal pulls at once are one; cancelling the last waiter leaves only resumable
+        ingests. Idempotent: asks the registry for the tag's digest each time. Raises imagestore.model.ImageError and its kinds.
         """
         ...
 

@@ -47,10 +47,11 @@ if TYPE_CHECKING:
 
 # gRPC metadata that our own command line sends: with RunPodSandbox a network's name, or "none"; with PullImage and
 # CreateContainer the private keys that open the image's layers, as imagestore.encryption.keys.pack writes them; with
-# PullImage that what an index has for other platforms is kept, too.
+# PullImage that what an index has for other platforms is kept, too, or another platform than this machine's.
 NETWORK_KEY = "ocid-network"
 KEYS_KEY = "ocid-decryption-keys-bin"
 ALL_PLATFORMS_KEY = "ocid-all-platforms"
+PLATFORM_KEY = "ocid-platform"
 _CARRYING = frozenset({"RunPodSandbox", "PullImage", "CreateContainer"})
 
 Verb = Callable[..., Awaitable[Any]]
@@ -148,7 +149,8 @@ class Service:
         keys = _keys(metadata)
         if name == "PullImage":
             everything = any(key == ALL_PLATFORMS_KEY for key, _ in metadata)
-            return await images.pull_image(self.node, request, keys, all_platforms=everything)
+            platform = next((str(value) for key, value in metadata if key == PLATFORM_KEY), "")
+            return await images.pull_image(self.node, request, keys, all_platforms=everything, platform=platform)
         return await verb(self.node, request, keys)
 
     def stream(self, name: str, request: Any, begun: Begun, metadata: Metadata = ()) -> AsyncGenerator[bytes, None]:

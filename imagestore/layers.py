@@ -97,7 +97,7 @@ class Layers:
         await puller.fetch(self._source, manifest.config, self._held, tell)
         data = await puller.threads.io(puller.blobs.read, manifest.config.digest, puller.config.config_bytes)
         config, layers = await puller.threads.io(parse_config, data, manifest, what, puller.config)
-        check_platform(config, puller.config.platform, what)
+        check_platform(config, self._held.platform, what)
         if not any(map(is_encrypted, self._blobs)):
             return Known(config, layers, {})
         return Known(config, layers, await puller.threads.ask(puller.opener.open, layers, self._held.keys))

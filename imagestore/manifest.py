@@ -255,11 +255,18 @@ def _image_config(document: Fields) -> ImageConfig:
     )
 
 
+def platform_of(image: ImageConfig) -> Platform | None:
+    """What the config says that it is for; None where it does not say."""
+    return Platform(image.os, image.architecture, image.variant) if image.architecture else None
+
+
 def check_platform(image: ImageConfig, platform: Platform, what: str) -> None:
-    """Raises ImageNotFound when the config says that this machine cannot run it. One that does not say may try."""
-    offered = Platform(image.os, image.architecture or platform.architecture, image.variant)
+    """Raises ImageNotFound when the config says that `platform` cannot run it. One that does not say may try."""
+    offered = platform_of(image)
+    if offered is None:
+        offered = Platform(image.os, platform.architecture, image.variant)
     if platform.rank(offered) is None:
-        raise ImageNotFound(f"{what}: the image is for {offered}, this machine is {platform}")
+        raise ImageNotFound(f"{what}: the image is for {offered}, wanted is one for {platform}")
 
 
 def chain_ids(diff_ids: tuple[str, ...], seals: tuple[str, ...] = ()) -> tuple[str, ...]:

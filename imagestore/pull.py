@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import field
+from dataclasses import field, replace
 
 from imagestore.ahead import Ahead, Attempt
 from imagestore.config import StoreConfig
@@ -35,6 +35,7 @@ from imagestore.model import (
     ProgressFunction,
     Unpacker,
 )
+from imagestore.platforms import Platform
 from imagestore.registry import Document
 from imagestore.resolve import resolve
 from imagestore.shared import Flights, Slots
@@ -64,9 +65,11 @@ class Pulled:
 
 @dataclass(slots=True)
 class Held:
-    """The leases of one pull, its turns at downloading, and the private keys that its caller gave."""
+    """The leases of one pull, its turns at downloading, the platform that it is for, and the private keys that its
+    caller gave."""
 
     turns: asyncio.Semaphore
+    platform: Platform
     keys: tuple[KeyFile, ...] = ()
     blobs: set[str] = field(default_factory=set)
     layers: set[str] = field(default_factory=set)
@@ -95,7 +98,7 @@ class Puller:
         that they name, and refuses by raising. With `everything`, images of other platforms come along, packed as they
         are. Raises ImageError and its kinds."""
         top = await source.top()
-        chosen, manifest = await resolve(source, top, self.threads, self.config)
+        chosen, manifest = await resolve(source, top, self.threads, replace(self.config, platform=held.platform))
         await admit(top.digest, chosen.digest)
         for document in (top, chosen):
             self.leases.lease_blob(document.digest, held.blobs)

@@ -27,6 +27,7 @@ from imagestore.errands import Errand
 from imagestore.layout import Layout
 from imagestore.leases import Leases
 from imagestore.local import DirectoryFiles, DockerArchive, LocalSource, TarFiles, local_name
+from imagestore.manifest import check_platform, platform_of
 from imagestore.model import (
     AccessDenied,
     ContentInvalid,
@@ -43,6 +44,8 @@ from imagestore.model import (
     Unpacker,
     Usage,
 )
+from imagestore.platforms import Platform, parse_platform
+from imagestore.policy import Requirements
 from imagestore.pull import Held, Pulled, Puller
 from imagestore.records import ImageRecord, Records
 from imagestore.reference import Reference, parse
@@ -65,12 +68,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class _Caller:
-    """Who asks for a pull, a login, the pod's namespace, private keys; and whether for all platforms."""
+    """Who asks for a pull, a login, the pod's namespace, private keys; and whether for all platforms, or another than
+    this machine's."""
 
     credentials: Credentials | None
     namespace: str
     keys: tuple[KeyFile, ...]
     everything: bool
+    platform: Platform | None
 
 
 class Store:
@@ -116,9 +121,11 @@ class Store:
         keys: tuple[KeyFile, ...] = (),
         *,
         all_platforms: bool = False,
+        platform: str = "",
     ) -> Image:
         """See cri.interfaces.Images.pull. A short name that may mean several images is the first that there is."""
-        caller = _Caller(credentials, namespace, keys, all_platforms)
+        wanted_platform = parse_platform(platform) if platform else None
+        caller = _Caller(credentials, namespace, keys, all_platforms, wanted_platform)
         candidates = self._remotes.candidates(reference)
         said: list[str] = []
         for wanted in candidates[:-1]:
@@ -148,21 +155,25 @@ class Store:
 
     async def _pull(self, wanted: Reference, caller: _Caller, tell: ProgressFunction) -> Image:
         async def work(held: Held) -> Image:
-            subject = in_registry(wanted)
-            requirements = await self._threads.io(self._trust.before, subject, caller.namespace)
+            requirements = await self._threads.io(self._trust.before, in_registry(wanted), caller.namespace)
             await self._threads.io(preload)
             async with self._transport.open():
                 source = RegistrySource(wanted, await self._remotes.repositories(wanted, caller.credentials))
                 # What other platforms have may be missing where this one's is here.
-                image = None if caller.everything else await self._unchanged(wanted, source, caller)
+                image = None
+                if not caller.everything and caller.platform is None:
+                    image = await self._unchanged(wanted, source, caller)
                 if image is None:
-                    finder = Finder(wanted, source, self._transport, self._config)
-                    gate = Gate(self._trust, subject, requirements, finder, caller.namespace)
+                    gate = self._gate(source, requirements, caller.namespace)
                     pulled = await self._puller.run(source, held, tell, gate.admit, everything=caller.everything)
                     image = await self._threads.io(self._record, wanted, pulled, pulled.served, gate)
                 return image
 
-        return await self._session(work, caller.keys)
+        return await self._session(work, caller.keys, caller.platform)
+
+    def _gate(self, source: RegistrySource, requirements: Requirements, namespace: str = "") -> Gate:
+        finder = Finder(source.reference, source, self._transport, self._config)
+        return Gate(self._trust, in_registry(source.reference), requirements, finder, namespace)
 
     @contextmanager
     def watched(self, listener: Callable[[str, Progress], None]) -> Iterator[None]:
@@ -204,7 +215,10 @@ class Store:
         image = self._catalog.image(record, again=True)
         try:
             if image is not None:
+                check_platform(image.config, self._config.platform, name)
                 self._permit(image, name, caller.namespace, caller.keys, errand)
+        except ImageNotFound:
+            return None  # it was pulled for another platform
         except SignatureRefused:
             return None  # there may be other signatures by now
         return image
@@ -258,10 +272,13 @@ class Store:
         except ImageError as error:
             raise told(f"import {path}", error) from error
 
-    async def _session(self, work: Callable[[Held], Awaitable[T]], keys: tuple[KeyFile, ...] = ()) -> T:
+    async def _session(
+        self, work: Callable[[Held], Awaitable[T]], keys: tuple[KeyFile, ...] = (), platform: Platform | None = None
+    ) -> T:
         """A pull's frame: its leases and worker threads exist as long as it does."""
         async with self._pulls.here():
-            held = Held(asyncio.Semaphore(self._config.concurrent_downloads), keys)
+            turns = asyncio.Semaphore(self._config.concurrent_downloads)
+            held = Held(turns, platform or self._config.platform, keys)
             self._threads.enter()
             try:
                 # Blocks while another process collects; entered for certain, so that `leave` is right.
@@ -374,22 +391,23 @@ class Store:
 
     async def _fetch_again(self, image_id: str, tell: ProgressFunction) -> str:
         said = []
-        everything = any(one.indexes for one in await asyncio.to_thread(self._records.images) if one.id == image_id)
+        record = await asyncio.to_thread(self._records.by_id, image_id.removeprefix("sha256:"))
+        everything = record is not None and bool(record.indexes)
+        contents = await asyncio.to_thread(self._catalog.contents, record.manifest) if record else None
+        platform = platform_of(contents.config) if contents and not contents.artifact else None
         for origin in await asyncio.to_thread(self._doctor.origins, image_id):
 
             async def work(held: Held, origin: Reference = origin) -> str:
-                subject = in_registry(origin)
-                requirements = await self._threads.io(self._trust.before, subject)
+                requirements = await self._threads.io(self._trust.before, in_registry(origin))
                 await self._threads.io(preload)
                 async with self._transport.open():
                     source = RegistrySource(origin, await self._remotes.repositories(origin, None))
-                    finder = Finder(origin, source, self._transport, self._config)
-                    gate = Gate(self._trust, subject, requirements, finder)
+                    gate = self._gate(source, requirements)
                     pulled = await self._puller.run(source, held, tell, gate.admit, everything=everything)
                     return pulled.image_id
 
             try:
-                if await self._session(work) == image_id:
+                if await self._session(work, platform=platform) == image_id:
                     return ""
                 said.append(f"{origin} is another image now")
             except ImageError as error:

@@ -43,11 +43,22 @@ class Api:
             self._stubs = (api_pb2_grpc.RuntimeServiceStub(channel), api_pb2_grpc.ImageServiceStub(channel))
 
     async def call(
-        self, name: str, request: Any, *, network: str = "", keys: bytes = b"", all_platforms: bool = False
+        self,
+        name: str,
+        request: Any,
+        *,
+        network: str = "",
+        keys: bytes = b"",
+        all_platforms: bool = False,
+        platform: str = "",
     ) -> Any:
         """One unary call; cri.service says what goes along with which. Raises ApiError."""
-        everything = "1" if all_platforms else ""
-        carried = (("ocid-network", network), ("ocid-decryption-keys-bin", keys), ("ocid-all-platforms", everything))
+        carried = (
+            ("ocid-network", network),
+            ("ocid-decryption-keys-bin", keys),
+            ("ocid-all-platforms", "1" if all_platforms else ""),
+            ("ocid-platform", platform),
+        )
         metadata = tuple((key, value) for key, value in carried if value)
         if self._stubs is None:
             from cri.errors import CallFailed

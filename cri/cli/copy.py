@@ -17,11 +17,10 @@ from cri.cli.places import (
     authfile_argument,
     copying,
     is_store,
-    platform_argument,
     store_root,
     stored_digest,
 )
-from cri.cli.pull import credentials, given_keys, keys_argument
+from cri.cli.pull import credentials, given_keys, keys_argument, platform_argument
 from imagestore.copying.copy import CopyOptions
 from imagestore.copying.places import Place, parse_place
 from imagestore.copying.session import beside
@@ -32,7 +31,7 @@ from imagestore.model import ImageError, ReferenceInvalid
 def arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("-a", "--all", action="store_true", help="every platform of an index, and the index")
-    platform_argument(which)  # type: ignore[arg-type]
+    platform_argument(which)
     parser.add_argument("--format", choices=("oci", "docker"), default="", help="manifests in this format")
     parser.add_argument("--compress", choices=("gzip", "zstd", "none"), default="", help="every layer compressed so")
     parser.add_argument("--preserve-digests", action="store_true", help="fail if anything would have to change")

@@ -12,6 +12,7 @@ from cri.api import api_pb2 as pb
 from cri.cli import names, output
 from cri.cli.connect import Api, connect
 from cri.cli.main import CommandError
+from cri.cli.pull import platform_argument
 from imagestore.copying.places import KINDS
 
 
@@ -19,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="+", help="container name or id, image reference, or docker://…, oci:…, dir:…")
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="log in to the registry with these")
     parser.add_argument("--authfile", metavar="FILE", help="logins, as podman login and docker login write them")
-    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", help="of several, the one for this platform")
+    platform_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:

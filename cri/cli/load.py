@@ -19,7 +19,7 @@ from pathlib import Path
 from cri.api import api_pb2 as pb
 from cri.cli.connect import Api, configuration, connect
 from cri.cli.main import CommandError
-from cri.cli.pull import given_keys, pull
+from cri.cli.pull import Wanted, given_keys, pull
 from imagestore.copying.archives import images_in, plain_copy
 from imagestore.copying.places import Place
 from imagestore.model import ImageError
@@ -99,11 +99,14 @@ async def into_store(args: argparse.Namespace, source: Place, name: str) -> str:
         raise CommandError("--encryption-key: what is in the store is as it came; copy it from there to elsewhere")
     if args.decryption_key and source.kind != "docker":
         raise CommandError("--decryption-key: from files the store takes layers that the node's own keys open")
+    if args.platform and source.kind != "docker":
+        raise CommandError("--platform: the store takes another platform's image from a registry only")
+    asked = Wanted(args.src_creds, given_keys(args), args.all, args.platform or "")
     async with connect(args) as api:
         if source.kind in ("docker", "ocid"):
             image = source.name
             if source.kind == "docker":
-                image = await pull(api, source.name, creds=args.src_creds, keys=given_keys(args))
+                image = await pull(api, source.name, asked)
             if name:
                 await api.own("Tag", {"name": image, "new": name})
         elif source.kind in ("oci", "oci-archive", "docker-archive"):

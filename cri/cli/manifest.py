@@ -15,8 +15,8 @@ import sys
 
 from cri.cli import output
 from cri.cli.main import CommandError
-from cri.cli.places import authfile_argument, copying, platform_argument
-from cri.cli.pull import credentials
+from cri.cli.places import authfile_argument, copying
+from cri.cli.pull import credentials, platform_argument
 from imagestore.copying.places import KINDS, Place, parse_place
 from imagestore.model import ImageError, ReferenceInvalid
 

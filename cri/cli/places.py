@@ -28,11 +28,6 @@ def authfile_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--authfile", metavar="FILE", help="logins, as podman login and docker login write them")
 
 
-def platform_argument(parser: argparse.ArgumentParser) -> None:
-    """The `--platform` option."""
-    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", help="of several, the one for this platform")
-
-
 def image_config(args: argparse.Namespace, config: Config) -> StoreConfig:
     """The image store's configuration with the command line over it. Raises CommandError."""
     made = store_config(config)

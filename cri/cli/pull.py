@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cri.api import api_pb2 as pb
 from cri.cli.connect import Api, connect
 from cri.cli.main import CommandError
+from runtime.linux.dataclass import dataclass
 
 if TYPE_CHECKING:
     from imagestore.model import Credentials, KeyFile
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="log in to the registry with these")
     keys_argument(parser)
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    platform_argument(which)
+    which.add_argument(
         "-a",
         "--all-platforms",
         action="store_true",
@@ -36,9 +39,14 @@ def run(args: argparse.Namespace) -> int:
 
 async def _run(args: argparse.Namespace) -> int:
     async with connect(args) as api:
-        keys, everything = given_keys(args), args.all_platforms
-        print(await pull(api, args.image, creds=args.creds, keys=keys, all_platforms=everything))
+        asked = Wanted(args.creds, given_keys(args), args.all_platforms, args.platform or "")
+        print(await pull(api, args.image, asked))
     return 0
+
+
+def platform_argument(parser: argparse._ActionsContainer) -> None:
+    """The `--platform` option."""
+    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", help="of several, the one for this platform")
 
 
 def keys_argument(parser: argparse.ArgumentParser) -> None:
@@ -75,20 +83,28 @@ def packed(keys: tuple[KeyFile, ...]) -> bytes:
     return pack(keys)
 
 
-async def pull(
-    api: Api, image: str, *, creds: str | None = None, keys: tuple[KeyFile, ...] = (), all_platforms: bool = False
-) -> str:
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What else than its name was asked for of an image: a login, keys for its layers, all platforms or another one."""
+
+    creds: str | None = None
+    keys: tuple[KeyFile, ...] = ()
+    all_platforms: bool = False
+    platform: str = ""
+
+
+async def pull(api: Api, image: str, wanted: Wanted) -> str:
     """Pulls and returns the image's id; shows bars on a terminal when the work is done in this process."""
     if api.local is not None and sys.stderr.isatty():
-        return await _pull_with_bars(api, image, creds, keys, all_platforms)
+        return await _pull_with_bars(api, image, wanted)
     if sys.stderr.isatty():
         watching = asyncio.create_task(_watch(api))
         try:
-            return await _ask(api, image, creds, keys, all_platforms)
+            return await _ask(api, image, wanted)
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
-    return await _ask(api, image, creds, keys, all_platforms)
+    return await _ask(api, image, wanted)
 
 
 async def _watch(api: Api) -> None:
@@ -101,24 +117,26 @@ async def _watch(api: Api) -> None:
             show(Progress(step["digest"], step["phase"], step["done"], step["total"]))
 
 
-async def _ask(api: Api, image: str, creds: str | None, keys: tuple[KeyFile, ...], all_platforms: bool) -> str:
+async def _ask(api: Api, image: str, wanted: Wanted) -> str:
     request = pb.PullImageRequest(image=pb.ImageSpec(image=image))
-    if creds:
-        request.auth.username, _, request.auth.password = creds.partition(":")
-    answer = await api.call("PullImage", request, keys=packed(keys), all_platforms=all_platforms)
+    if wanted.creds:
+        request.auth.username, _, request.auth.password = wanted.creds.partition(":")
+    keys, everything = packed(wanted.keys), wanted.all_platforms
+    answer = await api.call("PullImage", request, keys=keys, all_platforms=everything, platform=wanted.platform)
     return str(answer.image_ref)
 
 
-async def _pull_with_bars(
-    api: Api, image: str, creds: str | None, keys: tuple[KeyFile, ...], all_platforms: bool
-) -> str:
+async def _pull_with_bars(api: Api, image: str, wanted: Wanted) -> str:
     from cri.cli.bars import bars
     from imagestore.model import ImageError
 
     with bars() as show:
         try:
-            login, images = credentials(creds), api.local.images
-            return str((await images.pull(image, login, show, keys=keys, all_platforms=all_platforms)).id)
+            login, everything = credentials(wanted.creds), wanted.all_platforms
+            pulled = await api.local.images.pull(
+                image, login, show, keys=wanted.keys, all_platforms=everything, platform=wanted.platform
+            )
+            return str(pulled.id)
         except ImageError as error:
             raise CommandError(str(error)) from None
 

@@ -22,7 +22,7 @@ from cri.cli import names, options
 from cri.cli.attach import Streams
 from cri.cli.connect import Api, ApiError, connect
 from cri.cli.main import CommandError
-from cri.cli.pull import given_keys, keys_argument, packed, pull
+from cri.cli.pull import Wanted, given_keys, keys_argument, packed, pull
 from cri.cli.rm import remove
 from cri.cli.watch import wait_exit
 from runtime.linux.files import remove_tree
@@ -183,7 +183,7 @@ async def _image(api: Api, args: argparse.Namespace) -> str:
             raise CommandError(f"there is no image {args.image!r}, and --pull never forbids fetching it")
     if sys.stderr.isatty():
         print(f"pulling {args.image}", file=sys.stderr)
-    return await pull(api, args.image, keys=given_keys(args))
+    return await pull(api, args.image, Wanted(keys=given_keys(args)))
 
 
 async def _import(api: Api, source: str, path: str) -> str:

@@ -111,7 +111,12 @@ async def image_status(node: Node, request: pb.ImageStatusRequest) -> pb.ImageSt
 
 
 async def pull_image(
-    node: Node, request: pb.PullImageRequest, keys: tuple[KeyFile, ...] = (), *, all_platforms: bool = False
+    node: Node,
+    request: pb.PullImageRequest,
+    keys: tuple[KeyFile, ...] = (),
+    *,
+    all_platforms: bool = False,
+    platform: str = "",
 ) -> pb.PullImageResponse:
     """Pulls; cancelling it cancels this caller's part in the pull."""
     name = _name(request.image)
@@ -122,7 +127,9 @@ async def pull_image(
     login = credentials(request.auth) if request.HasField("auth") else None
     with trace.pull_watched() as progress:
         namespace = request.sandbox_config.metadata.namespace
-        image = await node.parts.images.pull(name, login, progress, namespace, keys, all_platforms=all_platforms)
+        image = await node.parts.images.pull(
+            name, login, progress, namespace, keys, all_platforms=all_platforms, platform=platform
+        )
     log.info("image %s is here as %s, after %.1f s", name, image.id, time.monotonic() - started)
     return pb.PullImageResponse(image_ref=image.id)
 

@@ -100,6 +100,7 @@ class MemoryImages:
         keys: tuple[KeyFile, ...] = (),
         *,
         all_platforms: bool = False,
+        platform: str = "",
     ) -> Image:
         self.namespaces.append(namespace)
         wanted = parse(reference)

@@ -290,7 +290,7 @@ def test_s45_diff_id_of_another_layer(bench: Bench, registry: FakeRegistry) -> N
 
 def test_s45_wrong_config_for_the_machine(bench: Bench, registry: FakeRegistry) -> None:
     reference = registry.add("app", "1", build_image(architecture="arm64"))
-    fails(bench, reference, ImageNotFound, "the image is for linux/arm64, this machine is linux/amd64")
+    fails(bench, reference, ImageNotFound, "the image is for linux/arm64, wanted is one for linux/amd64")
     assert bench.unpacker.calls == []  # the config told; its layers may have been asked for, but that is all
 
 

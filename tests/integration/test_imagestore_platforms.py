@@ -68,6 +68,30 @@ def test_everything_is_kept_and_ours_alone_is_unpacked(bench: Bench, registry: F
     assert bench.blobs() == ALL
 
 
+def test_another_platform_alone_is_what_the_name_means_then(
+    bench: Bench, registry: FakeRegistry, reference: str
+) -> None:
+    """And ours again, once somebody pulls without saying which."""
+    theirs = "linux/arm64/v8"
+    for platform, wanted in ((theirs, THEIRS), ("", OURS), (theirs, THEIRS), (theirs, THEIRS), ("", OURS)):
+        image = run(bench.store.pull(reference, platform=platform))
+        assert image.id == wanted.config_digest and image.repo_tags == (reference,)
+        found = bench.store.get(reference)
+        assert found is not None and found.id == image.id
+    with pytest.raises(ImageNotFound, match="no image for linux/s390x; there is"):
+        run(bench.store.pull(reference, platform="linux/s390x"))
+
+
+def test_what_was_pulled_for_another_platform_is_repaired_as_that(
+    bench: Bench, registry: FakeRegistry, reference: str
+) -> None:
+    image = run(bench.store.pull(reference, platform="linux/arm64/v8"))
+    path = bench.root / "blobs/sha256" / image.layers[0].blob.digest[7:]
+    path.write_bytes(b"")
+    assert run(bench.store.repair(bench.store.check())) == []
+    assert bench.store.check() == [] and bench.store.get(reference) == image
+
+
 def test_an_ordinary_pull_keeps_ours_and_a_later_one_completes_it(
     bench: Bench, registry: FakeRegistry, reference: str
 ) -> None:

@@ -393,7 +393,7 @@ def test_attestations_are_never_chosen() -> None:
 
 
 def test_image_for_another_machine() -> None:
-    with pytest.raises(ImageNotFound, match="for linux/arm64, this machine is linux/amd64"):
+    with pytest.raises(ImageNotFound, match="for linux/arm64, wanted is one for linux/amd64"):
         check_platform(ImageConfig(architecture="arm64"), AMD64, "config x")
     check_platform(ImageConfig(architecture=""), AMD64, "config x")
     check_platform(ImageConfig(architecture="amd64"), host_platform() if host_platform() == AMD64 else AMD64, "x")
