@@ -80,7 +80,8 @@ class Images(Protocol):
         layers, besides those that this node has. `all_platforms`: what an index has for others is kept as it is, as
         long as the image is. `platform`: the image for another one than this machine's, "os/arch[/variant]", which
         `reference` then means here. Equal pulls at once are one; cancelling the last waiter leaves only resumable
-        ingests. Idempotent: asks the registry for the tag's digest each time. Raises imagestore.model.ImageError and its kinds.
+        ingests. Idempotent: asks the registry for the tag's digest each time. Raises imagestore.model.ImageError and
+        its kinds.
         """
         ...
 
