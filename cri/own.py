@@ -5,6 +5,7 @@
     ocid.v1.Node/Garbage  {}                                                {"garbage": [{"kind", "name", …}]}
     ocid.v1.Node/Collect  {}                                                {}
     ocid.v1.Node/Check    {"repair"}                                        {"problems": [...], "left": [...]}
+    ocid.v1.Node/Sharing  {}                                                {"images": [{"image", …}], "bytes"}
     ocid.v1.Node/Pulls    {}                                                a stream of {"image", "digest", "phase", …}
 
 `file` is a ticket of cri.handover: what is read is what the command has opened. `path` is what it is called, in
@@ -32,6 +33,7 @@ from cri.threads import to_thread
 from imagestore.collector import Garbage
 from imagestore.doctor import Problem
 from imagestore.model import Image, Progress
+from imagestore.sharing import Share
 
 SERVICE = "ocid.v1.Node"
 _MESSAGE = 1 << 20
@@ -60,6 +62,8 @@ class Images(Protocol):
 
     async def repair(self, problems: Sequence[Problem]) -> Sequence[Problem]: ...
 
+    def sharing(self) -> tuple[Sequence[Share], int]: ...
+
     def watched(self, listener: Callable[[str, Progress], None]) -> AbstractContextManager[None]: ...
 
 
@@ -76,6 +80,7 @@ class Own:
             "Garbage": self._garbage,
             "Collect": self._collect,
             "Check": self._check,
+            "Sharing": self._sharing,
         }
 
     async def call(self, name: str, request: Document) -> Document:
@@ -129,6 +134,10 @@ class Own:
         problems = await to_thread(self._images.check)
         left = await self._images.repair(problems) if request.get("repair") and problems else problems
         return {"problems": [asdict(one) for one in problems], "left": [asdict(one) for one in left]}
+
+    async def _sharing(self, request: Document) -> Document:
+        shares, together = await to_thread(self._images.sharing)
+        return {"images": [asdict(one) for one in shares], "bytes": together}
 
     async def pulls(self) -> AsyncGenerator[Document, None]:
         """Every step of every pull from now on, until the caller leaves."""

@@ -53,6 +53,7 @@ from imagestore.remotes import Remotes
 from imagestore.reserve import Reserve
 from imagestore.scopes import Subject, in_file, in_registry
 from imagestore.shared import SharedWork, Slots
+from imagestore.sharing import Share, Sharing
 from imagestore.source import RegistrySource
 from imagestore.threads import Threads
 from imagestore.told import kind_of, told
@@ -104,6 +105,7 @@ class Store:
         contents = self._catalog.contents
         self._collector = Collector(self._blobs, self._leases, self._records, self._layout, unpacker, contents, config)
         self._doctor = Doctor(self._blobs, self._records, self._layout, unpacker, contents, config)
+        self._sharing = Sharing(self._blobs, self._records, self._layout, unpacker, contents, config)
         self._trust = Trust(config)
         self._puller = Puller(self._blobs, self._leases, unpacker, self._threads, config)
         self._watchers: list[Callable[[str, Progress], None]] = []
@@ -413,6 +415,13 @@ class Store:
             except ImageError as error:
                 said.append(str(error))
         return "; ".join(said) or "it came from no registry, so it cannot be fetched again"
+
+    def sharing(self) -> tuple[Sequence[Share], int]:
+        """What each image takes on disk, and what all of them do together. Raises ImageError."""
+        try:
+            return self._sharing.measure()
+        except OSError as error:
+            raise ImageError(f"measure images: {errno_text(error)}") from error
 
     def usage(self) -> Usage:
         """See cri.interfaces.Images.usage."""

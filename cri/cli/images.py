@@ -1,9 +1,11 @@
-"""`ocid images`: what is in the store."""
+"""`ocid images`: what is in the store; with --disk what that takes there, and what of it images share."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cri.api import api_pb2 as pb
 from cri.cli import output
@@ -13,6 +15,9 @@ from imagestore.artifacts import ARTIFACT_TYPE
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="only the ids")
+    parser.add_argument(
+        "-d", "--disk", action="store_true", help="what each takes on disk, and what is its own of that"
+    )
     output.format_argument(parser)
 
 
@@ -23,7 +28,10 @@ def run(args: argparse.Namespace) -> int:
 async def _run(args: argparse.Namespace) -> int:
     async with connect(args) as api:
         listed = (await api.call("ListImages", pb.ListImagesRequest())).images
-    if args.quiet:
+        disk = await api.own("Sharing", {}) if args.disk else None
+    if disk is not None and not args.quiet:
+        _disk(args.format, listed, disk)
+    elif args.quiet:
         for image in listed:
             print(image.id)
     elif args.format == "json":
@@ -48,3 +56,21 @@ async def _run(args: argparse.Namespace) -> int:
         ]
         output.table(("IMAGE", "ID", "SIZE"), sorted(rows))
     return 0
+
+
+def _disk(form: str, listed: Sequence[pb.Image], disk: Mapping[str, Any]) -> None:
+    """Blobs and unpacked layers of each image; what several have is there once."""
+    found = {one["image"]: one for one in disk["images"]}
+    apart = sum(one["bytes"] for one in disk["images"])
+    if form == "json":
+        output.as_json({"images": disk["images"], "bytes": disk["bytes"], "bytes_unshared": apart})
+        return
+    rows = [
+        (name, image.id.removeprefix("sha256:")[:12], *(output.size(found[image.id][key]) for key in ("bytes", "own")))
+        for image in listed
+        if image.id in found
+        for name in (list(image.repo_tags) or list(image.repo_digests)[:1] or ["-"])
+    ]
+    output.table(("IMAGE", "ID", "DISK", "OWN"), sorted(rows))
+    together = output.size(disk["bytes"])
+    print(f"{len(found)} images take {together}; were nothing shared, it would be {output.size(apart)}")

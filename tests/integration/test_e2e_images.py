@@ -181,6 +181,20 @@ def test_inspect_without_pulling(served: Node, registry: FakeRegistry) -> None:
     assert reference not in names(served)
 
 
+def test_what_images_take_and_share(served: Node, registry: FakeRegistry) -> None:
+    base = {"base": os.urandom(100_000)}
+    for name in ("left", "right"):
+        said(served, "pull", registry.add(name, "1", build_image([base, {name: b"1"}])))
+    found = json.loads(said(served, "images", "--disk", "--format", "json"))
+    assert found["bytes_unshared"] - found["bytes"] > 200_000
+    listing, last = said(served, "images", "--disk").decode().rstrip().rsplit("\n", 1)
+    assert "OWN" in listing and last.startswith(f"{len(found['images'])} images take ")
+    layers = int(subprocess.run(["du", "-s", "-B1", served.root / "snapshots/layers"], capture_output=True, check=True)
+                 .stdout.split()[0])  # fmt: skip
+    blobs = sum(path.stat().st_blocks * 512 for path in (served.root / "images/blobs/sha256").iterdir())
+    assert found["bytes"] == blobs + layers - os.lstat(served.root / "snapshots/layers").st_blocks * 512
+
+
 def test_gc_tells_what_and_why(served: Node, registry: FakeRegistry) -> None:
     image = build_image([{"garbage": b"1"}])
     blob = served.root / "images/blobs/sha256" / ("0" * 63 + "1")

@@ -38,6 +38,32 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     opened.close()
 
 
+# ------------------------------------------------------------------------------------------------------------- sharing
+
+
+def test_what_images_share_is_there_once(bench: Bench, registry: FakeRegistry) -> None:
+    base = {"base": os.urandom(50_000)}
+    images = [build_image([base, {name: os.urandom(9_000)}]) for name in ("one", "two")]
+    names = [registry.add("app", str(number), image) for number, image in enumerate(images)]
+    for name in names:
+        bench.pull(name)
+
+    def taken() -> int:
+        blobs = sum(path.stat().st_blocks * 512 for path in (bench.root / "blobs/sha256").iterdir())
+        return blobs + sum(bench.unpacker.layer_sizes().values())
+
+    shares, together = bench.store.sharing()
+    before = taken()
+    assert together == before
+    assert sum(share.bytes for share in shares) - together > 100_000  # the base, as a blob and unpacked
+    own = {share.image: share.own for share in shares}
+    bench.store.remove(names[0])
+    bench.store.collect()
+    assert before - taken() == own[images[0].config_digest]
+    (left,), together = bench.store.sharing()
+    assert left.image == images[1].config_digest and left.bytes == left.own == together == taken()
+
+
 # ---------------------------------------------------------------------------------------------------------- keep_blobs
 
 
