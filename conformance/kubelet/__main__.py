@@ -31,6 +31,7 @@ from conformance.kubelet import (
     network,
     probes,
     restarts,
+    shutdown,
     troubles,
     volumes,
 )
@@ -94,7 +95,7 @@ def in_cluster(node: Node, programs: dict[str, Path], only: str) -> Score:
             node.join(kubectl)
             score.add(play(node, _chosen((*hands.STEPS, *members.STEPS, *devices.STEPS), only)))
             score.add(emptied(node))
-            score.add(play(node, _chosen(troubles.STEPS, only)))
+            score.add(play(node, _chosen((*troubles.STEPS, *shutdown.STEPS), only)))
             score.add(emptied(node))
         finally:
             node.kubelet.stop()

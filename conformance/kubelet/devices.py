@@ -12,7 +12,6 @@ from typing import Any
 
 from conformance.clients.steps import eventually, holds, same
 from conformance.cri_client import Cri
-from conformance.kubelet.kubectl import Kubectl
 from conformance.kubelet.node import NAME, Node
 from conformance.kubelet.plugins import DRIVER, NODE_NUMBER, RESOURCE, TOKENS, Driver, device_plugin, dra_driver
 from conformance.kubelet.pods import Document, container, pod
@@ -22,11 +21,6 @@ WAIT_S = 60.0
 NUMBER = f"{os.major(NODE_NUMBER):x}:{os.minor(NODE_NUMBER):x}"
 # Opened for reading, for writing; what the node is; what is beside it.
 LOOK = "stat -c %t:%T {0}; (: <{0}) 2>&1 && echo reads; (: >{0}) 2>&1 && echo writes; true"
-
-
-def _kubectl(node: Node) -> Kubectl:
-    assert node.kubectl is not None, "these steps are for a node of a cluster"
-    return node.kubectl
 
 
 def plugged(node: Node) -> None:
@@ -57,7 +51,7 @@ def _numbers() -> tuple[str, str]:
 
 
 def _allocatable(node: Node) -> Any:
-    return _kubectl(node).get("node", NAME).get("status", {}).get("allocatable", {}).get(RESOURCE)
+    return node.member().get("node", NAME).get("status", {}).get("allocatable", {}).get(RESOURCE)
 
 
 def _given(node: Node, name: str) -> str:
@@ -84,7 +78,7 @@ def claimed(node: Node) -> None:
     with dra_driver(directory, node.base / "kubelet" / "plugins_registry") as driver:
         eventually(lambda: driver.registered, "the kubelet has found the driver", WAIT_S)
         same("what it says of it", driver.registered, [(True, "")])
-        _kubectl(node).apply(_claim())
+        node.member().apply(_claim())
         has = container("main", busybox, resources={"claims": [{"name": "it"}]})
         claims = [{"name": "it", "resourceClaimName": "mine"}]
         with applied(node, pod("claimed", has, container("beside", busybox), resourceClaims=claims)):
@@ -92,7 +86,7 @@ def claimed(node: Node) -> None:
             node.until_ready("claimed")
             _look(node, driver)
         eventually(lambda: not driver.prepared, "the claim is given back", WAIT_S)
-        _kubectl(node).ok("delete", "resourceclaim", "mine", "--wait=false")
+        node.member().ok("delete", "resourceclaim", "mine", "--wait=false")
 
 
 def _look(node: Node, driver: Driver) -> None:
@@ -118,7 +112,7 @@ def _claim() -> Document:
 
 def _schedule(node: Node) -> None:
     """As a scheduler does it: the claim gets its device and is kept for the pod, then the pod gets its node."""
-    kubectl = _kubectl(node)
+    kubectl = node.member()
     uid = kubectl.get("pod", "claimed")["metadata"]["uid"]
     given = [{"request": "one", "driver": DRIVER, "pool": "here", "device": "claimed"}]
     status: Document = {

@@ -24,11 +24,6 @@ HERE = '{"spec":{"nodeName":"node0"}}'
 WAIT_S = 30.0
 
 
-def _kubectl(node: Node) -> Kubectl:
-    assert node.kubectl is not None, "these steps are for a node of a cluster"
-    return node.kubectl
-
-
 def hand_pods(node: Node) -> list[Document]:
     busybox = node.images["busybox"]
     page = "mkdir /pages; echo by kubectl >/pages/index.html; exec httpd -f -h /pages"
@@ -42,7 +37,7 @@ def hand_pods(node: Node) -> list[Document]:
 
 def member(node: Node) -> None:
     """The node is ready, and tells what runs it and what its handlers can."""
-    kubectl = _kubectl(node)
+    kubectl = node.member()
 
     def ready() -> bool:
         conditions = kubectl.get("node", NAME).get("status", {}).get("conditions", [])
@@ -58,7 +53,7 @@ def member(node: Node) -> None:
 
 
 def run_and_logs(node: Node) -> None:
-    kubectl = _kubectl(node)
+    kubectl = node.member()
     run = ["run", "--restart=Never", f"--image={node.images['busybox']}", f"--overrides={HERE}"]
     done = kubectl.ok(*run, "--rm", "--stdin", "--quiet", "once", "--", "cat", data=b"through and back\n")
     same("run --rm --stdin", done, "through and back\n")
@@ -75,7 +70,7 @@ def run_and_logs(node: Node) -> None:
 
 
 def exec_piped(node: Node) -> None:
-    kubectl = _kubectl(node)
+    kubectl = node.member()
     node.until_ready("hand")
     data = os.urandom(3 << 20)
     for name, changes in TRANSPORTS.items():
@@ -91,7 +86,7 @@ def exec_piped(node: Node) -> None:
 
 
 def exec_terminal(node: Node) -> None:
-    kubectl = _kubectl(node)
+    kubectl = node.member()
     for name, changes in TRANSPORTS.items():
         command = kubectl.command("exec", "-it", "hand", "--container=beside", "--", "sh")
         with Terminal(command, node.base, {**kubectl.environment, **changes}, 31, 97) as terminal:
@@ -106,7 +101,7 @@ def exec_terminal(node: Node) -> None:
 
 
 def attach(node: Node) -> None:
-    kubectl = _kubectl(node)
+    kubectl = node.member()
     node.until_ready("talkers")
     for name, changes in TRANSPORTS.items():
         words = ["attach", "--stdin", "--quiet", "talkers", f"--container=talk-{name}"]
@@ -116,7 +111,7 @@ def attach(node: Node) -> None:
 
 
 def port_forward(node: Node) -> None:
-    kubectl = _kubectl(node)
+    kubectl = node.member()
     for name, changes in TRANSPORTS.items():
         with _forwarded(kubectl, changes, "hand", 80) as port:
             for _ in range(3):
@@ -153,7 +148,7 @@ def _readable(fd: int) -> bool:
 
 def copies(node: Node) -> None:
     """A tree to the container and back: same bytes, and a program runs. (kubectl forgets modes on the way back.)"""
-    kubectl = _kubectl(node)
+    kubectl = node.member()
     here, back = node.base / "to-copy", node.base / "copied"
     (here / "deep" / "er").mkdir(parents=True)
     (here / "big").write_bytes(os.urandom(5 << 20))
@@ -170,7 +165,7 @@ def copies(node: Node) -> None:
 
 def debug(node: Node) -> None:
     """An ephemeral container in the pid namespace of another of its pod."""
-    kubectl = _kubectl(node)
+    kubectl = node.member()
     image = f"--image={node.images['busybox']}"
     kubectl.ok("debug", "hand", image, "--target=main", "--container=look", "--", "ps", "-o", "pid,args")
     eventually(

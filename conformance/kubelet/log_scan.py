@@ -39,6 +39,8 @@ ALLOWED: dict[str, str] = {
     # As a member of a cluster.
     r"""nodes? \\*"node0\\*" not found""": "it has just joined, and the node is not there yet",
     r"failed to read memory cgroup (config|limits) for the pod.*no such file": "the pod has ended",
+    r"Failed creating a mirror pod.*already exists": "it has begun anew, and knows of it a moment later",
+    r"(mirror_client|mirror_pod).*context canceled": "its own call, cancelled by its own end",
     r"conn.go .*use of closed network connection": "its connection to the API server, which it has closed itself",
     r"upgradeaware.go .*websocket: close 1006": "hands.port_forward: kubectl was killed",
     # What the steps are about.
@@ -50,6 +52,7 @@ ALLOWED: dict[str, str] = {
     r"CrashLoopBackOff.*pod=(backoff|init-fails|empty-dirs|exits|liveness|(kubelet|ocid|both)-ends|resized)[-_]": (
         "their containers end on purpose"
     ),
+    r"Failed while waiting for all the volumes .*unmount.*default/deaf": "shutdown: it is killed when the time is over",
     r"eviction_manager.go .*(cannot evict a critical pod|no pods are active to evict)": "static pods are",
 }
 

@@ -8,17 +8,11 @@ import subprocess
 from typing import Any
 
 from conformance.clients.steps import eventually, expect, holds, same
-from conformance.kubelet.kubectl import Kubectl
 from conformance.kubelet.node import NAME, Node
 from conformance.kubelet.pods import Document, container, pod
 from conformance.kubelet.step import Step
 
 WAIT_S = 60.0
-
-
-def _kubectl(node: Node) -> Kubectl:
-    assert node.kubectl is not None, "these steps are for a node of a cluster"
-    return node.kubectl
 
 
 def _amounts(cpu: str, memory: str) -> Document:
@@ -70,7 +64,7 @@ def resize(node: Node) -> None:
 
 def _resize(node: Node, name: str, cpu: str, memory: str) -> None:
     patch: Any = {"spec": {"containers": [{"name": name, "resources": _amounts(cpu, memory)}]}}
-    _kubectl(node).ok("patch", "pod", "resized", "--subresource=resize", f"--patch={json.dumps(patch)}")
+    node.member().ok("patch", "pod", "resized", "--subresource=resize", f"--patch={json.dumps(patch)}")
 
 
 def _until_in_force(node: Node, container_id: str, cpu: str, memory: str) -> None:
@@ -111,7 +105,7 @@ def evicted(node: Node) -> None:
     eventually(lambda: node.out("written"), "twelve megabytes are written", WAIT_S)
 
     def status() -> Document:
-        return dict(_kubectl(node).get("pod", "wasteful")["status"])
+        return dict(node.member().get("pod", "wasteful")["status"])
 
     eventually(lambda: status().get("reason") == "Evicted", "the pod is evicted", WAIT_S)
     holds("the reason", status()["message"], "ephemeral local storage usage exceeds the total limit of containers 6Mi")
@@ -148,7 +142,7 @@ def recursive(node: Node) -> None:
 
 
 def classes_pods(node: Node) -> list[Document]:
-    _kubectl(node).apply(
+    node.member().apply(
         {
             "apiVersion": "node.k8s.io/v1",
             "kind": "RuntimeClass",

@@ -115,6 +115,11 @@ class Node:
         self.kubelet.command.append(f"--kubeconfig={kubectl.kubeconfig}")
         self.kubelet.start()
 
+    def member(self) -> Kubectl:
+        """kubectl of the cluster that the node is a member of."""
+        assert self.kubectl is not None, "this is for a node of a cluster"
+        return self.kubectl
+
     def configure(self, **changes: Any) -> None:
         """Writes the kubelet's configuration; it is read at its next start."""
         self.changes.update(changes)

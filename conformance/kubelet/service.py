@@ -42,19 +42,21 @@ class Service:
                 raise RuntimeError(f"{self.name} does not start: {self.log.read_text()[-3000:]}")
             time.sleep(0.02)
 
-    def stop(self) -> None:
-        self._end(signal.SIGTERM)
+    def stop(self) -> int:
+        """Its exit code; 0 when there was nothing to stop."""
+        return self._end(signal.SIGTERM)
 
     def kill(self) -> None:
         self._end(signal.SIGKILL)
 
-    def _end(self, number: signal.Signals) -> None:
+    def _end(self, number: signal.Signals) -> int:
         if self.process is None:
-            return
+            return 0
         self.process.send_signal(number)
         try:
-            self.process.wait(STOP_S)
+            code = self.process.wait(STOP_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            code = self.process.wait()
         self.process = None
+        return code

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -46,6 +47,22 @@ def applied(node: Node, *documents: Document) -> Iterator[None]:
             node.withdraw(document["metadata"]["name"])
         for document in documents:
             node.until_gone(document["metadata"]["name"])
+
+
+@contextlib.contextmanager
+def configured(node: Node, **changes: Any) -> Iterator[None]:
+    """The kubelet starts anew with these changes, and again without them."""
+    before = dict(node.changes)
+    node.kubelet.stop()
+    node.configure(**changes)
+    node.kubelet.start()
+    try:
+        yield
+    finally:
+        node.kubelet.stop()
+        node.changes = before
+        node.configure()
+        node.kubelet.start()
 
 
 def play(node: Node, steps: Sequence[Step]) -> Score:

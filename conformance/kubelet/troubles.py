@@ -3,45 +3,20 @@ on the node, since everybody on it would be concerned."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from conformance.clients.steps import eventually, holds, same
-from conformance.kubelet.kubectl import Kubectl
 from conformance.kubelet.node import NAME, Node
 from conformance.kubelet.pods import Document, container, pod
-from conformance.kubelet.step import Step, applied
+from conformance.kubelet.step import Step, applied, configured
 
 WAIT_S = 90.0
 # What pods have together, what must be left of it, and what one of them takes.
 NODE_MIB, LEFT_MIB, EATEN_MIB = 256, 96, 200
 
 
-def _kubectl(node: Node) -> Kubectl:
-    assert node.kubectl is not None, "these steps are for a node of a cluster"
-    return node.kubectl
-
-
-@contextlib.contextmanager
-def _configured(node: Node, **changes: Any) -> Iterator[None]:
-    """The kubelet starts anew with these changes, and again without them."""
-    before = dict(node.changes)
-    node.kubelet.stop()
-    node.configure(**changes)
-    node.kubelet.start()
-    try:
-        yield
-    finally:
-        node.kubelet.stop()
-        node.changes = before
-        node.configure()
-        node.kubelet.start()
-
-
 def _condition(node: Node, kind: str) -> str:
-    conditions = _kubectl(node).get("node", NAME)["status"]["conditions"]
+    conditions = node.member().get("node", NAME)["status"]["conditions"]
     return next((str(one["status"]) for one in conditions if one["type"] == kind), "")
 
 
@@ -67,7 +42,7 @@ def memory_pressure(node: Node) -> None:
     )
     volumes = [{"name": "memory", "emptyDir": {"medium": "Memory"}}]
     waster = pod("glutton", greedy, nodeName=NAME, volumes=volumes)
-    with _configured(node, **changes), applied(node, pod("modest", modest, nodeName=NAME)):
+    with configured(node, **changes), applied(node, pod("modest", modest, nodeName=NAME)):
         node.until_ready("modest")
         before = node.running("modest")
         with applied(node, waster):
@@ -78,7 +53,7 @@ def _evicted(node: Node, others: dict[str, str]) -> None:
     eventually(lambda: _condition(node, "MemoryPressure") == "True", "the node is short of memory", WAIT_S)
 
     def status() -> Document:
-        return dict(_kubectl(node).get("pod", "glutton")["status"])
+        return dict(node.member().get("pod", "glutton")["status"])
 
     eventually(lambda: status().get("reason") == "Evicted", "the pod is evicted", WAIT_S)
     holds("the reason", status()["message"], "low on resource: memory", f"Threshold quantity: {LEFT_MIB}Mi")

@@ -1,10 +1,13 @@
-"""The reading of a kubelet's log: what counts as an error, and what explains one."""
+"""The reading of a kubelet's log: what counts as an error, and what explains one. The words of the lane's systemd."""
 
 from __future__ import annotations
 
 from datetime import datetime, timedelta
 
+import pytest
+
 from conformance.kubelet.log_scan import Absence, scan
+from conformance.kubelet.logind import read_value, with_value
 
 NOON = datetime(datetime.now().year, 11, 26, 12)
 
@@ -33,3 +36,20 @@ def test_a_runtime_that_is_away_may_not_answer_and_nothing_else() -> None:
     assert scan(line("E", unanswered), [away]) == []
     assert scan(line("E", unanswered, NOON + timedelta(seconds=6)), [away])
     assert scan(line("E", 'x err="rpc error: code = Internal desc = no"'), [away])
+
+
+@pytest.mark.parametrize("before", range(9))
+def test_values_of_a_message_are_read_where_they_were_written(before: int) -> None:
+    values: list[tuple[str, str | int]] = [("s", "text"), ("u", 7), ("g", "su"), ("o", "/a"), ("i", -1), ("b", 1)]
+    data = bytes(before)
+    for letter, value in values:
+        data = with_value(data, letter, value)
+    at = before
+    for letter, value in values:
+        found, at = read_value(data, at, letter)
+        assert found == value
+    assert at == len(data)
+
+
+def test_a_variant_of_a_string_by_the_specification() -> None:
+    assert with_value(b"", "v", "hi") == b"\x01s\0\0" + b"\x02\0\0\0" + b"hi\0"
