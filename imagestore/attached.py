@@ -78,15 +78,11 @@ class Attached:
         return found
 
     async def _by_referrers(self, digest: str) -> list[Signature]:
-        index = await self._document(f"/referrers/{digest}", f"referrers of {digest}")
-        if index is None or not index.has("manifests"):
-            tag = fallback_tag(digest)
-            index = await self._document(f"/manifests/{tag}", f"referrers {tag}")
-        if index is None:
-            return []
         # Some registries leave the type out: then the manifest itself tells.
         kinds = (
-            (item, item.string("artifactType")) for item in index.objects("manifests", self._config.index_manifests)
+            (item, item.string("artifactType"))
+            for index in await self._indexes(digest)
+            for item in index.objects("manifests", self._config.index_manifests)
         )
         items = [item for item, kind in kinds if not kind or kind.startswith(_BUNDLES)]
         if len(items) > self._config.signatures:
@@ -94,6 +90,20 @@ class Attached:
                 f"referrers of {digest}: {len(items)} that may be signatures, the limit is {self._config.signatures}"
             )
         return [one for item in items for one in await self._bundles(self._descriptor(item), digest)]
+
+    async def _indexes(self, digest: str) -> list[Fields]:
+        """What refers to the manifest: the pages of the API, or the index that the tag has instead."""
+        what = f"referrers of {digest}"
+        try:
+            pages = await self._source.pages(f"/referrers/{digest}", what, _ACCEPT)
+            found = [parse_object(data, what, self._config.json_values) for data in pages]
+            if found[0].has("manifests"):
+                return found
+        except (ImageNotFound, ContentInvalid):
+            pass  # a registry that knows no referrers may answer what it likes
+        tag = fallback_tag(digest)
+        index = await self._document(f"/manifests/{tag}", f"referrers {tag}")
+        return [index] if index is not None else []
 
     async def _bundles(self, wanted: Descriptor, digest: str) -> list[Signature]:
         if wanted.media_type != OCI_MANIFEST:

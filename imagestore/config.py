@@ -90,6 +90,8 @@ class StoreConfig:
     """Of one manifest, in one place."""
     signatures_bytes: int = 8 * _MIB
     """All that are found for one image: they are in memory at once, and kept with it."""
+    pages: int = 1000
+    """Of a list of tags or referrers."""
     redirects: int = 5
     mirrors: int = 16
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -116,6 +116,13 @@ def upstream_host(domain: str) -> Host:
     """The registry itself, as its name alone says."""
     authority = DOCKER_HUB if domain == DEFAULT_DOMAIN else domain
     return Host(f"{default_scheme(authority)}://{authority}/v2", upstream=True, push=True)
+
+
+def unverified(host: Host) -> tuple[Host, ...]:
+    """A host that need not prove who it is: over TLS all the same, or without; first as it is likely to speak."""
+    rest = host.base.partition("://")[2]
+    found = (replace(host, base=f"https://{rest}", skip_verify=True), replace(host, base=f"http://{rest}"))
+    return found[::-1] if is_loopback(split_port(rest.partition("/")[0])[0]) else found
 
 
 class _File:

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from imagestore.hosts import DOCKER_HUB, Host, default_scheme
+from imagestore.hosts import DOCKER_HUB, Host, default_scheme, unverified
 from imagestore.model import AccessDenied, ImageError, ReferenceInvalid
-from imagestore.reference import DEFAULT_DOMAIN, Reference, is_loopback, is_qualified, parse, split_port
+from imagestore.reference import DEFAULT_DOMAIN, Reference, is_qualified, parse, split_port
 from runtime.linux.dataclass import dataclass
 from runtime.linux.files import AT_FDCWD, read_bounded
 from runtime.linux.libc import KernelError
@@ -132,20 +132,9 @@ def _hosts(endpoint: Endpoint, rest: str, *, own: bool) -> list[Host]:
             path = f"library/{path}"
         authority = DOCKER_HUB
 
-    def host(scheme: str, skip_verify: bool) -> Host:
-        return Host(
-            f"{scheme}://{authority}/v2",
-            upstream=own,
-            skip_verify=skip_verify,
-            push=own,
-            path=path,
-            asks_namespace=False,
-        )
-
-    if not endpoint.insecure:
-        return [host(default_scheme(authority), False)]
-    found = [host("https", True), host("http", False)]
-    return found[::-1] if is_loopback(split_port(authority)[0]) else found
+    base = f"{default_scheme(authority)}://{authority}/v2"
+    host = Host(base, upstream=own, push=own, path=path, asks_namespace=False)
+    return [*unverified(host)] if endpoint.insecure else [host]
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

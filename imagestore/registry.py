@@ -44,6 +44,7 @@ from imagestore.transport import (
     Tls,
     Transient,
     Transport,
+    following,
     origin_of,
     place,
     worded,
@@ -58,6 +59,9 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)
 # A connection that was cut after moving this much was worth continuing: it does not use up a retry.
 _WORTHWHILE = 1 << 20
 _ATTEMPTS = 200
+_NEXT = re.compile(r'<([^<>]{1,4096})>\s*;\s*rel\s*=\s*"?next"?', re.ASCII | re.IGNORECASE)
+_DELETED = frozenset({200, 202, 204})
+_SPEAKS = frozenset({200, 401, 403})
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +146,49 @@ class Repository:
                     return await self.read(answer, limit, what)
 
         return await self.retrying(get, what)
+
+    async def pages(self, path: str, what: str, accept: str = "*/*") -> list[bytes]:
+        """What `path` of the repository answers, and the pages that each says come next (distribution-spec, Link), each
+        within `manifest_bytes`. Raises as `manifest` does; ContentInvalid for pages without end, and for a page that is
+        to be had from elsewhere."""
+        found: list[bytes] = []
+        at = path
+
+        async def get() -> tuple[bytes, str]:
+            async with asyncio.timeout(self._config.answer_timeout_s):
+                async with self.open("GET", at, {"Accept": accept}, what) as answer:
+                    data = await self.read(answer, self._config.manifest_bytes, what)
+                    link = _NEXT.search(answer.header("Link"))
+                    return data, following(str(answer.response.url), link[1]) if link else ""
+
+        while at:
+            if len(found) == self._config.pages:
+                raise ContentInvalid(f"{self.host.origin}: {what}: more than {self._config.pages} pages")
+            data, at = await self.retrying(get, what)
+            found.append(data)
+            if at and origin_of(at) != origin_of(self._base):
+                raise ContentInvalid(f"{self.host.origin}: {what}: its next page is said to be at {place(at)}")
+        return found
+
+    async def delete(self, digest: str) -> None:
+        """Takes a manifest out of the repository, with all its tags. Raises as `manifest` does."""
+        what = f"deletion of manifest {digest}"
+
+        async def ask() -> None:
+            async with asyncio.timeout(self._config.answer_timeout_s):
+                async with self.open("DELETE", f"/manifests/{digest}", {}, what, accept=_DELETED):
+                    pass
+
+        await self.retrying(ask, what)
+
+    async def answers(self) -> bool:
+        """True when a registry speaks there the way that its host is spoken to."""
+        request = Request("GET", f"{self.host.base}/", tls=Tls(self.host), connect_s=self.host.dial_s)
+        try:
+            async with self._transport.send(request) as answer:
+                return answer.response.status in _SPEAKS
+        except (RegistryUnavailable, ContentInvalid):
+            return False
 
     async def blob(self, blob: Descriptor, ingest: Ingest, report: Report) -> None:
         """All of `blob` into `ingest`, which was loaded and may hold its beginning; verified, not yet finished.

@@ -11,9 +11,9 @@ from imagestore.auth import applicable
 from imagestore.config import StoreConfig
 from imagestore.errands import Errand
 from imagestore.host_files import with_certificates
-from imagestore.hosts import Host, configured, upstream_host
+from imagestore.hosts import Host, configured, unverified, upstream_host
 from imagestore.keyring import Keyring
-from imagestore.model import Credentials
+from imagestore.model import Credentials, ImageNotFound
 from imagestore.rate import Rate
 from imagestore.reference import Reference, is_qualified, parse
 from imagestore.registries_conf import RegistriesFiles
@@ -25,7 +25,9 @@ from imagestore.transport import Transport
 class Remotes:
     """What one store or one copy knows of registries."""
 
-    def __init__(self, transport: Transport, threads: Threads, config: StoreConfig) -> None:
+    def __init__(self, transport: Transport, threads: Threads, config: StoreConfig, *, verify: bool = True) -> None:
+        """Without `verify`, which somebody must have said, the registry itself need not prove who it is."""
+        self._verify = verify
         self._transport = transport
         self._threads = threads
         self._config = config
@@ -50,6 +52,21 @@ class Remotes:
             for host, logins in found
         ]
 
+    async def repository(self, wanted: Reference, credentials: Credentials | None, actions: str) -> Repository:
+        """The one that `actions` are for: the registry itself; for pushes the first host that the files let push to.
+        Where it may be spoken to in two ways, the one that it answers to. Raises ImageError and its kinds."""
+        found = await self.repositories(wanted, credentials, actions)
+        pushing = "push" in actions
+        able = [one for one in found if one.host.push] if pushing else found
+        if not able:
+            raise ImageNotFound(f"no host of {wanted.domain} in hosts.toml may be pushed to")
+        chosen = able[0 if pushing else -1]
+        same = [one for one in able if one.host.base.partition(":")[2] == chosen.host.base.partition(":")[2]]
+        for one in same if len(same) > 1 else ():
+            if await one.answers():
+                return one
+        return chosen
+
     def _hosts(
         self, wanted: Reference, given: Credentials | None, errand: Errand
     ) -> list[tuple[Host, tuple[Credentials, ...]]]:
@@ -59,6 +76,9 @@ class Remotes:
         if hosts is None:
             named = listed or (upstream_host(wanted.domain),)
             hosts = with_certificates(named, wanted.domain, config.hosts_directories)
+        if not self._verify:
+            hosts = tuple(made for host in hosts for made in (unverified(host) if host.upstream else (host,)))
+            hosts = tuple(dict.fromkeys(hosts))  # as registries.conf may have said already
         return [(host, self._logins(host, wanted, applicable(given, wanted.domain), errand)) for host in hosts]
 
     def _logins(

@@ -16,7 +16,7 @@ from imagestore.identity import named
 from imagestore.keyless import Services
 from imagestore.lookaside import read_lookaside
 from imagestore.manifest import Index, parse_document
-from imagestore.model import ContentInvalid, Credentials, ImageNotFound, ReferenceInvalid
+from imagestore.model import ContentInvalid, Credentials, ReferenceInvalid
 from imagestore.push import Pusher
 from imagestore.reference import Reference, parse
 from imagestore.registry import Document
@@ -152,11 +152,8 @@ async def _attaching(reach: Reach, reference: Reference, credentials: Credential
     """Where to in the registry; None for the lookaside store, which alone has simple signing."""
     if how.lookaside or how.openpgp:
         return None
-    hosts = await reach.remotes.repositories(reference, credentials, "pull,push")
-    able = [host for host in hosts if host.host.push]
-    if not able:
-        raise ImageNotFound(f"sign {reference}: no host of {reference.domain} in hosts.toml may be pushed to")
-    return Attaching(able[0], Pusher(able[0], reach.threads, reach.config), reach.config)
+    repository = await reach.remotes.repository(reference, credentials, "pull,push")
+    return Attaching(repository, Pusher(repository, reach.threads, reach.config), reach.config)
 
 
 async def _place(

@@ -61,6 +61,10 @@ class RegistrySource:
     async def blob(self, wanted: Descriptor, ingest: Ingest, report: Report) -> None:
         await self._first(lambda host: host.blob(wanted, ingest, report))
 
+    async def pages(self, path: str, what: str, accept: str) -> list[bytes]:
+        """The same for what may come in pages."""
+        return await self._first(lambda host: host.pages(path, what, accept))
+
     async def ask(self, ask: Callable[[Repository], Awaitable[T]]) -> T:
         """What the first host answers that does not fail."""
         return await self._first(ask)

@@ -75,6 +75,8 @@ class Bench:
             made += ["-q", f"--src-cert-dir={certificates}", f"--dest-cert-dir={certificates}"]
         elif command == "inspect":
             made += ["--no-tags", f"--cert-dir={certificates}"]
+        else:
+            made.append(f"--cert-dir={certificates}")
         return made + ([f"--authfile={authfile}"] if login else []) + rest
 
     def raw(self, place: str) -> bytes:

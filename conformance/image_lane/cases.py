@@ -170,6 +170,45 @@ def inspection(bench: Bench) -> None:
             same(f"{name}: {key}", mine or None, other or None)
 
 
+def config_and_tags(bench: Bench) -> None:
+    """A config byte by byte, and a repository's tags."""
+    source = _pushed(bench, "nginx")
+    for tag in ("2", "10", "a"):
+        bench.ocid("copy", source, bench.docker(f"tagged/nginx:{tag}"))
+    same("config", bench.ocid("manifest", "config", source), bench.skopeo("inspect", "--config", "--raw", source))
+    name = bench.docker("tagged/nginx")
+    same("tags", json.loads(bench.ocid("manifest", "tags", name)), json.loads(bench.skopeo("list-tags", name)))
+
+
+def deletion(bench: Bench) -> None:
+    """What ocid deletes skopeo does not find, and the other way round; what else is there stays."""
+    for number, (name, recipe) in enumerate((("one", "busybox"), ("two", "layers"), ("three", "nginx"))):
+        bench.ocid("copy", _pushed(bench, recipe), bench.docker(f"deleted/app:{name}"))
+        if number == 0:
+            bench.ocid("manifest", "delete", bench.docker("deleted/app:one"))
+        elif number == 1:
+            bench.skopeo("delete", bench.docker("deleted/app:two"))
+    bench.skopeo_fails("inspect", bench.docker("deleted/app:one"))
+    holds("the reason is not told", "404" in bench.ocid_fails("manifest", "inspect", bench.docker("deleted/app:two")))
+    bench.raw(bench.docker("deleted/app:three"))
+
+
+def unverified(bench: Bench) -> None:
+    """A registry whose certificate nobody knows: refused, and taken where the command says so."""
+    source, directory = _pushed(bench, "busybox"), bench.fresh("unverified")
+    hosts = bench.directory / "certs.d" / bench.address / "hosts.toml"
+    kept = hosts.read_text()
+    try:
+        hosts.unlink()
+        bench.ocid_fails("copy", source, f"dir:{directory}/refused")
+        bench.ocid("copy", "--src-tls-verify=false", source, f"dir:{directory}/ours")
+        bench.ocid("copy", "--dest-tls-verify=false", f"dir:{directory}/ours", bench.docker("unverified/busybox:1"))
+        json.loads(bench.ocid("inspect", "--tls-verify=false", source))
+    finally:
+        hosts.write_text(kept)
+    same("pushed", bench.raw(bench.docker("unverified/busybox:1")), bench.raw(source))
+
+
 def pull_and_save(bench: Bench) -> None:
     """What was pulled leaves the store as it came: by digest, into an archive that skopeo reads."""
     source, directory = _pushed(bench, "nginx"), bench.fresh("pull_and_save")
@@ -181,6 +220,8 @@ def pull_and_save(bench: Bench) -> None:
         bench.ocid("copy", f"ocid:{name}", bench.docker("saved/nginx:1")).strip(),
         bench.digest(source),
     )
+    target = bench.docker("pushed/nginx:1").removeprefix("docker://")
+    same("ocid push", bench.ocid("push", name, target).strip(), bench.digest(f"docker://{target}"))
     bench.ocid("save", "--format", "oci-archive", "-o", f"{directory}/saved.tar", name)
     entry = json.loads(bench.raw(f"oci-archive:{directory}/saved.tar"))
     same("saved", entry, json.loads(bench.raw(source)))
@@ -223,6 +264,9 @@ CASES: tuple[Case, ...] = (
     conversion,
     access,
     inspection,
+    config_and_tags,
+    deletion,
+    unverified,
     pull_and_save,
     umoci_unpacks_ours,
     we_unpack_umocis,

@@ -14,13 +14,19 @@ from pathlib import Path
 from cri.cli.bars import bars
 from cri.cli.main import CommandError
 from cri.cli.places import (
-    authfile_argument,
+    access,
     copying,
     is_store,
     store_root,
     stored_digest,
 )
-from cri.cli.pull import credentials, given_keys, keys_argument, platform_argument
+from cri.cli.registry_options import (
+    authfile_argument,
+    given_keys,
+    keys_argument,
+    platform_argument,
+    tls_argument,
+)
 from imagestore.copying.copy import CopyOptions
 from imagestore.copying.places import Place, parse_place
 from imagestore.copying.session import beside
@@ -35,8 +41,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("oci", "docker"), default="", help="manifests in this format")
     parser.add_argument("--compress", choices=("gzip", "zstd", "none"), default="", help="every layer compressed so")
     parser.add_argument("--preserve-digests", action="store_true", help="fail if anything would have to change")
-    parser.add_argument("--src-creds", metavar="USER:PASSWORD", help="log in to the source's registry with these")
-    parser.add_argument("--dest-creds", metavar="USER:PASSWORD", help="log in to the target's registry with these")
+    for side, of in (("src", "source"), ("dest", "target")):
+        login = parser.add_mutually_exclusive_group()
+        login.add_argument(f"--{side}-creds", metavar="USER:PASSWORD", help=f"log in to the {of}'s registry with these")
+        login.add_argument(f"--{side}-no-creds", action="store_true", help="do not log in there")
+        login.add_argument(f"--{side}-authfile", metavar="FILE", help="logins for there")
+        tls_argument(parser, f"--{side}-tls-verify")
     authfile_argument(parser)
     keys_argument(parser)
     parser.add_argument(
@@ -76,12 +86,12 @@ async def _run(args: argparse.Namespace, source: Place, target: Place) -> str:
             origin = (
                 session.stored(store_root(args), digest)
                 if digest
-                else await session.source(source, credentials(args.src_creds))
+                else await session.source(source, access(args, "src_"))
             )
             admit = None
             if not digest and not args.insecure_policy:
                 admit = await session.policy(source, origin)
-            to = await session.target(target, source, credentials(args.dest_creds))
+            to = await session.target(target, source, access(args, "dest_"))
             made = await session.copy(origin, to, _options(args, session.config.platform, target), show, admit)
             await to.finish()
     return made.digest

@@ -12,14 +12,15 @@ from cri.api import api_pb2 as pb
 from cri.cli import names, output
 from cri.cli.connect import Api, connect
 from cri.cli.main import CommandError
-from cri.cli.pull import platform_argument
+from cri.cli.registry_options import authfile_argument, platform_argument, tls_argument
 from imagestore.copying.places import KINDS
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="+", help="container name or id, image reference, or docker://…, oci:…, dir:…")
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="log in to the registry with these")
-    parser.add_argument("--authfile", metavar="FILE", help="logins, as podman login and docker login write them")
+    authfile_argument(parser)
+    tls_argument(parser)
     platform_argument(parser)
 
 
@@ -33,8 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
 async def _elsewhere(args: argparse.Namespace) -> int:
     from cri.cli.manifest import place_of
-    from cri.cli.places import copying
-    from cri.cli.pull import credentials
+    from cri.cli.places import access, copying
     from imagestore.copying.inspect import inspect
     from imagestore.reference import parse
 
@@ -42,7 +42,7 @@ async def _elsewhere(args: argparse.Namespace) -> int:
     async with copying(args, None) as session:
         for name in args.name:
             place = place_of(name)
-            source = await session.source(place, credentials(args.creds))
+            source = await session.source(place, access(args))
             called = parse(place.name).repository if place.kind == "docker" else ""
             found.append(await inspect(source, called, session.scratch, session.threads, session.config))
     output.as_json(found[0] if len(found) == 1 else found)

@@ -19,7 +19,8 @@ from pathlib import Path
 from cri.api import api_pb2 as pb
 from cri.cli.connect import Api, configuration, connect
 from cri.cli.main import CommandError
-from cri.cli.pull import Wanted, given_keys, pull
+from cri.cli.pull import Wanted, pull
+from cri.cli.registry_options import given_keys
 from imagestore.copying.archives import images_in, plain_copy
 from imagestore.copying.places import Place
 from imagestore.model import ImageError
@@ -101,6 +102,10 @@ async def into_store(args: argparse.Namespace, source: Place, name: str) -> str:
         raise CommandError("--decryption-key: from files the store takes layers that the node's own keys open")
     if args.platform and source.kind != "docker":
         raise CommandError("--platform: the store takes another platform's image from a registry only")
+    if args.src_authfile or args.src_no_creds or not args.src_tls_verify:
+        raise CommandError(
+            "--src-authfile, --src-no-creds, --src-tls-verify: the store has its own configuration of these"
+        )
     asked = Wanted(args.src_creds, given_keys(args), args.all, args.platform or "")
     async with connect(args) as api:
         if source.kind in ("docker", "ocid"):

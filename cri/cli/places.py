@@ -14,18 +14,25 @@ from pathlib import Path
 from cri.api import api_pb2 as pb
 from cri.cli.connect import configuration, connect
 from cri.cli.main import CommandError
+from cri.cli.registry_options import credentials
 from cri.config import Config
 from cri.image_config import store_config
 from imagestore.config import StoreConfig
 from imagestore.copying.places import Place
-from imagestore.copying.session import Session, session
-from imagestore.model import ImageError
+from imagestore.copying.session import Access, Session, session
+from imagestore.model import Credentials, ImageError
 from imagestore.platforms import parse_platform
 
 
-def authfile_argument(parser: argparse.ArgumentParser) -> None:
-    """The `--authfile` option."""
-    parser.add_argument("--authfile", metavar="FILE", help="logins, as podman login and docker login write them")
+def access(args: argparse.Namespace, side: str = "") -> Access:
+    """How a registry is reached, as the options of one side say ("src_", "dest_"), or those of the command."""
+    own = getattr(args, f"{side}authfile", None)
+    anonymous = getattr(args, f"{side}no_creds", False)
+    return Access(
+        Credentials() if anonymous else credentials(getattr(args, f"{side}creds", None)),
+        Path(own).absolute() if own else None,
+        getattr(args, f"{side}tls_verify"),
+    )
 
 
 def image_config(args: argparse.Namespace, config: Config) -> StoreConfig:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from cri.api import api_pb2 as pb
 from cri.cli.connect import Api, connect
 from cri.cli.main import CommandError
+from cri.cli.registry_options import credentials, given_keys, keys_argument, packed, platform_argument
 from runtime.linux.dataclass import dataclass
 
 if TYPE_CHECKING:
-    from imagestore.model import Credentials, KeyFile
+    from imagestore.model import KeyFile
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,45 +43,6 @@ async def _run(args: argparse.Namespace) -> int:
         asked = Wanted(args.creds, given_keys(args), args.all_platforms, args.platform or "")
         print(await pull(api, args.image, asked))
     return 0
-
-
-def platform_argument(parser: argparse._ActionsContainer) -> None:
-    """The `--platform` option."""
-    parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", help="of several, the one for this platform")
-
-
-def keys_argument(parser: argparse.ArgumentParser) -> None:
-    """The `--decryption-key` option."""
-    parser.add_argument(
-        "--decryption-key",
-        action="append",
-        default=[],
-        metavar="FILE[:PASSWORD]",
-        help="a private key that opens encrypted layers; PASSWORD, file=FILE or fd=N where it has one; or "
-        "provider:NAME[:PARAMETER], a program of image.key_providers; may be repeated",
-    )
-
-
-def given_keys(args: argparse.Namespace) -> tuple[KeyFile, ...]:
-    """What `--decryption-key` names. Raises CommandError."""
-    if not args.decryption_key:
-        return ()
-    from imagestore.encryption.keys import key_files
-    from imagestore.model import ImageError
-
-    try:
-        return key_files(args.decryption_key)
-    except ImageError as error:
-        raise CommandError(str(error)) from None
-
-
-def packed(keys: tuple[KeyFile, ...]) -> bytes:
-    """The keys as they go along with a call."""
-    if not keys:
-        return b""
-    from imagestore.encryption.keys import pack
-
-    return pack(keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +101,3 @@ async def _pull_with_bars(api: Api, image: str, wanted: Wanted) -> str:
             return str(pulled.id)
         except ImageError as error:
             raise CommandError(str(error)) from None
-
-
-def credentials(creds: str | None) -> Credentials | None:
-    """USER:PASSWORD of an option."""
-    from imagestore.model import Credentials
-
-    user, _, password = (creds or "").partition(":")
-    return Credentials(user, password) if creds else None

@@ -22,7 +22,8 @@ from cri.cli import names, options
 from cri.cli.attach import Streams
 from cri.cli.connect import Api, ApiError, connect
 from cri.cli.main import CommandError
-from cri.cli.pull import Wanted, given_keys, keys_argument, packed, pull
+from cri.cli.pull import Wanted, pull
+from cri.cli.registry_options import given_keys, keys_argument, packed
 from cri.cli.rm import remove
 from cri.cli.watch import wait_exit
 from runtime.linux.files import remove_tree

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
 async def _run(args: argparse.Namespace) -> int:
     from cri.cli.connect import configuration
-    from cri.cli.pull import credentials
+    from cri.cli.registry_options import credentials
     from cri.image_config import store_config
     from imagestore.model import ImageError
     from imagestore.sign_image import How, missing, sign

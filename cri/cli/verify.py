@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cri.cli import output
 from cri.cli.main import CommandError
-from cri.cli.pull import given_keys, keys_argument
+from cri.cli.registry_options import given_keys, keys_argument
 
 if TYPE_CHECKING:
     from cri.config import Config
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 async def _verify(args: argparse.Namespace) -> int:
     from cri.cli.connect import configuration
-    from cri.cli.pull import credentials
+    from cri.cli.registry_options import credentials
     from cri.image_config import store_config
     from imagestore.model import ImageError
     from imagestore.verification import reaching, verify

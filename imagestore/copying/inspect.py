@@ -14,14 +14,13 @@ from urllib.parse import quote
 from imagestore.config import StoreConfig
 from imagestore.content import Blobs
 from imagestore.copying.contents import read
+from imagestore.manifest import OCI_INDEX
 from imagestore.model import Descriptor, ImageNotFound
 from imagestore.registry import Repository
 from imagestore.resolve import resolve
 from imagestore.source import Source
 from imagestore.strict_json import Fields, parse_object
 from imagestore.threads import Threads
-
-_REFERRERS = frozenset({200, 404})
 
 
 async def inspect(source: Source, name: str, scratch: Path, threads: Threads, config: StoreConfig) -> dict[str, Any]:
@@ -30,9 +29,7 @@ async def inspect(source: Source, name: str, scratch: Path, threads: Threads, co
     document, _ = await resolve(source, top, threads, config)
     contents = read(document, config)
     assert contents.config is not None  # resolve ends at a manifest
-    blobs = Blobs(Path(tempfile.mkdtemp(prefix="config-", dir=scratch)))
-    blobs.create()
-    data = await _small(source, contents.config, blobs, threads, config)
+    data = await _small(source, contents.config, scratch, threads, config)
     found = parse_object(data, f"config {contents.config.digest}", config.json_values)
     run = found.object("config") or Fields({}, "config")
     return {
@@ -52,7 +49,9 @@ async def inspect(source: Source, name: str, scratch: Path, threads: Threads, co
     }
 
 
-async def _small(source: Source, blob: Descriptor, blobs: Blobs, threads: Threads, config: StoreConfig) -> bytes:
+async def _small(source: Source, blob: Descriptor, scratch: Path, threads: Threads, config: StoreConfig) -> bytes:
+    blobs = Blobs(Path(tempfile.mkdtemp(prefix="config-", dir=scratch)))
+    blobs.create()
     ingest = await threads.io(blobs.ingest, blob)
     assert ingest is not None  # the directory is ours alone
     try:
@@ -63,36 +62,45 @@ async def _small(source: Source, blob: Descriptor, blobs: Blobs, threads: Thread
     return await threads.io(blobs.read, blob.digest, config.config_bytes)
 
 
+async def config_of(source: Source, scratch: Path, threads: Threads, config: StoreConfig) -> bytes:
+    """The image's config, byte by byte."""
+    document, _ = await resolve(source, await source.top(), threads, config)
+    found = read(document, config).config
+    assert found is not None  # resolve ends at a manifest
+    return await _small(source, found, scratch, threads, config)
+
+
+async def tags(repository: Repository, config: StoreConfig) -> list[str]:
+    """All tags of a repository, as the registry orders them. Raises ImageError and its kinds."""
+    found: list[str] = []
+    for data in await repository.pages("/tags/list", "list of tags"):
+        found += parse_object(data, "list of tags", config.json_values).strings("tags")
+    return found
+
+
 async def referrers(repository: Repository, digest: str, kind: str, config: StoreConfig) -> list[dict[str, Any]]:
     """What the registry says refers to the manifest `digest`, of the artifact type `kind` ("" for any): by the API of
     distribution-spec 1.1, or by the tag that stands in for it. Raises ImageError and its kinds."""
     wanted = f"?artifactType={quote(kind, safe='')}" if kind else ""
     what = f"referrers of {digest}"
-    found: list[dict[str, Any]] = []
-
-    async def get() -> bytes | None:
-        headers = {"Accept": "application/vnd.oci.image.index.v1+json"}
-        path = f"/referrers/{digest}{wanted}"
-        async with repository.open("GET", path, headers, what, accept=_REFERRERS) as answer:
-            if answer.response.status == 404:
-                return None
-            return await repository.read(answer, config.manifest_bytes, what)
-
-    data = await repository.retrying(get, what)
-    if data is None:
+    try:
+        documents = await repository.pages(f"/referrers/{digest}{wanted}", what, OCI_INDEX)
+    except ImageNotFound:
         try:
-            data = (await repository.manifest(digest.replace(":", "-"))).data
+            documents = [(await repository.manifest(digest.replace(":", "-"))).data]
         except ImageNotFound:
             return []
-    for item in parse_object(data, what, config.json_values).objects("manifests", config.index_manifests):
-        entry = {
-            "mediaType": item.string("mediaType"),
-            "digest": item.string("digest"),
-            "size": item.integer("size", 0, 1 << 62),
-            "artifactType": item.string("artifactType"),
-            "annotations": item.string_map("annotations"),
-        }
-        # A registry need not filter; and the tag knows no filter at all.
-        if not kind or entry["artifactType"] == kind:
-            found.append(entry)
+    found: list[dict[str, Any]] = []
+    for data in documents:
+        for item in parse_object(data, what, config.json_values).objects("manifests", config.index_manifests):
+            entry = {
+                "mediaType": item.string("mediaType"),
+                "digest": item.string("digest"),
+                "size": item.integer("size", 0, 1 << 62),
+                "artifactType": item.string("artifactType"),
+                "annotations": item.string_map("annotations"),
+            }
+            # A registry need not filter; and the tag knows no filter at all.
+            if not kind or entry["artifactType"] == kind:
+                found.append(entry)
     return found

@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from imagestore.config import StoreConfig
@@ -20,7 +21,7 @@ from imagestore.copying.local_sources import DirSource, StoredSource
 from imagestore.copying.places import Place
 from imagestore.copying.targets import DirTarget, LayoutTarget, OciArchive, RegistryTarget, Target
 from imagestore.local import DirectoryFiles, DockerArchive, LocalSource, TarFiles
-from imagestore.model import Credentials, ImageError, ImageNotFound, ProgressFunction, ReferenceInvalid
+from imagestore.model import Credentials, ImageError, ProgressFunction, ReferenceInvalid
 from imagestore.pull import Admit
 from imagestore.push import Pusher
 from imagestore.reference import Reference, parse
@@ -36,21 +37,30 @@ from runtime.linux.files import remove_tree
 
 
 @dataclass(frozen=True, slots=True)
-class Logins:
-    """What the caller gave for either side."""
+class Access:
+    """How the registry of one side is reached: with a login, or a file of logins; and whether it has to prove who it
+    is."""
 
-    source: Credentials | None = None
-    target: Credentials | None = None
+    credentials: Credentials | None = None
+    authfile: Path | None = None
+    verify: bool = True
+
+
+_USUAL = Access()
 
 
 class Session:
     """Made by `session`."""
 
-    def __init__(
-        self, config: StoreConfig, scratch: Path, threads: Threads, transport: Transport, remotes: Remotes
-    ) -> None:
-        self.config, self.scratch, self.threads, self.remotes = config, scratch, threads, remotes
+    def __init__(self, config: StoreConfig, scratch: Path, threads: Threads, transport: Transport) -> None:
+        self.config, self.scratch, self.threads = config, scratch, threads
         self._transport = transport
+
+    def _remotes(self, access: Access) -> Remotes:
+        config = self.config
+        if access.authfile is not None:
+            config = replace(config, keyring=replace(config.keyring, files=(access.authfile,)))
+        return Remotes(self._transport, self.threads, config, verify=access.verify)
 
     async def policy(self, place: Place, source: Source) -> Admit:
         """What asks the signature policy about the image at `place`, of which `source` was made. Raises PolicyInvalid,
@@ -63,13 +73,14 @@ class Session:
             subject, finder = in_file(place.kind, place.path), None
         return Gate(trust, subject, await self.threads.io(trust.before, subject), finder).admit
 
-    async def source(self, place: Place, credentials: Credentials | None = None) -> Source:
+    async def source(self, place: Place, access: Access = _USUAL) -> Source:
         """Raises ImageError and its kinds."""
         config, threads = self.config, self.threads
         match place.kind:
             case "docker":
-                wanted = (await threads.io(self.remotes.candidates, place.name))[0]
-                return RegistrySource(wanted, await self.remotes.repositories(wanted, credentials))
+                remotes = self._remotes(access)
+                wanted = (await threads.io(remotes.candidates, place.name))[0]
+                return RegistrySource(wanted, await remotes.repositories(wanted, access.credentials))
             case "oci":
                 return LocalSource(DirectoryFiles(place.path), f"layout {place.path}", place.name, threads, config)
             case "oci-archive":
@@ -84,22 +95,17 @@ class Session:
         """An image of the store in `root`, of which the caller knows that it is there."""
         return StoredSource(DirectoryFiles(root), f"store {root}", manifest_digest, self.threads, self.config)
 
-    async def repository(self, place: Place, credentials: Credentials | None, actions: str) -> Repository:
-        """The registry itself, or for pushes the first host that hosts.toml lets push to."""
-        wanted = parse(place.name)
-        hosts = await self.remotes.repositories(wanted, credentials, actions)
-        able = [host for host in hosts if host.host.push] if "push" in actions else hosts
-        if not able:
-            raise ImageNotFound(f"no host of {wanted.domain} in hosts.toml may be pushed to")
-        return able[0 if "push" in actions else -1]
+    async def repository(self, place: Place, access: Access, actions: str) -> Repository:
+        """As Remotes.repository."""
+        return await self._remotes(access).repository(parse(place.name), access.credentials, actions)
 
-    async def target(self, place: Place, source: Place, credentials: Credentials | None = None) -> Target:
+    async def target(self, place: Place, source: Place, access: Access = _USUAL) -> Target:
         """Raises ImageError and its kinds."""
         config, threads = self.config, self.threads
         match place.kind:
             case "docker":
                 wanted = parse(place.name)
-                repository = await self.repository(place, credentials, "pull,push")
+                repository = await self.repository(place, access, "pull,push")
                 return RegistryTarget(Pusher(repository, threads, config), wanted, _origin(source, wanted))
             case "oci":
                 return LayoutTarget(place.path, place.name, threads, config)
@@ -147,7 +153,7 @@ async def session(config: StoreConfig, beside: Path | None = None) -> AsyncItera
         await threads.io(preload)
         transport = Transport(config)
         async with transport.open():
-            yield Session(config, scratch, threads, transport, Remotes(transport, threads, config))
+            yield Session(config, scratch, threads, transport)
     finally:
         threads.leave()
         remove_tree(scratch)

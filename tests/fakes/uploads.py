@@ -32,10 +32,15 @@ class Uploads:
         asked = parse_qs(query)
         manifest = re.fullmatch(r"/v2/(.+)/manifests/([^/]+)", path)
         if method == "PUT" and manifest:
-            digest = f"sha256:{hashlib.sha256(body).hexdigest()}"
+            digest = _digest(body)
             for target in (manifest[2], digest):
                 manifests[(manifest[1], target)] = (body, content_type)
             return 201, {"Docker-Content-Digest": digest, "Location": f"/v2/{manifest[1]}/manifests/{digest}"}
+        if method == "DELETE" and manifest:
+            gone = [key for key in manifests if key[0] == manifest[1] and _digest(manifests[key][0]) == manifest[2]]
+            for key in gone:
+                del manifests[key]
+            return (202 if gone else 404), {}
         upload = re.fullmatch(r"/v2/(.+)/blobs/uploads/([0-9]*)", path)
         if not upload:
             return 405, {}
@@ -59,9 +64,13 @@ class Uploads:
         if method == "PATCH":
             return 202, {"Location": f"/v2/{repository}/blobs/uploads/{number}?state=y"}
         data = bytes(self.open.pop(number))
-        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        digest = _digest(data)
         if asked.get("digest") != [digest]:
             return 400, {}
         blobs[digest] = data
         self.has.add((repository, digest))
         return 201, {"Docker-Content-Digest": digest, "Location": f"/v2/{repository}/blobs/{digest}"}
+
+
+def _digest(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"

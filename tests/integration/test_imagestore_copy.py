@@ -15,9 +15,9 @@ import pytest
 
 from imagestore.config import StoreConfig
 from imagestore.copying.copy import CopyOptions
-from imagestore.copying.inspect import referrers
+from imagestore.copying.inspect import referrers, tags
 from imagestore.copying.places import parse_place
-from imagestore.copying.session import Logins, beside, session
+from imagestore.copying.session import Access, beside, session
 from imagestore.model import AccessDenied, ContentInvalid, Credentials, ImageError, ImageNotFound, Progress
 from imagestore.platforms import Platform
 from tests.fakes.imagestore import QUICK
@@ -34,6 +34,7 @@ from tests.fakes.registry import (
     as_json,
     build_image,
     build_index,
+    make_tls,
     sha256,
     write_layout,
 )
@@ -58,7 +59,7 @@ def copy(
     source: str,
     target: str,
     *,
-    logins: Logins = Logins(),  # noqa: B008 -- frozen
+    logins: tuple[Access, Access] = (Access(), Access()),
     config: StoreConfig = QUICK,
     tell: Any = lambda _: None,
     **options: Any,
@@ -68,7 +69,7 @@ def copy(
     async def work() -> str:
         start, end = parse_place(source), parse_place(target)
         async with asyncio.timeout(30), session(config, beside(end)) as made:
-            origin, to = await made.source(start, logins.source), await made.target(end, start, logins.target)
+            origin, to = await made.source(start, logins[0]), await made.target(end, start, logins[1])
             document = await made.copy(origin, to, CopyOptions(AMD64, **options), tell)
             await to.finish()
             return document.digest
@@ -338,7 +339,7 @@ def test_s27_an_upload_elsewhere_gets_no_secret(registry: FakeRegistry) -> None:
         registry.rule("POST", "/other/app/blobs/uploads/$", Reply(202, {"Location": where}))
         registry.rule("POST", "/other/app/blobs/uploads/", Reply(202, {"Location": where}))
         with pytest.raises(ImageError) as error:
-            copy(f"docker://{source}", f"docker://{registry.name}/other/app:1", logins=Logins(login, login))
+            copy(f"docker://{source}", f"docker://{registry.name}/other/app:1", logins=(Access(login), Access(login)))
         assert elsewhere.seen and not any(seen.authorization for seen in elsewhere.seen)
         assert "SIGNED" not in str(error.value) and "pa55word" not in str(error.value)
 
@@ -381,7 +382,7 @@ def test_pushing_without_permission(registry: FakeRegistry, tmp_path: Path) -> N
         copy(
             f"oci:{tmp_path}/layout:one",
             f"docker://{registry.name}/app:1",
-            logins=Logins(None, Credentials("anna", "wr0ng-one")),
+            logins=(Access(), Access(Credentials("anna", "wr0ng-one"))),
         )
     assert "wr0ng-one" not in str(error.value)
 
@@ -433,7 +434,7 @@ def test_progress_is_told(registry: FakeRegistry, tmp_path: Path) -> None:
 def asked(registry: FakeRegistry, digest: str, kind: str = "") -> list[Mapping[str, Any]]:
     async def work() -> list[Mapping[str, Any]]:
         async with asyncio.timeout(30), session(QUICK) as made:
-            repository = await made.repository(parse_place(f"docker://{registry.name}/team/app:1"), None, "pull")
+            repository = await made.repository(parse_place(f"docker://{registry.name}/team/app:1"), Access(), "pull")
             return list(await referrers(repository, digest, kind, QUICK))
 
     return asyncio.run(work())
@@ -455,3 +456,102 @@ def test_referrers_by_api_and_by_tag(registry: FakeRegistry) -> None:
     registry.heal()
     registry.rule("GET", "/referrers/", Reply(200, {"Content-Type": OCI_INDEX}, index))
     assert [item["artifactType"] for item in asked(registry, digest, "application/sig")] == ["application/sig"]
+
+
+def test_referrers_in_pages(registry: FakeRegistry) -> None:
+    digest = build_image().digest
+    entries = [{"mediaType": OCI_MANIFEST, "digest": sha256(b"%d" % number), "size": 7} for number in range(5)]
+    for number, entry in enumerate(entries):
+        index = as_json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry]})
+        more = {"Link": f'</v2/team/app/referrers/page{number + 1}?n=1>; rel="next"'} if number < 4 else {}
+        at = f"/referrers/{f'page{number}' if number else digest}$"
+        registry.rule("GET", at, Reply(200, {"Content-Type": OCI_INDEX, **more}, index))
+    assert [item["digest"] for item in asked(registry, digest)] == [entry["digest"] for entry in entries]
+
+
+# ------------------------------------------------------------------------------------------------------ tags, deletion
+
+
+def tags_of(registry: FakeRegistry, access: Access = Access(), config: StoreConfig = QUICK) -> list[str]:
+    async def work() -> list[str]:
+        async with asyncio.timeout(30), session(config) as made:
+            place = parse_place(f"docker://{registry.name}/team/app")
+            return await tags(await made.repository(place, access, "pull"), config)
+
+    return asyncio.run(work())
+
+
+def page(registry: FakeRegistry, path: str, names: list[str], link: str = "") -> None:
+    more = {"Link": f'<{link}>; rel="next"'} if link else {}
+    registry.rule("GET", path, Reply(200, more, as_json({"name": "team/app", "tags": names})))
+
+
+def test_tags_in_pages(registry: FakeRegistry) -> None:
+    registry.basic = ("anna", "pa55word-of-anna")
+    page(registry, "/tags/list$", ["1", "2"], "/v2/team/app/tags/more?last=2")
+    page(registry, "/tags/more$", ["3"], f"{registry.url}/team/app/tags/last")
+    page(registry, "/tags/last$", [])
+    assert tags_of(registry, Access(Credentials(*registry.basic))) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("link", "says"),
+    [
+        ("http://127.0.0.2:1/v2/team/app/tags/list", "its next page is said to be at http://127.0.0.2:1"),
+        ("/v2/team/app/tags/list?again", "more than 20 pages"),
+        ("ftp://x", "a redirect without a proper location"),
+    ],
+)
+def test_s27_pages_without_end_and_from_elsewhere(registry: FakeRegistry, link: str, says: str) -> None:
+    page(registry, "/tags/list", ["1"], link)
+    with pytest.raises(ContentInvalid, match=says):
+        tags_of(registry, config=replace(QUICK, pages=20))
+
+
+def test_a_deletion_takes_every_tag(registry: FakeRegistry) -> None:
+    image = build_image()
+    for tag in ("1", "2"):
+        registry.add("team/app", tag, image)
+    registry.add("team/app", "other", build_image([{"x": b"y"}]))
+
+    async def work() -> None:
+        async with asyncio.timeout(30), session(QUICK) as made:
+            repository = await made.repository(parse_place(f"docker://{registry.name}/team/app:1"), Access(), "*")
+            await repository.delete(image.digest)
+            with pytest.raises(ImageNotFound):
+                await repository.delete(image.digest)
+
+    asyncio.run(work())
+    assert {target for _, target in registry.manifests} & {"1", "2", "other", image.digest} == {"other"}
+
+
+# ----------------------------------------------------------------------------------------------------------------- TLS
+
+
+def test_a_registry_that_need_not_prove_who_it_is(tmp_path: Path) -> None:
+    """Only where somebody says so, for that side alone; over TLS, or without."""
+    unknown = Access(verify=False)
+    with FakeRegistry() as plain, FakeRegistry(tls=make_tls(tmp_path, "127.0.0.1")[0]) as secure:
+        image = build_image()
+        plain.add("team/app", "1", image)
+        source, target = f"docker://{plain.name}/team/app:1", f"docker://{secure.name}/team/app:2"
+        for logins in ((Access(), Access()), (unknown, Access())):
+            with pytest.raises(ImageError):
+                copy(source, target, logins=logins)
+        assert copy(source, target, logins=(Access(), unknown)) == image.digest
+        assert copy(target, f"docker://{plain.name}/team/app:3", logins=(unknown, unknown)) == image.digest
+        assert stored(plain, "team/app", "3") == stored(secure, "team/app", "2")
+
+
+def test_a_file_of_logins_for_one_side(tmp_path: Path, registry: FakeRegistry) -> None:
+    registry.basic = ("anna", "pa55word-of-anna")
+    source = registry.add("team/app", "1", build_image())
+    file = tmp_path / "auth.json"
+    entry = {"username": "anna", "password": "pa55word-of-anna"}
+    file.write_bytes(as_json({"auths": {registry.name: entry}}))
+    target = f"dir:{tmp_path}/x"
+    copy(f"docker://{source}", target, logins=(Access(authfile=file), Access()))
+    with pytest.raises(AccessDenied):
+        copy(f"docker://{source}", target, logins=(Access(), Access(authfile=file)))
+    with pytest.raises(AccessDenied):  # nobody in particular, although there is a login
+        copy(f"docker://{source}", target, logins=(Access(Credentials(), authfile=file), Access()))

@@ -249,6 +249,15 @@ def test_a_bundle_by_the_referrers_api(world: World) -> None:
     assert world.bench.pull(world.name).repo_tags == (world.name,)
 
 
+def test_a_bundle_on_the_second_page_of_referrers(world: World) -> None:
+    index = world.refer(world.maker.bundle("good", world.image.digest, world.name))
+    empty = as_json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []})
+    more = {"Content-Type": OCI_INDEX, "Link": '</v2/team/app/referrers/more>; rel="next"'}
+    world.registry.rule("GET", f"/referrers/{world.image.digest}$", Reply(200, more, empty))
+    world.registry.rule("GET", "/referrers/more$", Reply(200, {"Content-Type": OCI_INDEX}, index))
+    assert world.bench.pull(world.name).repo_tags == (world.name,)
+
+
 @pytest.mark.parametrize("answer", [Reply(404), Reply(400, {}, b"what?"), Reply(200, {}, b"<html>")])
 def test_a_bundle_by_the_tag_that_stands_for_the_api(world: World, answer: Reply) -> None:
     index = world.refer(world.maker.bundle("good", world.image.digest, world.name), typed=False)
