@@ -11,6 +11,7 @@ from conformance.cri_client import Cri, Names
 from conformance.daemons import Daemon, all_pids, pss_bytes
 
 MIB = 1 << 20
+_STANDS_STILL_S = 3.0  # garbage collectors, caches; ours: runtime.shim.rest
 
 
 @dataclass(slots=True)
@@ -45,15 +46,17 @@ def median(values: list[float]) -> float:
     return statistics.median(values)
 
 
-def settled_pss(pids: Callable[[], frozenset[int]], seconds: float = 6.0) -> float:
-    """The MiB of these processes once it stops moving (garbage collectors and caches take a moment)."""
+def settled_pss(pids: Callable[[], frozenset[int]], seconds: float = 15.0) -> float:
+    """The MiB of these processes once it has stood still for as long as the most patient of them waits for quiet
+    before it gives memory back."""
     deadline = time.monotonic() + seconds
-    last = -1.0
+    last, since = -1.0, time.monotonic()
     while True:
         now = sum(map(pss_bytes, pids())) / MIB
-        if abs(now - last) < 0.05 or time.monotonic() > deadline:
+        if abs(now - last) >= 0.05:
+            last, since = now, time.monotonic()
+        if time.monotonic() - since > _STANDS_STILL_S or time.monotonic() > deadline:
             return now
-        last = now
         time.sleep(0.5)
 
 

@@ -307,12 +307,17 @@ def _unlink_or_open(dirfd: int, name: str) -> int:
         raise
 
 
+def seal(fd: int) -> None:
+    """From now on nobody can change that memfd (F_ADD_SEALS). Raises OSError."""
+    fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE)
+
+
 def sealed_memfd(name: str, data: bytes) -> int:
     """A memfd with `data` that nobody can change any more (memfd_create(2), F_SEAL_WRITE). The caller owns it."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         write_all(fd, data)
-        fcntl.fcntl(fd, F_ADD_SEALS, F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE)
+        seal(fd)
     except BaseException:
         os.close(fd)
         raise

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 SIGHUP, SIGINT, SIGQUIT, SIGKILL, SIGPIPE, SIGTERM, SIGCHLD, SIGSTOP, SIGXFSZ = 1, 2, 3, 9, 13, 15, 17, 19, 25
 NSIG = 65
+_ALL = frozenset(range(1, NSIG)) - {32, 33}  # those two are the C library's own (nptl(7))
 
 
 def handle(number: int, handler: Callable[[int, object], None] | None) -> None:
@@ -28,6 +29,16 @@ def wake_up(fd: int) -> None:
 def block(*numbers: int) -> None:
     """pthread_sigmask(3) with SIG_BLOCK."""
     _signal.pthread_sigmask(_signal.SIG_BLOCK, numbers)
+
+
+def block_all() -> set[int]:
+    """As `block`, all that can be. The signals that were blocked before, for `set_mask`."""
+    return set(_signal.pthread_sigmask(_signal.SIG_BLOCK, _ALL))
+
+
+def set_mask(numbers: set[int]) -> None:
+    """pthread_sigmask(3) with SIG_SETMASK."""
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, numbers)
 
 
 def wait_for(*numbers: int) -> int:

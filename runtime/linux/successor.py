@@ -13,17 +13,12 @@ one process ever runs, and a new process that dies at any instant leaves a calle
 from __future__ import annotations
 
 import errno
-import os
 import struct
 
 from runtime.linux import foreign as ctypes
 from runtime.linux.libc import KernelError
-from runtime.linux.memory import PROT_EXEC, PROT_READ, map_copy
+from runtime.linux.machine_code import machine_code
 from runtime.linux.process import CLONE_INTO_CGROUP, CLONE_PARENT, CLONE_VM
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 # linux/sched.h
 _CLONE_VFORK, _CLONE_PARENT_SETTID = 0x4000, 0x100000
@@ -42,16 +37,7 @@ _X86_64 = bytes.fromhex(
 )
 
 
-def _function() -> Callable[..., int] | None:
-    if os.uname().machine != "x86_64" or struct.calcsize("P") != 8:
-        return None
-    try:
-        return ctypes.function_at(map_copy(_X86_64, len(_X86_64), PROT_READ | PROT_EXEC))
-    except KernelError:  # a policy of this machine against code that is made while a program runs
-        return None
-
-
-_call = _function()
+_call = machine_code(_X86_64)
 AVAILABLE = _call is not None
 
 

@@ -14,7 +14,7 @@ import time
 
 from runtime import exec
 from runtime.cgroups.hierarchy import own_directories
-from runtime.linux import signals
+from runtime.linux import signals, template
 from runtime.linux.files import remove_tree
 from runtime.linux.process import set_child_subreaper, start_time
 from runtime.linux.sockets import connect_unix, listen_unix
@@ -54,6 +54,7 @@ def rehearse(state: str) -> None:
     """Runs it a few times in a directory of its own below `state`. Raises OSError and RuntimeFailure."""
     directory = f"{state}/.rehearsal"
     set_child_subreaper(True)  # as a shim is: the parent of what its helpers leave
+    template.rehearse(_ROUNDS)
     try:
         for _ in range(_ROUNDS):
             os.makedirs(directory, mode=0o700, exist_ok=True)

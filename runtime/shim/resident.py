@@ -24,6 +24,7 @@ from runtime.shim.logfile import LogFile
 from runtime.shim.loop import READ, Loop
 from runtime.shim.reaper import is_child
 from runtime.shim.report import report
+from runtime.shim.rest import Rest
 from runtime.shim.subscribers import Subscribers
 from runtime.shim.waiting import Command, Waiting
 
@@ -54,6 +55,7 @@ class Resident:
         self._serve = serve
         self._rest_killer = rest_killer
         self._loop = Loop(report)
+        self.rest = Rest(self._loop, lambda: bool(self._helpers))
         self._listener: Socket | None = None
         self._helpers: dict[int, Helper] = {}
         self._idle: Helper | None = None  # see runtime.shim.lingering
@@ -254,6 +256,7 @@ class Resident:
             self._waiting.runs(helper.command, self._early_status(helper.command.pid))
         if not self._helpers:
             self._early.clear()
+            self.rest.is_due()
         if helper.on_gone is not None:
             helper.on_gone()
 

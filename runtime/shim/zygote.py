@@ -17,6 +17,7 @@ from _socket import socket as Socket
 
 import runtime.rootfs_cgroup  # noqa: F401 - a helper would import it for each container
 from runtime.errors import RuntimeFailure
+from runtime.linux import template
 from runtime.linux.memory import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, malloc_trim, mallopt
 from runtime.linux.process import close_range, set_child_subreaper, set_comm
 from runtime.linux.sockets import listen_unix
@@ -81,6 +82,7 @@ def _zygote(state: str) -> None:
     bounding_set()
     _settle()
     _ballast.extend(_fill_pools())
+    _share(resident)
     _fork_for_ever(listener, resident, first)
 
 
@@ -180,6 +182,17 @@ def _fill_pools() -> list[bytes]:
                 break
             filling.append(one)
     return filling
+
+
+def _share(resident: Resident) -> None:
+    """Shims at rest give back what they have copied without need; without that they only weigh more."""
+    try:
+        taken = template.take()
+    except OSError as error:
+        report("take a template of the memory", error)
+    else:
+        if taken is not None:
+            resident.rest.act = taken.give_back
 
 
 def _protect_from_oom() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from runtime.shim import rest
 from runtime.shim.commands import Collector
 from runtime.shim.loop import READ, Loop
 
@@ -40,6 +42,31 @@ def test_o33_an_idle_loop_has_no_deadline(loop: Loop) -> None:
     assert 0 < loop._patience() <= 60
     timer.cancel()
     assert loop._patience() == -1
+
+
+def test_rest_comes_once_after_the_last_of_what_there_was_to_do(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rest, "QUIET", 0.03)
+    rests: list[float] = []
+    busy = False
+    resting = rest.Rest(loop, lambda: busy)
+    resting.is_due()
+    assert loop._patience() == -1  # there is nothing to be done
+    resting.act = lambda: rests.append(time.monotonic())
+    resting.is_due()
+    assert len(loop._timers) == 1
+    until = time.monotonic() + 0.02
+    while time.monotonic() < until:
+        resting.is_due()
+    last = time.monotonic()
+    assert len(loop._timers) == 1
+    while loop._timers:
+        loop.turn()
+    assert len(rests) == 1 and rests[0] >= last + 0.03
+    busy = True
+    resting.is_due()
+    while loop._timers:
+        loop.turn()
+    assert len(rests) == 1
 
 
 def test_a_callback_that_raises_is_reported_and_others_run(loop: Loop, reports: list[str]) -> None:
