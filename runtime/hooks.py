@@ -28,7 +28,7 @@ def run(
     hooks: Iterable[Hook], state: bytes, step: str, directory: str = "", env: Iterable[bytes] | None = None
 ) -> None:
     """Runs every hook of one point, in `directory` if it is there. `env` is the environment of those that name none;
-    None: the caller's. Raises RuntimeFailure, naming the hook by its path in config.json."""
+    None: the caller's. Raises RuntimeFailure, naming the hook."""
     default = [key + b"=" + value for key, value in os.environb.items()] if env is None else list(env)
     for hook in hooks:
         _run(hook, state, step, directory, default)
@@ -77,7 +77,7 @@ def _run(hook: Hook, state: bytes, step: str, directory: str, env: list[bytes]) 
         problem = f"exit status {status.si_status if status else 'unknown'}"
     if problem:
         words = said.decode("utf-8", "replace").strip()
-        sentence = f"error running hook {hook.where} {hook.path}: {problem}"
+        sentence = f"error running {hook.where}: {hook.path}: {problem}"
         raise RuntimeFailure(f"{sentence}: {words}" if words else sentence, step=step)
 
 

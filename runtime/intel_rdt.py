@@ -179,15 +179,19 @@ def _compare(directory: str, lines: tuple[str, ...]) -> None:
 
 
 def _write_schemata(directory: str, lines: tuple[str, ...]) -> None:
-    fd = os.open(f"{directory}/schemata", os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    line = lines[0] if lines else ""
     try:
-        for line in lines:
-            write_all(fd, f"{line}\n".encode())
+        fd = os.open(f"{directory}/schemata", os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            for line in lines:
+                write_all(fd, f"{line}\n".encode())
+        finally:
+            os.close(fd)
     except OSError as error:
         what = f"linux.intelRdt: write {line!r} to {directory}/schemata"
-        raise RuntimeFailure.of(error, step="intelRdt", what=what, code="invalid_argument") from None
-    finally:
-        os.close(fd)
+        failure = RuntimeFailure.of(error, step="intelRdt", what=what, code="invalid_argument")
+        failure.hint = _text(f"{_root(directory)}/info/last_cmd_status")  # which says more than an errno
+        raise failure from None
 
 
 def enter(group: Group, pid: int) -> None:
@@ -232,10 +236,7 @@ def figures(group: Group | None) -> dict[str, object]:
     """The `intel_rdt` of runc's stats event. What the machine has not is left out."""
     if group is None:
         return {}
-    # The default class is resctrl's root, which alone has `info`; all others lie right below it.
-    root = group.directory
-    if not os.path.isdir(f"{root}/info"):
-        root = os.path.dirname(root)
+    root = _root(group.directory)
     found: dict[str, object] = {}
     for resource, info, names, key in (
         ("L3", "l3_cache_info", ("cbm_mask", "min_cbm_bits", "num_closids"), "l3_cache_schema"),
@@ -250,6 +251,7 @@ def figures(group: Group | None) -> dict[str, object]:
         for suffix, directory in (("_root", root), ("", group.directory)):
             value = _schemata(directory).get(resource, "")
             found[f"{key}{suffix}"] = f"{resource}:{value}"
+    found["schemata"] = [f"{name}:{value}" for name, value in _schemata(group.directory).items()]
     monitor = group.monitor or group.directory
     counters: dict[str, tuple[str, ...]] = {
         "mbm_stats": ("mbm_total_bytes", "mbm_local_bytes"),
@@ -263,6 +265,11 @@ def figures(group: Group | None) -> dict[str, object]:
         if any(rows):
             found[kind] = [row for row in rows if row]
     return found
+
+
+def _root(directory: str) -> str:
+    """resctrl's own: the default class, which alone has `info`; all others lie right below it."""
+    return directory if os.path.isdir(f"{directory}/info") else os.path.dirname(directory)
 
 
 def _text(path: str) -> str:

@@ -318,7 +318,8 @@ def update(root: str, container_id: str, wanted: Mapping[str, object], schemata:
     from runtime import intel_rdt
 
     if facts.intel_rdt is None:
-        raise _wrong(f"container {container_id} has no linux.intelRdt: its class of service is everybody's")
+        problem = "updating a non-existent Intel RDT configuration is not supported"
+        raise _wrong(f"{problem}: container {container_id} has no linux.intelRdt, and its class is everybody's")
     before = intel_rdt.update(facts.intel_rdt, schemata)
     try:
         facts.manager().set(limits)

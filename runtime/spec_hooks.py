@@ -1,6 +1,7 @@
 """config.json's hooks as frozen values: what the operator wants run, and at which points of a container's life.
 
-Refuses relative paths and timeouts that are none. Invariant: `Hook.where` is its path in config.json, for errors.
+Refuses relative paths and timeouts that are none. Invariant: `Hook.where` is how runc names it in errors, such as
+"createRuntime hook #0".
 """
 
 from __future__ import annotations
@@ -52,10 +53,15 @@ def parse_hooks(fields: Fields) -> Hooks:
     hooks = fields.object("hooks")
     if hooks is None:
         return Hooks()
-    return Hooks(**{name: tuple(_hook(entry) for entry in hooks.objects(key)) for name, key in HOOKS.items()})
+    return Hooks(
+        **{
+            name: tuple(_hook(entry, f"{key} hook #{index}") for index, entry in enumerate(hooks.objects(key)))
+            for name, key in HOOKS.items()
+        }
+    )
 
 
-def _hook(fields: Fields) -> Hook:
+def _hook(fields: Fields, where: str) -> Hook:
     path = fields.str("path", required=True)
     if not path.startswith("/"):
         raise fields.error("path", f'expected an absolute path, got "{path:.80}"')
@@ -63,7 +69,7 @@ def _hook(fields: Fields) -> Hook:
     if timeout is not None and timeout <= 0:
         raise fields.error("timeout", f"expected more than zero seconds, got {timeout}")
     env = fields.strs("env") if fields.has("env") else None
-    return Hook(path, fields.strs("args"), env, timeout or 0, fields.path)
+    return Hook(path, fields.strs("args"), env, timeout or 0, where)
 
 
 def to_json(hooks: Iterable[Hook]) -> list[dict[str, object]]:

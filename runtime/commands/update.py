@@ -43,7 +43,11 @@ _IGNORED = ("kernel-memory", "kernel-memory-tcp")
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50}
 FLAGS = {
     "update": (
-        Flag(("resources", "r"), "str", "file with a linux.resources object, - for stdin; then no other flag counts"),
+        Flag(
+            ("resources", "r"),
+            "str",
+            "file with a linux.resources object, - for stdin; of the flags then only schemata",
+        ),
         *(Flag((name,), "str", f"linux.resources.{group}.{field}") for name, (group, field, _) in _FIELDS.items()),
         Flag(("l3-cache-schema",), "str", "linux.intelRdt.l3CacheSchema"),
         Flag(("mem-bw-schema",), "str", "linux.intelRdt.memBwSchema"),
@@ -57,7 +61,7 @@ def run(context: Context, _name: str, values: Values) -> int:
     if len(values.words) != 1:
         raise UsageError('"CONTAINER" is required, and nothing after it')
     if values.text("resources"):
-        lifecycle.update(context.root, values.words[0], _from_file(values.text("resources")))
+        lifecycle.update(context.root, values.words[0], _from_file(values.text("resources")), _schemata(values))
         return 0
     wanted = from_flags(values)
     for name in _IGNORED:

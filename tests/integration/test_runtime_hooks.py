@@ -122,7 +122,7 @@ def test_a_hook_that_fails_in_create_undoes_it(home: Bundles, kind: str) -> None
     said = one.create().failed("exit status 3", code=1)
     assert "bad luck" in said and "error running" in said
     if Path(OCIRUN).name != "runc":
-        assert f"hooks.{kind}[0] /bin/sh" in said
+        assert f"error running {kind} hook #0: /bin/sh" in said
     one.gone()
     state = json.loads(trace.read_text())  # the lifecycle goes on with poststop, and the second hook never ran
     assert state["status"] == "stopped" and state["id"] == one.id and not state.get("pid")
@@ -137,7 +137,7 @@ def test_a_failing_start_container_hook_ends_the_container(home: Bundles) -> Non
     if Path(OCIRUN).name == "runc":
         one.start()
     else:
-        one.start().failed("error running hook hooks.startContainer[0] /bin/sh: exit status 4", code=1)
+        one.start().failed("error running startContainer hook #0: /bin/sh: exit status 4", code=1)
     one.becomes("stopped")
     assert not (one.rootfs / "tmp/ran").exists()
     one.delete(force=False).ok()
@@ -150,11 +150,11 @@ def test_a_failing_poststart_hook_stops_the_container(home: Bundles) -> None:
     one = home.make()
     one.config["hooks"] = {"poststart": hook("exit 5"), "poststop": hook(f"touch {home.directory}/poststop")}
     one.create().ok()
-    one.start().failed("hooks.poststart[0] /bin/sh: exit status 5", code=1)
+    one.start().failed("error running poststart hook #0: /bin/sh: exit status 5", code=1)
     one.becomes("stopped")
     one.delete(force=False).ok()
     assert (home.directory / "poststop").exists()
-    one.run("--detach").failed("hooks.poststart[0]")
+    one.run("--detach").failed("error running poststart hook #0")
     one.gone()
 
 
@@ -165,7 +165,8 @@ def test_a_failing_poststop_hook_keeps_nothing(home: Bundles) -> None:
     assert result.code == 0
     one.gone()
     if Path(OCIRUN).name != "runc":
-        assert "level=warning" in result.error and "hooks.poststop[0] /bin/sh: exit status 6: no" in result.error
+        assert "level=warning" in result.error
+        assert "error running poststop hook #0: /bin/sh: exit status 6: no" in result.error
         assert (home.directory / "second").exists()
     two = home.make()
     two.config["hooks"] = {"poststop": hook("exit 7")}

@@ -129,6 +129,14 @@ def test_what_fails_half_way_leaves_nothing(resctrl: Path) -> None:
         intel_rdt.join(read(), "info", str(resctrl))
 
 
+def test_the_kernel_says_what_it_did_not_like(resctrl: Path) -> None:
+    (resctrl / "info").mkdir()
+    (resctrl / "info/last_cmd_status").write_text("The mask 5 has non-consecutive 1-bits\n")
+    with pytest.raises(RuntimeFailure, match="write 'L3:0=5' to .*/c1/schemata: ENOENT") as caught:
+        intel_rdt.join(read(l3CacheSchema="L3:0=5"), "c1", str(resctrl))
+    assert caught.value.hint == "The mask 5 has non-consecutive 1-bits"
+
+
 def test_an_update_can_be_taken_back(resctrl: Path) -> None:
     group = Group(str(_group(resctrl / "c1")), own=True)
     before = intel_rdt.update(group, ("MB:0=50",))
@@ -170,6 +178,7 @@ def test_figures(resctrl: Path) -> None:
         "mem_bw_info": {"bandwidth_gran": 10, "delay_linear": 1, "min_bandwidth": 10, "num_closids": 8},
         "mem_bw_schema_root": "MB:0=100;1=100",
         "mem_bw_schema": "MB:0=20;1=70",
+        "schemata": ["L3:0=7f0;1=1f", "MB:0=20;1=70"],
         "mbm_stats": [{"mbm_total_bytes": 456, "mbm_local_bytes": 400}],
         "cmt_stats": [{"llc_occupancy": 123}],
     }
