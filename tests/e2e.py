@@ -314,7 +314,12 @@ def retired(made: Node, before: Machine) -> None:
     remove_cgroup(made.tag)
     subprocess.run(["ip", "link", "delete", made.tag], capture_output=True, check=False)
     if _TABLE not in before.tables and os.environ.get("OCID_REQUIRE_ALL"):
-        subprocess.run(["nft", *f"delete {_TABLE}".split()], capture_output=True, check=False)
+        drop_table()
+
+
+def drop_table() -> None:
+    """What a node keeps of nftables, on a machine that is ours alone."""
+    subprocess.run(["nft", *f"delete {_TABLE}".split()], capture_output=True, check=False)
 
 
 @contextmanager

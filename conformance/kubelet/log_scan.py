@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 # klog: E1126 15:30:43.123456 pid file.go:123] message
+BEGIN = re.compile(r"^(?=[IWEF]\d{4} )", re.MULTILINE)
 LINE = re.compile(r"^([IWEF])(\d{4} \d\d:\d\d:\d\d\.\d{6}) +\d+ ([a-z0-9_.-]+\.go):\d+\] (.*)", re.DOTALL)
 RUNTIME_ERROR = re.compile(r"rpc error|code = ")
 ABSENT = re.compile(
@@ -23,6 +24,8 @@ ALLOWED: dict[str, str] = {
     r"the id is empty": "it asks for statistics of no pod, to see whether the call is there at all",
     r"Skipping pod synchronization.*(PLEG is not healthy|status check may not have completed)": "it has just begun",
     r"Stats initialization may not have completed yet": "it has just begun",
+    r"Failed to get system container stats.*unable to find data in memory cache": "likewise, of its own cgroup",
+    r"Mount failed: exit status 32.*\bnoswap\b": "it tries whether a tmpfs may be kept off the swap: since Linux 6.4",
     r"Failed to wait until node is registered.*context canceled": "it was ended before that",
     r"checkpoint is not found": "it starts without one",
     r"no imagefs label for configured runtime": "it has such labels for CRI-O alone, and says so to all others",
@@ -68,23 +71,25 @@ class Absence:
 def scan(text: str, absences: Sequence[Absence]) -> list[str]:
     """The lines that nothing explains, each once with how often it came."""
     found: dict[str, tuple[str, int]] = {}
-    for severity, when, file, message in _entries(text.splitlines()):
+    for severity, when, file, message in _entries(text):
         if severity not in "EF" and not RUNTIME_ERROR.search(message):
             continue
-        if any(re.search(pattern, f"{file} {message}") for pattern in ALLOWED):
+        if any(re.search(pattern, f"{file} {message}", re.DOTALL) for pattern in ALLOWED):
             continue
         away = any(absence.since <= when <= absence.until for absence in absences)
         if away and ABSENT.search(message):
             continue
-        key = re.sub(r"[0-9a-f]{8,}|\d+", "#", f"{file} {message}")
-        line, count = found.get(key, (f"{severity} {file} {message}", 0))
+        first = message.partition("\n")[0]
+        key = re.sub(r"[0-9a-f]{8,}|\d+", "#", f"{file} {first}")
+        line, count = found.get(key, (f"{severity} {file} {first}", 0))
         found[key] = line, count + 1
     return [f"{count} × {line[:600]}" for line, count in found.values()]
 
 
-def _entries(lines: Iterable[str]) -> Iterable[tuple[str, datetime, str, str]]:
-    for line in lines:
-        if match := LINE.match(line):
+def _entries(text: str) -> Iterable[tuple[str, datetime, str, str]]:
+    """Severity, time, file and message, which may have more lines than one."""
+    for entry in BEGIN.split(text):
+        if match := LINE.match(entry):
             # klog writes no year, and the time of day as this machine has it.
             when = datetime.strptime(f"{datetime.now().year}{match[2]}", "%Y%m%d %H:%M:%S.%f")
-            yield match[1], when, match[3], match[4]
+            yield match[1], when, match[3], match[4].strip()

@@ -52,13 +52,15 @@ KEY_TUNABLES = ("kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes")
 
 @dataclass(slots=True)
 class Node:
-    """`images` are references by name; `changes` replaces top-level keys of the kubelet's configuration."""
+    """`images` are references by name; `cgroup` is what all that the kubelet makes is below, "/" the machine's root;
+    `changes` replaces top-level keys of the kubelet's configuration, `more` is added to that of ocid."""
 
     base: Path
     kubelet_binary: Path
     images: dict[str, str]
     cgroup: str
     changes: Document = field(default_factory=dict)
+    more: str = ""
     kubectl: Kubectl | None = None
     ocid: Service = field(init=False)
     kubelet: Service = field(init=False)
@@ -76,7 +78,7 @@ class Node:
             "10.201.0.0/16",
             BRIDGE,
             handlers={"runc": shutil.which("runc") or "/usr/sbin/runc"},
-            more=f'[checkpoint]\nenabled = true\ncriu = "{self.base}/criu"\n',  # a step puts one there
+            more=f'[checkpoint]\nenabled = true\ncriu = "{self.base}/criu"\n{self.more}',  # a step puts one there
         )
         self.ocid = Service("ocid", command, self.base / "ocid.log", self._serves)
         words = [str(self.kubelet_binary), f"--config={self.base}/kubelet.json", f"--root-dir={self.base}/kubelet"]
@@ -170,7 +172,8 @@ class Node:
             subprocess.run(["umount", directory], capture_output=True, check=False)
         for directory in self.made:
             directory.rmdir()
-        remove_cgroup(self.cgroup.strip("/"))
+        if self.cgroup != "/":
+            remove_cgroup(self.cgroup.strip("/"))
         for link in (NAME, BRIDGE):
             subprocess.run(["ip", "link", "delete", link], capture_output=True, check=False)
         for name, value in self.tunables.items():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-START_S = 60.0
+START_S = 300.0  # a kubelet, under emulation
 STOP_S = 20.0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from conformance.critest import tool
 from conformance.images import layouts
 from conformance.images.critest import critest
+from conformance.kubelet import __main__ as kubelet
 from conformance.vm.disk import write_disk
 from conformance.vm.image import image
 from conformance.vm.machine import boot
@@ -27,15 +28,20 @@ def _say(text: str) -> None:
 
 
 def _built(tests: Sequence[str]) -> list[Path]:
-    """What of .cache the tests need: an image for those of pods; critest and its images for the one that plays it,
-    where there is a Go compiler."""
+    """What of .cache the tests need: an image for those of pods; critest with its images, and a kubelet, for those that
+    play them, where there is a Go compiler."""
     everything = any(path in ("tests", "tests/vm") for path in tests)
-    found = layouts(["busybox"]) if everything or any("pods" in path for path in tests) else []
+    found = layouts(["busybox"]) if everything or any("pods" in path or "kubelet" in path for path in tests) else []
     if everything or any("critest" in path for path in tests):
         if tool.compiler():
             found += [tool.built("critest"), tool.built("ginkgo"), critest()]
         else:
             _say("no Go compiler is here: critest cannot be built, and its test skips")
+    if everything or any("kubelet" in path for path in tests):
+        if tool.compiler():
+            found.append(kubelet.built("kubelet"))
+        else:
+            _say("no Go compiler is here: no kubelet can be built, and its test skips")
     return found
 
 

@@ -93,6 +93,18 @@ def make(manager: Manager) -> None:
         raise RuntimeFailure.of(error, step="cgroup", what=f"make cgroup {manager.main().directory}") from error
 
 
+def give(manager: Manager, controllers: list[str]) -> None:
+    """For a v2 cgroup that somebody else has made: these controllers too, where the kernel has them, from the top down.
+    Raises RuntimeFailure."""
+    for place in manager.places:
+        try:
+            fd, made = tree.make_place(place, manager.verify, lambda parent, child: _enable(parent, controllers))
+        except OSError as error:
+            raise RuntimeFailure.of(error, step="cgroup", what=f"open cgroup {place.directory}") from error
+        os.close(fd)
+        tree.unmake(made)  # it has gone meanwhile
+
+
 def _preparation(manager: Manager, place: Place, resources: Resources) -> Callable[[int, int], None] | None:
     """What every level of a new path needs before the next one is made."""
     if place.hierarchy.version == 2:

@@ -144,6 +144,8 @@ class SystemdManager(Manager):
             raise
         self._pending = None
         failpoint("cgroup.made")
+        # Those that systemd does not know, so that it neither turns them on nor off.
+        limits.give(self, ["hugetlb", *(["rdma"] if resources.rdma else [])])
         super().set(resources.changed(devices=resources.devices or ()))
         failpoint("cgroup.limited")
 

@@ -30,6 +30,12 @@ def test_what_is_allowed_is_allowed() -> None:
     assert scan(line("E", 'Failed to read data from checkpoint err="checkpoint is not found"'), []) == []
 
 
+def test_a_message_may_have_more_lines_than_one() -> None:
+    mount = line("E", "Mount failed: exit status 32")
+    assert scan(f"{mount}Mounting arguments: -t tmpfs -o noswap tmpfs /tmp/x\n", []) == []
+    assert scan(f"{mount}Mounting arguments: -t tmpfs tmpfs /tmp/x\n{line('I', 'tmpfs noswap')}", [])
+
+
 def test_a_runtime_that_is_away_may_not_answer_and_nothing_else() -> None:
     away = Absence(NOON, NOON + timedelta(seconds=5))
     unanswered = 'x err="rpc error: code = Unavailable desc = connection error: connect: connection refused"'

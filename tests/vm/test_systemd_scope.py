@@ -83,6 +83,7 @@ LIMITS = {
     "memory": {"limit": 64 * MIB, "reservation": 32 * MIB, "swap": 96 * MIB},
     "cpu": {"shares": 2048, "quota": 45_000, "period": 90_000, "cpus": "1", "mems": "0"},
     "pids": {"limit": 77},
+    "hugepageLimits": [{"pageSize": "2MB", "limit": 4 * MIB}],  # of which systemd knows nothing
 }
 KERNEL = {
     "memory.max": str(64 * MIB),
@@ -93,6 +94,7 @@ KERNEL = {
     "cpuset.cpus": "1",
     "cpuset.mems": "0",
     "pids.max": "77",
+    "hugetlb.2MB.max": str(4 * MIB),
 }
 TOLD = {
     "MemoryMax": str(64 * MIB),
