@@ -9,6 +9,7 @@ import os
 
 from runtime.errors import RuntimeFailure
 from runtime.options import Flag, UsageError
+from runtime.state import SPEC_VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def run(_context: Context, _name: str, values: Values) -> int:
 def template() -> dict[str, object]:
     """A container of a shell at a terminal, with what a container should have and no more."""
     return {
-        "ociVersion": "1.2.1",
+        "ociVersion": SPEC_VERSION,
         "process": {
             "terminal": True,
             "user": {"uid": 0, "gid": 0},
