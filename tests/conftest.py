@@ -13,6 +13,7 @@ import contextlib
 import faulthandler
 import gc
 import os
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -93,6 +94,18 @@ def leaves_nothing(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     found = _settled(before, marks)
     if found:
         pytest.fail("the test left behind:\n  " + "\n  ".join(found), pytrace=False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_commands() -> Iterator[None]:
+    """Where tests of this session start `ocid`: what they are forked from."""
+    if "tests.warm" not in sys.modules:
+        yield
+        return
+    from tests import warm
+
+    with warm.serving():
+        yield
 
 
 @pytest.fixture(scope="session")

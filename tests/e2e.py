@@ -28,6 +28,7 @@ from conformance.cri_client import Cri, Names, connected, container
 from conformance.daemons import command_path, remove_cgroup, retire
 from conformance.images import layouts
 from conformance.leaks import CGROUPS, Machine
+from tests import warm
 from tests.fakes.registry import OCI_MANIFEST, BuiltImage, FakeRegistry
 from tests.support import eventually
 
@@ -125,10 +126,11 @@ class Node:
         assert self._client is not None, "the daemon is not started"
         return self._client
 
-    def start(self, *, umask: int = -1) -> None:
-        """Starts the daemon and waits until it is ready."""
+    def start(self, *, umask: int = -1, as_child: bool = False) -> None:
+        """Starts the daemon and waits until it is ready; `as_child` for whoever asks what it has from this process."""
+        popen = subprocess.Popen if as_child else warm.Command
         with open(self.log, "ab") as output:
-            self.process = subprocess.Popen(
+            self.process = popen(
                 [*self.words, "serve"],
                 stdout=output,
                 stderr=output,

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from conformance.leaks import CGROUPS, Machine
+from tests import warm
 from tests.e2e import Node, busybox_layout, node, retired, stocked
 from tests.fakes.registry import FakeRegistry, build_image
 from tests.support import eventually, needs
@@ -64,7 +65,7 @@ def as_before(cli: Node) -> Iterator[None]:
 
 
 def ocid(cli: Node, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([*cli.words, *words], input=stdin, capture_output=True, timeout=COMMAND_S, check=False)
+    done = warm.run([*cli.words, *words], input=stdin, timeout=COMMAND_S)
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
@@ -81,7 +82,7 @@ def once(cli: Node, *words: str, code: int = 0, stdin: bytes = b"") -> str:
 
 
 def start(cli: Node, *words: str, **options: Any) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
+    return warm.Command(
         [*cli.words, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options
     )
 

@@ -13,6 +13,7 @@ import pytest
 from grpc import StatusCode
 
 from conformance.cri_client import container
+from tests import warm
 from tests.e2e import Node, busybox, busybox_layout, node
 from tests.fakes.registry import OCI_MANIFEST, FakeRegistry
 from tests.support import needs
@@ -49,7 +50,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, keys: Path, registry: FakeR
 
 
 def ocid(served: Node, *words: str, code: int = 0) -> str:
-    done = subprocess.run([*served.words, *words], capture_output=True, text=True, check=False)
+    done = warm.run([*served.words, *words], text=True)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

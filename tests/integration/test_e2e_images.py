@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from conformance.leaks import Machine
+from tests import warm
 from tests.e2e import Node, node, retired
 from tests.fakes.registry import OCI_INDEX, FakeRegistry, Reply, build_image, build_index, sha256, write_layout
 from tests.support import eventually, needs
@@ -66,7 +67,7 @@ def _name(pid: str) -> str:
 
 
 def ocid(cli: Node, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([*cli.words, *words], input=stdin, capture_output=True, timeout=COMMAND_S, check=False)
+    return warm.run([*cli.words, *words], input=stdin, timeout=COMMAND_S)
 
 
 def said(cli: Node, *words: str, code: int = 0, stdin: bytes = b"") -> bytes:
@@ -262,7 +263,7 @@ def test_events(served: Node, alone: Node, registry: FakeRegistry, tmp_path: Pat
     assert refused.returncode == 125 and b"no daemon" in refused.stderr
     image = build_image([{"events": b"1"}])
     reference = registry.add("events", "1", image)
-    watching = subprocess.Popen([*served.words, "events", "--format", "json"], stdout=subprocess.PIPE)
+    watching = warm.Command([*served.words, "events", "--format", "json"], stdout=subprocess.PIPE)
     try:
         assert watching.stdout is not None
         data = b""

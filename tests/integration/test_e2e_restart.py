@@ -252,7 +252,7 @@ def test_o21_shims_are_not_in_the_daemon_s_cgroup(clean: Node, tmp_path: Path) -
         )
         (service / "cgroup.procs").write_text(str(os.getpid()))
         try:
-            clean.start()
+            clean.start(as_child=True)
         finally:
             (base / own.lstrip("/") / "cgroup.procs").write_text(str(os.getpid()))
         fresh, other, _ = clean.run(clean.image, ["sleep", "1000"])

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from grpc import StatusCode
 from conformance.cri_client import container
 from imagestore.attached import cosign_tag
 from imagestore.signatures import COSIGN_TYPE
+from tests import warm
 from tests.e2e import Node, busybox, node, stocked
 from tests.fakes.registry import OCI_MANIFEST, FakeRegistry, as_json, sha256
 from tests.support import needs
@@ -90,7 +90,7 @@ def test_a_kubelet_knows_a_refusal(served: Node, registry: FakeRegistry, policy:
         served.client.pull(name)
     assert f"pull {name}" in refusal(error) and "there is no sigstore signature" in refusal(error)
     served.settles(before)
-    done = subprocess.run([*served.words, "pull", name], capture_output=True, text=True, check=False)
+    done = warm.run([*served.words, "pull", name], text=True)
     assert done.returncode == 125 and "SignatureValidationFailed" in done.stderr
 
 
@@ -152,7 +152,7 @@ def test_what_is_changed_on_disk_is_found_while_the_daemon_serves(served: Node, 
 
     def deep(code: int) -> str:
         words = [*served.words, "verify", "--deep", name]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        done = warm.run(words, text=True)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
 
