@@ -26,6 +26,7 @@ from snapshotter.model import Limits, UnpackError
 from snapshotter.tar import Walker
 from snapshotter.tar_feed import Feed
 from tests.fakes.registry import OCI_INDEX, OCI_MANIFEST, build_image, build_index, layer_tar
+from tests.fuzz import trust_targets
 
 CONFIG = StoreConfig()
 LIMITS = Limits(layer_bytes=1 << 20, entries=2000, pax_bytes=1 << 16, sparse_regions=1000)
@@ -180,4 +181,5 @@ TARGETS = {
     "challenge": Target(challenge, (b'Bearer realm="https://a/b",service="s",scope="x", Basic realm=y',)),
     "auth_file": Target(auth_file, (_AUTHS,)),
     "registries": Target(registries, (_REGISTRIES,)),
+    **{name: Target(*target) for name, target in trust_targets.TARGETS.items()},
 }

@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import time
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +162,23 @@ def test_o48_short_trouble_is_survived(bench: Bench, registry: FakeRegistry) -> 
     registry.rule("GET", "/blobs/", Cut(1 << 20), times=2)
     assert bench.pull(reference).repo_tags == (reference,)
     assert any("Range" in seen.headers for seen in registry.seen)
+
+
+@pytest.mark.parametrize("kind", ["seconds", "date"])
+def test_o48_a_registry_that_says_when_is_waited_for(bench: Bench, registry: FakeRegistry, kind: str) -> None:
+    """And not with the backoff of our own, which would come back at once."""
+    reference = registry.add("app", "1", build_image())
+    at = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=2)  # a date has whole seconds
+    said = "1" if kind == "seconds" else format_datetime(at, usegmt=True)
+    registry.rule("GET", "/manifests/", Reply(429, {"Retry-After": said}), times=1)
+    bench.close()
+    bench.config = replace(bench.config, retry_after_limit_s=30.0)
+    bench.open()
+    began = time.monotonic()
+    bench.pull(reference)
+    assert time.monotonic() - began >= 0.9
+    assert kind == "seconds" or datetime.now(UTC) >= at
+    assert registry.count("GET", "/manifests/") == 2
 
 
 def test_o48_head_that_is_never_answered(bench: Bench, registry: FakeRegistry) -> None:

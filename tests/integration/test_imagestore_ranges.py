@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,9 +18,17 @@ from imagestore.model import ContentInvalid, RegistryUnavailable
 from imagestore.rate import Rate
 from tests.fakes.imagestore import Bench, run
 from tests.fakes.registry import Cut, FakeRegistry, Hang, NoRange, Reply, Spoil, Stall, WrongRange, build_image
+from tests.support import eventually
 
 STEP = 64 << 10
 BIG = os.urandom(30 * STEP + 12_345)
+EAGER: dict[str, Any] = {
+    "ranges": 3,
+    "range_bytes": STEP,
+    "range_after_s": 0.0,
+    "range_below": 1e18,
+    "batch_bytes": STEP,
+}
 
 
 @pytest.fixture
@@ -29,7 +40,7 @@ def registry() -> Iterator[FakeRegistry]:
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Bench]:
     """Every download counts as slow at once."""
-    opened = Bench(tmp_path, ranges=3, range_bytes=STEP, range_after_s=0.0, range_below=1e18, batch_bytes=STEP)
+    opened = Bench(tmp_path, **EAGER)
     yield opened
     opened.close()
 
@@ -59,6 +70,50 @@ def test_the_rest_comes_in_parts(bench: Bench, registry: FakeRegistry) -> None:
     assert [begin for begin, _ in sorted(asked)][1:] == [end for _, end in sorted(asked)][:-1]
     assert sorted(asked)[-1][1] == len(registry.blobs[layer])
     assert (bench.root / "blobs/sha256" / layer[7:]).read_bytes() == registry.blobs[layer]
+
+
+_PULL_IN_A_PROCESS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from tests.integration.test_imagestore_ranges import EAGER, Bench
+Bench(Path(sys.argv[2]), **EAGER, stall_timeout_s=60.0).pull(sys.argv[3])
+"""
+
+
+def test_o45_killed_between_parts(tmp_path: Path, registry: FakeRegistry) -> None:
+    """What had come in order is kept, and nothing of it is asked for again."""
+    reference, layer = pushed(registry)
+    hang = registry.rule("GET", f"/blobs/{layer}", Hang(), times=0)
+    original = registry._right
+
+    def right(request: object) -> Reply:
+        hang.times = 100 if len(parts(registry, layer)) > 9 else 0  # those that come next are never answered
+        return original(request)  # type: ignore[arg-type]
+
+    registry._right = right  # type: ignore[method-assign,assignment]
+    tree = str(Path(__file__).parents[2])
+    child = subprocess.Popen([sys.executable, "-c", _PULL_IN_A_PROCESS, tree, str(tmp_path), reference])
+    part = tmp_path / "images/ingest" / f".{layer[7:]}.part"
+    try:
+        eventually(lambda: hang.hits == 3 and part.stat().st_size > 5 * STEP)
+    finally:
+        child.kill()
+        child.wait()
+    kept = part.stat().st_size
+    assert kept < len(registry.blobs[layer])
+    registry.heal()
+    registry._right = original  # type: ignore[method-assign]
+    registry.seen.clear()
+    bench = Bench(tmp_path, **EAGER)
+    try:
+        bench.pull(reference)
+        first = next(seen.headers["Range"] for seen in registry.seen if seen.path.endswith(layer))
+        assert first == f"bytes={kept}-"
+        assert min(begin for begin, _ in parts(registry, layer)) > kept
+        assert (bench.root / "blobs/sha256" / layer[7:]).read_bytes() == registry.blobs[layer]
+    finally:
+        bench.close()
 
 
 def test_what_waits_is_bounded(bench: Bench, registry: FakeRegistry) -> None:

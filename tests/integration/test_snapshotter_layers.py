@@ -202,6 +202,21 @@ def test_p8_names_and_long_names(overlay: Overlay, stack: Stack) -> None:
     assert (top(overlay, layer) / long / ("f" * 255)).is_file()
 
 
+def test_names_that_differ_by_case_are_different(overlay: Overlay, stack: Stack, tmp_path: Path) -> None:
+    """A link never stands for a directory that is spelled otherwise, in one layer or over two."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    below = [file("README", b"1"), file("readme", b"2"), symlink("DIR", str(outside)), file("dir/x", b"3")]
+    layer = stack(below, [file("Dir/x", b"4"), whiteout("ReadMe")])
+    base = overlay.lower_directories(layer.chain_id)[1]
+    assert {path.name: path.read_bytes() for path in base.iterdir() if path.name.lower() == "readme"} == {
+        "README": b"1",
+        "readme": b"2",
+    }
+    assert (base / "dir/x").read_bytes() == b"3" and (base / "DIR").is_symlink()
+    assert listing(top(overlay, layer)) == ["Dir", "Dir/x", "ReadMe"] and list(outside.iterdir()) == []
+
+
 def test_later_entries_replace_earlier_ones(overlay: Overlay, stack: Stack) -> None:
     layer = stack(
         [

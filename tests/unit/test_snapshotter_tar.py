@@ -293,6 +293,13 @@ def test_s37_empty_continuation_blocks_count_as_entries() -> None:
 # ---------------------------------------------------------------------------------------------------------- limits
 
 
+def _sized(size: int) -> bytes:
+    """An entry that says so in its header, in base 256: 8 EiB are beyond what octal digits can say."""
+    entry = tarfile.TarInfo("f")
+    entry.size = size
+    return entry.tobuf(tarfile.GNU_FORMAT) + END
+
+
 @pytest.mark.parametrize(
     ("raw", "limits", "named"),
     [
@@ -308,6 +315,8 @@ def test_s37_empty_continuation_blocks_count_as_entries() -> None:
             "xattrs",
         ),
         (special(b"x", record(b"size", str(1 << 60).encode())) + header() + END, Limits(), "file_bytes"),
+        (special(b"x", record(b"size", str(1 << 63).encode())) + header() + END, Limits(), "file_bytes"),
+        (_sized(1 << 63), Limits(), "file_bytes"),
         (
             b"".join(special(b"g", record(b"k%d" % n, b"v" * 300)) for n in range(10)) + header() + END,
             Limits(pax_bytes=1024),
