@@ -298,7 +298,9 @@ class CheckpointSection:
         "criu itself reads the archive as root: enable it for archives that this node, or one like it, has written.",
     )
     criu: str = _key("criu", "The criu program: a name to look for in $PATH, or a path.")
-    timeout_s: float = _key(600.0, "Seconds that criu may take for a container whose request says nothing.", least=1)
+    timeout_s: float = _key(
+        600.0, "Seconds that criu may take for a container whose request says nothing; then it is killed.", least=1
+    )
     archive_bytes: int = _key(256 << 30, "Largest checkpoint that is written or read.", least=1)
 
 

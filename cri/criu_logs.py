@@ -27,13 +27,15 @@ def directory(root: Path) -> Path:
 
 
 @contextmanager
-def kept(root: Path, container_id: str, written: Path) -> Iterator[None]:
+def kept(root: Path, container_id: str, written: Path, *, limit: str) -> Iterator[None]:
     """For calls that let criu write to `written`. An error of theirs that names it names the copy instead; so does one
-    that has nothing else to say, since criu did not end in time."""
+    of a criu that did not end in time, of which `limit` says who has set that."""
     try:
         yield
     except ContainerError as error:
         said = str(error)
+        if error.code == "deadline":
+            error.hint = f"{limit} is that limit"
         if str(written) not in said and error.code != "deadline":
             raise
         try:

@@ -268,7 +268,7 @@ class Checkpoints(Protocol):
     ) -> None:
         """Writes criu's images of a running or frozen container into `images`, its logs into `work`; whether it
         succeeds or fails, the container is afterwards as it was. Raises ContainerError; "deadline" after `seconds`,
-        then `images` may still be written to."""
+        when criu is killed."""
         ...
 
     def restore(

@@ -39,7 +39,8 @@ _MAX_CONFIG = 16 << 20
 
 
 class Images(Record):
-    """Where and how, for both directions. Paths are absolute; `work_path` and `parent_path` may be ""."""
+    """Where and how, for both directions. Paths are absolute; `work_path` and `parent_path` may be "". `seconds` is
+    how long criu may take; 0: as long as it likes."""
 
     program: str
     image_path: str
@@ -55,6 +56,7 @@ class Images(Record):
     auto_dedup: bool = False
     manage_cgroups: int = CGROUP_MODES["soft"]
     empty_ns: int = 0
+    seconds: float = 0.0
 
     def log(self, name: str) -> str:
         return os.path.join(self.work_path or self.image_path, name)
@@ -130,7 +132,7 @@ def checkpoint(request: CheckpointRequest) -> None:
     if now not in ("running", "paused"):
         raise RuntimeFailure(f"Container cannot be checkpointed in {now} state", code="failed_precondition")
     spec = _spec_of(facts)
-    program = criu.Criu(request.images.program)
+    program = criu.Criu(request.images.program, request.images.seconds)
     images = request.images
     with Directories(images) as at:
         opts = images.common("dump.log", at.images, at.work)

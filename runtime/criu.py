@@ -8,18 +8,17 @@
           │ ◀──────  resp DUMP | RESTORE            │
 
 One message is one packet. Refuses to understand more of a message than is used here. Invariant: a request that fails
-leaves no criu behind, and its error quotes what criu's log calls an error.
+leaves no criu behind, and its error quotes what criu's log calls an error. The process is runtime.criu_child's.
 """
 
 from __future__ import annotations
 
-import array
 import os
-import socket
+import time
 
+from runtime.criu_child import Child, Gone, Late
 from runtime.errors import RuntimeFailure
 from runtime.linux.files import AT_FDCWD, read_bounded
-from runtime.linux.process import clone3, close_range
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,9 +71,7 @@ _OPTIONS = {
 }
 FEATURES = {"mem_track": 1, "lazy_pages": 2}
 _WORDS = {"mem_track": "tracking of changed memory, which a pre-dump needs", "lazy_pages": "lazy pages (userfaultfd)"}
-_MAX_MESSAGE, _MAX_LOG = 1 << 16, 4 << 20
-# swrk's socket is this number in criu; fds that a request names come after it.
-_SOCKET, FIRST_FD = 3, 4
+_MAX_LOG = 4 << 20
 
 
 def message(*fields: tuple[int, Value]) -> bytes:
@@ -159,11 +156,14 @@ def pair(key: str, value: str | int) -> bytes:
 
 
 class Criu:
-    """One criu program; each call starts it anew."""
+    """One criu program; each call starts it anew. With `seconds`, all of them together may take so long: a criu that is
+    late is killed."""
 
-    def __init__(self, program: str) -> None:
+    def __init__(self, program: str, seconds: float = 0.0) -> None:
         self._program = _find(program)
         self._version = 0
+        self._seconds = seconds
+        self._deadline = time.monotonic() + seconds if seconds else None
 
     def version(self) -> int:
         """As criu counts: 31701 for 3.17.1."""
@@ -192,16 +192,19 @@ class Criu:
         prepare: Callable[[], None] = lambda: None,
         adopt: Callable[[int], None] = lambda _pid: None,
         cgroup_fd: int = -1,
+        late: Callable[[], object] = lambda: None,
     ) -> dict[int, int | bytes]:
-        """Sends one request and answers notifications until it is done. `pass_fds` are FIRST_FD and on in criu.
-        `prepare` runs in the child before it becomes criu, `adopt` here with its pid before that. `log` is where criu
-        writes. Raises RuntimeFailure."""
-        child = _Child(self._program, pass_fds, prepare, adopt, cgroup_fd)
+        """Sends one request and answers notifications until it is done. `pass_fds` are criu's fds from
+        criu_child.FIRST_FD on. `prepare` runs in the child before it becomes criu, `adopt` here with its pid before
+        that, `late` when criu is about to hear that its time is over. `log` is where criu writes. Raises
+        RuntimeFailure, "deadline" for that."""
+        child = Child(self._program, self._deadline, pass_fds, prepare, adopt, cgroup_fd)
         try:
             wanted = opts(child.pid) if callable(opts) else opts
             child.send(message((1, kind), (2, wanted)))
             while True:
-                answer, fd = child.receive()
+                data, fd = child.receive()
+                answer = fields(data)
                 try:
                     what = answer.get(1, -1)
                     if not answer.get(2):
@@ -217,132 +220,40 @@ class Criu:
                 child.send(message((1, NOTIFY), (3, True)))
             child.end(may_fail=kind == PRE_DUMP)  # which waits for the next of a series: it is told by our end closing
             return answer
-        except _Gone as gone:
+        except Gone as gone:
             raise RuntimeFailure(self._why(kind, {}, log) + f" ({gone})", hint=_HINT) from None
+        except Late:
+            late()
+            raise self._too_late(log) from None
         finally:
             child.close()
 
     def _ask(self, request: bytes) -> dict[int, int | bytes]:
         """A request that is about criu itself."""
-        child = _Child(self._program, (), lambda: None, lambda _pid: None, -1)
+        child = Child(self._program, self._deadline)
         try:
             child.send(request)
-            return child.receive()[0]
-        except _Gone as gone:
+            return fields(child.receive()[0])
+        except Gone as gone:
             raise RuntimeFailure(f"criu does not work on this machine: {gone}", code="failed_precondition") from None
+        except Late:
+            raise self._too_late("") from None
         finally:
             child.close()
+
+    def _too_late(self, log: str) -> RuntimeFailure:
+        return RuntimeFailure(
+            f"criu did not end within {self._seconds:g} s, and was killed{_where(log)}", code="deadline"
+        )
 
     def _why(self, kind: object, answer: Mapping[int, int | bytes], log: str) -> str:
         name = _NAMES.get(kind, str(kind)) if isinstance(kind, int) else "?"
         said = _last_errors(log) or os.fsdecode(_bytes(answer.get(9))).strip()
         number = answer.get(7, 0)
-        where = f"\nlog file: {log}" if os.path.exists(log) else ""
-        return f"criu failed: type {name} errno {number!r}: {said or 'it gives no reason'}{where}"
+        return f"criu failed: type {name} errno {number!r}: {said or 'it gives no reason'}{_where(log)}"
 
 
 _HINT = "`criu check` says what this kernel lacks"
-
-
-class _Gone(Exception):
-    """criu ended without an answer."""
-
-
-class _Child:
-    """A running `criu swrk`. `close` ends it."""
-
-    def __init__(
-        self,
-        program: str,
-        pass_fds: Sequence[int],
-        prepare: Callable[[], None],
-        adopt: Callable[[int], None],
-        cgroup_fd: int,
-    ) -> None:
-        self.pid = self._pidfd = -1
-        self._socket, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        go, ready = os.pipe2(os.O_CLOEXEC)
-        said, say = os.pipe2(os.O_CLOEXEC)
-        try:
-            self.pid, self._pidfd = clone3(0, cgroup_fd=cgroup_fd)
-            if self.pid == 0:
-                os.close(ready)
-                _become(program, [its.fileno(), *pass_fds], prepare, go, say)
-            its.close()
-            os.close(say)
-            say = -1
-            adopt(self.pid)
-            os.write(ready, b"1")
-            if reason := os.read(said, 4096):
-                raise RuntimeFailure(f"start criu: {os.fsdecode(reason)}")
-        except BaseException:
-            os.close(ready)  # whoever waits for it ends
-            ready = -1
-            self.close()
-            raise
-        finally:
-            its.close()
-            for fd in (go, ready, said, say):
-                if fd >= 0:
-                    os.close(fd)
-
-    def send(self, data: bytes) -> None:
-        try:
-            self._socket.send(data)
-        except OSError as error:
-            raise _Gone(f"it hangs up: {error.strerror}") from None
-
-    def receive(self) -> tuple[dict[int, int | bytes], int]:
-        """An answer, and the fd that came with it or -1. Raises _Gone."""
-        try:
-            data, ancillary, _, _ = self._socket.recvmsg(_MAX_MESSAGE, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
-        except OSError as error:
-            raise _Gone(f"it hangs up: {error.strerror}") from None
-        if not data:
-            raise _Gone("it ended without an answer; its own words are on stderr")
-        fds = array.array("i")
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-        for fd in fds[1:]:
-            os.close(fd)
-        return fields(data), fds[0] if fds else -1
-
-    def end(self, *, may_fail: bool) -> None:
-        """Waits for its end. Raises _Gone when it is a failure."""
-        self._socket.close()
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        os.close(self._pidfd)
-        self._pidfd = -1
-        if code and not may_fail:
-            raise _Gone(f"it ends with {code}")
-
-    def close(self) -> None:
-        """criu cleans up after itself when its caller hangs up; what it is killed in the middle of, it cannot."""
-        self._socket.close()
-        if self._pidfd >= 0:
-            os.waitpid(self.pid, 0)
-            os.close(self._pidfd)
-            self._pidfd = -1
-
-
-def _become(program: str, fds: Sequence[int], prepare: Callable[[], None], go: int, say: int) -> None:
-    """The child, from clone to execve. Never returns."""
-    import fcntl
-
-    try:
-        if not os.read(go, 1):  # until the parent has put it where it belongs
-            os._exit(1)
-        prepare()
-        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100) for fd in fds]
-        say = fcntl.fcntl(say, fcntl.F_DUPFD_CLOEXEC, 100)
-        for number, fd in enumerate(high, _SOCKET):
-            os.dup2(fd, number)
-        close_range(_SOCKET + len(high), 0xFFFFFFFF, 1 << 2)  # CLOSE_RANGE_CLOEXEC
-        os.execv(program, ["criu", "swrk", str(_SOCKET)])
-    except BaseException as error:
-        os.write(say, os.fsencode(str(RuntimeFailure.of(error)))[:4096])
-    os._exit(1)
 
 
 def _find(program: str) -> str:
@@ -356,6 +267,10 @@ def _find(program: str) -> str:
             code="failed_precondition",
         )
     return os.path.abspath(found)
+
+
+def _where(log: str) -> str:
+    return f"\nlog file: {log}" if os.path.exists(log) else ""
 
 
 def _bytes(value: object) -> bytes:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno as _errno
 import os
 
-CODES = frozenset({"not_found", "already_exists", "failed_precondition", "invalid_argument", "unavailable", "internal"})
+CODES = frozenset(
+    {"not_found", "already_exists", "failed_precondition", "invalid_argument", "unavailable", "deadline", "internal"}
+)
 
 
 class RuntimeFailure(Exception):

@@ -15,6 +15,7 @@ from runtime import checkpoint, criu, criu_images, restored, seccomp, state
 from runtime.birth import Created, now
 from runtime.checkpoint import Directories, Images
 from runtime.create import SECCOMP_CACHE, make_manager, note_cgroups, root_path_of, unwind
+from runtime.criu_child import FIRST_FD
 from runtime.errors import RuntimeFailure
 from runtime.linux.files import AT_FDCWD, read_bounded, remove_tree, write_durable
 from runtime.linux.mount import AT_RECURSIVE, OPEN_TREE_CLONE, open_tree
@@ -67,7 +68,7 @@ def restore(request: RestoreRequest) -> Created:
     if spec.intel_rdt is not None:
         raise RuntimeFailure("linux.intelRdt: cannot be restored into", code="invalid_argument")
     descriptors = _descriptors(request.images.image_path)
-    program = criu.Criu(request.images.program)
+    program = criu.Criu(request.images.program, request.images.seconds)
     bundle = os.path.abspath(request.bundle)
     rootfs = root_path_of(bundle, spec.root_path, make=request.rootfs is not None)
     manager = make_manager(spec, request.id, systemd=request.systemd_cgroup, no_root=request.rootless)
@@ -179,6 +180,8 @@ class _Restoring:
                 prepare=lambda: self._confine(gate),
                 adopt=self._manager.adopt,
                 cgroup_fd=gate.cgroup_fd,
+                # What is restored by then has not been looked at: it must not run for want of its tracer.
+                late=lambda: self._manager.kill(_SIGKILL),
             )
 
     def _confine(self, gate: Gate) -> None:
@@ -219,7 +222,7 @@ class _Restoring:
                     raise RuntimeFailure.of(
                         error, what=f"{namespace.kind} namespace to restore into", code="invalid_argument"
                     ) from None
-                number = criu.FIRST_FD + len(namespaces) - 1
+                number = FIRST_FD + len(namespaces) - 1
                 yield criu.pair(checkpoint.external_key(namespace.kind), number)
         for number, name in enumerate(self._descriptors):
             if name.startswith("pipe:["):

@@ -56,7 +56,7 @@ async def checkpoint_container(node: Node, request: pb.CheckpointContainerReques
     target = archive.check_target("location", request.location)
     container = node.running(node.container(request.container_id), "checkpoint")
     pod = node.store.pods[container.pod_id]
-    work = _Work(node, pod, section, float(request.timeout) or section.timeout_s)
+    work = _Work(node, pod, section, request.timeout)
     await node.tasks.finish(work.container(container, target), f"checkpoint container {container.name}")
     return pb.CheckpointContainerResponse()
 
@@ -71,7 +71,7 @@ async def checkpoint_pod(node: Node, request: pb.CheckpointPodRequest) -> pb.Che
     if not pod.ready:
         raise FailedPrecondition(f"checkpoint pod {pod.label} ({pod.id[:13]}): it is not ready")
     chosen = _chosen(node, pod, request.container_ids)
-    work = _Work(node, pod, section, section.timeout_s)
+    work = _Work(node, pod, section)
     await node.tasks.finish(work.pod(chosen, target), f"checkpoint pod {pod.label}")
     return pb.CheckpointPodResponse()
 
@@ -94,11 +94,12 @@ def _chosen(node: Node, pod: Pod, ids: Sequence[str]) -> list[Container]:
 class _Work:
     """One checkpoint, in a directory of its own under the root: criu's images are as large as memory is."""
 
-    def __init__(self, node: Node, pod: Pod, section: CheckpointSection, seconds: float) -> None:
+    def __init__(self, node: Node, pod: Pod, section: CheckpointSection, seconds: int = 0) -> None:
         self._node = node
         self._pod = pod
         self._section = section
-        self._seconds = seconds
+        self._seconds = float(seconds) or section.timeout_s
+        self._limit = "the request's timeout" if seconds else "checkpoint.timeout_s in the configuration"
         self._directory = directory(node) / new_id()
 
     async def container(self, container: Container, target: Path) -> None:
@@ -129,7 +130,8 @@ class _Work:
         node, sandbox = self._node, self._node.sandbox(self._pod)
         images = place / "checkpoint"
         os.makedirs(images, 0o700)
-        with criu_logs.kept(node.config.root, container.id, place / "dump.log"):
+        log_file = place / "dump.log"
+        with criu_logs.kept(node.config.root, container.id, log_file, limit=self._limit):
             node.parts.checkpoints.checkpoint(sandbox, container.id, images, place, self._section.criu, self._seconds)
         failpoint("checkpoint.imaged")
         fd = os.open(place / "rootfs-diff.tar", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -179,6 +179,7 @@ class _Work:
         failpoint("restore_pod.unpacked")
         images, program = place / reader.IMAGES, self._section.criu
         seconds = self._section.timeout_s
-        with criu_logs.kept(node.config.root, record.id, place / "restore.log"):
+        limit = "checkpoint.timeout_s in the configuration"
+        with criu_logs.kept(node.config.root, record.id, place / "restore.log", limit=limit):
             facts = node.parts.checkpoints.restore(node.sandbox(pod), bundled.spec, images, place, program, seconds)
         return bundled, facts

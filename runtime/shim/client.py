@@ -218,9 +218,9 @@ class Shims:
         self, sandbox: Sandbox, container_id: str, images: Path, work: Path, program: str, seconds: float
     ) -> None:
         """Checkpoints.checkpoint."""
-        message = protocol.CheckpointMessage(container_id, str(images), str(work), program)
+        message = protocol.CheckpointMessage(container_id, str(images), str(work), program, seconds)
         with sentences(f"checkpoint container {container_id}"), self._living(sandbox):
-            self._call(sandbox, "checkpoint", message, seconds)
+            self._call(sandbox, "checkpoint", message, seconds + _CALL_TIMEOUT)
 
     def restore(
         self, sandbox: Sandbox, spec: ContainerSpec, images: Path, work: Path, program: str, seconds: float
@@ -228,9 +228,9 @@ class Shims:
         """Checkpoints.restore."""
         container = container_message(spec)
         fields = {name: getattr(container, name) for name in container._fields}
-        message = protocol.RestoreMessage(fields, str(images), str(work), program)
+        message = protocol.RestoreMessage(fields, str(images), str(work), program, seconds)
         with sentences(f"restore container {spec.id}"), self._living(sandbox):
-            return ContainerFacts(**self._call(sandbox, "restore", message, seconds))
+            return ContainerFacts(**self._call(sandbox, "restore", message, seconds + _CALL_TIMEOUT))
 
     def reopen_log(self, sandbox: Sandbox, container_id: str) -> None:
         """Containers.reopen_log."""

@@ -137,7 +137,13 @@ class NativeEngine:
         from runtime import checkpoint  # for nodes that allow it
 
         images = checkpoint.Images(
-            message.program, message.images, message.work, tcp_established=True, file_locks=True, link_remap=True
+            message.program,
+            message.images,
+            message.work,
+            tcp_established=True,
+            file_locks=True,
+            link_remap=True,
+            seconds=message.seconds,
         )
         checkpoint.checkpoint(checkpoint.CheckpointRequest(self._root, message.id, images, leave_running=True))
 
@@ -157,7 +163,12 @@ class NativeEngine:
                 bundle=message.bundle,
                 spec=config,
                 images=checkpoint.Images(
-                    images.program, images.images, images.work, tcp_established=True, file_locks=True
+                    images.program,
+                    images.images,
+                    images.work,
+                    tcp_established=True,
+                    file_locks=True,
+                    seconds=images.seconds,
                 ),
                 systemd_cgroup=names_unit(config.cgroups_path),
                 lsm_profile=profile,

@@ -21,6 +21,7 @@ from runtime.shim.engine import Made, cgroups_path_of, names_unit, root_mount
 from runtime.shim.protocol import CheckpointMessage, ContainerMessage, RestoreMessage
 from runtime.shim.reaper import exit_code
 from runtime.shim.sandbox import unmount
+from runtime.tree import kill_tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class ExternalEngine:
 
     def checkpoint(self, message: CheckpointMessage) -> None:
         words = ["checkpoint", "--leave-running", "--image-path", message.images, "--work-path", message.work]
-        self._call([*words, "--tcp-established", "--file-locks", message.id])
+        self._call([*words, "--tcp-established", "--file-locks", message.id], seconds=message.seconds)
 
     def restore(self, message: ContainerMessage, images: RestoreMessage, stdio: Sequence[int]) -> Made:
         raise RuntimeFailure(
@@ -137,17 +138,25 @@ class ExternalEngine:
                 except FileNotFoundError:
                     pass
 
-    def _call(self, words: list[str], stdio: Sequence[int] = ()) -> None:
-        """Runs the binary to its end. Raises RuntimeFailure with what it logged."""
+    def _call(self, words: list[str], stdio: Sequence[int] = (), seconds: float = _DEADLINE) -> None:
+        """Runs the binary to its end, or for `seconds`: then it is killed, and what it has started (a criu). Raises
+        RuntimeFailure with what it logged."""
         log = self._file("log")
         argv = [self._binary, "--root", self._root, "--log", log, "--log-format", "json", *words]
         try:
             pid = self._spawn(argv, _verb(words), stdio)
             pidfd = pidfd_open(pid)
-            if not select.select([pidfd], [], [], _DEADLINE)[0]:
-                os.kill(pid, signals.SIGKILL)
+            late = not select.select([pidfd], [], [], seconds)[0]
+            if late:
+                kill_tree(pid)
             os.close(pidfd)
             code, number = exit_code(os.waitpid(pid, 0)[1])
+            if late:
+                raise RuntimeFailure(
+                    f"{_verb(words)}: {self._binary} did not end within {seconds:g} s, and was killed",
+                    step=_verb(words),
+                    code="deadline",
+                )
             if code:
                 raise _failure(words, log, code, number)
         finally:
@@ -257,9 +266,8 @@ def _failure(words: list[str], log: str, code: int, number: int) -> RuntimeFailu
     except OSError:
         pass
     end = f"killed by signal {number}" if number else f"exit code {code}"
-    hint = f"it took more than {_DEADLINE:.0f} s" if number == signals.SIGKILL else ""
     step = _verb(words)
-    return RuntimeFailure(f"{step}: {said[-1] if said else end}", step=step, hint=hint)
+    return RuntimeFailure(f"{step}: {said[-1] if said else end}", step=step)
 
 
 def _verb(words: list[str]) -> str:

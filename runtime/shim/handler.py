@@ -32,6 +32,7 @@ from runtime.shim.records import (
 )
 from runtime.shim.report import report
 from runtime.shim.sandbox import end_process, tear_down, unmount
+from runtime.tree import children, kill_tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -343,7 +344,16 @@ class Handler:
             raise failures[0]
         if self._resident.pause_pid:
             end_process(self._resident.pause_pid)
+        self._kill_left_over()
         tear_down(self._pod.directory)
         self._send(protocol.reply({}))
         self._channel.ask("end")
         return ANSWERED
+
+    def _kill_left_over(self) -> None:
+        """What helpers that were killed have left, a criu that hangs and whom it has started, is the shim's by now."""
+        left = children(os.getppid()) - {os.getpid()}
+        if left:
+            self._channel.ask("stop", True)  # who answers has been our parent all the time: these are nobody else's
+            for pid in left:
+                kill_tree(pid)

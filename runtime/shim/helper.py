@@ -24,7 +24,7 @@ from runtime.shim.report import report
 from runtime.shim.sandbox import end_process, set_up, tear_down
 from runtime.shim.streams import StreamHandler
 from runtime.shim.sweep import Sweeper
-from runtime.shim.tree import kill_tree
+from runtime.tree import kill_tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -112,22 +112,25 @@ class UpdateMessage(Record):
 
 
 class CheckpointMessage(Record):
-    """criu's images of container `id` into the directory `images`, its logs into `work`; the container goes on."""
+    """criu's images of container `id` into the directory `images`, its logs into `work`; the container goes on. criu is
+    killed after `seconds`."""
 
     id: str
     images: str
     work: str
     program: str
+    seconds: float
 
 
 class RestoreMessage(Record):
     """A container, as ContainerMessage has it, out of criu's images in the directory `images`; its log goes to `work`.
-    It runs when this is answered."""
+    It runs when this is answered. criu is killed after `seconds`."""
 
     container: dict[str, Any]
     images: str
     work: str
     program: str
+    seconds: float
 
 
 class AttachMessage(Record):

@@ -3,15 +3,18 @@
     python -m tests.fakes.criu DIRECTORY swrk 3
 
 Writes the options it got to DIRECTORY/options, as JSON of number to text or number. DIRECTORY/plan says what it does:
-"ok", "fail" (an answer that says so, and a log), "die" (no answer), "outside" (a restore that puts a process of the
-host's forward as the container's).
+"ok", "fail" (an answer that says so, and a log), "die" (no answer), "hang" (no end before its caller hangs up, which
+it notes as DIRECTORY/let-go), "deaf" (nor then, nor by SIGTERM), "outside" (a restore that puts a process of the host's
+forward as the container's). Those that hang write a log, start somebody, and leave both pids in DIRECTORY/pids.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,10 +35,12 @@ def main(directory: Path) -> None:
     (directory / "options").write_text(json.dumps(found))
     if plan == "die":
         os._exit(1)
+    if plan in ("hang", "deaf"):
+        _log(found, "(00.1) Warn (criu/x.c:1): this may take a while\n")
+        _hang(directory, channel, deaf=plan == "deaf")
+        return
     if plan == "fail":
-        work = os.path.realpath(f"/proc/{os.getppid()}/fd/{found.get(17, found[1])}")
-        log = "(00.1) Error (criu/x.c:1): first: cause\n(00.2) Error (criu/y.c:2): Dumping FAILED.\n"
-        Path(work, str(found[10])).write_text(log)
+        _log(found, "(00.1) Error (criu/x.c:1): first: cause\n(00.2) Error (criu/y.c:2): Dumping FAILED.\n")
         channel.send(criu.message((1, kind), (2, False), (7, 22)))
         return
     if plan == "outside":
@@ -49,6 +54,24 @@ def main(directory: Path) -> None:
                 (directory / "let-go").touch()  # here criu would, as it does when its caller hangs up
                 return
     channel.send(criu.message((1, kind), (2, True)))
+
+
+def _log(options: dict[int, int | str], text: str) -> None:
+    work = os.path.realpath(f"/proc/{os.getppid()}/fd/{options.get(17, options[1])}")
+    Path(work, str(options[10])).write_text(text)
+
+
+def _hang(directory: Path, channel: socket.socket, *, deaf: bool) -> None:
+    if deaf:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    fresh = directory / "pids.new"
+    fresh.write_text(f"{os.getpid()} {child.pid}")
+    fresh.rename(directory / "pids")
+    if deaf:
+        child.wait()
+    channel.recv(1 << 16)
+    (directory / "let-go").touch()
 
 
 def _all(data: bytes) -> list[tuple[int, int | bytes]]:

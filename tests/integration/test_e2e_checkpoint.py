@@ -10,6 +10,7 @@ import json
 import sys
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -17,8 +18,9 @@ import pytest
 
 from conformance.cri_client import container
 from cri.api import api_pb2 as pb
+from runtime.linux.process import process_state
 from tests.e2e import Node, named_log, node, stocked
-from tests.support import SOON_S, needs
+from tests.support import SOON_S, eventually, needs
 
 CLONE = Path(__file__).parents[2]
 COUNT = "touch /written; i=0; while :; do i=$((i+1)); echo $i; usleep 20000; done"
@@ -42,6 +44,23 @@ class Criu:
 
     def plan(self, what: str) -> None:
         (self.directory / "plan").write_text(what)
+
+    @contextlib.contextmanager
+    def planned(self, what: str) -> Iterator[None]:
+        for name in ("pids", "let-go"):
+            (self.directory / name).unlink(missing_ok=True)
+        self.plan(what)
+        try:
+            yield
+        finally:
+            self.plan("ok")
+
+    def alive(self) -> list[int]:
+        """Who runs of a criu that hangs, and of what it has started."""
+        with contextlib.suppress(FileNotFoundError):
+            pids = map(int, (self.directory / "pids").read_text().split())
+            return [pid for pid in pids if Path(f"/proc/{pid}").exists() and process_state(pid) != "Z"]
+        return []
 
     def states(self) -> list[str]:
         """Of every freezer of the pod, each time that criu ran."""
@@ -106,12 +125,8 @@ def test_a_pod_is_dumped_while_all_of_it_stands_still_and_runs_on(bench: tuple[N
 def test_when_criu_fails_everybody_goes_on_and_the_caller_hears_why(bench: tuple[Node, Criu], tmp_path: Path) -> None:
     node, criu = bench
     pod, ids = _pod(node)
-    criu.plan("fail")
-    try:
-        with pytest.raises(grpc.RpcError) as caught:
-            _checkpoint(node, pod, tmp_path / "pod.tar")
-    finally:
-        criu.plan("ok")
+    with criu.planned("fail"), pytest.raises(grpc.RpcError) as caught:
+        _checkpoint(node, pod, tmp_path / "pod.tar")
     said = str(caught.value.details())  # type: ignore[attr-defined]
     assert "criu failed: type DUMP errno 22: first: cause" in said
     assert "first: cause" in named_log(said).read_text()
@@ -163,3 +178,46 @@ def test_a_daemon_killed_in_the_middle_leaves_nobody_frozen(
             made.goes_on(one)
         assert list(target.iterdir()) == [] and not list((made.root / "checkpoints").glob("*"))
         made.drop(pod)
+
+
+@pytest.mark.parametrize("plan", ["hang", "deaf"])
+def test_a_criu_that_does_not_end_in_its_time_is_ended_and_everybody_goes_on(
+    bench: tuple[Node, Criu], tmp_path: Path, plan: str
+) -> None:
+    node, criu = bench
+    pod, ids = _pod(node)
+    before = node.held()
+    request = pb.CheckpointContainerRequest(container_id=ids[0], location=str(tmp_path / "c.tar"), timeout=2)
+    with criu.planned(plan), pytest.raises(grpc.RpcError) as caught:
+        node.client.runtime.CheckpointContainer(request, timeout=60)
+    error = caught.value
+    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
+    said = str(error.details())  # type: ignore[attr-defined]
+    assert "criu did not end within 2 s, and was killed" in said and "the request's timeout is that limit" in said
+    assert "this may take a while" in named_log(said).read_text()
+    assert (criu.directory / "let-go").exists() == (plan == "hang"), "it is asked to end before it is made to"
+    assert not criu.alive()
+    assert list(tmp_path.iterdir()) == []
+    node.settles(before)
+    for one in ids:
+        node.goes_on(one)
+    _checkpoint(node, pod, tmp_path / "pod.tar")  # and the same works now
+    node.drop(pod)
+
+
+@pytest.mark.parametrize("how", ["stop_pod", "stop"])
+def test_a_pod_ends_although_its_criu_hangs(bench: tuple[Node, Criu], tmp_path: Path, how: str) -> None:
+    node, criu = bench
+    pod, ids = _pod(node)
+    with criu.planned("deaf"), ThreadPoolExecutor(1) as threads:
+        call = threads.submit(_checkpoint, node, pod, tmp_path / "pod.tar")
+        eventually(criu.alive, what="criu to run")
+        for one in ids if how == "stop" else ():
+            node.client.stop(one)
+            assert node.client.status(one).state == pb.CONTAINER_EXITED
+        node.client.stop_pod(pod)
+        with pytest.raises(grpc.RpcError):
+            call.result()
+        assert not criu.alive()
+    node.client.remove_pod(pod)
+    assert list(tmp_path.iterdir()) == [] and not list((node.root / "checkpoints").glob("*"))

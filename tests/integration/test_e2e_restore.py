@@ -40,10 +40,10 @@ class Criu:
 
 
 @contextlib.contextmanager
-def _enabled(factory: pytest.TempPathFactory) -> Iterator[tuple[Node, Criu]]:
+def _enabled(factory: pytest.TempPathFactory, more: str = "") -> Iterator[tuple[Node, Criu]]:
     needs("root", "overlay", "busybox")
     criu = Criu(factory.mktemp("c") / "criu")
-    section = f'[checkpoint]\nrestore = true\ncriu = "{criu.program}"\n'
+    section = f'[checkpoint]\nrestore = true\ncriu = "{criu.program}"\n{more}'
     with stocked() as registry, node(factory.mktemp("n"), limits=section) as made:
         made.image = f"{registry.name}/busybox:1"
         made.client.pull(made.image)
@@ -119,6 +119,19 @@ def test_s71_whatever_criu_does_nothing_is_left(
     if plan == "outside":
         assert not Path("/proc", (criu.directory / "pid").read_text()).exists()
         assert not (criu.directory / "let-go").exists()
+
+
+def test_s71_a_criu_that_does_not_end_in_its_time_is_ended_with_all_that_it_restored(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    with _enabled(tmp_path_factory, "timeout_s = 2\n") as (made, criu):
+        criu.plan("deaf")
+        error = _refused(made, _archive(tmp_path), "criu did not end within 2 s, and was killed")
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "checkpoint.timeout_s in the configuration is that limit" in error.details()
+        assert "this may take a while" in named_log(error.details()).read_text()
+        pids = (criu.directory / "pids").read_text().split()
+        assert not [pid for pid in pids if Path("/proc", pid).exists()]
 
 
 def test_s71_a_filter_of_the_archives_own_is_refused_before_criu_is_asked(

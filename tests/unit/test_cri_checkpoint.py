@@ -275,16 +275,17 @@ def test_logs_of_failures_are_kept_by_their_end_and_the_last_of_them(tmp_path: P
         work.mkdir()
         written = work / "dump.log"
         written.write_bytes(b"x" * (3 << 20) + b"the end")
-        with pytest.raises(ContainerError) as caught, criu_logs.kept(tmp_path, f"c{number}", written):
+        with pytest.raises(ContainerError) as caught, criu_logs.kept(tmp_path, f"c{number}", written, limit="x"):
             raise ContainerError(f"criu failed\nlog file: {written}", code="unavailable", hint="look")
         written.unlink()
         copy = Path(str(caught.value).partition("log file: ")[2])
         assert copy.read_bytes().endswith(b"xthe end") and copy.stat().st_size == 1 << 20
         assert (caught.value.code, caught.value.hint) == ("unavailable", "look")
     assert len(list(criu_logs.directory(tmp_path).iterdir())) == 16
-    with pytest.raises(ContainerError, match="^no answer\nlog file: .*/c-dump.log$"):
+    with pytest.raises(ContainerError, match="^no answer\nlog file: .*/c-dump.log$") as late:
         written.write_bytes(b"slow")
-        with criu_logs.kept(tmp_path, "c", written):
+        with criu_logs.kept(tmp_path, "c", written, limit="timeout"):
             raise ContainerError("no answer", code="deadline")
-    with pytest.raises(ContainerError, match="^no such container$"), criu_logs.kept(tmp_path, "c", written):
+    assert late.value.hint == "timeout is that limit"
+    with pytest.raises(ContainerError, match="^no such container$"), criu_logs.kept(tmp_path, "c", written, limit="x"):
         raise ContainerError("no such container", code="not_found")

@@ -57,6 +57,15 @@ def members(root: int) -> set[int]:
     return inside & {entry.pid for entry in table}
 
 
+def children(pid: int) -> set[int]:
+    """Of a process with one thread: who it has to wait for (proc_pid_task_tid_children(5), where the kernel has it)."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", "rb") as file:
+            return {int(word) for word in file.read().split()}
+    except FileNotFoundError:
+        return {entry.pid for entry in _processes() if entry.parent == pid}
+
+
 def kill_tree(root: int) -> None:
     """SIGKILL for `root`, which leads a session and is not waited for yet, and for all of its tree.
 
