@@ -25,6 +25,7 @@ from imagestore.model import (
 )
 from tests.costs import soon
 from tests.fakes.imagestore import Bench, run
+from tests.fakes.proxy import ConnectProxy
 from tests.fakes.registry import (
     OCI_INDEX,
     OCI_MANIFEST,
@@ -775,6 +776,36 @@ def test_plain_http_through_a_proxy(bench: Bench, registry: FakeRegistry, monkey
     with pytest.raises(RegistryUnavailable, match="does not resolve"):
         bench.pull("registry.test/app:1")
     assert len(registry.seen) == count
+
+
+def test_tls_through_a_proxy(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy gets its own login and a name, and nothing else: what is said to the registry goes through in TLS, and
+    the certificate is the registry's. A network that NO_PROXY has is not asked for there."""
+    bench.close()
+    bench.config = replace(bench.config, connect_timeout_s=0.3, retries=0)  # nobody is in those networks
+    bench.open()
+    context, certificate = make_tls(tmp_path, "registry.test")
+    with FakeRegistry(tls=context) as secure, ConnectProxy("127.0.0.1", int(secure.name.rpartition(":")[2])) as proxy:
+        secure.basic = ("anna", "pa55word-of-anna")
+        secure.add("app", "1", build_image())
+        bench.hosts_toml("registry.test", f'server = "https://registry.test"\nca = "{certificate}"')
+        monkeypatch.setenv("HTTPS_PROXY", f"http://proxy:0pen@{proxy.address}")
+        assert bench.pull("registry.test/app:1", ANNA).repo_tags == ("registry.test/app:1",)
+        said = b"".join(proxy.asked)
+        assert proxy.asked and all(head.startswith(b"CONNECT registry.test:443 HTTP/1.1") for head in proxy.asked)
+        assert said.count(b"Proxy-Authorization: Basic cHJveHk6MHBlbg==") == len(proxy.asked)
+        assert b"\r\nAuthorization:" not in said
+        assert not any("Proxy-Authorization" in seen.headers for seen in secure.seen)
+        count = len(proxy.asked)
+        for excluded, name in (("192.0.2.0/24", "192.0.2.7:1"), ("2001:db8::/32", "[2001:db8::7]:1")):
+            monkeypatch.setenv("NO_PROXY", excluded)
+            with pytest.raises(RegistryUnavailable, match="connect|no answer"):
+                bench.pull(f"{name}/app:1")
+        assert len(proxy.asked) == count
+        monkeypatch.setenv("NO_PROXY", "192.0.3.0/24")
+        with pytest.raises(RegistryUnavailable, match="certificate is not trusted"):
+            bench.pull("192.0.2.7:1/app:1")
+        assert proxy.asked[-1].startswith(b"CONNECT 192.0.2.7:1 ")
 
 
 def test_a_proxy_that_fails(bench: Bench, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
