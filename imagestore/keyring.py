@@ -16,7 +16,7 @@ import base64
 import binascii
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -33,6 +33,7 @@ from runtime.linux.libc import KernelError
 _FILE_LIMIT = 4 << 20
 _VALUES = 100_000
 _TEXT_LIMIT = 64 << 10
+AUTH_FILES = "containers-auth.json"
 _HUB = "https://index.docker.io/v1/"
 _HUB_NAMES = frozenset({DEFAULT_DOMAIN, "index.docker.io", "registry-1.docker.io", "registry.hub.docker.com"})
 # What a helper puts in the user's place when the secret is an identity token, and what it says when it has nothing.
@@ -71,14 +72,27 @@ class Keyring:
         self._config = config
         self._providers: object = None
 
-    def find(self, domain: str, path: str, errand: Errand | None = None) -> Credentials | None:
+    def find(
+        self, domain: str, path: str, errand: Errand | None = None, helpers: Sequence[str] = ()
+    ) -> Credentials | None:
         """For the repository `path` on the host `domain`; programs are asked on `errand`, or on one that nobody ends.
-        Raises ImageError when an entry is there and unusable."""
+        `helpers` are registries.conf's: whom to ask in this order, of whom AUTH_FILES stands for the files. Raises
+        ImageError when an entry is there and unusable."""
         errand = errand or Errand()
         if self._config.providers is not None:
             found = self._provided(domain, path, errand)
             if found is not None:
                 return found
+        for helper in helpers or (AUTH_FILES,):
+            if helper == AUTH_FILES:
+                found = self._in_files(domain, path, errand)
+            else:
+                found = _helped(helper, domain, "registries.conf", self._config.environment, errand)
+            if found is not None:
+                return found
+        return None
+
+    def _in_files(self, domain: str, path: str, errand: Errand) -> Credentials | None:
         files = self._config.files
         for file in usual_files(self._config.environment) if files is None else files:
             document = _read(file)
@@ -130,7 +144,7 @@ class _AuthFile:
     def find(self, domain: str, path: str) -> Credentials | None:
         for key in _namespaces(domain, path):
             if key in self._helpers:
-                return self._helped(self._helpers[key], key)
+                return self._ask(self._helpers[key], key)
             if self._auths is not None and key in self._auths.names():
                 found = self._entry(key)
                 if found is not None:
@@ -179,21 +193,26 @@ class _AuthFile:
         if not self._store:
             return None
         for server in (_HUB, DEFAULT_DOMAIN) if domain in _HUB_NAMES else (domain, f"https://{domain}"):
-            found = self._helped(self._store, server)
+            found = self._ask(self._store, server)
             if found is not None:
                 return found
         return None
 
-    def _helped(self, helper: str, server: str) -> Credentials | None:
-        directories = self._environment.get("PATH", "/usr/local/bin:/usr/bin:/bin").split(":")
-        program = find(f"docker-credential-{helper}", directories)
-        try:
-            answer = ask(program, ["get"], self._environment, server.encode(), _HELPER_S, self._errand)
-        except ProgramRefused as error:
-            if _NOTHING in error.answer:
-                return None
-            raise ImageError(f"credentials {self._path}: {error} for {server}") from None
-        return _answer_of_helper(answer, f"credential program {program.name}")
+    def _ask(self, helper: str, server: str) -> Credentials | None:
+        return _helped(helper, server, str(self._path), self._environment, self._errand)
+
+
+def _helped(helper: str, server: str, where: str, environment: Mapping[str, str], errand: Errand) -> Credentials | None:
+    """What a credential helper has, of which `where` says that it be asked."""
+    directories = environment.get("PATH", "/usr/local/bin:/usr/bin:/bin").split(":")
+    program = find(f"docker-credential-{helper}", directories)
+    try:
+        answer = ask(program, ["get"], environment, server.encode(), _HELPER_S, errand)
+    except ProgramRefused as error:
+        if _NOTHING in error.answer:
+            return None
+        raise ImageError(f"credentials {where}: {error} for {server}") from None
+    return _answer_of_helper(answer, f"credential program {program.name}")
 
 
 def _answer_of_helper(answer: bytes, what: str) -> Credentials | None:

@@ -2,6 +2,7 @@
 
     [[registry]] prefix location insecure blocked mirror-by-digest-only [[registry.mirror]]     which host has what
     unqualified-search-registries short-name-mode [aliases]                                     what a short name means
+    credential-helpers                                                                          who has logins
 
 Blocking, for worker threads; a file is read again when it has changed. Refuses the old format (version 1) by name,
 and wrong types by key. Invariant: the longest prefix decides; a blocked one is never asked for, whatever else says so;
@@ -68,6 +69,8 @@ class Registries:
     search: tuple[str, ...] = ()
     mode: str = ""
     aliases: tuple[tuple[str, str], ...] = ()
+    helpers: tuple[str, ...] = ()
+    """Whom to ask for logins, in this order; nobody in particular where there are none."""
 
     def hosts(self, reference: Reference) -> tuple[Host, ...] | None:
         """Where to ask for the reference, its own registry last; None where no rule fits. Raises AccessDenied for a
@@ -185,14 +188,16 @@ def _merged(files: Sequence[_File]) -> Registries:
     aliases: dict[str, str] = {}
     search: tuple[str, ...] = ()
     mode = ""
+    helpers: tuple[str, ...] = ()
     for file in files:
         rules.update({rule.prefix: rule for rule in file.rules()})
         aliases.update(file.aliases())
         search = search if file.search() is None else file.search() or ()
+        helpers = file.helpers() or helpers
         mode = file.mode() or mode
     # An alias with an empty value takes an earlier one away.
     kept = tuple((name, full) for name, full in aliases.items() if full)
-    return Registries(tuple(rules.values()), search, mode, kept)
+    return Registries(tuple(rules.values()), search, mode, kept, helpers)
 
 
 class _File:
@@ -215,11 +220,17 @@ class _File:
         return [self._rule(table, f"registry[{n}]") for n, table in enumerate(self._tables(self._document, "registry"))]
 
     def search(self) -> tuple[str, ...] | None:
-        value = self._document.get("unqualified-search-registries")
+        return self._listed("unqualified-search-registries", "a list of hosts")
+
+    def helpers(self) -> tuple[str, ...] | None:
+        return self._listed("credential-helpers", "a list of names")
+
+    def _listed(self, key: str, expected: str) -> tuple[str, ...] | None:
+        value = self._document.get(key)
         if value is None:
             return None
         if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-            raise self._wrong("unqualified-search-registries", "a list of hosts")
+            raise self._wrong(key, expected)
         return tuple(value)
 
     def mode(self) -> str:

@@ -89,5 +89,6 @@ class Remotes:
         # A registry that a file has moved elsewhere is logged in to under the name that it has there.
         moved = bool(host.path) or not host.upstream
         domain = host.origin.partition("://")[2] if moved else wanted.domain
-        found = self._keyring.find(domain, host.repository(wanted.path) if moved else wanted.path, errand)
+        path, helpers = host.repository(wanted.path) if moved else wanted.path, self._files.now().helpers
+        found = self._keyring.find(domain, path, errand, helpers)
         return (found, Credentials()) if found is not None else ()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from imagestore.errands import Errand
-from imagestore.keyring import Keyring, KeyringConfig, matches, usual_files
+from imagestore.keyring import AUTH_FILES, Keyring, KeyringConfig, matches, usual_files
 from imagestore.model import Credentials, ImageError
 from imagestore.programs import ask, find
 from imagestore.providers import read_providers
@@ -173,6 +173,24 @@ def test_helper_of_a_host_and_of_all(tmp_path: Path) -> None:
     assert keyring.find("plain.example", "x") == Credentials("plain", SECRET)
     assert keyring.find("docker.io", "library/x") == Credentials("all", "s3cret")
     assert asked.read_text().splitlines() == ["get one.example", "get https://index.docker.io/v1/"]
+
+
+def test_helpers_of_registries_conf(tmp_path: Path) -> None:
+    """In their order, by the registry's name alone; the files are where they stand among them."""
+    program(tmp_path, "docker-credential-one", 'read s; echo \'{"Username":"\'$s\'","Secret":"s"}\'')
+    program(tmp_path, "docker-credential-none", "echo credentials not found in native keychain; exit 1")
+    keyring = ring(tmp_path, {"auths": {"r.example": encoded("file")}})
+
+    def who(domain: str, *helpers: str) -> str:
+        return users(keyring.find(domain, "team/app", None, helpers))
+
+    assert who("r.example") == "file" and who("other.example") == ""
+    assert who("r.example", "none", "one", AUTH_FILES) == "r.example"
+    assert who("r.example", "none", AUTH_FILES, "one") == "file"
+    assert who("other.example", AUTH_FILES, "one") == "other.example"
+    assert who("r.example", "none") == ""
+    with pytest.raises(ImageError, match="docker-credential-absent: not found"):
+        who("r.example", "absent")
 
 
 def test_helper_with_an_identity_token(tmp_path: Path) -> None:

@@ -147,6 +147,17 @@ def test_short_names(tmp_path: Path) -> None:
     assert [str(found) for found in Registries().candidates("app")] == ["docker.io/library/app:latest"]
 
 
+def test_credential_helpers(tmp_path: Path) -> None:
+    assert read(tmp_path, FULL).helpers == ()
+    assert read(tmp_path, 'credential-helpers = ["containers-auth.json", "ecr-login"]').helpers == (
+        "containers-auth.json",
+        "ecr-login",
+    )
+    assert read(tmp_path, "", drop='credential-helpers = ["x"]').helpers == ("x",)
+    with pytest.raises(ImageError, match="credential-helpers: expected a list of names"):
+        read(tmp_path, 'credential-helpers = "x"')
+
+
 def test_drop_ins_win_in_their_order(tmp_path: Path) -> None:
     registries = read(
         tmp_path,
