@@ -26,8 +26,9 @@ async def _run(args: argparse.Namespace) -> int:
     if args.format == "json":
         output.as_json({"problems": problems, "left": left})
     else:
-        if problems:
-            output.table(("KIND", "NAME", "WHAT"), [(one["kind"], one["name"], one["what"]) for one in problems])
+        if problems:  # what several images need is wrong for each of them, and told once
+            rows = dict.fromkeys((one["kind"], one["name"], one["what"]) for one in problems)
+            output.table(("KIND", "NAME", "WHAT"), list(rows))
         if args.repair and problems:
             print("repaired" if not left else "still wrong:")
             for one in left:

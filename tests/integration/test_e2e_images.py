@@ -258,6 +258,22 @@ def test_all_platforms(served: Node, registry: FakeRegistry, tmp_path: Path) -> 
     said(served, "rmi", reference)
 
 
+def test_another_platform(served: Node, registry: FakeRegistry) -> None:
+    """Over the socket, and of a name that is here already; pushed, it is what it was."""
+    images = [build_image([{"it": name.encode()}], architecture=name) for name in ("amd64", "arm64")]
+    for image in images:
+        registry.add("other", image.platform["architecture"], image)
+    reference = registry.put("other", "1", build_index(images), OCI_INDEX)
+    for options, wanted in ((("--platform", "linux/arm64"), images[1]), ((), images[0])):
+        assert said(served, "pull", *options, reference).decode().strip() == wanted.config_digest
+        info = json.loads(said(served, "inspect", reference))[0]["info"]
+        assert info["imageSpec"]["architecture"] == wanted.platform["architecture"]
+        assert said(served, "push", reference, f"{registry.name}/pushed/other:1").decode().strip() == wanted.digest
+    refused = ocid(served, "pull", "--platform", "linux", reference)
+    assert refused.returncode == 125 and b"expected os/architecture" in refused.stderr
+    said(served, "rmi", reference)
+
+
 def test_events(served: Node, alone: Node, registry: FakeRegistry, tmp_path: Path) -> None:
     refused = ocid(alone, "events")
     assert refused.returncode == 125 and b"no daemon" in refused.stderr
