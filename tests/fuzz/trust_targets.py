@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
@@ -59,7 +60,8 @@ def hosts_toml(data: bytes) -> None:
     assert with_certificates(found, "r.example", ()) == found
     assert [host.upstream for host in found].count(True) == 1
     for host in found:
-        assert host.base.startswith(("http://", "https://")) and "@" not in host.base
+        parts = urlsplit(host.base)
+        assert parts.scheme in ("http", "https") and "@" not in parts.netloc and not parts.query and not parts.fragment
         assert not any(set(value) & set("\r\n\0") for _, value in host.headers)
 
 
