@@ -26,7 +26,8 @@ from runtime.linux.dataclass import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """`kind` is "blob", "layer", "image" or "record", `name` what it is about, `image` the id of one that needs it."""
+    """`kind` is "blob", "layer", "image", "snapshot" or "record", `name` what it is about, `image` the id of one that
+    needs it."""
 
     kind: str
     name: str
@@ -54,6 +55,7 @@ class Doctor:
         found = [Problem("record", "database", what) for what in self._records.damage()]
         seen: dict[str, str] = {}
         broken = dict(self._unpacker.damaged_layers())
+        found += [Problem("snapshot", key, what) for key, what in self._unpacker.damaged_snapshots()]
         for record in self._records.images():
             found += self._image(record, seen, broken)
         if not self._layout.is_published(self._records.entries()):
@@ -112,7 +114,8 @@ class Doctor:
         return "" if digest == blob.digest[7:] else f"has the content of sha256:{digest}"
 
     def discard(self, problems: Sequence[Problem]) -> list[Problem]:
-        """Throws away what is damaged, so that it is fetched again; the problems of layers that containers hold."""
+        """Throws away what is damaged, so that it is fetched again; what stays as it is: layers that containers hold,
+        and containers' own snapshots, which nobody has a second time."""
         for problem in problems:
             if problem.kind == "blob":
                 try:
@@ -121,7 +124,7 @@ class Doctor:
                     continue  # fetching it will say what is wrong
         layers = frozenset(problem.name for problem in problems if problem.kind == "layer")
         held = set(self._unpacker.forget_layers(layers)) if layers else set()
-        return [problem for problem in problems if problem.name in held]
+        return [problem for problem in problems if problem.name in held or problem.kind == "snapshot"]
 
     def origins(self, image_id: str) -> list[Reference]:
         """Where an image came from: each repository with the digest that it was served under."""

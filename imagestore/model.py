@@ -167,6 +167,10 @@ class Unpacker(Protocol):
         """Committed layers whose files are not what was recorded: chain ids, and what is wrong."""
         ...
 
+    def damaged_snapshots(self) -> Sequence[tuple[str, str]]:
+        """Containers' snapshots that lack a directory or a layer: keys, and what is wrong."""
+        ...
+
     def forget_layers(self, chain_ids: frozenset[str]) -> Sequence[str]:
         """Removes these layers and those above them, so that they can be unpacked again; returns those that an active
         snapshot stands on, which stay."""

@@ -204,6 +204,21 @@ class Overlay:
         """See imagestore.model.Unpacker.damaged_layers."""
         return self._layers.damaged()
 
+    def damaged_snapshots(self) -> Sequence[tuple[str, str]]:
+        """See imagestore.model.Unpacker.damaged_snapshots."""
+        with self._changed:
+            active = [record for record in self._records.active.values() if not record.removing]
+        found = []
+        for record in active:
+            place = self._layout.snapshot(record.number)
+            gone = [name for name in ("upper", "work") if not (place / name).is_dir()]
+            if record.parent is not None and not self.has_layer(record.parent):
+                gone.append(f"layer {record.parent}")
+            with self._changed:
+                if gone and self._records.active.get(record.key) == record:  # else it was removed meanwhile
+                    found.append((record.key, f"{', '.join(gone)}: gone"))
+        return found
+
     def forget_layers(self, chain_ids: frozenset[str]) -> Sequence[str]:
         """See imagestore.model.Unpacker.forget_layers."""
         return self._layers.forget(chain_ids, self._parents)

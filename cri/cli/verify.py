@@ -110,7 +110,7 @@ async def _deep(args: argparse.Namespace) -> int:
     if not answer.HasField("image"):
         raise CommandError(f"image {args.image!r} is not here; pull it first")
     manifest = json.loads(answer.info["info"])["manifestDigest"]
-    differences, seals = await asyncio.to_thread(_differences, api.config, manifest, given_keys(args))
+    differences, seals = await asyncio.to_thread(deep_differences, api.config, manifest, given_keys(args))
     if args.format == "json":
         output.as_json(
             {"image": answer.image.id, "manifest": manifest, "differences": differences, "fsVerity": asdict(seals)}
@@ -124,7 +124,9 @@ async def _deep(args: argparse.Namespace) -> int:
     return 1 if differences else 0
 
 
-def _differences(config: Config, manifest: str, keys: tuple[KeyFile, ...]) -> tuple[list[str], Seals]:
+def deep_differences(config: Config, manifest: str, keys: tuple[KeyFile, ...]) -> tuple[list[str], Seals]:
+    """What of an image's unpacked layers is not as its diff ids say, and which of its blobs the kernel checks; blocks.
+    Raises CommandError."""
     from cri.image_config import store_config
     from imagestore.artifacts import unpack_type
     from imagestore.content import Blobs

@@ -29,6 +29,7 @@ class MemoryUnpacker:
         self.most_running = 0
         self.fail: dict[str, BaseException] = {}
         self.damage: dict[str, str] = {}
+        self.broken_snapshots: dict[str, str] = {}
         self.gate: threading.Event | None = None
         self._cancelled: set[str] = set()
         self._active: Counter[str] = Counter()
@@ -94,6 +95,9 @@ class MemoryUnpacker:
 
     def damaged_layers(self) -> list[tuple[str, str]]:
         return [(chain_id, why) for chain_id, why in self.damage.items() if chain_id in self.layers]
+
+    def damaged_snapshots(self) -> list[tuple[str, str]]:
+        return [*self.broken_snapshots.items()]
 
     def forget_layers(self, chain_ids: frozenset[str]) -> list[str]:
         with self._changed:

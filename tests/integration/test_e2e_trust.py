@@ -169,6 +169,10 @@ def test_what_is_changed_on_disk_is_found_while_the_daemon_serves(served: Node, 
         said = deep(1)
         # Each of its names is a hard link to the same file.
         assert "bin/busybox: has other content" in said and said.endswith("differences\n")
+        assert warm.run([*served.words, "doctor"], text=True).returncode == 0  # as many files as there were
+        done = warm.run([*served.words, "doctor", "--deep", "--format", "json"], text=True)
+        assert done.returncode == 1
+        assert any("bin/busybox: has other content" in one["what"] for one in json.loads(done.stdout)["left"])
     finally:
         data[len(data) // 2] ^= 1
         with program.open("r+b") as file:

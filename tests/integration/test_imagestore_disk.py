@@ -165,6 +165,14 @@ def test_every_blob_is_looked_at_and_repaired(bench: Bench, registry: FakeRegist
     assert found is not None and found.repo_tags == (reference,)
 
 
+def test_a_snapshot_that_is_damaged_is_told_and_stays(bench: Bench, registry: FakeRegistry) -> None:
+    bench.pull(registry.add("app", "1", build_image()))
+    bench.unpacker.broken_snapshots["c1"] = "upper: gone"
+    problems = bench.store.check()
+    assert [(problem.kind, problem.name, problem.what) for problem in problems] == [("snapshot", "c1", "upper: gone")]
+    assert run(bench.store.repair(problems)) == problems
+
+
 def test_a_damaged_layer_is_unpacked_again(bench: Bench, registry: FakeRegistry) -> None:
     assert isinstance(bench.unpacker, MemoryUnpacker)
     image = bench.pull(registry.add("app", "1", build_image()))

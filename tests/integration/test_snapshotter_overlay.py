@@ -491,6 +491,24 @@ def test_a_snapshot_whose_directory_is_gone_is_not_there(tmp_path: Path) -> None
         overlay.prepare("c", None)
 
 
+def test_damaged_snapshots(tmp_path: Path) -> None:
+    base = blob(tmp_path, [file("f", b"1")])
+    with opened(tmp_path, workers=0) as overlay:
+        overlay.unpack_layer(*base.arguments())
+        for key in ("whole", "no upper", "no layer"):
+            overlay.prepare(key, base.chain_id if key == "no layer" else None)
+        assert overlay.damaged_snapshots() == []
+        numbers = {key: overlay._records.active[key].number for key in ("no upper", "no layer")}
+        os.rename(tmp_path / f"root/active/{numbers['no upper']}/upper", tmp_path / "lost")
+        overlay._records.remove_layer(base.chain_id)
+        assert overlay.damaged_snapshots() == [
+            ("no upper", "upper: gone"),
+            ("no layer", f"layer {base.chain_id}: gone"),
+        ]
+        overlay.remove("no upper")
+        assert [key for key, _ in overlay.damaged_snapshots()] == ["no layer"]
+
+
 # ------------------------------------------------------------------------------------------------------------ workers
 
 
