@@ -17,6 +17,8 @@ from typing import TypeVar
 from imagestore.errands import Errand
 
 T = TypeVar("T")
+# A killed program is gone at once; a file of logins on a filesystem that hangs is not waited for.
+_ENDS_S = 5.0
 
 
 class Threads:
@@ -69,7 +71,7 @@ class Threads:
 
     async def ask(self, call: Callable[..., T], *args: object) -> T:
         """Runs a call that may wait for programs and services of this machine, with an Errand behind its arguments.
-        Cancelled, it ends the errand, and the call with it."""
+        Cancelled, it ends the errand, and as a rule the call with it."""
         if self._ask is None:
             self._ask = ThreadPoolExecutor(self._sizes[2], thread_name_prefix="image-ask")
         errand = Errand()
@@ -79,7 +81,7 @@ class Threads:
         except asyncio.CancelledError:
             errand.end()
             asking.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen: nobody asks for it
-            await asyncio.wait({asking})
+            await asyncio.wait({asking}, timeout=_ENDS_S)
             raise
         return asking.result()
 
