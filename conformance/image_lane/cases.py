@@ -175,6 +175,7 @@ def config_and_tags(bench: Bench) -> None:
     source = _pushed(bench, "nginx")
     for tag in ("2", "10", "a"):
         bench.ocid("copy", source, bench.docker(f"tagged/nginx:{tag}"))
+    same("digest", bench.ocid("manifest", "digest", source).strip(), bench.digest(source))
     same("config", bench.ocid("manifest", "config", source), bench.skopeo("inspect", "--config", "--raw", source))
     name = bench.docker("tagged/nginx")
     same("tags", json.loads(bench.ocid("manifest", "tags", name)), json.loads(bench.skopeo("list-tags", name)))

@@ -1,7 +1,8 @@
 """`ocid manifest`: what a registry, a layout or an archive has under a name, without pulling it.
 
     inspect REF     the manifest or the index itself, byte by byte as it is served
-    config REF      the image's config, likewise
+    digest REF      its digest
+    config REF      the image's config, byte by byte
     referrers REF   what refers to it: signatures, attestations, bills of materials
     tags NAME       all tags of the repository
     delete REF      takes the manifest out of the registry, with every tag that it has there
@@ -25,7 +26,7 @@ from imagestore.model import ReferenceInvalid
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", choices=("inspect", "config", "referrers", "tags", "delete"))
+    parser.add_argument("action", choices=("inspect", "digest", "config", "referrers", "tags", "delete"))
     parser.add_argument("image", help="a reference, or docker://…, oci:…, oci-archive:…, docker-archive:…, dir:…")
     platform_argument(parser)
     parser.add_argument("--type", default="", help="with referrers: only of this artifact type")
@@ -52,7 +53,7 @@ async def _run(args: argparse.Namespace) -> int:
     if place.kind != "docker" and args.action in ("referrers", "tags", "delete"):
         raise CommandError(f"{place}: {args.action} is for images in a registry")
     async with copying(args, None) as session:
-        if args.action in ("inspect", "config"):
+        if args.action in ("inspect", "digest", "config"):
             await _print(args, session, place)
         elif args.action == "tags":
             await _tags(args, session, place)
@@ -72,6 +73,9 @@ async def _print(args: argparse.Namespace, session: Session, place: Place) -> No
         document = await source.top()
         if args.platform:
             document, _ = await resolve(source, document, session.threads, session.config)
+        if args.action == "digest":
+            print(document.digest)
+            return
         data = document.data
     sys.stdout.buffer.write(data)
     if not data.endswith(b"\n") and sys.stdout.isatty():
