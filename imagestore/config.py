@@ -91,7 +91,8 @@ class StoreConfig:
     signatures_bytes: int = 8 * _MIB
     """All that are found for one image: they are in memory at once, and kept with it."""
     pages: int = 1000
-    """Of a list of tags or referrers."""
+    list_bytes: int = 16 * _MIB
+    """Of a list of tags or referrers; all its pages are in memory at once."""
     redirects: int = 5
     mirrors: int = 16
 

@@ -148,16 +148,16 @@ class Repository:
         return await self.retrying(get, what)
 
     async def pages(self, path: str, what: str, accept: str = "*/*") -> list[bytes]:
-        """What `path` of the repository answers, and the pages that each says come next (distribution-spec, Link), each
-        within `manifest_bytes`. Raises as `manifest` does; ContentInvalid for pages without end, and for a page that is
-        to be had from elsewhere."""
+        """What `path` of the repository answers, and the pages that each says come next (distribution-spec, Link), all
+        of them within `list_bytes`. Raises as `manifest` does; ContentInvalid for pages without end, and for a page
+        that is to be had from elsewhere."""
         found: list[bytes] = []
-        at = path
+        at, left = path, self._config.list_bytes
 
         async def get() -> tuple[bytes, str]:
             async with asyncio.timeout(self._config.answer_timeout_s):
                 async with self.open("GET", at, {"Accept": accept}, what) as answer:
-                    data = await self.read(answer, self._config.manifest_bytes, what)
+                    data = await self.read(answer, left, what)
                     link = _NEXT.search(answer.header("Link"))
                     return data, following(str(answer.response.url), link[1]) if link else ""
 
@@ -166,6 +166,7 @@ class Repository:
                 raise ContentInvalid(f"{self.host.origin}: {what}: more than {self._config.pages} pages")
             data, at = await self.retrying(get, what)
             found.append(data)
+            left -= len(data)
             if at and origin_of(at) != origin_of(self._base):
                 raise ContentInvalid(f"{self.host.origin}: {what}: its next page is said to be at {place(at)}")
         return found

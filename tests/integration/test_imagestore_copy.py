@@ -508,6 +508,13 @@ def test_s27_pages_without_end_and_from_elsewhere(registry: FakeRegistry, link: 
         tags_of(registry, config=replace(QUICK, pages=20))
 
 
+def test_s31_pages_that_are_more_than_the_limit_together(registry: FakeRegistry) -> None:
+    page(registry, "/tags/list", ["t" * 100] * 30, "/v2/team/app/tags/list?again")
+    with pytest.raises(ContentInvalid, match="list of tags: (more than )?[0-9]+ bytes"):
+        tags_of(registry, config=replace(QUICK, list_bytes=20_000))
+    assert registry.count("GET", "/tags/list") <= 7
+
+
 def test_a_deletion_takes_every_tag(registry: FakeRegistry) -> None:
     image = build_image()
     for tag in ("1", "2"):
