@@ -77,4 +77,6 @@ def _unusable(cert: Cert, now: float) -> str:
 
 
 def _words(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    # With RUST_BACKTRACE in the environment the library tells where in its own code it was as well.
+    said = str(error).partition("Stack backtrace:")[0]
+    return " ".join(said.split())[:200] or type(error).__name__

@@ -291,6 +291,11 @@ def test_whatever_gpg_compresses_with(maker: Maker, compression: str, length: in
             signed_by(maker, message[:cut])
 
 
+def test_where_in_its_own_code_a_library_failed_is_told_nobody() -> None:
+    error = RuntimeError("no valid signatures found.\n\nStack backtrace:\n   0: <anyhow::Error>::msg")
+    assert simple_signing._words(error) == "no valid signatures found."
+
+
 @pytest.mark.parametrize("compression", ["zip", "zlib", "bzip2"])
 def test_s31_a_message_that_grows(maker: Maker, compression: str) -> None:
     """16 MiB that are well signed, in a few KiB: refused before any library has them in memory."""
