@@ -58,7 +58,7 @@ PROC_ALLOWED = frozenset(
     f"/proc/{name}"
     for name in (
         *("cpuinfo", "diskstats", "meminfo", "stat", "swaps", "uptime", "loadavg", "slabinfo"),
-        *("net/dev", "sys/kernel/ns_last_pid", "sys/crypto/fips_enabled"),
+        *("sys/kernel/ns_last_pid", "sys/crypto/fips_enabled"),
     )
 )
 

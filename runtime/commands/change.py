@@ -94,4 +94,4 @@ def signal_number(text: str) -> int:
         offset = int(sign + rest[1:]) if rest[:1] == sign and rest[1:].isdecimal() and rest.isascii() else 0
         if (rest == "" or offset) and _RTMIN <= base + offset <= _RTMAX:
             return base + offset
-    raise UsageError(f"unknown signal {text[:40]!r}")
+    raise UsageError(f'unknown signal "{text:.40}"')
