@@ -163,6 +163,8 @@ def inspection(bench: Bench) -> None:
     for name in ("busybox", "nginx"):
         source = _pushed(bench, name)
         ours, theirs = json.loads(bench.ocid("inspect", source)), json.loads(bench.skopeo("inspect", source))
+        tags = json.loads(bench.skopeo("list-tags", source.rpartition(":")[0]))["Tags"]
+        same(f"{name}: RepoTags", ours["RepoTags"], tags)
         for key in ("Name", "Digest", "Labels", "Architecture", "Os", "Layers", "LayersData", "Env"):
             mine, other = ours.get(key), theirs.get(key)
             if key == "LayersData":  # which skopeo has since 1.10, with annotations

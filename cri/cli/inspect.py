@@ -6,14 +6,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cri.api import api_pb2 as pb
 from cri.cli import names, output
 from cri.cli.connect import Api, connect
 from cri.cli.main import CommandError
 from cri.cli.registry_options import authfile_argument, platform_argument, tls_argument
-from imagestore.copying.places import KINDS
+from imagestore.copying.places import KINDS, Place
+
+if TYPE_CHECKING:
+    from imagestore.copying.session import Access, Session
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="log in to the registry with these")
     authfile_argument(parser)
     tls_argument(parser)
+    parser.add_argument("-n", "--no-tags", action="store_true", help="with docker://…: do not ask for the list of tags")
     platform_argument(parser)
 
 
@@ -44,9 +48,21 @@ async def _elsewhere(args: argparse.Namespace) -> int:
             place = place_of(name)
             source = await session.source(place, access(args))
             called = parse(place.name).repository if place.kind == "docker" else ""
-            found.append(await inspect(source, called, session.scratch, session.threads, session.config))
+            known = [] if args.no_tags or not called else await _tags(session, place, access(args))
+            found.append(await inspect(source, called, known, session.scratch, session.threads, session.config))
     output.as_json(found[0] if len(found) == 1 else found)
     return 0
+
+
+async def _tags(session: Session, place: Place, reached: Access) -> list[str]:
+    """None where the registry does not tell: many tell nobody."""
+    from imagestore.copying.inspect import tags
+    from imagestore.model import ImageError
+
+    try:
+        return await tags(await session.repository(place, reached, "pull"), session.config)
+    except ImageError:
+        return []
 
 
 async def _run(args: argparse.Namespace) -> int:

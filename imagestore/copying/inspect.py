@@ -7,6 +7,7 @@ a manifest and a config whose digests were checked.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,8 +24,11 @@ from imagestore.strict_json import Fields, parse_object
 from imagestore.threads import Threads
 
 
-async def inspect(source: Source, name: str, scratch: Path, threads: Threads, config: StoreConfig) -> dict[str, Any]:
-    """The image in the words of `skopeo inspect`; `Digest` is that of what the name leads to."""
+async def inspect(
+    source: Source, name: str, known: Sequence[str], scratch: Path, threads: Threads, config: StoreConfig
+) -> dict[str, Any]:
+    """The image in the words of `skopeo inspect`; `Digest` is that of what the name leads to, `known` the tags of its
+    repository."""
     top = await source.top()
     document, _ = await resolve(source, top, threads, config)
     contents = read(document, config)
@@ -35,6 +39,7 @@ async def inspect(source: Source, name: str, scratch: Path, threads: Threads, co
     return {
         "Name": name,
         "Digest": top.digest,
+        "RepoTags": list(known),
         "Created": found.string("created") or None,
         "DockerVersion": found.string("docker_version"),
         "Labels": run.string_map("Labels") or None,
