@@ -14,7 +14,7 @@ from cri.spec.validate import InvalidRequest
 
 _CPU_LIST = re.compile(r"[0-9]+(?:-[0-9]+)?(?:,[0-9]+(?:-[0-9]+)?)*", re.ASCII)
 _PAGE_SIZE = re.compile(r"[1-9][0-9]{0,6}(?:KB|MB|GB)", re.ASCII)
-_UNIFIED_KEY = re.compile(r"[a-z]+(?:\.[a-z0-9_]+)+(?:\.[A-Za-z0-9_]+)*", re.ASCII)
+_UNIFIED_KEY = re.compile(r"[a-z]+(?:\.[A-Za-z0-9_]+)+", re.ASCII)
 _UNIFIED_VALUE = re.compile(r"[A-Za-z0-9 .:,=/-]{0,1024}(?:\n[A-Za-z0-9 .:,=/-]{0,1024})*", re.ASCII)
 
 

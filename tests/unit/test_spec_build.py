@@ -15,6 +15,8 @@ from cri.spec.mounts import PodFiles
 from cri.spec.users import User
 from cri.spec.validate import InvalidRequest
 from imagestore.model import ImageConfig
+from runtime import resources
+from runtime.fields import Fields
 
 ROOT = User(0, 0, (0,), "/root")
 POD = build.PodFacts("pod1", "web-0", "/kubepods/pod1", network="/run/netns/p", ipc="/run/ipc", uts="/run/uts")
@@ -220,6 +222,13 @@ def test_s76_devices_are_looked_at_once(tmp_path: Path) -> None:
 def test_s19_unified_keys_are_file_names(key: str) -> None:
     with pytest.raises(InvalidRequest, match="unified"):
         limits.build(pb.LinuxContainerResources(unified={key: "1"}))
+
+
+@pytest.mark.parametrize("key", ["memory.high", "memory.swap.max", "hugetlb.2MB.max", "hugetlb.1GB.rsvd.max"])
+def test_unified_keys_go_to_the_runtime_as_they_are(key: str) -> None:
+    built = limits.build(pb.LinuxContainerResources(unified={key: "1"}))
+    assert built["unified"] == {key: "1"}
+    assert resources.parse(Fields(built, "resources")).unified == ((key, "1"),)
 
 
 def test_limits() -> None:
