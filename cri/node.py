@@ -94,11 +94,13 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PodLook:
-    """One look at a pod: `stats` is None when it is not ready, and a sum where it has no cgroup of its own."""
+    """One look at a pod: `stats` is None when it is not ready, and a sum where it has no cgroup of its own. `processes`
+    are counted as such; the kernel's own count, in `stats`, is of threads."""
 
     pod: Pod
     stats: Stats | None
     own_cgroup: bool
+    processes: int
     interfaces: Sequence[InterfaceCounters] | None
     containers: tuple[tuple[Container, Stats], ...]
 

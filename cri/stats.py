@@ -78,8 +78,11 @@ class Statistics:
         containers = {pod.id: [one for one in self._node.store.containers_of(pod.id) if one.running] for pod in ready}
         groups = own_cgroups(self._node, ready) | {one.id: one.cgroup for some in containers.values() for one in some}
         netns = {pod.id: Path(pod.netns) for pod in ready if pod.netns}
-        read, counters = await asyncio.gather(
-            to_thread(self._read, groups, full), self._node.parts.network.counters(list(netns.values()))
+        (read, processes), counters = await asyncio.gather(
+            to_thread(
+                self._read_pods, groups, {id_: [one.id for one in some] for id_, some in containers.items()}, full
+            ),
+            self._node.parts.network.counters(list(netns.values())),
         )
         now = time.time_ns()
         looks = []
@@ -87,7 +90,8 @@ class Statistics:
             parts = [(one, read[one.id]) for one in containers.get(pod.id, ()) if one.id in read]
             own = read.get(pod.id)
             stats = (own or usage.total([one for _, one in parts], now)) if pod.ready else None
-            looks.append(PodLook(pod, stats, own is not None, counters.get(netns.get(pod.id, Path())), tuple(parts)))
+            interfaces = counters.get(netns.get(pod.id, Path()))
+            looks.append(PodLook(pod, stats, own is not None, processes.get(pod.id, 0), interfaces, tuple(parts)))
         return looks
 
     def _wanted(self) -> None:
@@ -109,6 +113,21 @@ class Statistics:
                 log.debug("stats of %s: %s", id_[:13], error)
         return found
 
+    def _read_pods(
+        self, groups: Mapping[str, str], members: Mapping[str, list[str]], full: bool
+    ) -> tuple[dict[str, Stats], dict[str, int]]:
+        """What there is to read of `groups`, and how many processes each pod of `members` (ids of containers) has."""
+        found = self._read(groups, full)
+        counts = {pod: sum(map(self._count, [pod] if pod in found else ids)) for pod, ids in members.items()}
+        return found, counts
+
+    def _count(self, id_: str) -> int:
+        manager = self._managers.get(id_)
+        try:
+            return len(manager.pids()) if manager is not None else 0
+        except (OSError, RuntimeFailure):
+            return 0
+
     def _container(self, container: Container, stats: Stats | None) -> pb.ContainerStats:
         cores = self._rate(container.id, container.started_ns, stats) if stats is not None else 0
         return usage.container_stats(container, stats, cores, self.layer(container.id))
@@ -118,7 +137,7 @@ class Statistics:
         cores = sum(one.cpu.usage_nano_cores.value for one in containers)
         if look.own_cgroup and look.stats is not None:
             cores = self._rate(look.pod.id, look.pod.created_ns, look.stats)
-        return usage.pod_stats(look.pod, look.stats, cores, look.interfaces, containers)
+        return usage.pod_stats(look.pod, look.stats, cores, look.processes, look.interfaces, containers)
 
     def layer(self, container_id: str) -> pb.FilesystemUsage:
         """The writable layer as last measured."""

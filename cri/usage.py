@@ -46,6 +46,7 @@ def pod_stats(
     pod: Pod,
     stats: Stats | None,
     nano_cores: int,
+    processes: int,
     interfaces: Sequence[InterfaceCounters] | None,
     containers: Iterable[pb.ContainerStats],
 ) -> pb.PodSandboxStats:
@@ -64,7 +65,7 @@ def pod_stats(
     _memory(linux.memory, stats)
     _io(linux.io, stats)
     linux.process.timestamp = stats.timestamp_ns
-    linux.process.process_count.value = max(0, stats.pids)
+    linux.process.process_count.value = processes
     if interfaces:
         linux.network.timestamp = stats.timestamp_ns
         default = next((one for one in interfaces if one.name == DEFAULT_INTERFACE), interfaces[0])

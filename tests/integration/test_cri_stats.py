@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import resource
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,6 +110,28 @@ def test_a_pods_figures_are_its_cgroups_and_its_interfaces(here: Node) -> None:
     assert listed.attributes.id == pod and len(listed.linux.containers) == 2
     here.drop(pod)
     assert here.held() - before == set()
+
+
+def test_a_pods_processes_are_not_its_threads(here: Node) -> None:
+    pod, config, _ = _pod(here)
+    one = _run(here, pod, config, "one", "exec sleep 1000")
+    program = "import sys, threading; [threading.Thread(target=sys.stdin.read).start() for _ in range(5)]; print()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as threads:
+        try:
+            assert threads.stdout is not None and threads.stdout.readline() == b"\n"
+            for place in detect():
+                procs = Path(f"{place.mount}{_cgroup(here, one)}/cgroup.procs")
+                if procs.exists():
+                    procs.write_text(str(threads.pid))
+            assert int(_file(_cgroup(here, one), "pids.current")) == 7
+            assert _pod_stats(here, pod).linux.process.process_count.value == 2
+        finally:
+            threads.kill()
+    here.drop(pod)
+
+
+def _cgroup(here: Node, one: str) -> str:
+    return str(here.client.info(one)["runtimeSpec"]["linux"]["cgroupsPath"])
 
 
 def test_metrics_of_descriptors_sockets_limits_and_inodes(here: Node) -> None:

@@ -34,7 +34,7 @@ def test_a_pods_figures_in_the_cris_words() -> None:
         io_pressure=stalls,
     )
     interfaces = [InterfaceCounters(name, 1, 2, 3, 4, 5, 6, 7, 8) for name in ("net1", "eth0")]
-    linux = usage.pod_stats(POD, stats, 9, interfaces, [pb.ContainerStats()]).linux
+    linux = usage.pod_stats(POD, stats, 9, 3, interfaces, [pb.ContainerStats()]).linux
     assert (linux.cpu.usage_core_nano_seconds.value, linux.cpu.usage_nano_cores.value) == (7, 9)
     memory = linux.memory
     assert (memory.usage_bytes.value, memory.working_set_bytes.value, memory.available_bytes.value) == (1000, 700, 1300)
@@ -44,15 +44,15 @@ def test_a_pods_figures_in_the_cris_words() -> None:
     assert (default.name, default.rx_bytes.value, default.tx_bytes.value) == ("eth0", 3, 4)
     assert (default.rx_errors.value, default.tx_errors.value) == (5, 6)
     assert [one.name for one in linux.network.interfaces] == ["net1"]
-    assert linux.process.process_count.value == 4 and len(linux.containers) == 1
+    assert linux.process.process_count.value == 3 and len(linux.containers) == 1
     for part in (linux.cpu, memory, linux.network, linux.process, linux.io):
         assert part.timestamp == 5 * S
 
 
 def test_what_is_not_known_is_not_said() -> None:
-    message = usage.pod_stats(POD, None, 0, None, [])
+    message = usage.pod_stats(POD, None, 0, 0, None, [])
     assert message.attributes.id == "p" and not message.HasField("linux")
-    linux = usage.pod_stats(POD, Stats(1), 0, None, []).linux
+    linux = usage.pod_stats(POD, Stats(1), 0, 0, None, []).linux
     assert not linux.HasField("network") and not linux.HasField("io") and not linux.memory.HasField("available_bytes")
 
 
