@@ -6,16 +6,18 @@ failure nothing of it is left, and after a kill -9 recovery finds the record and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cri import trace
 from cri.api import api_pb2 as pb
 from cri.errors import AlreadyExists, FailedPrecondition, InvalidArgument, LimitExceeded, NotFound
-from cri.interfaces import ContainerFacts, ContainerSpec, IdMap
+from cri.interfaces import ContainerError, ContainerFacts, ContainerSpec, IdMap
 from cri.mount_sources import make_missing
 from cri.node import Node, new_id, now_ns, volume_key
 from cri.records import Container, Pod, facts_of
@@ -96,6 +98,19 @@ def require_ready(pod: Pod, what: str) -> None:
         raise FailedPrecondition(f"{what}: the pod sandbox is not ready; make a new one")
 
 
+@contextlib.contextmanager
+def while_ready(node: Node, pod_id: str, what: str) -> Iterator[None]:
+    """For what the shim of a pod is needed for, which ends with it: a pod that was stopped meanwhile is what there is
+    to say of a failure. Raises FailedPrecondition."""
+    try:
+        yield
+    except ContainerError as error:
+        pod = node.store.pods.get(pod_id)
+        if pod is not None and not pod.ready:
+            raise FailedPrecondition(f"{what}: the pod sandbox was stopped meanwhile") from error
+        raise
+
+
 def log_path(pod: Pod, config: pb.ContainerConfig) -> str:
     """Where the log goes, "" for nowhere: both parts are needed, as CRI words it."""
     directory = pod.request.log_directory
@@ -110,7 +125,8 @@ async def _make(node: Node, pod: Pod, container: Container, keys: tuple[KeyFile,
         failpoint("create_container.recorded")
         undo.did("remove the container", lambda: to_thread(take_away, node, container))
         # Threads of its own: a program that is to open an encrypted image may be waited for.
-        made, facts = await node.create_threads.run(_create, node, pod, container, keys)
+        with while_ready(node, pod.id, f"create container {container.name} in pod {pod.label}"):
+            made, facts = await node.create_threads.run(_create, node, pod, container, keys)
         failpoint("create_container.created")
         # Before it is visible: StopPodSandbox may have begun meanwhile, and would have missed it.
         require_ready(node.store.pods[pod.id], f"create container {container.name}")

@@ -15,7 +15,7 @@ from cri.interfaces import ContainerError, ContainerFacts, ShimUnresponsive
 from cri.node import Node, now_ns
 from cri.records import Container
 from cri.threads import to_thread
-from cri.verbs.create_container import require_ready
+from cri.verbs.create_container import require_ready, while_ready
 from runtime.linux.failpoint import failpoint
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,8 @@ async def _start(node: Node, container_id: str) -> None:
         failpoint("start_container.begun")
         node.starting[container.id] = []
         try:
-            facts = await _release(node, container)
+            with while_ready(node, container.pod_id, what):
+                facts = await _release(node, container)
         finally:
             # An exit that was faster than the answer comes after it.
             for said in node.starting.pop(container.id):

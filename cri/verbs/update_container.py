@@ -11,6 +11,7 @@ from cri.errors import FailedPrecondition, InvalidArgument, NotFound
 from cri.node import Node
 from cri.spec import limits
 from cri.threads import to_thread
+from cri.verbs.create_container import while_ready
 
 
 async def update_container(
@@ -33,7 +34,8 @@ async def _update(node: Node, container_id: str, given: pb.LinuxContainerResourc
             raise NotFound(f"container {container_id!r} not found")
         if container.finished_ns:
             raise FailedPrecondition(f"update {container.name} ({container.id[:13]}): the container has ended")
-        await to_thread(node.parts.containers.update, node.sandbox_of(container), container.id, built)
+        with while_ready(node, container.pod_id, f"update {container.name} ({container.id[:13]})"):
+            await to_thread(node.parts.containers.update, node.sandbox_of(container), container.id, built)
         if given.oom_score_adj and container.pid:
             await to_thread(oom_score.apply, container.cgroup, container.id, given.oom_score_adj)
         merged = pb.LinuxContainerResources.FromString(container.resources)

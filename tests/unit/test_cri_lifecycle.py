@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import stat
 from dataclasses import replace
@@ -90,6 +91,30 @@ def test_o11_nothing_is_made_or_started_in_a_pod_that_is_not_ready(tmp_path: Pat
         assert (status.state, status.exit_code, status.started_at) == (pb.CONTAINER_EXITED, 137, 0)
         await rig.remove_pod(pod)
         assert rig.leftovers() == []
+
+    on_rig(tmp_path, body)
+
+
+def test_what_a_pods_end_comes_between_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    """However far a create, a start and another stop have come when the pod is stopped and removed."""
+
+    async def body(rig: Rig) -> None:
+        said: set[str] = set()
+        for turns in range(25):
+            pod = await rig.run_pod()
+            created = await rig.create(pod, "created")
+            calls = [asyncio.ensure_future(call) for call in (rig.create(pod, "late"), rig.start(created))]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            calls += [asyncio.ensure_future(call) for call in (rig.remove_pod(pod), rig.stop_pod(pod))]
+            *begun, removed, stopped = await asyncio.gather(*calls, return_exceptions=True)
+            assert (removed, stopped) == (None, None)
+            for answer in begun:
+                if isinstance(answer, BaseException):
+                    assert isinstance(answer, CallFailed) and answer.code is StatusCode.FAILED_PRECONDITION, answer
+                    said.add(str(answer).rpartition(": ")[2])
+            assert rig.leftovers() == []
+        assert "the pod sandbox was stopped meanwhile" in said
 
     on_rig(tmp_path, body)
 
@@ -365,7 +390,7 @@ def test_a_mount_of_a_path_that_is_not_there(tmp_path: Path, missing: str) -> No
         source = tmp_path / "new" / "data"
 
         async def create(path: Path) -> None:
-            config = rig.container_config()
+            config = rig.container_config(name=f"on-{path.name}")
             config.mounts.add(container_path="/x", host_path=str(path))
             await rig.call("CreateContainer", pb.CreateContainerRequest(pod_sandbox_id=pod, config=config))
 
@@ -374,6 +399,12 @@ def test_a_mount_of_a_path_that_is_not_there(tmp_path: Path, missing: str) -> No
                 await create(path)
         assert not source.exists() and not (tmp_path / "nowhere").exists()
         if missing == "create":
+            deep = tmp_path / "/".join(["deep"] * 700)
+            await create(deep)
+            assert deep.is_dir()
+            with pytest.raises(CallFailed, match=r"mounts\[0\].host_path: .*: file name too long") as caught:
+                await create(tmp_path / "/".join(["x"] * 3000))
+            assert caught.value.code is StatusCode.INVALID_ARGUMENT and not (tmp_path / "x").exists()
             await create(source)
             assert stat.S_IMODE(source.stat().st_mode) == 0o755
         await rig.remove_pod(pod)
