@@ -13,6 +13,7 @@ import os
 import secrets
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -76,15 +77,16 @@ class Result:
 
 def busybox_root(directory: Path, *, copy: bool = False) -> Path:
     """A root filesystem with busybox and its applets; hard links to one copy below pytest's directory."""
+    directory.mkdir(parents=True)
     for name in ("bin", "dev", "proc", "sys", "tmp", "etc"):
-        (directory / name).mkdir(parents=True)
+        os.mkdir(f"{directory}/{name}")
     source = _busybox(directory)
     if copy:
         shutil.copy2(source, directory / "bin/busybox")
     else:
         os.link(source, directory / "bin/busybox")
     for applet in APPLETS:
-        (directory / "bin" / applet).symlink_to("busybox")
+        os.symlink("busybox", f"{directory}/bin/{applet}")
     (directory / "etc/passwd").write_text(
         "root:x:0:0::/:/bin/sh\n1000:x:0:0::/:/bin/sh\nuser:x:1000:1000::/tmp:/bin/sh\n"
     )
@@ -299,11 +301,24 @@ class Bundles:
         try:
             for name in sorted(os.listdir(self.root)) if self.root.exists() else ():
                 if not name.startswith("."):
-                    self.ocirun("delete", "--force", name).ok()
+                    self._delete(name)
             eventually(lambda: not self.processes(), what=f"processes {self.processes()} to end")
             assert self.cgroups() == [] and self.mounts() == []
         finally:
             take_away(self.cgroup, self.processes, self.mounts)
+
+    def _delete(self, name: str) -> None:
+        """`delete --force`, without a process for each container that a test leaves: tests of `delete` call it."""
+        if OCID_RUNTIME or any(one.id == name and one.config.get("hooks") for one in self.made):
+            self.ocirun("delete", "--force", name).ok()
+            return
+        # An init ends after those who have entered its namespace, and who are this process's to wait for.
+        before = signal.signal(signal.SIGCHLD, lambda *_: _reap())
+        try:
+            _reap()
+            lifecycle.delete(str(self.root), name, force=True)
+        finally:
+            signal.signal(signal.SIGCHLD, before)
 
 
 def _wait(child: subprocess.Popen[bytes], seconds: float) -> int:
