@@ -376,6 +376,7 @@ def execute(path: str, args: Iterable[str], env: Iterable[bytes]) -> None:
             errno.ENOEXEC: "it is neither a program of this architecture nor a script with a #! line",
             errno.ENOENT: "the file is there, but its interpreter (#! line, dynamic loader) is not",
             errno.EACCES: "it or its interpreter is not executable, or its mount is noexec",
+            errno.E2BIG: "arguments and environment have room for a quarter of the stack's limit, each for 128 KiB",
         }
         words = os.strerror(error.errno or 0).lower()
         raise RuntimeFailure(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DRAIN = 0.25
 GRACE = 30.0  # what an exec may take beyond its own timeout: start, kill
 _CHUNK = 65536
+_MAX_POLL_MS = 1_000_000_000
 
 
 class Collector:
@@ -151,7 +152,8 @@ class _Run:
 
     def _turn(self, deadline: float | None) -> bool:
         """Handles what is ready. True once there is an answer."""
-        patience = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
+        # poll(2) takes an int of milliseconds, 24 days; whoever calls looks at the time again.
+        patience = None if deadline is None else min(max(0.0, deadline - time.monotonic()) * 1000, _MAX_POLL_MS)
         answered = False
         for fd, _ in self._poll.poll(patience):
             stream = self._open.get(fd)

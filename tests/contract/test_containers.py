@@ -208,6 +208,8 @@ def test_exec_gives_code_and_output(ground: Ground) -> None:
 def test_exec_is_bounded_in_time_and_size(ground: Ground) -> None:
     sandbox = ground.start()
     spec = ground.run(sandbox, "sleep 1000")
+    patient = ExecSpec(process(["sh", "-c", "exit 6"]), timeout_s=10 * 365 * 86400.0)
+    assert ground.part.exec_sync(sandbox, spec.id, patient).exit_code == 6
     slow = ExecSpec(process(["sh", "-c", "sleep 1000"]), timeout_s=0.2)
     assert ground.part.exec_sync(sandbox, spec.id, slow).timed_out
     large = ground.part.exec_sync(sandbox, spec.id, ExecSpec(process(["sh", "-c", "echo 0123456789"]), output_limit=4))

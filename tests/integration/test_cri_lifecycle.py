@@ -312,6 +312,18 @@ def test_exec_that_takes_too_long_is_killed(here: Node, image: str) -> None:
     assert b"sleep 30" not in here.client.exec_sync(one, ["ps"])[1]
 
 
+def test_exec_with_as_much_time_as_there_are_seconds(here: Node, image: str) -> None:
+    _, one, _ = here.run(image, ["sleep", "1000"])
+    assert here.client.exec_sync(one, ["sh", "-c", "exit 3"], timeout_s=2**63 - 1)[0] == 3
+
+
+def test_arguments_that_no_command_may_have_are_the_callers_mistake(here: Node, image: str) -> None:
+    _, one, _ = here.run(image, ["sleep", "1000"])
+    with pytest.raises(grpc.RpcError, match=r"exec /bin/echo: argument list too long \(E2BIG\)") as caught:
+        here.client.exec_sync(one, ["echo", "x" * (1 << 18)])
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_s24_nothing_of_it_can_be_entered_by_others(tmp_path: Path, registry: FakeRegistry, image: str) -> None:
     (tmp_path / "n" / "root").mkdir(parents=True, mode=0o777)
     (tmp_path / "n" / "state").mkdir(mode=0o777)
