@@ -79,6 +79,13 @@ def _device(field: str) -> Callable[[Facts], Iterable[Sample]]:
     return lambda facts: (((f"{io.major}:{io.minor}",), getattr(io, field)) for io in facts.stats.io)
 
 
+def _transferred(facts: Facts) -> Iterator[Sample]:
+    for io in facts.stats.io:
+        device = (f"{io.major}:{io.minor}", str(io.major), str(io.minor))
+        yield (*device, "Read"), io.read_bytes
+        yield (*device, "Write"), io.write_bytes
+
+
 def _carried(field: str) -> Callable[[Facts], Iterable[Sample]]:
     return lambda facts: (((one.name,), getattr(one, field)) for one in facts.interfaces)
 
@@ -132,6 +139,10 @@ FAMILIES: tuple[Family, ...] = (
     Family("container_memory_max_usage_bytes", "Most memory ever in use", G, _stat("memory_peak")),
     Family("container_memory_rss", "Anonymous memory in bytes", G, _stat("memory_rss")),
     Family("container_memory_cache", "Page cache in bytes", G, _stat("memory_cache")),
+    Family("container_memory_kernel_usage", "Memory of the kernel in bytes", G, _stat("memory_kernel")),
+    Family("container_memory_failcnt", "How often the limit was met", C, _stat("memory_limit_hits")),
+    Family("container_memory_total_active_file_bytes", "Page cache in use", G, _stat("memory_active_file")),
+    Family("container_memory_total_inactive_file_bytes", "Page cache to go first", G, _stat("memory_inactive_file")),
     Family("container_memory_mapped_file", "Memory mapped files in bytes", G, _stat("memory_mapped_file")),
     Family("container_memory_swap", "Swap in use in bytes", G, _stat("swap_usage")),
     Family("container_memory_failures_total", "Page faults", C, _faults, ("failure_type", "scope")),
@@ -152,6 +163,13 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("container_pressure_io_waiting_seconds_total", "Some waited for IO", C, _stalled("io_pressure", "some")),
     Family("container_pressure_io_stalled_seconds_total", "All waited for IO", C, _stalled("io_pressure", "full")),
+    Family(
+        "container_blkio_device_usage_total",
+        "Bytes carried to and from block devices",
+        C,
+        _transferred,
+        ("device", "major", "minor", "operation"),
+    ),
     Family("container_fs_usage_bytes", "Bytes of the writable layer", G, _layer("used_bytes"), ("device",)),
     Family("container_fs_reads_total", "Reads completed", C, _device("reads"), ("device",)),
     Family("container_fs_reads_bytes_total", "Bytes read", C, _device("read_bytes"), ("device",)),

@@ -15,8 +15,9 @@ from runtime.cgroups.stats import Pressure, Stats
 
 DEFAULT_INTERFACE = "eth0"
 _SUMMED = (
-    *("cpu_usage_ns", "memory_usage", "memory_rss", "memory_cache", "memory_inactive_file", "memory_mapped_file"),
-    *("page_faults", "major_page_faults", "swap_usage", "oom_kills", "pids"),
+    *("cpu_usage_ns", "memory_usage", "memory_rss", "memory_cache", "memory_inactive_file", "memory_active_file"),
+    *("memory_kernel", "memory_limit_hits", "memory_mapped_file", "page_faults", "major_page_faults", "swap_usage"),
+    *("oom_kills", "pids"),
 )
 
 

@@ -30,7 +30,8 @@ V2_FILES = {
     "memory.current": "1000",
     "memory.peak": "1100",
     "memory.swap.current": "50",
-    "memory.stat": "anon 300\nfile 500\ninactive_file 200\nfile_mapped 40\npgfault 11\npgmajfault 3\n",
+    "memory.stat": "anon 300\nfile 500\ninactive_file 200\nactive_file 250\nkernel 60\nfile_mapped 40\npgfault 11\n"
+    "pgmajfault 3\n",
     "memory.events": "low 0\nhigh 0\nmax 4\noom 1\noom_kill 2\noom_group_kill 0\n",
     "pids.max": "max",
     "pids.current": "3",
@@ -148,6 +149,7 @@ def test_v2_stats(v2: Manager) -> None:
     assert (found.memory_usage, found.memory_peak, found.memory_limit) == (1000, 1100, -1)
     assert found.memory_working_set == 800 and found.memory_available == -1
     assert (found.memory_rss, found.memory_cache, found.page_faults, found.major_page_faults) == (300, 500, 11, 3)
+    assert (found.memory_active_file, found.memory_kernel, found.memory_limit_hits) == (250, 60, 4)
     assert (found.swap_usage, found.swap_limit, found.oom_kills) == (50, -1, 2)
     assert (found.pids, found.pids_limit) == (3, -1)
     assert [(io.major, io.minor, io.read_bytes, io.write_bytes, io.reads, io.writes) for io in found.io] == [

@@ -165,6 +165,10 @@ def test_metrics_have_cadvisors_names_and_the_labels_that_they_describe(tmp_path
             50 * S,
             cpu_usage_ns=7 * S + 5,
             memory_usage=100,
+            memory_active_file=21,
+            memory_inactive_file=22,
+            memory_kernel=23,
+            memory_limit_hits=24,
             pids=3,
             io=(DeviceIo(8, 0, 1, 2, 3, 4),),
             cpu_pressure=Pressure(Stall(3_000_000), None),
@@ -190,6 +194,10 @@ def test_metrics_have_cadvisors_names_and_the_labels_that_they_describe(tmp_path
         assert of_one["container_cpu_usage_seconds_total", "total"] == 7
         assert of_one["container_spec_memory_limit_bytes", ""] == 64 << 20
         assert of_one["container_fs_writes_bytes_total", "8:0"] == 2
+        carried = "container_blkio_device_usage_total"
+        assert (of_one[carried, "8:0,8,0,Read"], of_one[carried, "8:0,8,0,Write"]) == (1, 2)
+        names = ("total_active_file_bytes", "total_inactive_file_bytes", "kernel_usage", "failcnt")
+        assert [of_one[f"container_memory_{name}", ""] for name in names] == [21, 22, 23, 24]
         assert of_one["container_pressure_cpu_waiting_seconds_total", ""] == 3
         assert ("container_pressure_cpu_stalled_seconds_total", "") not in of_one
         assert ("container_threads_max", "") not in of_one and of_one["container_threads", ""] == 3
