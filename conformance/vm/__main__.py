@@ -18,9 +18,7 @@ from conformance.kubelet import __main__ as kubelet
 from conformance.vm.disk import write_disk
 from conformance.vm.image import image
 from conformance.vm.machine import boot
-
-# The runtime on one cgroup hierarchy, with systemd and AppArmor.
-TESTS = ("tests/vm",)
+from conformance.vm.selection import SESSIONS, left_out
 
 
 def _say(text: str) -> None:
@@ -51,16 +49,18 @@ def main() -> int:
     parser.add_argument("--shell", action="store_true", help="a shell in the machine instead; it ends with it")
     parser.add_argument("--timeout", type=float, default=2400, metavar="S", help="seconds it may take (default: 2400)")
     parser.add_argument("--runtime", default="", help="what the tests run in ocirun's place, such as runc")
-    parser.add_argument("tests", nargs="*", help=f"arguments of pytest (default: {' '.join(TESTS)})")
+    parser.add_argument("tests", nargs="*", help="arguments of pytest (default: those of selection.py)")
     chosen, flags = parser.parse_known_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception it takes machine and disks with it
+    for line in () if chosen.tests else left_out():
+        _say(line)
     made = image(_say, rebuild=chosen.rebuild)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="ocid-vm-") as directory:
         write_disk(
             Path(directory, "clone.ext4"),
-            [*flags, *(chosen.tests or TESTS)],
-            _built(chosen.tests or TESTS),
+            [[*flags, *tests] for tests in ([chosen.tests] if chosen.tests else SESSIONS)],
+            _built(chosen.tests or ["tests/vm"]),
             shell=chosen.shell,
             runtime=chosen.runtime,
             require_all=bool(os.environ.get("OCID_REQUIRE_ALL")),

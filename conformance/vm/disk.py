@@ -19,9 +19,16 @@ _TREES = ("runtime", "cri", "imagestore", "snapshotter", "conformance", "tests")
 
 
 def write_disk(
-    target: Path, arguments: Sequence[str], built: Sequence[Path], *, shell: bool, runtime: str, require_all: bool
+    target: Path,
+    sessions: Sequence[Sequence[str]],
+    built: Sequence[Path],
+    *,
+    shell: bool,
+    runtime: str,
+    require_all: bool,
 ) -> None:
-    """Makes `target`: the clone with what was built in it, and below .vm/ what the machine is to run."""
+    """Makes `target`: the clone with what was built in it, and below .vm/ what the machine is to run: the arguments of
+    each of the `sessions`."""
     staging = target.with_name("clone")
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -44,7 +51,8 @@ def write_disk(
     (staging / ".venv").symlink_to("/opt/venv")
     own = staging / ".vm"
     own.mkdir()
-    (own / "arguments").write_text("".join(f"{word}\n" for word in arguments))
+    for number, arguments in enumerate(sessions, 1):
+        (own / f"session{number}").write_text("".join(f"{word}\n" for word in arguments))
     if shell:
         (own / "shell").touch()
     (own / "runtime").write_text(runtime)

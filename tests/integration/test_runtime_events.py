@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from runtime.cgroups.hierarchy import detect
 from runtime.commands.events import interval
 from runtime.options import UsageError
 from tests.bundles import Bundle, Bundles, bundles
@@ -18,10 +17,6 @@ from tests.probes import interpreter, python
 from tests.support import SOON_S, eventually, needs
 
 MIB = 1 << 20
-v1_only = pytest.mark.skipif(
-    all("memory" not in hierarchy.controllers for hierarchy in detect()),
-    reason="cgroup v1's files; v2's are tried in the VM lane",
-)
 
 
 @pytest.fixture
@@ -42,8 +37,8 @@ def number(one: Bundle, file: str) -> int:
     return next(int(Path(top, file).read_text()) for top in one.home.cgroups(one.id) if Path(top, file).exists())
 
 
-@v1_only
 def test_every_figure_of_runcs(home: Bundles) -> None:
+    needs("cgroup1")  # its files; tests/vm has those of v2
     one = home.sh("i=0; while [ $i -lt 4000 ]; do i=$((i+1)); done; head -c 65536 /bin/busybox > /tmp/x; sleep 1000")
     one.linux["resources"] = {
         "memory": {"limit": 64 * MIB, "swap": 80 * MIB, "kernelTCP": 8 * MIB},
@@ -86,9 +81,9 @@ def _file(one: Bundle, name: str) -> str:
     return next(Path(top, name).read_text() for top in one.home.cgroups(one.id) if Path(top, name).exists())
 
 
-@v1_only
 def test_the_shape_is_runcs(home: Bundles, tmp_path: Path) -> None:
     """Debian's runc reads the same cgroup of the same container: every key that it prints, we print."""
+    needs("cgroup1")  # its files; tests/vm has those of v2
     needs("runc")
     one = home.make()
     one.process.pop("noNewPrivileges")
@@ -117,8 +112,8 @@ def _keys(value: Any, path: str = "") -> set[str]:
     return {path}
 
 
-@v1_only
 def test_o56_an_oom_is_told_and_once(home: Bundles) -> None:
+    needs("cgroup1")  # its files; tests/vm has those of v2
     one = interpreter(home.make())
     one.process["args"] = python(
         "import time\nwhile not os.path.exists('/tmp/go'): time.sleep(0.01)\nbytearray(128 << 20)"
@@ -134,8 +129,8 @@ def test_o56_an_oom_is_told_and_once(home: Bundles) -> None:
     assert lines == [{"type": "oom", "id": one.id}]
 
 
-@v1_only
 def test_an_oom_that_the_container_survives(home: Bundles) -> None:
+    needs("cgroup1")  # its files; tests/vm has those of v2
     one = interpreter(home.make())
     script = "while True:\n    if os.fork() == 0: bytearray(128 << 20); os._exit(0)\n    os.wait(); time.sleep(0.3)"
     one.process["args"] = python("import time\nwhile not os.path.exists('/tmp/go'): time.sleep(0.01)\n" + script)

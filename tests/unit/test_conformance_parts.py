@@ -18,6 +18,7 @@ from conformance.images.layer import GZIP, NONE, ZSTD, Entry, directory, file, h
 from conformance.images.layout import Config, Layout
 from conformance.images.recipes import odd_entries
 from conformance.leaks import Machine, Process, left_over
+from conformance.vm.selection import LEFT_OUT, RUNTIME
 
 
 @pytest.mark.parametrize("compression", [GZIP, ZSTD, NONE])
@@ -142,3 +143,8 @@ def test_who_has_ended_counts_unless_only_init_can_wait_for_it() -> None:
     assert found.ended and found.parent == os.getpid()
     assert f"process {child.pid} " in str(left_over(before, Machine.now()))
     child.wait()
+
+
+def test_every_test_of_the_runtime_is_chosen_for_the_virtual_machine_or_left_out_for_a_reason() -> None:
+    files = (Path(__file__).parents[1] / "integration").glob("test_runtime_*.py")
+    assert sorted([*RUNTIME, *LEFT_OUT]) == sorted(path.stem.removeprefix("test_runtime_") for path in files)

@@ -1,0 +1,53 @@
+"""What `hack/vm` runs where nothing is chosen, and what of the runtime's tests it leaves to the other machine, and why.
+
+Two sessions side by side, as the machine has two processors, the second in a network namespace of its own. Limits and
+units are the first one's alone: systemd takes controllers from the cgroups at the top once no unit of its own needs
+them. The others are where both then take as long. Invariant: each test_runtime_*.py is either
+in `RUNTIME` or in `LEFT_OUT` (tests/unit/test_conformance_parts.py); a case that needs v1 asks for it (tests.support).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+_INTEGRATION = "tests/integration/test_runtime_{}.py"
+_UNITS = ("machine", "cgroup2", "conformance", "systemd_scope", "shim", "pods", "kubelet")
+_FIRST = tuple(f"tests/vm/test_{name}.py" for name in (*_UNITS, "critest", "verity"))
+# What the kernel, its cgroups and its security module have a say in.
+RUNTIME = ("events", "exec", "systemd", "threats", "verbs")
+_SAME = "the same under any cgroups, and minutes under emulation"
+LEFT_OUT = {
+    "api": _SAME,
+    "checkpoint": "with a criu that pretends; tests/vm has the real one",
+    "cli": _SAME,
+    "effects": _SAME,
+    "failures": _SAME,
+    "hooks": _SAME,
+    "hostile": _SAME,
+    "linux": _SAME,
+    "mounts": _SAME,
+    "mounts_hostile": _SAME,
+    "mounts_ids": _SAME,
+    "mounts_overlay": _SAME,
+    "namespaces": _SAME,
+    "net_devices": _SAME,
+    "process": _SAME,
+    "resources": "the files of cgroup v1; tests/vm has those of v2",
+    "restored": _SAME,
+    "rootless": "two minutes for one test of cgroups, which passes there",
+    "seccomp": _SAME,
+    "seccomp_notify": _SAME,
+    "successor": _SAME,
+    "update": "the files of cgroup v1; tests/vm has those of v2",
+}
+SESSIONS = (
+    _FIRST,
+    ("tests/vm", *(f"--ignore={file}" for file in _FIRST), *map(_INTEGRATION.format, RUNTIME)),
+)
+
+
+def left_out() -> Iterator[str]:
+    """A line for each reason."""
+    for reason in dict.fromkeys(LEFT_OUT.values()):
+        names = ",".join(name for name, why in LEFT_OUT.items() if why == reason)
+        yield f"not run here: {_INTEGRATION.format(f'{{{names}}}')}: {reason}"
