@@ -121,15 +121,19 @@ class ExternalEngine:
         """A call that leaves a process behind: its pid from a pid file, its terminal over a console socket."""
         pid_file, console_path = self._file("pid"), self._file("tty")
         console = None
+        directory = os.open(self._scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             words = [*words, "--pid-file", pid_file]
             if terminal:
-                console = _listen(console_path)
-                words += ["--console-socket", console_path]
+                # sun_path holds 107 bytes, for the binary as for us: the directory is reached through its fd.
+                short = f"/proc/{os.getpid()}/fd/{directory}/{os.path.basename(console_path)}"
+                console = _listen(short)
+                words += ["--console-socket", short]
             self._call([*words, *container], stdio)
             pid = int(read_bounded(AT_FDCWD, pid_file, 32))
             return Made(pid, -1 if console is None else _receive_master(console))
         finally:
+            os.close(directory)
             if console is not None:
                 console.close()
             for path in (pid_file, console_path):
@@ -185,13 +189,9 @@ class ExternalEngine:
 
 
 def _listen(path: str) -> socket.socket:
-    """A console socket. sun_path holds 107 bytes: the directory is reached through its fd."""
+    """A console socket."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        listener.bind(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
-    finally:
-        os.close(directory)
+    listener.bind(path)
     listener.listen(1)
     return listener
 
@@ -266,8 +266,16 @@ def _failure(words: list[str], log: str, code: int, number: int) -> RuntimeFailu
     except OSError:
         pass
     end = f"killed by signal {number}" if number else f"exit code {code}"
-    step = _verb(words)
-    return RuntimeFailure(f"{step}: {said[-1] if said else end}", step=step)
+    step, why = _verb(words), said[-1] if said else ""
+    theirs = bool(why) and (step == "update" or _says_bad_command(why))
+    return RuntimeFailure(f"{step}: {why or end}", step=step, code="invalid_argument" if theirs else "internal")
+
+
+def _says_bad_command(words: str) -> bool:
+    """Of runc and crun: what was to be executed is not there, or cannot be. (A limit that cannot be set is as much the
+    caller's, and update does nothing else.)"""
+    told = ("executable file", "no such file or directory", "permission denied", "is a directory", "exec format error")
+    return ("exec: " in words or "executable file" in words) and any(phrase in words.lower() for phrase in told)
 
 
 def _verb(words: list[str]) -> str:

@@ -331,6 +331,18 @@ def test_a_terminal_is_one_stream_that_can_be_resized(pods: Lab) -> None:
     assert pod.lines("c", b"stderr") == []
 
 
+def test_a_terminal_of_a_runtime_binary_in_a_directory_longer_than_a_sockets_path(tmp_path: Path) -> None:
+    needs("root", "busybox", "overlay", "runc")
+    directory = tmp_path / ("d" * 100)
+    directory.mkdir()
+    with lab(directory, "runc") as opened:
+        pod = opened.pod()
+        container = pod.run("c", ["sh", "-c", "test -t 0 && echo a terminal"], terminal=True)
+        assert pod.ended(container).exit_code == 0
+        assert pod.lines("c") == [b"a terminal\r"]
+        assert os.listdir(pod.directory / "scratch") == []
+
+
 def _size(attached: Attached) -> bytes:
     os.write(attached.stdin, b"echo size=`stty size`=\n")
     data = attached.read(attached.stdout, b"=\r\n")
