@@ -52,6 +52,9 @@ _skipped: list[str] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Syntax trees, documents and hypothesis' examples are many objects that live long: at the default of 700 more than
+    # half of the time in which the sources are parsed went into looking through them.
+    gc.set_threshold(20_000)
     # What a CI runner or a shell left open would be inherited by programs that tests start, and be taken for a leak.
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -68,6 +71,7 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
     try:
         return (yield)
     finally:
+        gc.freeze()  # what is here now stays, and is not looked through again and again
         gc.enable()
 
 
