@@ -17,7 +17,6 @@ import socket
 import struct
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,32 +92,32 @@ def _send(destination: str, path: str, interface: str, member: str, *arguments: 
 
 @dataclass(slots=True)
 class Systemd:
-    """org.freedesktop.systemd1 as far as logind and kubelet ask it: `started` are the units that were to be started,
-    with the time of it by the monotonic clock; a signal for a unit goes to the logind of here."""
+    """org.freedesktop.systemd1 as far as logind and kubelet ask it: `started` are the units that were to be started; a
+    signal for a unit goes to the logind of here."""
 
     daemon: Service
-    started: dict[str, float] = field(default_factory=dict)
+    started: list[str] = field(default_factory=list)
     failure: str = ""
-    _bus: socket.socket = field(init=False)
-    _thread: threading.Thread = field(init=False)
+    _bus: socket.socket = field(init=False, default_factory=lambda: socket.socket(socket.AF_UNIX))
+    _thread: threading.Thread | None = None
     _serial: int = 0
 
     def start(self) -> None:
-        self._bus = socket.socket(socket.AF_UNIX)
         self._bus.connect(str(BUS))
         self._bus.sendall(b"\0AUTH EXTERNAL " + str(os.geteuid()).encode().hex().encode() + b"\r\n")
         if not self._bus.recv(512).startswith(b"OK "):
             raise RuntimeError("the bus of this lane refuses us")
         self._bus.sendall(b"BEGIN\r\n")
-        self._thread = threading.Thread(target=self._serve, daemon=True)
         self._call("Hello", "")
         self._call("RequestName", "su", "org.freedesktop.systemd1", 0)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
         eventually(lambda: _owned("org.freedesktop.systemd1"), "systemd's name is ours", 20)
 
     def join(self) -> None:
         """The bus has ended, and so does this."""
-        self._thread.join(20)
+        if self._thread is not None:
+            self._thread.join(20)
         self._bus.close()
 
     def _serve(self) -> None:
@@ -134,7 +133,7 @@ class Systemd:
         to = {_DESTINATION: fields[_SENDER], _REPLY_SERIAL: serial}
         member = fields[_MEMBER]
         if member == "StartUnit":
-            self.started[str(body[0])] = time.monotonic()
+            self.started.append(str(body[0]))
             self._put(_RETURN, to, "o", "/org/freedesktop/systemd1/job/1")
         elif member == "KillUnit" and body[0] == "systemd-logind.service" and self.daemon.process:
             self.daemon.process.send_signal(int(body[2]))

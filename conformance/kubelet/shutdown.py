@@ -87,11 +87,11 @@ def _end_in_order(node: Node, systemd: Systemd, before: dict[str, str]) -> None:
     eventually(lambda: not node.running("static"), "the pod that ends at once has ended", WAIT_S)
     same("who has been told", sorted(said()), ["ordinary term", "static done", "static term"])
     same("what runs of the others", {name: node.running(name)["main"] for name in LAST}, _of(before, LAST))
-    same("what systemd is to start", list(systemd.started), [])
+    same("what systemd is to start", systemd.started, [])
     (node.base / "out" / "let-go").touch()
     eventually(lambda: systemd.started or systemd.failure, "the power is off", WAIT_S)
     same("what failed of systemd", systemd.failure, "")
-    same("what systemd starts", list(systemd.started), ["poweroff.target"])
+    same("what systemd starts", systemd.started, ["poweroff.target"])
     same("who ended first", sorted(said()[:4]), ["ordinary done", "ordinary term", "static done", "static term"])
     wanted = ["deaf term", "needed done", "needed term", "static-needed done", "static-needed term"]
     same("who ended then", sorted(said()[4:]), wanted)
