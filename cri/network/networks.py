@@ -43,7 +43,7 @@ class Networks:
             return self._choose()
         if name == self._built_in.name and not loaded.problems:
             return self._choose()
-        wanted = f"network {name}" if name else "a network configuration that can be used"
+        wanted = f"network {name}" if name else "network configuration that can be used"
         raise NetworkError(f"no {wanted} in {self._directory}{said}")
 
     def find_or_none(self, name: str) -> Conflist | None:
