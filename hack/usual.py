@@ -79,7 +79,7 @@ def installed(place: Path) -> str:
     install.boot_source = lambda modules: source(modules).replace("\n\nmain(", PROFILE + "\n\nmain(")
     install.USUAL.write_text("{}")
     install.main([str(place)])
-    return str(place / "bin/ocirun")
+    return str(place / "lib/ocirun/ocirun")  # the one that starts an interpreter
 
 
 def change(place: Path, *, args: list[str] | None = None, resources: Mapping[str, object] | None = None) -> None:

@@ -1,15 +1,18 @@
 """python -m runtime.install PREFIX: writes the command PREFIX/bin/ocirun and what makes its start quick.
 
-    PREFIX/bin/ocirun           a line of shell: this interpreter through its dynamic loader (see runtime/sealed.py)
-    PREFIX/lib/ocirun/boot.pyc  runtime/boot.py, compiled
-    PREFIX/lib/ocirun/modules   the byte code of runtime/ and of what it imports of the standard library, in one file
+    PREFIX/bin/ocirun             a launcher of a dump (runtime/dump.py), or the same as the next
+    PREFIX/lib/ocirun/ocirun      a line of shell: this interpreter through its dynamic loader (see runtime/sealed.py)
+    PREFIX/lib/ocirun/boot.pyc    runtime/boot.py, compiled
+    PREFIX/lib/ocirun/modules     the byte code of runtime/ and of what it imports of the standard library, in one file
+    PREFIX/lib/ocirun/dump-HASH   the memory of an interpreter that has imported all of that
 
 Refuses to guess: where the interpreter names no loader, the command starts it directly, which is slower and as safe.
-Invariant: each file is whole or the old one; the command works, at an ordinary start's pace, without the other two.
+Invariant: each file is whole or the old one; the command works, at a slower pace, without the last three.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import marshal
@@ -21,7 +24,7 @@ import sys
 from pathlib import Path
 from types import CodeType
 
-from runtime import boot, sealed
+from runtime import boot, dump, sealed
 from runtime.cli import COMMANDS
 from runtime.thinned import compile_thin
 
@@ -29,7 +32,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # {command: {module: functions that it calls in a usual container}}, written by hack/usual.py
 USUAL = ROOT / "runtime/usual.json"
 # What ocirun never imports: the shim's side, and this.
-_NOT_OCIRUN = ("runtime.shim", "runtime.install", "runtime.boot", "runtime.thinned")
+_NOT_OCIRUN = (
+    "runtime.shim",
+    "runtime.install",
+    "runtime.boot",
+    "runtime.dump",
+    "runtime.resumable",
+    "runtime.thinned",
+)
 # What is imported on demand, and nearly every container demands, by the command's module.
 _USUAL = {
     "make": ("runtime.rootfs_cgroup", "runtime.cgroups.limits", "runtime.cgroups.killer"),
@@ -63,8 +73,23 @@ def main(arguments: list[str]) -> int:
     _write(library / "modules", bundle(sources(), groups()))
     _write(library / "boot.pyc", _boot(library / "modules"))
     words = [*loader(sealed.interpreter()), sealed.interpreter(), "-IS", "-X", "utf8", str(library / "boot.pyc")]
-    _write(prefix / "bin/ocirun", f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'.encode(), 0o755)
+    slow = library / "ocirun"
+    _write(slow, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'.encode(), 0o755)
+    _write(prefix / "bin/ocirun", _quick(library, slow) or slow.read_bytes(), 0o755)
     return 0
+
+
+def _quick(library: Path, slow: Path) -> bytes:
+    """The program that resumes a dump, which is written; empty where there can be none."""
+    modules = ["runtime.cli", *(name for name in sources() if name.startswith("runtime."))]
+    made = dump.make(slow, modules)
+    name = f"dump-{hashlib.sha256(made.content).hexdigest()[:16]}" if made else ""
+    if made:
+        _write(library / name, made.content)
+    for old in library.glob("dump-*"):
+        if old.name != name:
+            old.unlink()
+    return made.launcher(library / name, slow) if made else b""
 
 
 def sources() -> dict[str, Path]:

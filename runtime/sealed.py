@@ -3,12 +3,13 @@
 /proc/self/exe of a process inside a container leads back to the file it was started from, past every mount namespace.
 Three ways, the first that works:
 
-- An interpreter that was started through the dynamic loader, as the command `ocirun` is, changes in place what its
-  /proc/self/exe leads to: an empty memfd with seals (runtime/linux/exe.py). A fraction of a millisecond.
+- An interpreter that was started through the dynamic loader, or that goes on from a dump, as the command `ocirun` does,
+  changes in place what its /proc/self/exe leads to: an empty memfd with seals (runtime/linux/exe.py). A fraction of a
+  millisecond.
 - It starts once more, from an overlay without an upper layer, mounted nowhere: it cannot be opened for writing,
   remounted or found by name, and its pages are those of the real interpreter, so it costs no memory.
-- Where no overlay can be made (an ordinary user), it starts once more from a memfd with seals: one of the loader, if it
-  was started through that, which is a thirtieth of the interpreter.
+- Where no overlay can be made (an ordinary user), it starts once more from a memfd with seals: one of what it was
+  started through, launcher or loader, which are a thousandth and a thirtieth of the interpreter.
 
 Refuses to go on unsealed. Invariant: argv[0] is the real interpreter's path, from which Python finds its standard
 library; nothing of the environment or of site-packages is taken in (-I -S).
@@ -19,6 +20,7 @@ from __future__ import annotations
 import os
 import sys
 
+from runtime.linux import dumped
 from runtime.linux.files import OVERLAYFS_SUPER_MAGIC, fstatfs_type, sealed_memfd
 from runtime.linux.libc import KernelError
 from runtime.linux.process import execveat
@@ -120,6 +122,11 @@ def command(module: str, arguments: Sequence[str]) -> list[str]:
 
 def enter(module: str, arguments: Sequence[str]) -> NoReturn:
     """Goes on as `module`.main(arguments) in a sealed interpreter, in this very process. Raises OSError."""
+    env = [key + b"=" + value for key, value in os.environb.items()]
+    if dumped.is_resumed and module == "runtime.cli":
+        with open("/proc/self/exe", "rb") as file:  # the launcher
+            fd = sealed_memfd(_MEMFD_NAME, file.read(_MAX_INTERPRETER))
+        execveat(fd, "", [os.fsencode(word) for word in (sys.argv[0], *arguments)], env, _AT_EMPTY_PATH)
     fd, words = _loader() or (interpreter_fd(), [interpreter()])
     # One command is over in milliseconds: collecting garbage, and taking the interpreter apart at the end, would be a
     # tenth of them. Whatever a command writes it writes unbuffered.
@@ -128,7 +135,6 @@ def enter(module: str, arguments: Sequence[str]) -> NoReturn:
     # The command starts as it was started, with its modules in one file (runtime/boot.py).
     start = [program] if module == "runtime.cli" and os.path.basename(program) == "boot.pyc" else ["-c", boot]
     argv = [os.fsencode(word) for word in (*words, "-IS", *start, *arguments)]
-    env = [key + b"=" + value for key, value in os.environb.items()]
     execveat(fd, "", argv, env, _AT_EMPTY_PATH)
     raise AssertionError("execveat returned")
 

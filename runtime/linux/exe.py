@@ -1,7 +1,8 @@
 """What /proc/self/exe of this process leads to, changed without an execve: prctl(PR_SET_MM, PR_SET_MM_MAP).
 
-Only for a process that was started through the dynamic loader (`ld.so PROGRAM …`): the kernel lets go of the old file
-once nothing of it is mapped, the loader is a few pages, and its data does not change while nothing is loaded or bound.
+Only for a process that was started through the dynamic loader (`ld.so PROGRAM …`), or by the launcher of a dump: the
+kernel lets go of the old file once nothing of it is mapped. A launcher is a page that has been left for good, the loader
+is a few pages, and its data does not change while nothing is loaded or bound.
 Of a program with an interpreter in it the same copy would lose what is written while it is made. Refuses everything
 else. Invariant: on failure the process goes on as it was; each mapping is replaced by an equal one in one step.
 """
@@ -12,6 +13,7 @@ import errno
 import os
 import struct
 
+from runtime.linux import dumped
 from runtime.linux import foreign as ctypes
 from runtime.linux.libc import KernelError, _libc, address, prctl
 from runtime.linux.memory import MAP_FAILED, PROT_EXEC, PROT_READ, PROT_WRITE, map_copy
@@ -32,10 +34,10 @@ def is_loader(path: str) -> bool:
 def set_exe_file(fd: int) -> None:
     """Makes /proc/self/exe lead to the regular, executable file `fd`, which stays the caller's.
 
-    Raises KernelError: EOPNOTSUPP when this process was not started through a loader, EPERM without
+    Raises KernelError: EOPNOTSUPP when this process was started in neither of these ways, EPERM without
     CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN, EINVAL from a kernel without CONFIG_CHECKPOINT_RESTORE."""
     path = os.readlink("/proc/self/exe")
-    found = _mappings(path) if is_loader(path) else []
+    found = _mappings(path) if dumped.is_resumed or is_loader(path) else []
     if not found or sum(size for _, size, _ in found) > _MOST_BYTES:
         raise KernelError(errno.EOPNOTSUPP, "replace the exe file", path)
     # In the order of their addresses: the writable one is the last, when every function needed has been called before.

@@ -22,6 +22,12 @@ def _armed() -> dict[str, str]:
 _ARMED = _armed()
 
 
+def rearm() -> None:
+    """For a process whose environment became another's since this was imported."""
+    global _ARMED
+    _ARMED = _armed()
+
+
 def failpoint(name: str) -> None:
     """Does what the environment asks for at `name`; nothing otherwise."""
     action = _ARMED.get(name)

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     def function_at(address: int) -> Callable[..., int]: ...
 
+    def symbol_address(library: CDLL, name: str) -> int: ...
+
 else:
     try:
         from _ctypes import (
@@ -120,6 +122,10 @@ else:
             """The C function at `address`; it returns an int, and leaves errno alone."""
             return _Function(address)
 
+        def symbol_address(library, name):
+            """Where the variable `name` of a library is."""
+            return c_ulong.from_address(addressof(getattr(library, name))).value
+
         pythonapi = CDLL(None, kind=_PythonFunction)
     except (ImportError, AttributeError, TypeError):
         from ctypes import (
@@ -149,6 +155,9 @@ else:
         def function_at(address):
             return CFUNCTYPE(c_int)(address)
 
+        def symbol_address(library, name):
+            return addressof(c_void_p.in_dll(library, name))
+
 
 __all__ = [
     "CDLL",
@@ -172,4 +181,5 @@ __all__ = [
     "function_at",
     "get_errno",
     "pythonapi",
+    "symbol_address",
 ]

@@ -81,6 +81,11 @@ def read_to(address: int, fd: int, size: int, offset: int) -> None:
         raise KernelError(errno.EIO, "pread", f"{size} bytes")
 
 
+def write_to(address: int, data: bytes) -> None:
+    """memmove(3)."""
+    _memmove(address, data, len(data))
+
+
 def thread_block() -> int:
     """An address in the block of this thread that the C library and the kernel write to: that of errno(3)."""
     location = _libc.__errno_location

@@ -31,6 +31,16 @@ def block(*numbers: int) -> None:
     _signal.pthread_sigmask(_signal.SIG_BLOCK, numbers)
 
 
+def as_at_start() -> None:
+    """The dispositions that an interpreter has set when it starts: for a process that never was started as one."""
+    for number in (SIGPIPE, SIGXFSZ):
+        _signal.signal(number, _signal.SIG_IGN)
+    with open("/proc/self/status", "rb", buffering=0) as file:
+        ignored = int(file.read().partition(b"SigIgn:")[2].split(maxsplit=1)[0], 16)
+    if not ignored >> (SIGINT - 1) & 1:
+        _signal.signal(SIGINT, _signal.default_int_handler)
+
+
 def block_all() -> set[int]:
     """As `block`, all that can be. The signals that were blocked before, for `set_mask`."""
     return set(_signal.pthread_sigmask(_signal.SIG_BLOCK, _ALL))

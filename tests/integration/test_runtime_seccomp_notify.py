@@ -39,7 +39,8 @@ def test_the_agent_gets_the_state_and_decides(home: Bundles, tmp_path: Path) -> 
         one.linux["seccomp"] = notifying(agent.path, "getppid", listenerMetadata="what only the agent knows")
         one.create().ok()
         pid = one.pid()
-        assert len(agent.states) == 1 and agent.seen == []  # the agent knows of it before it is started
+        eventually(lambda: len(agent.states) == 1)  # the agent knows of it before it is started
+        assert agent.seen == []
         one.start().ok()
         one.becomes("stopped")
         assert agent.seen == [GETPPID]

@@ -113,10 +113,3 @@ def test_the_loader_is_the_one_that_the_program_names(tmp_path: Path) -> None:
 def test_one_prefix_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert install.main([]) == 2
     assert "usage" in capsys.readouterr().err
-
-
-def test_the_command_of_this_environment_is_the_one_that_starts_quickly() -> None:
-    """Not pip's entry point, which takes twice as long: hack/setup writes it after that."""
-    prefix = Path(sys.prefix)
-    words = (prefix / "bin/ocirun").read_text().splitlines()
-    assert words[0] == "#!/bin/sh" and str(prefix / "lib/ocirun/boot.pyc") in words[1]

@@ -1,0 +1,104 @@
+"""The process that a dump is made of (runtime/dump.py): it imports, settles, stops, and is `ocirun` when it is resumed.
+
+Refuses to go on from files that have changed since: the interpreter, its libraries, the modules. Then the slow command
+takes over, in the same process. Invariant: nothing that differs from process to process was looked at before the stop.
+"""
+
+from __future__ import annotations
+
+import _thread
+import gc
+import os
+import sys
+import time
+
+from runtime import cli
+from runtime.fields import encode
+from runtime.linux import dumped, failpoint
+from runtime.linux.memory import malloc_trim
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+_STACK_BYTES = 8 << 20  # as RLIMIT_STACK is elsewhere
+
+
+def main(arguments: list[str]) -> NoReturn:
+    """Of the process that the dumped one is forked from. Arguments: the fd to report to, the slow command, and names of
+    modules to import."""
+    report, slow, *modules = arguments
+    began = time.time_ns()
+    for name in modules:
+        __import__(name)
+    lock = _thread.allocate_lock()
+    lock.acquire()
+    _thread.stack_size(_STACK_BYTES)
+    _thread.start_new_thread(_fork, (int(report), slow, began))
+    lock.acquire()  # for ever
+    raise AssertionError
+
+
+def _fork(report: int, slow: str, began: int) -> None:
+    """In the second thread: the parent tells when the forked process has stopped, and ends with it."""
+    try:
+        pid = os.fork()
+        if pid == 0:
+            _stop(report, slow, began)
+        _, status = os.waitpid(pid, os.WUNTRACED)
+        if os.WIFSTOPPED(status):
+            os.write(report, b"stopped\n")
+            os.waitpid(pid, 0)
+    finally:
+        os._exit(0)
+
+
+def _stop(report: int, slow: str, began: int) -> NoReturn:
+    code = 1
+    try:
+        known = dumped.prepare()
+        sources = _sources()
+        if known is not None and all(mtime < began for _, mtime, _ in sources):
+            known["pid"] = os.getpid()
+            os.write(report, b"%s\n" % encode(known))
+            os.close(report)
+            gc.collect()
+            malloc_trim()
+            gc.freeze()
+            gc.disable()  # one command is over in milliseconds
+            dumped.stop()
+            code = _resume(slow, sources)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _resume(slow: str, sources: list[tuple[str, int, int]]) -> int:
+    if not _is_current(sources):
+        os.execve(slow, sys.argv, os.environb)
+    failpoint.rearm()
+    return cli.main()
+
+
+def _sources() -> list[tuple[str, int, int]]:
+    """Path, time and size of the files that this process was made of."""
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        lines = [line.rstrip("\n").split(maxsplit=5) for line in maps]
+    paths = {words[5] for words in lines if len(words) == 6 and "x" in words[1] and words[5][0] == "/"}
+    paths |= {path for module in list(sys.modules.values()) if (path := getattr(module, "__file__", None))}
+    status = [(path, os.stat(path)) for path in sorted(paths)]
+    return [(path, one.st_mtime_ns, one.st_size) for path, one in status]
+
+
+def _is_current(sources: list[tuple[str, int, int]]) -> bool:
+    try:
+        for path, mtime, size in sources:
+            status = os.stat(path)
+            if status.st_mtime_ns != mtime or status.st_size != size:
+                return False
+    except OSError:
+        return False
+    return True
