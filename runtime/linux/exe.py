@@ -1,8 +1,8 @@
 """What /proc/self/exe of this process leads to, changed without an execve: prctl(PR_SET_MM, PR_SET_MM_MAP).
 
 Only for a process that was started through the dynamic loader (`ld.so PROGRAM …`), or by the launcher of a dump: the
-kernel lets go of the old file once nothing of it is mapped. A launcher is a page that has been left for good, the loader
-is a few pages, and its data does not change while nothing is loaded or bound.
+kernel lets go of the old file once nothing of it is mapped. A launcher is a page that has been left for good; the
+loader is a few pages, and its data does not change while nothing is loaded or bound.
 Of a program with an interpreter in it the same copy would lose what is written while it is made. Refuses everything
 else. Invariant: on failure the process goes on as it was; each mapping is replaced by an equal one in one step.
 """
