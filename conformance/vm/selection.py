@@ -20,6 +20,7 @@ LEFT_OUT = {
     "api": _SAME,
     "checkpoint": "with a criu that pretends; tests/vm has the real one",
     "cli": _SAME,
+    "dump": "each case there goes on from a dump that was made there; making more of them takes minutes",
     "effects": _SAME,
     "failures": _SAME,
     "hooks": _SAME,
