@@ -43,7 +43,7 @@ ALLOWED: dict[str, str] = {
     r"""nodes? \\*"node0\\*" not found""": "it has just joined, and the node is not there yet",
     r"failed to read memory cgroup (config|limits) for the pod.*no such file": "the pod has ended",
     r"Failed creating a mirror pod.*already exists": "it has begun anew, and knows of it a moment later",
-    r"(mirror_client|mirror_pod|Failed creating a mirror pod).*context canceled": "its own call, cancelled by its own end",
+    r"(mirror_client|mirror_pod|Failed creating a mirror pod).*context canceled": "its own call, cancelled by its end",
     r"conn.go .*use of closed network connection": "its connection to the API server, which it has closed itself",
     r"upgradeaware.go .*websocket: close 1006": "hands.port_forward: kubectl was killed",
     # What the steps are about.
