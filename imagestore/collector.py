@@ -10,30 +10,18 @@ here, and garbage can wait. Invariant: `plan` names exactly what `collect` would
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from collections.abc import Iterable, Iterator
 
 from imagestore.config import StoreConfig
 from imagestore.content import Blobs
-from imagestore.indexes import below
-from imagestore.layout import Layout
 from imagestore.leases import Leases
-from imagestore.model import Descriptor, Layer, Unpacker
-from imagestore.records import ImageRecord, Records
+from imagestore.model import Unpacker
+from imagestore.reach import Reach
+from imagestore.records import Records
 from runtime.linux.dataclass import dataclass
 
 _UNREACHED = "no image names it"
 _UNPACKED = "unpacked, and image.keep_blobs is off"
-
-
-class Contents(Protocol):
-    """What a manifest and its config say."""
-
-    @property
-    def config_blob(self) -> Descriptor: ...
-
-    @property
-    def layers(self) -> tuple[Layer, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +35,13 @@ class Garbage:
 
 
 class Collector:
-    """The collector of one store. `contents` reads what a recorded manifest says, None when it is damaged."""
+    """The collector of one store."""
 
     def __init__(
-        self,
-        blobs: Blobs,
-        leases: Leases,
-        records: Records,
-        layout: Layout,
-        unpacker: Unpacker,
-        contents: Callable[[Descriptor], Contents | None],
-        config: StoreConfig,
+        self, blobs: Blobs, leases: Leases, records: Records, unpacker: Unpacker, reach: Reach, config: StoreConfig
     ) -> None:
-        self._blobs, self._leases, self._records, self._layout = blobs, leases, records, layout
-        self._unpacker, self._contents, self._config = unpacker, contents, config
+        self._blobs, self._leases, self._records = blobs, leases, records
+        self._unpacker, self._reach, self._config = unpacker, reach, config
 
     def plan(self) -> list[Garbage]:
         """What `collect` would remove now; empty while another process pulls."""
@@ -108,34 +89,17 @@ class Collector:
         keep: set[str] = set()
         unpacked: set[str] = set()
         for record in self._records.images():
-            keep.update(name.served for name in record.names)
-            for manifest in _manifests(record):
-                keep.add(manifest.digest)
-                shown = self._layout.shown(manifest)
-                if shown is not None:
-                    keep.add(shown.digest)
-                contents = self._contents(manifest)
-                if contents is not None:
-                    keep.add(contents.config_blob.digest)
-                    layers = {layer.blob.digest for layer in contents.layers}
-                    if self._config.keep_blobs:
-                        keep |= layers
-                    else:
-                        here = {one.blob.digest for one in contents.layers if self._unpacker.has_layer(one.chain_id)}
-                        keep |= layers - here
-                        unpacked |= here
-            for index in record.indexes:
-                keep.update(blob.digest for blob in below(index, self._blobs, self._config))
+            needed = self._reach.of(record)
+            keep |= needed.blobs
+            layers = {layer.blob.digest for layer in needed.layers}
+            if self._config.keep_blobs:
+                keep |= layers
+            else:
+                here = {layer.blob.digest for layer in needed.layers if self._unpacker.has_layer(layer.chain_id)}
+                keep |= layers - here
+                unpacked |= here
         return keep, unpacked - keep
 
     def _reached_layers(self, leased: Iterable[str]) -> frozenset[str]:
-        keep = set(leased)
-        for record in self._records.images():
-            for manifest in _manifests(record):
-                contents = self._contents(manifest)
-                keep.update(layer.chain_id for layer in contents.layers) if contents else None
-        return frozenset(keep)
-
-
-def _manifests(record: ImageRecord) -> tuple[Descriptor, ...]:
-    return (record.manifest, *(name.manifest for name in record.names))
+        needed = (layer.chain_id for record in self._records.images() for layer in self._reach.layers(record))
+        return frozenset({*leased, *needed})

@@ -13,12 +13,12 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 
-from imagestore.collector import Contents
 from imagestore.config import StoreConfig
 from imagestore.content import Blobs, errno_text
 from imagestore.indexes import below
 from imagestore.layout import Layout
 from imagestore.model import ContentInvalid, Descriptor, Unpacker
+from imagestore.reach import Contents
 from imagestore.records import ImageRecord, Records
 from imagestore.reference import Reference, parse
 from runtime.linux.dataclass import dataclass

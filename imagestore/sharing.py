@@ -12,14 +12,11 @@ an image's own is at most what removing it would free.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
-from imagestore.collector import Contents
-from imagestore.config import StoreConfig
 from imagestore.content import Blobs
-from imagestore.indexes import below
-from imagestore.layout import Layout
-from imagestore.model import Descriptor, Unpacker
+from imagestore.model import Unpacker
+from imagestore.reach import Reach
 from imagestore.records import ImageRecord, Records
 from runtime.linux.dataclass import dataclass
 
@@ -34,19 +31,10 @@ class Share:
 
 
 class Sharing:
-    """As the collector has them. `contents` reads what a recorded manifest says, None when it is damaged."""
+    """Of one store."""
 
-    def __init__(
-        self,
-        blobs: Blobs,
-        records: Records,
-        layout: Layout,
-        unpacker: Unpacker,
-        contents: Callable[[Descriptor], Contents | None],
-        config: StoreConfig,
-    ) -> None:
-        self._blobs, self._records, self._layout = blobs, records, layout
-        self._unpacker, self._contents, self._config = unpacker, contents, config
+    def __init__(self, blobs: Blobs, records: Records, unpacker: Unpacker, reach: Reach) -> None:
+        self._blobs, self._records, self._unpacker, self._reach = blobs, records, unpacker, reach
 
     def measure(self) -> tuple[list[Share], int]:
         """Each image, and what all of them take together. Raises OSError, ImageError."""
@@ -64,18 +52,9 @@ class Sharing:
         return shares, total(users)
 
     def _needs(self, record: ImageRecord) -> Iterator[tuple[str, str]]:
-        for name in record.names:
-            yield "blob", name.served
-        for manifest in (record.manifest, *(name.manifest for name in record.names)):
-            yield "blob", manifest.digest
-            if (shown := self._layout.shown(manifest)) is not None:
-                yield "blob", shown.digest
-            contents = self._contents(manifest)
-            if contents is not None:
-                yield "blob", contents.config_blob.digest
-                for layer in contents.layers:
-                    yield "blob", layer.blob.digest
-                    yield "layer", layer.chain_id
-        for index in record.indexes:
-            for blob in below(index, self._blobs, self._config):
-                yield "blob", blob.digest
+        needed = self._reach.of(record)
+        for digest in needed.blobs:
+            yield "blob", digest
+        for layer in needed.layers:
+            yield "blob", layer.blob.digest
+            yield "layer", layer.chain_id

@@ -47,6 +47,7 @@ from imagestore.model import (
 from imagestore.platforms import Platform, parse_platform
 from imagestore.policy import Requirements
 from imagestore.pull import Held, Pulled, Puller
+from imagestore.reach import Reach
 from imagestore.records import ImageRecord, Records
 from imagestore.reference import Reference, parse
 from imagestore.remotes import Remotes
@@ -103,9 +104,10 @@ class Store:
         self._remotes = Remotes(self._transport, self._threads, config)
         self._catalog = Catalog(self._blobs, self._records, self._remotes, unpacker, config)
         contents = self._catalog.contents
-        self._collector = Collector(self._blobs, self._leases, self._records, self._layout, unpacker, contents, config)
+        reach = Reach(self._blobs, self._layout, contents, config)
+        self._collector = Collector(self._blobs, self._leases, self._records, unpacker, reach, config)
         self._doctor = Doctor(self._blobs, self._records, self._layout, unpacker, contents, config)
-        self._sharing = Sharing(self._blobs, self._records, self._layout, unpacker, contents, config)
+        self._sharing = Sharing(self._blobs, self._records, unpacker, reach)
         self._trust = Trust(config)
         self._puller = Puller(self._blobs, self._leases, unpacker, self._threads, config)
         self._watchers: list[Callable[[str, Progress], None]] = []

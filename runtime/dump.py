@@ -63,7 +63,7 @@ _CHILD = "import sys; sys.path.append(sys.argv[1]); from runtime.resumable impor
 
 def make(slow: Path, modules: list[str]) -> Dump | None:
     """A dump of a process that has imported `modules` and, once resumed, is `ocirun`; `slow` is the command that it
-    executes when it has become stale. None where none can be made. Raises OSError."""
+    executes when it has become stale. None where none can be made."""
     reader, writer = os.pipe()
     words = [sealed.interpreter(), "-IS", "-X", "utf8", "-X", "no_debug_ranges", "-c", _CHILD, str(ROOT), str(writer)]
     try:
@@ -81,7 +81,7 @@ def make(slow: Path, modules: list[str]) -> Dump | None:
             pid = json.loads(known)["pid"]
             try:
                 return Dump(json.loads(known))
-            except LookupError:
+            except (LookupError, OSError):  # another vDSO than is known; a policy that lets nobody look into processes
                 return None
             finally:
                 os.kill(pid, signal.SIGKILL)
@@ -89,7 +89,7 @@ def make(slow: Path, modules: list[str]) -> Dump | None:
 
 class Dump:
     """`content` is the file that a launcher maps; `launcher` is that program. Raises LookupError where there is a
-    function of the vDSO that nothing stands in for."""
+    function of the vDSO that nothing stands in for, or no vDSO, and OSError where the process cannot be read."""
 
     def __init__(self, known: dict[str, int]) -> None:
         self._known = known
@@ -99,11 +99,8 @@ class Dump:
         with open(f"/proc/{known['pid']}/mem", "rb", buffering=0) as memory:
             self._stack, self._resume = struct.unpack("=2Q", os.pread(memory.fileno(), 16, known["place"]))
             mappings = list(_mappings(known["pid"]))
-            vdso = next(
-                (start, os.pread(memory.fileno(), end - start, start))
-                for start, end, _, name in mappings
-                if name == "[vdso]"
-            )
+            vdso_at, vdso_end = {name: (start, end) for start, end, _, name in mappings}["[vdso]"]
+            vdso = vdso_at, os.pread(memory.fileno(), vdso_end - vdso_at, vdso_at)
             for start, end, protection, name in mappings:
                 data = bytearray(os.pread(memory.fileno(), end - start, start))
                 if len(data) != end - start:

@@ -156,7 +156,10 @@ def prepare() -> dict[str, int] | None:
         return None  # another C library
     _place = map_room(4096)
     known = {"place": _place, "words": _place + _WORDS_AT, "block": block, "tid": block + _TID_AT}
-    known["brk"] = ctypes.symbol_address(_libc, "__curbrk")  # brk(2): where the heap ends is this kernel's to say
+    try:
+        known["brk"] = ctypes.symbol_address(_libc, "__curbrk")  # brk(2): where the heap ends is this kernel's to say
+    except AttributeError:
+        return None  # another C library
     for name, code in VDSO.items():
         known[name] = map_copy(code, len(code), PROT_READ | PROT_EXEC)
     return known

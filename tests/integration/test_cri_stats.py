@@ -260,6 +260,9 @@ def test_limits_of_a_pod_are_in_force_as_a_whole_or_not_at_all(alone: Node) -> N
     with pytest.raises(grpc.RpcError, match="memory") as caught:
         update(memory_limit_in_bytes=4096)
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    with pytest.raises(grpc.RpcError, match=r"resources\.oom_score_adj") as caught:
+        update(cpu_shares=1024, oom_score_adj=500)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert limits() == (memory, shares) and alone.client.status(one).state == pb.CONTAINER_RUNNING
     alone.end()
     alone.start()
