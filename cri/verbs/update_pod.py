@@ -32,7 +32,9 @@ async def update_pod(node: Node, request: pb.UpdatePodSandboxResourcesRequest) -
     pod = node.pod(request.pod_sandbox_id)
     for name, given in (("overhead", request.overhead), ("resources", request.resources)):
         if given.oom_score_adj:
-            raise InvalidArgument(f"{name}.oom_score_adj: a pod has no process of its own; its containers have one each")
+            raise InvalidArgument(
+                f"{name}.oom_score_adj: a pod has no process of its own; its containers have one each"
+            )
     limits.build(request.overhead)
     built = limits.build(request.resources)
     await node.tasks.finish(_update(node, pod.id, request, built), f"update pod {pod.label}")
