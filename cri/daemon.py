@@ -217,6 +217,7 @@ async def _serve(config: Config, built: Built) -> None:
     log.info("serving the CRI on %s", config.listen)
     background = [asyncio.create_task(_become_ready(built), name="recovery")]
     background.append(asyncio.create_task(built.statistics.measure(), name="measure"))
+    background.append(asyncio.create_task(built.statistics.watch.run(), name="watch tasks"))
     try:
         done, _ = await asyncio.wait({ended, background[0]}, return_when=asyncio.FIRST_COMPLETED)
         if background[0] in done:

@@ -14,6 +14,7 @@ from cri.api import api_pb2 as pb
 from cri.interfaces import InterfaceCounters
 from cri.processes import Processes
 from cri.records import Container, Pod
+from cri.task_states import TaskStates
 from runtime.cgroups.stats import Pressure, Stats
 from runtime.linux.dataclass import dataclass
 
@@ -35,18 +36,32 @@ class Facts:
     processes: Processes | None = None
     interfaces: tuple[InterfaceCounters, ...] = ()
     disk: os.statvfs_result | None = None
+    tasks: TaskStates | None = None
+
+
+def _when_read(facts: Facts) -> int:
+    return facts.stats.timestamp_ns
+
+
+def _when_tasks_were_seen(facts: Facts) -> int:
+    return facts.tasks.timestamp_ns if facts.tasks is not None else 0
+
+
+def _never(_: Facts) -> int:
+    """For what holds as long as the container does."""
+    return 0
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One metric: `samples` yields the values of its own labels, and a number."""
+    """One metric: `samples` yields the values of its own labels, and a number; `at` tells what time they are of."""
 
     name: str
     help: str
     kind: pb.MetricType
     samples: Callable[[Facts], Iterable[Sample]]
     labels: tuple[str, ...] = ()
-    timed: bool = True
+    at: Callable[[Facts], int] = _when_read
 
 
 def _one(value: Callable[[Facts], int | None]) -> Callable[[Facts], Iterable[Sample]]:
@@ -75,8 +90,16 @@ def _limit(field: str) -> Callable[[Facts], Iterable[Sample]]:
     return _one(lambda facts: int(getattr(facts.limits, field)) or None if facts.limits is not None else None)
 
 
-def _device(field: str) -> Callable[[Facts], Iterable[Sample]]:
-    return lambda facts: (((f"{io.major}:{io.minor}",), getattr(io, field)) for io in facts.stats.io)
+def _device(field: str, divisor: int = 1) -> Callable[[Facts], Iterable[Sample]]:
+    """Of each block device for which the kernel keeps that figure."""
+
+    def samples(facts: Facts) -> Iterator[Sample]:
+        for io in facts.stats.io:
+            value: int | None = getattr(io, field)
+            if value is not None:
+                yield (f"{io.major}:{io.minor}",), value // divisor
+
+    return samples
 
 
 def _transferred(facts: Facts) -> Iterator[Sample]:
@@ -120,6 +143,16 @@ def _disk(value: Callable[[os.statvfs_result], int]) -> Callable[[Facts], Iterab
             yield (facts.layer.fs_id.mountpoint,), value(facts.disk)
 
     return samples
+
+
+def _states(facts: Facts) -> Iterator[Sample]:
+    for state, number in facts.tasks.states.items() if facts.tasks is not None else ():
+        yield (state,), number
+
+
+def _load(field: str) -> Callable[[Facts], Iterable[Sample]]:
+    """Thousandths, as cAdvisor has them."""
+    return _one(lambda facts: round(1000 * getattr(facts.tasks, field)) if facts.tasks is not None else None)
 
 
 def _cpu_total(facts: Facts) -> Iterator[Sample]:
@@ -175,6 +208,19 @@ FAMILIES: tuple[Family, ...] = (
     Family("container_fs_reads_bytes_total", "Bytes read", C, _device("read_bytes"), ("device",)),
     Family("container_fs_writes_total", "Writes completed", C, _device("writes"), ("device",)),
     Family("container_fs_writes_bytes_total", "Bytes written", C, _device("write_bytes"), ("device",)),
+    *(
+        Family(f"container_fs_{name}", text, kind, _device(field, divisor), ("device",))
+        for name, field, divisor, kind, text in (
+            # The kernel counts bytes by sectors of 512, whatever those of a device are.
+            ("sector_reads_total", "read_bytes", 512, C, "Sectors read"),
+            ("sector_writes_total", "write_bytes", 512, C, "Sectors written"),
+            ("reads_merged_total", "reads_merged", 1, C, "Reads merged with others"),
+            ("writes_merged_total", "writes_merged", 1, C, "Writes merged with others"),
+            ("read_seconds_total", "read_ns", _SECOND_NS, C, "Time from a read's dispatch to its end"),
+            ("write_seconds_total", "write_ns", _SECOND_NS, C, "Time from a write's dispatch to its end"),
+            ("io_current", "queued", 1, G, "Reads and writes under way"),
+        )
+    ),
     Family("container_fs_inodes_total", "Inodes of its filesystem", G, _disk(lambda disk: disk.f_files), ("device",)),
     Family("container_fs_inodes_free", "Inodes free there", G, _disk(lambda disk: disk.f_ffree), ("device",)),
     Family(
@@ -190,12 +236,27 @@ FAMILIES: tuple[Family, ...] = (
     Family("container_ulimits_soft", "Soft limits of its first process", G, _open_files, ("ulimit",)),
     Family("container_threads", "Threads running", G, _stat("pids")),
     Family("container_threads_max", "Threads allowed, where there is a limit", G, _stat("pids_limit")),
+    Family("container_tasks_state", "Tasks by state", G, _states, ("state",), at=_when_tasks_were_seen),
+    Family(
+        "container_cpu_load_average_10s",
+        "Thousandths of tasks that ran, a mean over 10 seconds",
+        G,
+        _load("load"),
+        at=_when_tasks_were_seen,
+    ),
+    Family(
+        "container_cpu_load_d_average_10s",
+        "Thousandths of tasks that waited uninterruptibly, a mean over 10 seconds",
+        G,
+        _load("load_d"),
+        at=_when_tasks_were_seen,
+    ),
     Family(
         "container_start_time_seconds",
         "Start since the epoch",
         G,
         _one(lambda facts: facts.started_ns // _SECOND_NS or None),
-        timed=False,
+        at=_never,
     ),
     Family(
         "container_last_seen",
@@ -203,16 +264,16 @@ FAMILIES: tuple[Family, ...] = (
         G,
         _one(lambda facts: facts.stats.timestamp_ns // _SECOND_NS),
     ),
-    Family("container_spec_cpu_period", "CPU period in microseconds", G, _limit("cpu_period"), timed=False),
-    Family("container_spec_cpu_quota", "CPU quota in microseconds", G, _limit("cpu_quota"), timed=False),
-    Family("container_spec_cpu_shares", "CPU shares", G, _limit("cpu_shares"), timed=False),
-    Family("container_spec_memory_limit_bytes", "Memory limit", G, _limit("memory_limit_in_bytes"), timed=False),
+    Family("container_spec_cpu_period", "CPU period in microseconds", G, _limit("cpu_period"), at=_never),
+    Family("container_spec_cpu_quota", "CPU quota in microseconds", G, _limit("cpu_quota"), at=_never),
+    Family("container_spec_cpu_shares", "CPU shares", G, _limit("cpu_shares"), at=_never),
+    Family("container_spec_memory_limit_bytes", "Memory limit", G, _limit("memory_limit_in_bytes"), at=_never),
     Family(
         "container_spec_memory_swap_limit_bytes",
         "Limit of memory and swap together",
         G,
         _limit("memory_swap_limit_in_bytes"),
-        timed=False,
+        at=_never,
     ),
     *(
         Family(f"container_network_{way}_{what}_total", text, C, _carried(f"{short}_{field}"), ("interface",))
@@ -247,7 +308,7 @@ def container_labels(container: Container, pod: Pod) -> tuple[str, ...]:
 def samples(facts: Facts, labels: tuple[str, ...]) -> Iterator[pb.Metric]:
     """All that `facts` can say."""
     for family in FAMILIES:
-        timestamp = facts.stats.timestamp_ns if family.timed else 0
+        timestamp = family.at(facts)
         for own, value in family.samples(facts):
             metric = pb.Metric(
                 name=family.name, timestamp=timestamp, metric_type=family.kind, label_values=labels + own

@@ -34,6 +34,7 @@ from cri.processes import Processes
 from cri.records import Container, Pod
 from cri.store import Store
 from cri.streaming.sessions import Request
+from cri.task_states import TaskStates
 from cri.threads import LIMIT, Threads
 from runtime.cgroups.stats import Stats
 from runtime.linux.dataclass import dataclass
@@ -122,6 +123,10 @@ class Reader(Protocol):
 
     def layer(self, container_id: str) -> pb.FilesystemUsage:
         """The writable layer as last measured."""
+        ...
+
+    def tasks(self, id_: str) -> TaskStates | None:
+        """How many tasks of a running container are in which state, as last seen."""
         ...
 
     def processes(self, id_: str, init: int) -> Processes | None:

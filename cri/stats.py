@@ -17,6 +17,7 @@ from cri.api import api_pb2 as pb
 from cri.node import Node, PodLook
 from cri.processes import Processes, look
 from cri.records import Container, Pod
+from cri.task_states import TaskStates, TaskWatch
 from cri.threads import to_thread
 from cri.verbs.run_pod import own_cgroups
 from runtime.cgroups.manager import Manager, manager_for
@@ -58,6 +59,7 @@ class Statistics:
         self._asked = 0.0
         self._mount = str(node.config.root)
         self._wake = asyncio.Event()
+        self.watch = TaskWatch(node.config.limits.stats_s, self._running, self._pids)
 
     async def of(self, containers: list[Container]) -> list[pb.ContainerStats]:
         """The use of each container; one thread hop for all of them."""
@@ -74,6 +76,8 @@ class Statistics:
         """What there is to see of each pod: one thread hop for all cgroups, and one for all networks. `full`: with what
         only metrics tell."""
         self._wanted()
+        if full:
+            self.watch.wanted()
         ready = [pod for pod in pods if pod.ready]
         containers = {pod.id: [one for one in self._node.store.containers_of(pod.id) if one.running] for pod in ready}
         groups = own_cgroups(self._node, ready) | {one.id: one.cgroup for some in containers.values() for one in some}
@@ -122,11 +126,18 @@ class Statistics:
         return found, counts
 
     def _count(self, id_: str) -> int:
+        return len(self._pids(id_))
+
+    def _pids(self, id_: str) -> list[int]:
+        """The processes of a cgroup that was read before; none when it is gone."""
         manager = self._managers.get(id_)
         try:
-            return len(manager.pids()) if manager is not None else 0
+            return manager.pids() if manager is not None else []
         except (OSError, RuntimeFailure):
-            return 0
+            return []
+
+    def _running(self) -> list[str]:
+        return [container.id for container in self._node.store.containers.values() if container.running]
 
     def _container(self, container: Container, stats: Stats | None) -> pb.ContainerStats:
         cores = self._rate(container.id, container.started_ns, stats) if stats is not None else 0
@@ -148,6 +159,10 @@ class Statistics:
         message.used_bytes.value = layer.bytes if layer else 0
         message.inodes_used.value = layer.inodes if layer else 0
         return message
+
+    def tasks(self, id_: str) -> TaskStates | None:
+        """How many tasks of a running container are in which state, as last seen."""
+        return self.watch.of(id_)
 
     def processes(self, id_: str, init: int) -> Processes | None:
         """What the processes of a cgroup that was read before hold; blocks. None when it is gone."""

@@ -338,9 +338,9 @@ def named_log(said: str) -> Path:
 
 
 @contextmanager
-def seasoned(directory: Path, registry: FakeRegistry) -> Iterator[Node]:
+def seasoned(directory: Path, registry: FakeRegistry, *, limits: str = "") -> Iterator[Node]:
     """A node that has an image and has run a pod: zygote, bridge and the cached seccomp program stay."""
-    with node(directory) as made:
+    with node(directory, limits=limits) as made:
         made.image = f"{registry.name}/busybox:1"
         made.client.pull(made.image)
         made.drop(made.run(made.image, ["true"], network=True)[0])

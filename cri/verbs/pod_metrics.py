@@ -70,6 +70,7 @@ def _message(
             layers[container.id],
             node.statistics.processes(container.id, container.pid),
             disk=disk,
+            tasks=node.statistics.tasks(container.id),
         )
         part = message.container_metrics.add(container_id=container.id)
         part.metrics.extend(metrics.samples(facts, metrics.container_labels(container, pod)))

@@ -16,7 +16,8 @@ _V1_UNLIMITED = 1 << 62  # v1 prints the largest multiple of a page below 2^63 f
 
 
 class DeviceIo(Record):
-    """Bytes and operations of one block device, since the cgroup was made."""
+    """Bytes and operations of one block device, since the cgroup was made. How long they took, how many were merged and
+    how many are under way, I/O schedulers alone count, and on v2 none does; None where it is not known."""
 
     major: int
     minor: int
@@ -24,6 +25,11 @@ class DeviceIo(Record):
     write_bytes: int = 0
     reads: int = 0
     writes: int = 0
+    reads_merged: int | None = None
+    writes_merged: int | None = None
+    read_ns: int | None = None
+    write_ns: int | None = None
+    queued: int | None = None
 
 
 class Stall(Record):
@@ -199,14 +205,23 @@ def oom_kills_v2(path: str) -> int:
 
 def _io_v1(path: str) -> tuple[DeviceIo, ...]:
     devices: dict[bytes, dict[bytes, int]] = {}
-    for file, suffix in (
-        ("blkio.throttle.io_service_bytes_recursive", b"_bytes"),
-        ("blkio.throttle.io_serviced_recursive", b"s"),
-    ):
-        for line in read(f"{path}/{file}").splitlines():
+
+    def add(file: str, names: dict[bytes, bytes]) -> bool:
+        raw = read(f"{path}/{file}")
+        for line in raw.splitlines():
             words = line.split()
-            if len(words) == 3 and words[1] in (b"Read", b"Write"):
-                devices.setdefault(words[0], {})[words[1].lower() + suffix] = int(words[2])
+            if len(words) == 3 and words[1] in names:
+                devices.setdefault(words[0], {})[names[words[1]]] = int(words[2])
+        return bool(raw)
+
+    add("blkio.throttle.io_service_bytes_recursive", {b"Read": b"read_bytes", b"Write": b"write_bytes"})
+    add("blkio.throttle.io_serviced_recursive", {b"Read": b"reads", b"Write": b"writes"})
+    # BFQ's where the kernel is built to keep them (CONFIG_BFQ_CGROUP_DEBUG), CFQ's before 5.0.
+    for kind in ("blkio.bfq.", "blkio."):
+        if add(f"{kind}io_merged_recursive", {b"Read": b"reads_merged", b"Write": b"writes_merged"}):
+            add(f"{kind}io_service_time_recursive", {b"Read": b"read_ns", b"Write": b"write_ns"})
+            add(f"{kind}io_queued_recursive", {b"Total": b"queued"})
+            break
     return tuple(_device(device, values) for device, values in devices.items())
 
 
@@ -219,6 +234,11 @@ def _device(name: bytes, values: dict[bytes, int]) -> DeviceIo:
         values.get(b"write_bytes", 0),
         values.get(b"reads", 0),
         values.get(b"writes", 0),
+        values.get(b"reads_merged"),
+        values.get(b"writes_merged"),
+        values.get(b"read_ns"),
+        values.get(b"write_ns"),
+        values.get(b"queued"),
     )
 
 

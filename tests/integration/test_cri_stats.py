@@ -35,7 +35,7 @@ def registry() -> Iterator[FakeRegistry]:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry) -> Iterator[Node]:
-    with seasoned(tmp_path_factory.mktemp("n") / "n", registry) as made:
+    with seasoned(tmp_path_factory.mktemp("n") / "n", registry, limits="stats_s = 1") as made:
         yield made
 
 
@@ -156,6 +156,30 @@ def test_metrics_of_descriptors_sockets_limits_and_inodes(here: Node) -> None:
     assert found["container_fs_inodes_total"] == disk.f_files
     assert 0 < found["container_fs_inodes_free"] < disk.f_files
     assert found["container_fs_limit_bytes"] == disk.f_blocks * disk.f_frsize
+    here.drop(pod)
+
+
+def test_metrics_of_tasks_by_state_and_of_their_load(here: Node) -> None:
+    """One that is stopped, one that runs for ever, and shells that wait for them."""
+    pod, config, _ = _pod(here)
+    script = "sleep 1000 & kill -STOP $!; sh -c 'while :; do :; done' & wait"
+    one = _run(here, pod, config, "one", script)
+
+    def states() -> dict[str, int]:
+        request = pb.ListPodSandboxMetricsRequest()
+        (found,) = here.client.runtime.ListPodSandboxMetrics(request).pod_metrics[0].container_metrics
+        assert found.container_id == one
+        loads = {item.name: item.value.value for item in found.metrics if "_load_" in item.name}
+        tasks = [item for item in found.metrics if item.name == "container_tasks_state"]
+        return {item.label_values[-1]: item.value.value for item in tasks} | loads
+
+    found = eventually(lambda: (known := states()) and known["stopped"] == known["running"] == 1 and known)
+    assert isinstance(found, dict)
+    assert (found["sleeping"], found["uninterruptible"], found["container_cpu_load_d_average_10s"]) == (1, 0, 0)
+    before = found["container_cpu_load_average_10s"]
+    assert 0 <= before <= 1000, "thousandths of one task"
+    if before < 1000:  # nothing ran when it was looked at first: the mean comes nearer
+        eventually(lambda: before < states()["container_cpu_load_average_10s"] <= 1000)
     here.drop(pod)
 
 

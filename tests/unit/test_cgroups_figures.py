@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from runtime.cgroups import stats
 from runtime.cgroups.figures import figures
 
 MAX = (1 << 64) - 1
@@ -103,3 +104,24 @@ def test_o42_what_is_gone_or_garbled_is_zero(tmp_path: Path) -> None:
         found = figures(paths)
         assert found["pids"] == {} and found["intel_rdt"] == {} and found["network_interfaces"] is None
         assert isinstance(found["memory"], dict) and found["memory"]["raw"] == {}
+
+
+def test_block_devices_as_statistics_have_them(tmp_path: Path) -> None:
+    """What I/O schedulers alone count is known where they do, and not made up where they do not."""
+    throttle = {
+        "blkio.throttle.io_service_bytes_recursive": "8:0 Read 4096\n8:0 Write 512\n8:0 Total 4608\nTotal 4608\n",
+        "blkio.throttle.io_serviced_recursive": "8:0 Read 2\n8:0 Write 1\n8:0 Total 3\nTotal 3\n",
+    }
+    for kind, number in (("blkio.bfq.", 1), ("blkio.", 2)):
+        scheduler = {
+            f"{kind}io_merged_recursive": "8:0 Read 5\n8:0 Write 6\n8:0 Total 11\nTotal 11\n",
+            f"{kind}io_service_time_recursive": "8:0 Read 7000000000\n8:0 Write 8000000000\nTotal 15000000000\n",
+            f"{kind}io_queued_recursive": "8:0 Read 1\n8:0 Write 2\n8:0 Total 3\nTotal 3\n",
+        }
+        directory = _files(tmp_path / f"v1-{number}", {**throttle, **scheduler})
+        (found,) = stats.collect({"blkio": directory}, "").io
+        assert found == stats.DeviceIo(8, 0, 4096, 512, 2, 1, 5, 6, 7_000_000_000, 8_000_000_000, 3)
+    (found,) = stats.collect({"blkio": _files(tmp_path / "plain", throttle)}, "").io
+    assert found == stats.DeviceIo(8, 0, 4096, 512, 2, 1) and found.reads_merged is None
+    (first, _) = stats.collect({}, _files(tmp_path / "v2", V2)).io
+    assert first == stats.DeviceIo(8, 0, 1, 2, 3, 0)

@@ -170,7 +170,7 @@ def test_metrics_have_cadvisors_names_and_the_labels_that_they_describe(tmp_path
             memory_kernel=23,
             memory_limit_hits=24,
             pids=3,
-            io=(DeviceIo(8, 0, 1, 2, 3, 4),),
+            io=(DeviceIo(8, 0, 1, 4097, 3, 4, reads_merged=5, read_ns=7 * S + 1, queued=9),),
             cpu_pressure=Pressure(Stall(3_000_000), None),
         )
         rig.statistics._read = lambda groups, full: dict.fromkeys(groups, stats if full else None)  # type: ignore[method-assign,assignment]
@@ -193,9 +193,13 @@ def test_metrics_have_cadvisors_names_and_the_labels_that_they_describe(tmp_path
         assert ("container_spec_memory_limit_bytes", "") not in own
         assert of_one["container_cpu_usage_seconds_total", "total"] == 7
         assert of_one["container_spec_memory_limit_bytes", ""] == 64 << 20
-        assert of_one["container_fs_writes_bytes_total", "8:0"] == 2
+        assert of_one["container_fs_writes_bytes_total", "8:0"] == 4097
+        assert of_one["container_fs_sector_writes_total", "8:0"] == 8
+        assert of_one["container_fs_reads_merged_total", "8:0"] == 5 and of_one["container_fs_io_current", "8:0"] == 9
+        assert of_one["container_fs_read_seconds_total", "8:0"] == 7
+        assert not [key for key in of_one if key[0] == "container_fs_write_seconds_total"], "not known, so not said"
         carried = "container_blkio_device_usage_total"
-        assert (of_one[carried, "8:0,8,0,Read"], of_one[carried, "8:0,8,0,Write"]) == (1, 2)
+        assert (of_one[carried, "8:0,8,0,Read"], of_one[carried, "8:0,8,0,Write"]) == (1, 4097)
         names = ("total_active_file_bytes", "total_inactive_file_bytes", "kernel_usage", "failcnt")
         assert [of_one[f"container_memory_{name}", ""] for name in names] == [21, 22, 23, 24]
         assert of_one["container_pressure_cpu_waiting_seconds_total", ""] == 3
