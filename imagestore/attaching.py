@@ -5,8 +5,9 @@
                                                for referrers, the index under the tag sha256-HEX gets one entry more
     PATH@sha256=HEX/signature-N                the next number
 
-Refuses to take away what was there before. Of two signers at the same moment one may lose the tag to the other:
-registries cannot write only if nobody else has. Invariant: a manifest is put after all that it names.
+Refuses to take away what was there before, and puts nothing there twice. Of two signers at the same moment one may lose
+the tag to the other: registries cannot write only if nobody else has. Invariant: a manifest is put after all that it
+names.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from imagestore.model import ContentInvalid, Descriptor, ImageError
 from imagestore.push import Pusher
 from imagestore.registry import Document, Repository
 from imagestore.signatures import BUNDLE_TYPE, COSIGN_TYPE, Bundle, Cosign, Signature, to_blob
-from runtime.linux.files import write_durable
+from runtime.linux.files import AT_FDCWD, read_bounded, write_durable
 
 _EMPTY = "application/vnd.oci.empty.v1+json"
 
@@ -44,8 +45,11 @@ class Attaching:
         tag = cosign_tag(digest)
         before = await self._json(f"/manifests/{tag}", f"signatures {tag}")
         layers = _list(before, "layers")
-        blob = await self._blob(made.payload)
-        layers.append({"mediaType": COSIGN_TYPE, **blob, "annotations": dict(made.annotations)})
+        added = {"mediaType": COSIGN_TYPE, **_described(made.payload), "annotations": dict(made.annotations)}
+        if added in layers:
+            return f"tag {tag}, number {layers.index(added) + 1}"
+        await self._blob(made.payload)
+        layers.append(added)
         # A config as image tools expect it: some registries look into it.
         rootfs = {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]}
         config = json.dumps({"architecture": "", "os": "", "config": {}, "rootfs": rootfs}).encode()
@@ -70,31 +74,36 @@ class Attaching:
         if await self._json(f"/referrers/{digest}", f"referrers of {digest}") is None:
             tag = fallback_tag(digest)
             entries = _list(await self._json(f"/manifests/{tag}", f"referrers {tag}"), "manifests")
+            if any(entry["digest"] == described["digest"] for entry in entries):
+                return f"referrer {described['digest']}"
             entries.append({**described, "mediaType": OCI_MANIFEST, "artifactType": BUNDLE_TYPE})
             index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
             await self._put(index, OCI_INDEX, tag)
         return f"referrer {described['digest']}"
 
     async def _blob(self, data: bytes) -> dict[str, object]:
-        digest = digest_of(data)
-        blob = Descriptor("", digest, len(data))
+        blob = Descriptor("", digest_of(data), len(data))
         if not await self._pusher.has(blob):
             with tempfile.TemporaryDirectory(prefix="ocid-sign-") as directory:
                 path = Path(directory) / "blob"
                 path.write_bytes(data)
                 await self._pusher.upload(blob, path, lambda _: None)
-        return {"digest": digest, "size": len(data)}
+        return _described(data)
 
     async def _put(self, document: Mapping[str, object], media_type: str, tag: str) -> dict[str, object]:
         data = json.dumps(document, separators=(",", ":")).encode()
         digest = digest_of(data)
         await self._pusher.manifest(Document(data, media_type, digest), tag or digest)
-        return {"digest": digest, "size": len(data)}
+        return _described(data)
 
     async def _json(self, path: str, what: str) -> dict[str, object] | None:
         """What is there now, with all that we do not know; None where nothing is, or no such path."""
         found = await json_at(self._repository, path, what, self._config)
         return dict(json.loads(found[0])) if found is not None else None
+
+
+def _described(data: bytes) -> dict[str, object]:
+    return {"digest": digest_of(data), "size": len(data)}
 
 
 def _list(document: dict[str, object] | None, key: str) -> list[dict[str, object]]:
@@ -108,14 +117,17 @@ def lay(base: str, path: str, digest: str, made: Signature, limit: int) -> str:
     """Into a lookaside store that is a directory; returns where it is. Raises ImageError."""
     if not base.startswith("file:"):
         raise ImageError(f"lookaside {base}: signatures can be written to file: only; say so as lookaside-staging")
+    data = to_blob(made)
     for number in range(1, limit + 1):
         url = url_of(base, path, digest, number)
         file = Path(unquote(urlsplit(url).path))
         try:
             if file.exists():
+                if file.stat().st_size == len(data) and read_bounded(AT_FDCWD, str(file), len(data)) == data:
+                    return f"lookaside {url}"
                 continue
             file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            write_durable(file, to_blob(made))
+            write_durable(file, data)
             file.chmod(0o644)  # everybody who pulls reads it
         except OSError as error:
             raise ImageError(f"lookaside {file}: {errno_text(error)}") from None

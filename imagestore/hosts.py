@@ -61,6 +61,12 @@ class Host:
         parts = urlsplit(self.base)
         return f"{parts.scheme}://{parts.netloc}"
 
+    def is_twin(self, other: Host) -> bool:
+        """True when `other` is the same registry, spoken to in the other way: with TLS or without."""
+        place, theirs = self.base.partition(":")[2], other.base.partition(":")[2]
+        alike = replace(self, base=other.base, skip_verify=other.skip_verify)
+        return self.base != other.base and place == theirs and alike == other
+
 
 def hosts_for(domain: str, directories: tuple[Path, ...], limit: int) -> tuple[Host, ...]:
     """The hosts for a registry, in the order in which to ask; the registry itself comes last.

@@ -41,6 +41,12 @@ def named(text: str) -> Named | None:
     return Named(reference.repository, (f":{tag}" if tag else "") + at + digest)
 
 
+def to_sign(text: str) -> str:
+    """What a signature may say that an image is called: a name with a tag. "" where `text` is none."""
+    found = named(text)
+    return "" if found is None or not found.rest or "@" in found.rest else str(found)
+
+
 def of(reference: Reference) -> Named:
     """A reference that was parsed: it always has a tag or a digest."""
     return Named(reference.repository, str(reference).removeprefix(reference.repository))

@@ -61,7 +61,7 @@ class Remotes:
         if not able:
             raise ImageNotFound(f"no host of {wanted.domain} in hosts.toml may be pushed to")
         chosen = able[0 if pushing else -1]
-        same = [one for one in able if one.host.base.partition(":")[2] == chosen.host.base.partition(":")[2]]
+        same = [one for one in able if one is chosen or one.host.is_twin(chosen.host)]
         for one in same if len(same) > 1 else ():
             if await one.answers():
                 return one

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from imagestore import signing
 from imagestore.attaching import Attaching, lay
 from imagestore.config import StoreConfig
-from imagestore.identity import named
+from imagestore.identity import to_sign
 from imagestore.keyless import Services
 from imagestore.lookaside import read_lookaside
 from imagestore.manifest import Index, parse_document
@@ -73,12 +73,12 @@ async def sign(reach: Reach, text: str, credentials: Credentials | None, how: Ho
 
 
 def _name(reference: Reference, given: str) -> str:
-    found = named(given or str(reference))
-    if found is None or not found.rest or "@" in found.rest:
+    name = to_sign(given or str(reference))
+    if not name:
         raise ReferenceInvalid(
             f"sign {reference}: {given or str(reference)!r} has no tag; say with --as what the signature should call it"
         )
-    return str(found)
+    return name
 
 
 async def _documents(source: RegistrySource, config: StoreConfig) -> list[Document]:

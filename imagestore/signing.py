@@ -130,6 +130,14 @@ def annotated(payload: bytes, signature: bytes, certified: Certified | None, ent
     return Cosign(payload, notes, "made here")
 
 
+def attachment(signer: Signer, digest: str, name: str) -> Cosign:
+    """A signature by a key, as cosign attaches it. Raises ImageError."""
+    payload = claim(digest, name)
+    made = annotated(payload, signer.sign(payload), None, None)
+    checked(made, signer, digest, name)
+    return made
+
+
 def bundled(
     payload: bytes,
     signature: bytes,

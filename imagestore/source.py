@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
 from imagestore.content import Ingest
-from imagestore.model import Descriptor, ImageError, ImageNotFound, RegistryUnavailable
+from imagestore.model import AccessDenied, Descriptor, ImageError, ImageNotFound, RegistryUnavailable
 from imagestore.reference import Reference
 from imagestore.registry import Document, Report, Repository
 from imagestore.transport import Transient
@@ -75,21 +75,32 @@ class RegistrySource:
             kind = "resolve tags" if resolving else "be pulled from"
             raise ImageNotFound(f"no host of {self.reference.domain} in hosts.toml may {kind}")
         # A mirror that could not be reached for one thing is not waited for again for each of the others.
-        hosts = [host for host in able if host not in self._silent] or able
+        left = [host for host in able if host not in self._silent] or able
         said: list[str] = []
-        for host in hosts[:-1]:
+        while True:
+            host = left.pop(0)
             try:
-                return await ask(host)
+                found = await ask(host)
             except ImageError as error:
                 if type(error) is ImageError:
                     raise  # not the host's fault: our disk, our configuration
+                if isinstance(error, (ImageNotFound, AccessDenied)):
+                    left = self._settled(host, left)
+                if not left:
+                    if not said:
+                        raise
+                    kind_of = RegistryUnavailable if isinstance(error, Transient) else type(error)
+                    raise kind_of("; ".join([str(error), *said[:3]])) from None
                 if isinstance(error, RegistryUnavailable):
                     self._silent.add(host)
                 said.append(f"mirror {error}")
-        try:
-            return await ask(hosts[-1])
-        except ImageError as error:
-            if not said or type(error) is ImageError:
-                raise
-            kind_of = RegistryUnavailable if isinstance(error, Transient) else type(error)
-            raise kind_of("; ".join([str(error), *said[:3]])) from None
+            else:
+                self._settled(host, left)
+                return found
+
+    def _settled(self, host: Repository, left: list[Repository]) -> list[Repository]:
+        """What is left to ask once `host` has answered. A registry that need not prove who it is may be spoken to with
+        TLS or without: once it is known how, it is not asked in the other way, which can only fail."""
+        twins = {one for one in self._repositories if one.host.is_twin(host.host)}
+        self._repositories = [one for one in self._repositories if one not in twins]
+        return [one for one in left if one not in twins]

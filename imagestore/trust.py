@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from imagestore.config import StoreConfig
 from imagestore.lookaside import read_file, read_lookaside, read_signatures
@@ -186,6 +187,12 @@ def _subject(origin: Origin) -> Subject:
     return Subject(origin.transport, origin.name, scopes)
 
 
+class Finds(Protocol):
+    """Who knows an image's signatures."""
+
+    async def find(self, digests: Sequence[str], requirements: Requirements | None = None) -> list[Signature]: ...
+
+
 class Gate:
     """The check of one pull. `signatures` are what it found, for the record."""
 
@@ -194,7 +201,7 @@ class Gate:
         trust: Trust,
         subject: Subject,
         requirements: Requirements,
-        finder: Finder | None,
+        finder: Finds | None,
         namespace: str = "",
     ) -> None:
         self._trust = trust
@@ -221,13 +228,23 @@ class Gate:
 
 
 class Finder:
-    """Gathers the signatures of an image in a registry from all places that its requirements and registries.d name."""
+    """Gathers the signatures of an image in a registry from all places that its requirements and registries.d name.
+    `unsaid` is whether what is attached counts where registries.d does not say."""
 
-    def __init__(self, reference: Reference, source: RegistrySource, transport: Transport, config: StoreConfig) -> None:
+    def __init__(
+        self,
+        reference: Reference,
+        source: RegistrySource,
+        transport: Transport,
+        config: StoreConfig,
+        *,
+        unsaid: bool = True,
+    ) -> None:
         self._reference = reference
         self._source = source
         self._transport = transport
         self._config = config
+        self._unsaid = unsaid
 
     async def find(self, digests: Sequence[str], requirements: Requirements | None = None) -> list[Signature]:
         """Raises ImageError where a place that has signatures does not hand them over: fewer than there are could be
@@ -239,7 +256,7 @@ class Finder:
         where = lookaside.place(self._reference)
         # containers/image reads attachments only where registries.d says so; here sigstoreSigned says it.
         sigstore = requirements is None or any(isinstance(one, SigstoreSigned) for one in requirements)
-        attached = where.attachments is not False and sigstore
+        attached = (self._unsaid if where.attachments is None else where.attachments) and sigstore
         simple = requirements is None or any(isinstance(one, SignedBy) for one in requirements)
         found: list[Signature] = []
         for digest in digests:

@@ -27,6 +27,7 @@ from cri.cli.registry_options import (
     platform_argument,
     tls_argument,
 )
+from cri.cli.signing_options import given_signer, signature_arguments
 from imagestore.copying.copy import CopyOptions
 from imagestore.copying.places import Place, parse_place
 from imagestore.copying.session import beside
@@ -57,6 +58,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="encrypt every layer for whoever has the private key to this public key or certificate, or by a program "
         "of image.key_providers; may be repeated",
     )
+    signature_arguments(parser)
+    parser.add_argument("--sign-identity", metavar="NAME:TAG", default="", help="sign as this (default: the target)")
     parser.add_argument("--insecure-policy", action="store_true", help="do not ask the signature policy of the source")
     parser.add_argument("--digestfile", metavar="FILE", help="write the digest there, too")
     parser.add_argument("source", help="from where, such as docker://docker.io/library/busybox:1 or oci:DIR:TAG")
@@ -92,7 +95,10 @@ async def _run(args: argparse.Namespace, source: Place, target: Place) -> str:
             if not digest and not args.insecure_policy:
                 admit = await session.policy(source, origin)
             to = await session.target(target, source, access(args, "dest_"))
-            made = await session.copy(origin, to, _options(args, session.config.platform, target), show, admit)
+            remove, signer = args.remove_signatures, given_signer(args)
+            carrying = session.carrying(origin, target, to, remove=remove, signer=signer, name=args.sign_identity)
+            options = _options(args, session.config.platform, target)
+            made = await session.copy(origin, to, options, show, admit, carrying)
             await to.finish()
     return made.digest
 

@@ -98,6 +98,8 @@ async def into_store(args: argparse.Namespace, source: Place, name: str) -> str:
     """What `ocid copy SOURCE ocid:NAME` does; the digest of the image's manifest."""
     if args.encryption_key:
         raise CommandError("--encryption-key: what is in the store is as it came; copy it from there to elsewhere")
+    if args.remove_signatures or args.sign_by_sigstore_private_key:
+        raise CommandError("--remove-signatures, --sign-by-…: the store keeps what its policy asks for; see ocid sign")
     if args.decryption_key and source.kind != "docker":
         raise CommandError("--decryption-key: from files the store takes layers that the node's own keys open")
     if args.platform and source.kind != "docker":

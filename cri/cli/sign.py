@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from pathlib import Path
 
 from cri.cli import output
 from cri.cli.main import CommandError
-
-_LIMIT = 1 << 20
+from cri.cli.signing_options import read_file
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,16 +45,16 @@ async def _run(args: argparse.Namespace) -> int:
     from imagestore.sign_image import How, missing, sign
     from imagestore.verification import reaching
 
-    password = _read(args.password_file)
+    password = read_file(args.password_file)
     how = How(
-        key=_read(args.key),
-        openpgp=_read(args.openpgp_key),
+        key=read_file(args.key),
+        openpgp=read_file(args.openpgp_key),
         password=password.rstrip(b"\n") if password else None,
-        token=_read(args.identity_token).decode("ascii", "replace").strip(),
+        token=read_file(args.identity_token).decode("ascii", "replace").strip(),
         fulcio=args.fulcio_url,
         rekor=args.rekor_url,
         rekor_2=args.rekor_version == "2",
-        log=_read(args.rekor_key),
+        log=read_file(args.rekor_key),
         stamper=args.timestamp_url,
         bundle=args.bundle,
         lookaside=args.lookaside,
@@ -74,16 +72,3 @@ async def _run(args: argparse.Namespace) -> int:
     else:
         output.table(("DIGEST", "AS", "WHERE"), [(one.digest, one.name, one.where) for one in done])
     return 0
-
-
-def _read(path: str | None) -> bytes:
-    if not path:
-        return b""
-    try:
-        with Path(path).open("rb") as file:
-            data = file.read(_LIMIT + 1)
-    except OSError as error:
-        raise CommandError(f"read {path}: {(error.strerror or str(error)).lower()}") from None
-    if not data or len(data) > _LIMIT:
-        raise CommandError(f"read {path}: it is {'empty' if not data else f'larger than {_LIMIT} bytes'}")
-    return data

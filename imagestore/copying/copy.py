@@ -3,8 +3,8 @@
     top ─┬─ a manifest ──> its blobs, each: there already? ─no─> staged, verified ─> (changed) ─> handed over
          └─ an index ──> the one for a platform, or with `all` every child, then the index itself
 
-Event loop only. Refuses indexes within indexes beyond `index_depth`, and with `preserve_digests` any change. Invariant:
-what is handed to a target has been verified here, and a manifest follows everything that it names.
+Event loop only. Refuses indexes within indexes beyond `index_depth`, with `preserve_digests` any change, and changes of
+what is signed. Invariant: what is handed to a target has been verified here, and a manifest follows all that it names.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from imagestore.config import StoreConfig
 from imagestore.content import Blobs, errno_text
 from imagestore.copying.contents import Contents, encode, read
 from imagestore.copying.convert import FORMATS, compression, recompress, rewritten
+from imagestore.copying.signatures import Carrying, counted
 from imagestore.copying.targets import Target
 from imagestore.encryption.keys import Recipients
 from imagestore.encryption.layers import is_encrypted, plain_type
@@ -73,7 +74,7 @@ class _Change:
 
 class Copy:
     """A copy of one image. `staging` holds a blob from its first byte until the target has it; `admit` is asked, as in
-    a pull, before anything is copied, and refuses by raising."""
+    a pull, before anything is copied, and refuses by raising; `carrying` has the signatures."""
 
     def __init__(
         self,
@@ -85,6 +86,7 @@ class Copy:
         options: CopyOptions,
         tell: ProgressFunction = lambda _: None,
         admit: Admit | None = None,
+        carrying: Carrying | None = None,
     ) -> None:
         self._admit = admit
         self._source, self._target, self._staging = source, target, staging
@@ -92,6 +94,7 @@ class Copy:
         self._slots = asyncio.Semaphore(config.concurrent_downloads)
         self._done: dict[str, Descriptor] = {}
         self._locks: dict[str, asyncio.Lock] = {}
+        self._carrying = carrying or Carrying(None, None, "")
         self._images = 0
         # Bytes are copied between one question and the next: only each by itself has a limit.
         self._errand = Errand(math.inf)
@@ -110,7 +113,9 @@ class Copy:
             top, _ = await resolve(self._source, top, self._threads, config)
         if self._admit is not None:
             await self._admit(asked.digest, top.digest)
-        return await self._document(top, 0)
+        return await self._document(
+            top, 0, "and its digest is to be preserved" if self._options.preserve_digests else ""
+        )
 
     async def _child(self, wanted: Descriptor) -> Document:
         document = await self._source.manifest(wanted)
@@ -121,30 +126,35 @@ class Copy:
 
     # --------------------------------------------------------------------------------------------------- documents
 
-    async def _document(self, document: Document, depth: int) -> Document:
-        """Copies a manifest with all that it names; what it has become at the target."""
+    async def _document(self, document: Document, depth: int, fixed: str = "") -> Document:
+        """Copies a manifest with all that it names; what it has become at the target. `fixed` is why it must not
+        change."""
         contents = read(document, self._config)
         document = Document(document.data, contents.media_type, document.digest)
         if depth > self._config.index_depth:
             raise ContentInvalid(f"manifest {document.digest}: indexes within indexes, too deep")
+        signatures = await self._carrying.of(document)
+        if signatures and not fixed:
+            fixed = f"which would invalidate {counted(signatures)} of {document.digest} (see --remove-signatures)"
         if contents.is_index:
-            made = await self._index(document, contents, depth)
+            made = await self._index(document, contents, depth, fixed)
         else:
             self._images += 1
             if self._images > self._config.index_manifests:
                 raise ContentInvalid(f"more than {self._config.index_manifests} manifests")
-            made = await self._manifest(document, contents)
+            made = await self._manifest(document, contents, fixed)
         await self._target.manifest(made, depth == 0)
+        await self._carrying.put(made, depth == 0, signatures)
         return made
 
-    async def _index(self, document: Document, contents: Contents, depth: int) -> Document:
+    async def _index(self, document: Document, contents: Contents, depth: int, fixed: str) -> Document:
         made = {}
         for child in contents.children:
-            made[child.digest] = await self._document(await self._child(child), depth + 1)
+            made[child.digest] = await self._document(await self._child(child), depth + 1, fixed)
         index_type = self._index_type(contents)
         if index_type == contents.media_type and all(digest == child.digest for digest, child in made.items()):
             return document
-        self._may_change(document)
+        _may_change(document, fixed)
         # Every field but those of the children stays: annotations, platforms, what we do not know.
         changed = json.loads(document.data)
         changed["mediaType"] = index_type
@@ -158,10 +168,13 @@ class Copy:
         format_type = self._target.format_type or FORMATS.get(self._options.format, "")
         return {OCI_MANIFEST: OCI_INDEX, DOCKER_MANIFEST: DOCKER_LIST}.get(format_type, contents.media_type)
 
-    async def _manifest(self, document: Document, contents: Contents) -> Document:
-        wanted = {layer.digest: self._change(layer) for layer in contents.layers}
-        if any(wanted.values()):
-            self._may_change(document)
+    async def _manifest(self, document: Document, contents: Contents, fixed: str) -> Document:
+        wanted = {layer.digest: self._change(layer, fixed) for layer in contents.layers}
+        # An artifact has no words in another format: it stays what it is, unless the target insists.
+        own = OCI_MANIFEST if self._options.recipients else contents.media_type  # Docker's has no encrypted layers
+        format_type = self._target.format_type or FORMATS.get(self._options.format, "") or own
+        if any(wanted.values()) or format_type != contents.media_type:
+            _may_change(document, fixed)
         found: dict[str, Descriptor] = {}
 
         async def carry(blob: Descriptor) -> None:
@@ -175,28 +188,18 @@ class Copy:
                     group.create_task(carry(blob))
         except BaseExceptionGroup as failed:
             raise first_of(failed) from None
-        # An artifact has no words in another format: it stays what it is, unless the target insists.
-        own = OCI_MANIFEST if self._options.recipients else contents.media_type  # Docker's has no encrypted layers
-        format_type = self._target.format_type or FORMATS.get(self._options.format, "") or own
-        made = rewritten(document, contents, format_type, found)
-        if made.digest != document.digest:
-            self._may_change(document)
-        return made
+        return rewritten(document, contents, format_type, found)
 
-    def _may_change(self, document: Document) -> None:
-        if self._options.preserve_digests:
-            raise ImageError(f"manifest {document.digest}: it would have to change, and its digest is to be preserved")
-
-    def _change(self, layer: Descriptor) -> _Change:
+    def _change(self, layer: Descriptor, fixed: str) -> _Change:
         options, sealed = self._options, is_encrypted(layer)
         decrypt = sealed and bool(options.decryption_keys)
         if sealed and options.recipients and not decrypt:
             raise ImageError(f"layer {layer.digest}: it is encrypted already, and no key is given to open it")
         plain = replace(layer, media_type=plain_type(layer)) if decrypt else layer
         encrypt = bool(options.recipients) and compression(plain) is not None
-        return _Change(decrypt, self._compression(plain), encrypt)
+        return _Change(decrypt, self._compression(plain, fixed), encrypt)
 
-    def _compression(self, layer: Descriptor) -> str | None:
+    def _compression(self, layer: Descriptor, fixed: str) -> str | None:
         """What the layer has to be compressed with, None when it stays as it is."""
         has = compression(layer)
         if has is None:
@@ -204,7 +207,7 @@ class Copy:
         if self._target.layers is not None:
             wanted = self._target.layers
         elif self._options.compress == "plain":
-            wanted = has or "gzip"
+            wanted = has or ("" if fixed else "gzip")  # nobody has asked for that: it is not worth a signature
         elif self._options.compress:
             wanted = self._options.compress.replace("none", "")
         else:
@@ -276,6 +279,11 @@ class Copy:
 
     def _teller(self, blob: Descriptor, phase: str) -> Callable[[int], None]:
         return lambda done: self._tell(Progress(blob.digest, phase, done, blob.size))
+
+
+def _may_change(document: Document, fixed: str) -> None:
+    if fixed:
+        raise ImageError(f"manifest {document.digest}: it would have to change, {fixed}")
 
 
 def _unlink(*paths: Path) -> None:

@@ -19,19 +19,20 @@ from imagestore.copying.copy import Copy, CopyOptions
 from imagestore.copying.docker_archive import DockerArchiveTarget
 from imagestore.copying.local_sources import DirSource, StoredSource
 from imagestore.copying.places import Place
+from imagestore.copying.signatures import Carrying, InRegistry, Signable, Signed
 from imagestore.copying.targets import DirTarget, LayoutTarget, OciArchive, RegistryTarget, Target
 from imagestore.local import DirectoryFiles, DockerArchive, LocalSource, TarFiles
 from imagestore.model import Credentials, ImageError, ProgressFunction, ReferenceInvalid
 from imagestore.pull import Admit
-from imagestore.push import Pusher
 from imagestore.reference import Reference, parse
 from imagestore.registry import Document, Repository
 from imagestore.remotes import Remotes
 from imagestore.scopes import in_file, in_registry
+from imagestore.signing import Signer
 from imagestore.source import RegistrySource, Source
 from imagestore.threads import Threads
 from imagestore.transport import Transport, preload
-from imagestore.trust import Finder, Gate, Trust
+from imagestore.trust import Finder, Finds, Gate, Trust
 from runtime.linux.dataclass import dataclass
 from runtime.linux.files import remove_tree
 
@@ -68,9 +69,9 @@ class Session:
         trust = Trust(self.config)
         if isinstance(source, RegistrySource):
             subject = in_registry(source.reference)
-            finder = Finder(source.reference, source, self._transport, self.config)
+            finder: Finds | None = Finder(source.reference, source, self._transport, self.config)
         else:
-            subject, finder = in_file(place.kind, place.path), None
+            subject, finder = in_file(place.kind, place.path), source if isinstance(source, DirSource) else None
         return Gate(trust, subject, await self.threads.io(trust.before, subject), finder).admit
 
     async def source(self, place: Place, access: Access = _USUAL) -> Source:
@@ -106,7 +107,7 @@ class Session:
             case "docker":
                 wanted = parse(place.name)
                 repository = await self.repository(place, access, "pull,push")
-                return RegistryTarget(Pusher(repository, threads, config), wanted, _origin(source, wanted))
+                return RegistryTarget(repository, threads, config, wanted, _origin(source, wanted))
             case "oci":
                 return LayoutTarget(place.path, place.name, threads, config)
             case "oci-archive":
@@ -119,6 +120,27 @@ class Session:
                 return DirTarget(place.path, threads)
         raise ReferenceInvalid(f"{place}: nothing can be copied there")
 
+    def carrying(
+        self,
+        source: Source,
+        place: Place,
+        target: Target,
+        *,
+        remove: bool = False,
+        signer: Signer | None = None,
+        name: str = "",
+    ) -> Carrying:
+        """The signatures of a copy from `source` to `target` at `place`, which is signed by `signer`, as `name` or as
+        it is called there. Without those of the source with `remove`. Raises ImageError."""
+        signed: Signed | None = source if isinstance(source, DirSource) else None
+        if isinstance(source, RegistrySource):
+            signed = Finder(source.reference, source, self._transport, self.config, unsaid=False)
+        signable: Signable | None = target if isinstance(target, DirTarget) else None
+        if isinstance(target, RegistryTarget):
+            signable = InRegistry(target.reference, target.attaching, self.threads, self.config)
+            name = name or str(target.reference)
+        return Carrying(None if remove else signed, signable, str(place), signer, name)
+
     def _inner(self, name: str) -> Path:
         return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.scratch))
 
@@ -129,11 +151,12 @@ class Session:
         options: CopyOptions,
         tell: ProgressFunction = lambda _: None,
         admit: Admit | None = None,
+        carrying: Carrying | None = None,
     ) -> Document:
         """Copies, and leaves `finish` to the caller, who may have more to copy to the same target."""
         staging = Blobs(self._inner("staging"))
         staging.create()
-        return await Copy(source, target, staging, self.threads, self.config, options, tell, admit).run()
+        return await Copy(source, target, staging, self.threads, self.config, options, tell, admit, carrying).run()
 
 
 @asynccontextmanager

@@ -3,7 +3,7 @@
     RegistryTarget   a repository and its tag
     LayoutTarget     an OCI layout: blobs/, then index.json; beside images that are there already
     OciArchive       the same as one tar
-    DirTarget        skopeo's `dir:`: manifest.json and blobs by their hex digits
+    DirTarget        skopeo's `dir:`: manifest.json, blobs by their hex digits, and signatures
 
 `docker-archive:` is in imagestore.copying.docker_archive. Invariant: until `finish` nothing that was there before has
 changed, and after a failure what is left is garbage that no name leads to.
@@ -12,11 +12,13 @@ changed, and after a failure what is left is garbage that no name leads to.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from imagestore.attaching import Attaching
 from imagestore.config import StoreConfig
 from imagestore.content import errno_text
 from imagestore.copying.contents import encode
@@ -26,13 +28,16 @@ from imagestore.manifest import OCI_INDEX, OCI_MANIFEST
 from imagestore.model import Descriptor, ImageError
 from imagestore.push import Pusher
 from imagestore.reference import Reference
-from imagestore.registry import Document
+from imagestore.registry import Document, Repository
+from imagestore.signatures import Signature, to_blob
 from imagestore.strict_json import parse_object
 from imagestore.threads import Threads
 from runtime.linux.files import AT_FDCWD, read_bounded, sync_directory, write_durable
 from runtime.linux.libc import KernelError
 
 Report = Callable[[int], None]
+
+_SIGNATURE = re.compile(r"([0-9a-f]{64}\.)?signature-[0-9]+", re.ASCII)
 
 
 class Target(Protocol):
@@ -65,8 +70,12 @@ class RegistryTarget:
     format_type = ""
     layers: str | None = None
 
-    def __init__(self, pusher: Pusher, reference: Reference, origin: str) -> None:
-        self._pusher, self._reference, self._origin = pusher, reference, origin
+    def __init__(
+        self, repository: Repository, threads: Threads, config: StoreConfig, reference: Reference, origin: str
+    ) -> None:
+        self._pusher = Pusher(repository, threads, config)
+        self.attaching = Attaching(repository, self._pusher, config)
+        self.reference, self._origin = reference, origin
         self.mounted = 0
 
     async def has(self, blob: Descriptor) -> bool:
@@ -81,9 +90,9 @@ class RegistryTarget:
         await self._pusher.upload(blob, path, report)
 
     async def manifest(self, document: Document, top: bool) -> None:
-        if top and self._reference.digest and document.digest != self._reference.digest:
-            raise ImageError(f"the image is {document.digest} here: it cannot be called {self._reference}")
-        tag = self._reference.tag if top and not self._reference.digest else ""
+        if top and self.reference.digest and document.digest != self.reference.digest:
+            raise ImageError(f"the image is {document.digest} here: it cannot be called {self.reference}")
+        tag = self.reference.tag if top and not self.reference.digest else ""
         await self._pusher.manifest(document, tag or document.digest)
 
     async def finish(self) -> None:
@@ -172,7 +181,7 @@ class OciArchive(LayoutTarget):
 
 
 class DirTarget:
-    """skopeo's directory transport, version 1.1."""
+    """skopeo's directory transport, version 1.1. What signatures an image had that was there before are no longer."""
 
     format_type = ""
     layers: str | None = None
@@ -180,6 +189,7 @@ class DirTarget:
     def __init__(self, directory: Path, threads: Threads) -> None:
         self._directory, self._threads = directory, threads
         self._top: Document | None = None
+        self._signatures: dict[str, bytes] = {}
 
     async def has(self, blob: Descriptor) -> bool:
         return False  # what lies there is another image's, perhaps: it is written anew
@@ -195,10 +205,24 @@ class DirTarget:
             name = f"{document.digest[7:]}.manifest.json"
             await self._threads.io(_write, self._directory / name, document.data)
 
+    async def sign(self, document: Document, top: bool, signatures: Sequence[Signature]) -> None:
+        prefix = "" if top else f"{document.digest[7:]}."
+        for number, one in enumerate(signatures, 1):
+            self._signatures[f"{prefix}signature-{number}"] = to_blob(one)
+
     async def finish(self) -> None:
+        await self._threads.io(self._publish)
+
+    def _publish(self) -> None:
         assert self._top is not None
-        await self._threads.io(_write, self._directory / "version", b"Directory Transport Version: 1.1\n")
-        await self._threads.io(_write, self._directory / "manifest.json", self._top.data)
+        # In between the manifest of before has the signatures of another, which no policy takes for its own.
+        for old in self._directory.iterdir():
+            if _SIGNATURE.fullmatch(old.name):
+                old.unlink()
+        for name, data in self._signatures.items():
+            _write(self._directory / name, data)
+        _write(self._directory / "version", b"Directory Transport Version: 1.1\n")
+        _write(self._directory / "manifest.json", self._top.data)
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -116,6 +116,13 @@ def test_within_a_registry_blobs_are_mounted(registry: FakeRegistry) -> None:
     assert any("other%2Fapp%3Apull%2Cpush" in query and "team%2Fapp%3Apull" in query for query in scopes)
 
 
+def test_a_registry_that_has_answered_without_tls_is_not_asked_with_it(registry: FakeRegistry, tmp_path: Path) -> None:
+    """Who need not prove who they are may be spoken to in two ways; "there is none" is an answer in the right one."""
+    anyhow = Access(verify=False)
+    with pytest.raises(ImageNotFound):
+        copy(f"docker://{registry.name}/team/app:missing", f"oci:{tmp_path}/layout", logins=(anyhow, Access()))
+
+
 def test_a_mount_that_is_refused_becomes_an_upload(registry: FakeRegistry) -> None:
     image = build_image()
     source = registry.add("team/app", "1", image)

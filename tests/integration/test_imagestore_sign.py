@@ -455,9 +455,9 @@ def test_a_copy_asks_the_policy_of_its_source(world: World, maker: Maker) -> Non
     assert "the signature policy refuses" in done.stderr and "there is no sigstore signature" in done.stderr
     assert not list(target.glob("blobs/sha256/*"))
     world.run("sign", "--key", str(maker.private("good")), world.name)
-    world.run("copy", f"docker://{world.name}", f"oci:{target}:1")
+    world.run("copy", "--remove-signatures", f"docker://{world.name}", f"oci:{target}:1")
     world.run("sign", "--key", str(maker.private("good")), world.many)
-    world.run("copy", "--all", f"docker://{world.many}", f"oci:{world.directory}/all:1")
+    world.run("copy", "--remove-signatures", "--all", f"docker://{world.many}", f"oci:{world.directory}/all:1")
     # The layout has no signatures of its own; a policy may accept it by its path.
     words = (f"oci:{target}:1", f"dir:{world.directory}/dir")
     world.run("copy", *words, code=125)
