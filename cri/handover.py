@@ -111,11 +111,18 @@ def handed_over(state: Path, fd: int) -> Iterator[str]:
     """The command's end: the ticket for `fd`, good for one call while the block lasts. Raises OSError."""
     with connect_unix(state / FILES_SOCKET, _ANSWER_S) as peer:
         peer.settimeout(_ANSWER_S)
+        yield _ticket(peer, fd)
+
+
+def _ticket(peer: socket.socket, fd: int) -> str:
+    ticket = b""
+    try:
         socket.send_fds(peer, [b"\0"], [fd])
-        ticket = b""
         while len(ticket) < _TICKET:
             piece = peer.recv(_TICKET - len(ticket))
             if not piece:
-                raise ConnectionResetError("the daemon takes no more files now")
+                raise BrokenPipeError
             ticket += piece
-        yield ticket.decode()
+    except (BrokenPipeError, ConnectionResetError):  # by when it closed: before our byte, before it read it, after
+        raise ConnectionResetError("the daemon takes no more files now") from None
+    return ticket.decode()

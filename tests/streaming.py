@@ -20,6 +20,7 @@ from cri.streaming import websocket
 from cri.streaming.server import Server
 from cri.streaming.sessions import Attach, Exec, PortForward, Sessions
 from cri.threads import Threads
+from tests.costs import SOON_S
 from tests.fakes.streams import ProcessStreams
 
 SANDBOX = Sandbox("pod", Path("/nowhere"), 1, 1)
@@ -71,7 +72,8 @@ def on_site(
         before = _fds()
         asyncio.run(run())
         # What an earlier test left may be closed meanwhile, which is nobody's leak.
-        assert not {name: target for name, target in _fds().items() if before.get(name) != target}
+        left = {name: target for name, target in _fds().items() if before.get(name) != target}
+        assert not left, left
     finally:
         gc.unfreeze()
 

@@ -88,15 +88,16 @@ class Peer:
 
 @dataclass(slots=True)
 class _Ends:
-    """The daemon's ends of the pipes, and those for the other side. All are closed at the end, whatever happens."""
+    """The daemon's ends of the pipes, and those for the other side. All are closed at the end, whatever happens; those
+    that a call has been lent, not before that has ended: their numbers are somebody else's once they are closed."""
 
     ours: dict[str, int] = field(default_factory=dict)
     theirs: list[int] = field(default_factory=list)
 
-    def hand_over(self) -> None:
-        """The other side has its own copies now."""
-        while self.theirs:
-            os.close(self.theirs.pop())
+    def lend(self, call: asyncio.Future[Any]) -> None:
+        """The other side's are closed once `call` is done, however it ends and whoever waits for it."""
+        lent, self.theirs = _Ends(theirs=self.theirs), []
+        call.add_done_callback(lambda _: lent.close())
 
     def close_one(self, name: str) -> None:
         fd = self.ours.pop(name, -1)
@@ -104,7 +105,8 @@ class _Ends:
             os.close(fd)
 
     def close(self) -> None:
-        self.hand_over()
+        while self.theirs:
+            os.close(self.theirs.pop())
         for name in list(self.ours):
             self.close_one(name)
 
@@ -155,8 +157,8 @@ class Sessions:
                 terminal=request.terminal,
             ),
             _drop_exec,
+            ends,
         )
-        ends.hand_over()
         if stream.console >= 0:
             ends.ours["terminal"] = stream.console
         for fd in (*ends.ours.values(), stream.control):
@@ -181,9 +183,12 @@ class Sessions:
             await tasks.done()
         return code.result()
 
-    async def _taken(self, work: Coroutine[Any, Any, T], drop: Callable[[T], None]) -> T:
-        """The result of a call in a thread, which cannot be cancelled: if we are, `drop` has what it gives."""
+    async def _taken(self, work: Coroutine[Any, Any, T], drop: Callable[[T], None], ends: _Ends | None = None) -> T:
+        """The result of a call in a thread, which cannot be cancelled: if we are, `drop` has what it gives, and what it
+        was given of `ends` stays open for it."""
         task = asyncio.ensure_future(work)
+        if ends is not None:
+            ends.lend(task)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -207,10 +212,10 @@ class Sessions:
                         terminal=request.terminal,
                     ),
                     os.close,
+                    ends,
                 )
             except (ContainerError, OSError) as error:
                 return Status(failure=f"error attaching to container: {sentence(error)}")
-            ends.hand_over()
             for number in (*ends.ours.values(), fd):
                 os.set_blocking(number, False)
             with socket.socket(fileno=fd) as control:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import socket
 import stat
 from pathlib import Path
@@ -14,6 +15,7 @@ from cri import handover
 from cri.errors import InvalidArgument
 from cri.handover import FILES_SOCKET, Handover, handed_over
 from runtime.linux.sockets import connect_unix
+from tests.costs import SOON_S
 from tests.fakes.imagestore import run
 
 
@@ -101,8 +103,17 @@ def test_anything_but_one_file_is_refused(tmp_path: Path, fds: int) -> None:
     run(scenario())
 
 
-def test_no_more_than_the_limit_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_no_more_than_the_limit_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
+    """Also where the daemon has closed the connection before the command has sent anything."""
     monkeypatch.setattr(handover, "_MOST", 2)
+
+    def connect(path: Path, seconds: float) -> socket.socket:
+        peer = connect_unix(path, seconds)
+        closed = select.poll()
+        closed.register(peer, select.POLLRDHUP)
+        closed.poll(SOON_S * 1000)
+        return peer
 
     async def scenario() -> None:
         files = Handover(tmp_path / FILES_SOCKET)
@@ -110,7 +121,9 @@ def test_no_more_than_the_limit_are_held(tmp_path: Path, monkeypatch: pytest.Mon
 
         def command() -> None:
             with handed_over(tmp_path, 0), handed_over(tmp_path, 0):
-                with pytest.raises(OSError, match="takes no more files|reset"):
+                if late:
+                    monkeypatch.setattr(handover, "connect_unix", connect)
+                with pytest.raises(ConnectionResetError, match=r"^the daemon takes no more files now$"):
                     with handed_over(tmp_path, 0):
                         raise AssertionError("a third one")
 

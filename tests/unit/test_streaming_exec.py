@@ -7,13 +7,15 @@ import json
 import os
 import struct
 import subprocess
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cri.streaming import websocket
-from tests.costs import soon
+from tests.costs import SOON_S, soon
 from tests.streaming import Site, Spdy, Ws, code, on_site
 
 
@@ -190,6 +192,48 @@ def test_s53_o64_clients_that_drop_at_any_time_leave_nothing() -> None:
             await asyncio.gather(*(one(turn) for turn in range(start, start + 8)))
 
     on_site(body)  # which compares fds and tasks
+
+
+@pytest.mark.parametrize("verb", ["exec", "attach"])
+def test_s53_what_a_call_under_way_was_lent_stays_open_for_it(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(site: Site) -> None:
+        called, go = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+        seen: list[tuple[list[str], list[str]]] = []
+        name = "exec_stream" if verb == "exec" else "attach"
+        start = getattr(site.streams, name)
+
+        def late(*args: Any, **kwargs: Any) -> Any:
+            fds = args[3] if verb == "exec" else args[2]
+            before = list(map(_target, fds))
+            loop.call_soon_threadsafe(called.set)
+            go.wait(SOON_S)
+            seen.append((before, list(map(_target, fds))))
+            return start(*args, **kwargs)
+
+        monkeypatch.setattr(site.streams, name, late)
+        async with Ws.open(site.exec("true", stdin=True) if verb == "exec" else site.attach(stdin=True)) as ws:
+            await called.wait()
+            ws.writer.transport.abort()
+        while site.server._running:  # until the session has ended: what comes next gets the numbers that it had
+            await asyncio.sleep(0.001)
+        strangers = [os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC) for _ in range(6)]
+        go.set()
+        while not seen:
+            await asyncio.sleep(0.001)
+        for fd in strangers:
+            os.close(fd)
+        before, after = seen[0]
+        assert after == before and all(target.startswith("pipe:") for target in before)
+
+    on_site(body)
+
+
+def _target(fd: int) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:
+        return "closed"
 
 
 @pytest.mark.parametrize("protocol", ["v4.base64.channel.k8s.io", "base64.channel.k8s.io", "channel.k8s.io", ""])
