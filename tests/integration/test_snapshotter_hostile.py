@@ -11,7 +11,7 @@ import stat
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -266,10 +266,17 @@ def test_s38_layers_unpacked_in_parallel_with_links_between_them(tmp_path: Path,
         overlay.close()
 
 
-def _seconds(overlay: Overlay, layer: Blob) -> float:
-    start = time.process_time()
-    overlay.unpack_layer(*layer.arguments())
-    return time.process_time() - start
+def _seconds(overlay: Overlay, make: Callable[[Member], Blob]) -> float:
+    """The processor time that a layer takes: the least of three, since what else the machine does only adds to it.
+    `make` is called with a member of no weight that makes each of them another layer."""
+
+    def once(number: int) -> float:
+        layer = make(file(f"turn{number}"))
+        start = time.process_time()
+        overlay.unpack_layer(*layer.arguments())
+        return time.process_time() - start
+
+    return min(once(number) for number in range(3))
 
 
 def test_s36_opaque_whiteouts_take_linear_time(overlay: Overlay, tmp_path: Path) -> None:
@@ -277,11 +284,12 @@ def test_s36_opaque_whiteouts_take_linear_time(overlay: Overlay, tmp_path: Path)
     overlay.unpack_layer(*base.arguments())
     files = [file(f"d/f{number}") for number in range(4000)]
     nested = [directory(f"n{number % 50}/s{number}") for number in range(1000)]
-    plain = blob(tmp_path, [*files, *nested, *(file(f"o{number}") for number in range(5000))], PLAIN, base)
+    others = [file(f"o{number}") for number in range(5000)]
     marks = [*(opaque("d") for _ in range(4000)), *(opaque(f"n{number % 50}/s{number}") for number in range(1000))]
-    marked = blob(tmp_path, [*files, *nested, *marks], PLAIN, base)
+    plain = _seconds(overlay, lambda turn: blob(tmp_path, [turn, *files, *nested, *others], PLAIN, base))
+    marked = _seconds(overlay, lambda turn: blob(tmp_path, [turn, *files, *nested, *marks], PLAIN, base))
     # A look at the directory for each mark would be eight seconds and more.
-    assert _seconds(overlay, marked) < 3 * _seconds(overlay, plain) + 0.5
+    assert marked < 5 * plain
 
 
 def test_s36_replacing_directories_takes_linear_time(overlay: Overlay, tmp_path: Path) -> None:
@@ -290,9 +298,11 @@ def test_s36_replacing_directories_takes_linear_time(overlay: Overlay, tmp_path:
             member for number in range(count) for member in (directory("d"), file(f"d/{number}"), symlink("d", "e"))
         ]
 
-    short, long = blob(tmp_path, turns(250), PLAIN), blob(tmp_path, turns(2000), PLAIN)
-    # Eight times as long, on a busy machine twice that; sixty-four times would be quadratic.
-    assert _seconds(overlay, long) < 28 * _seconds(overlay, short) + 0.1
+    short, long = turns(250), turns(2000)
+    few = _seconds(overlay, lambda turn: blob(tmp_path, [turn, *short], PLAIN))
+    many = _seconds(overlay, lambda turn: blob(tmp_path, [turn, *long], PLAIN))
+    # Eight times as long; sixty-four times would be quadratic.
+    assert many < 25 * few
 
 
 # -------------------------------------------------------------------------------------------------- bombs and broken
