@@ -65,7 +65,6 @@ CODES: dict[type[BaseException], StatusCode] = {
     DeadlineExceeded: StatusCode.DEADLINE_EXCEEDED,
     LimitExceeded: StatusCode.RESOURCE_EXHAUSTED,
     Unimplemented: StatusCode.UNIMPLEMENTED,
-    NetworkError: StatusCode.INTERNAL,
     images.ImageError: StatusCode.INTERNAL,
     images.ReferenceInvalid: StatusCode.INVALID_ARGUMENT,
     images.ImageNotFound: StatusCode.NOT_FOUND,
@@ -86,13 +85,16 @@ CODES: dict[type[BaseException], StatusCode] = {
     MemoryError: StatusCode.RESOURCE_EXHAUSTED,
 }
 
-_CONTAINER_CODES = {
+# What parts say of their own failures (ContainerError.code, NetworkError.code).
+_WORDS = {
     "not_found": StatusCode.NOT_FOUND,
     "already_exists": StatusCode.ALREADY_EXISTS,
     "failed_precondition": StatusCode.FAILED_PRECONDITION,
     "invalid_argument": StatusCode.INVALID_ARGUMENT,
     "unavailable": StatusCode.UNAVAILABLE,
     "deadline": StatusCode.DEADLINE_EXCEEDED,
+    "exhausted": StatusCode.RESOURCE_EXHAUSTED,
+    "unknown": StatusCode.UNKNOWN,
     "internal": StatusCode.INTERNAL,
 }
 
@@ -100,11 +102,14 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno
 
 
 def code_of(error: BaseException) -> StatusCode:
-    """The gRPC code for `error`: of its class, or of the nearest class above it that the table names."""
+    """The gRPC code for `error`: of its class, or of the nearest class above it that the table names; those that
+    say it themselves are believed."""
     if isinstance(error, ContainerError):
-        return _CONTAINER_CODES.get(error.code, StatusCode.INTERNAL)
+        return _WORDS.get(error.code, StatusCode.INTERNAL)
     if _is_full(error):
         return StatusCode.RESOURCE_EXHAUSTED
+    if isinstance(error, NetworkError):
+        return _WORDS.get(error.code, StatusCode.INTERNAL)
     return next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
 
 

@@ -370,4 +370,11 @@ class Network(Protocol):
 
 
 class NetworkError(Exception):
-    """A network step failed; one sentence that names network, plugin and cause."""
+    """A network step failed; one sentence that names network, plugin and cause.
+
+    `code` tells who is to blame: "invalid_argument", "failed_precondition" (the node's configuration), "unknown" (a
+    plugin's own failure, passed on as other runtimes do), "unavailable", "deadline", "exhausted", "internal"."""
+
+    def __init__(self, message: str, *, code: str = "internal") -> None:
+        super().__init__(message)
+        self.code = code

@@ -220,7 +220,7 @@ class Bridge:
             write_net(f"ipv6/conf/{name}/accept_ra", "0", missing_ok=True)
             link = nl.get_link(netlink, name)
         if link is None or link.kind != "bridge":
-            raise PluginError(f"interface {name} is there and is no bridge")
+            raise PluginError(f"interface {name} is there and is no bridge", code="failed_precondition")
         wanted = nl.IFF_UP | (nl.IFF_PROMISC if self.settings.promiscuous else 0)
         if link.flags & wanted != wanted:
             netlink.run([nl.set_link(link.index, name, up=True, promisc=self.settings.promiscuous)])
@@ -250,9 +250,8 @@ class Bridge:
             if wanted.version == 6 and not _overlap(other.network, wanted.network):
                 continue
             if not self.settings.force_address:
-                raise PluginError(
-                    f"bridge {link.name} has address {other}, not {wanted}; remove it or set forceAddress"
-                )
+                words = f"bridge {link.name} has address {other}, not {wanted}; remove it or set forceAddress"
+                raise PluginError(words, code="failed_precondition")
             netlink.run([rt.delete_address(link.index, link.name, other)])
 
     def _connect(self, netlink: Netlink, bridge: nl.Link, call: Call, netns: int) -> str:

@@ -150,7 +150,8 @@ class Cni:
                 record = Record(pod, plan.conflist, self._config.interface, namespace, None)
                 self._write(record)
             except PluginError as error:
-                raise NetworkError(f"network {conflist.name}: add pod {_shown(pod)}: {error}") from error
+                words = f"network {conflist.name}: add pod {_shown(pod)}: {error}"
+                raise NetworkError(words, code=error.code) from error
             return self._run_chain(plan, record, cancel)
 
     def _run_chain(self, plan: Plan, record: Record, cancel: Cancel) -> NetworkResult:
@@ -171,7 +172,7 @@ class Cni:
             return _answer(result)
         except Exception as error:  # a mistake of ours in the middle must not leak an address either
             what = f"network {plan.conflist.name}: {doing}: add pod {_shown(record.pod)}"
-            failure = NetworkError(f"{what}: {_cause(error)}")
+            failure = NetworkError(f"{what}: {_cause(error)}", code=_blame(error))
             try:
                 self._undo(record, "after that failure")
             except NetworkError as second:
@@ -183,7 +184,7 @@ class Cni:
         try:
             self._delete_chain(record)
         except PluginError as error:
-            raise NetworkError(f"network {record.conflist.name}: {error} ({when})") from error
+            raise NetworkError(f"network {record.conflist.name}: {error} ({when})", code=error.code) from error
         self._forget(record.pod.id)
 
     # ------------------------------------------------------------------------------------------------------------ DEL
@@ -207,7 +208,7 @@ class Cni:
             try:
                 self._delete_chain(record)
             except PluginError as error:
-                raise NetworkError(f"network {record.conflist.name}: {error}") from error
+                raise NetworkError(f"network {record.conflist.name}: {error}", code=error.code) from error
             self._forget(pod.id)
 
     def _delete_chain(self, record: Record) -> None:
@@ -225,7 +226,8 @@ class Cni:
                 with trace.span(f"cni.delete {step.describe}"):
                     step.delete(self._call(record, netns, None), record.result)
             except Exception as error:
-                raise PluginError(f"{step.describe}: delete pod {_shown(record.pod)}: {_cause(error)}") from error
+                words = f"{step.describe}: delete pod {_shown(record.pod)}: {_cause(error)}"
+                raise PluginError(words, code=_blame(error)) from error
 
     def _call(self, record: Record, netns: Path | None, cancel: Cancel | None) -> Call:
         deadline = time.monotonic() + self._config.plugin_timeout_s
@@ -321,7 +323,8 @@ class Cni:
         with self._free:
             limit = self._config.plugin_timeout_s
             if not self._free.wait_for(lambda: pod not in self._busy, limit):
-                raise NetworkError(f"another call for the network of pod {pod} has not ended within {limit:.0f} s")
+                words = f"another call for the network of pod {pod} has not ended within {limit:.0f} s"
+                raise NetworkError(words, code="deadline")
             self._busy.add(pod)
         try:
             yield
@@ -354,7 +357,7 @@ def _check(pod: PodNetwork) -> None:
     if not is_name(pod.id):
         raise NetworkError(f"{pod.id[:64]!r} is not a pod's id")
     if pod.network and not is_name(pod.network):
-        raise NetworkError(f"{pod.network[:64]!r} is not a network's name")
+        raise NetworkError(f"{pod.network[:64]!r} is not a network's name", code="invalid_argument")
     if _identity(pod.netns) == (0, 0):
         raise NetworkError(f"pod {_shown(pod)}: {pod.netns} is no pinned network namespace")
 
@@ -377,6 +380,13 @@ def _cause(error: Exception) -> str:
     return str(error) if known else f"{type(error).__name__}: {error}"
 
 
+def _blame(error: Exception) -> str:
+    """NetworkError's code for what a plugin's step raised."""
+    if isinstance(error, PluginError):
+        return error.code
+    return "failed_precondition" if isinstance(error, ConfigError) else "internal"
+
+
 def _shown(pod: PodNetwork) -> str:
     return f"{pod.namespace}/{pod.name} ({pod.id[:12]})" if pod.name else pod.id[:12]
 
@@ -396,4 +406,4 @@ def _look_up(plan: Plan) -> None:
         except PluginError as error:
             kind = program.plugin.type
             what = f"plugin {kind}" if program.program == kind else f"plugin {kind}: ipam {program.program}"
-            raise PluginError(f"{what}: {error}") from error
+            raise PluginError(f"{what}: {error}", code=error.code) from error

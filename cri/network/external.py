@@ -30,8 +30,10 @@ _STDERR_LIMIT = 4096
 _REAP_S = 5.0
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\u00a0-\uffff]+")
 _ARGUMENT = re.compile(r"[^;=\x00-\x1f\x7f]*\Z")
-# CNI spec 1.1, "Error": 50 and 51 are a plugin's STATUS saying that it cannot add pods now.
-_NOT_AVAILABLE = (50, 51)
+# NetworkError's code for what a plugin says or does: every runtime passes it on as it is.
+_ITS_OWN = "unknown"
+# CNI spec 1.1, "Error": 11 asks to try again; 50 and 51 are a plugin's STATUS saying that it cannot add pods now.
+_AGAIN, _NOT_AVAILABLE = 11, (50, 51)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class Binaries:
     def find(self, name: str) -> Path:
         """The program of plugin type `name`. Raises PluginError."""
         if not is_name(name):
-            raise PluginError(f"{name[:60]!r} is not a plugin's name")
+            raise PluginError(f"{name[:60]!r} is not a plugin's name", code="failed_precondition")
         for directory in self.directories:
             path = directory / name
             try:
@@ -52,7 +54,8 @@ class Binaries:
                 continue
             if stat.S_ISREG(mode) and mode & 0o111:
                 return path
-        raise PluginError(f"no program {name} in {', '.join(map(str, self.directories))}; install it there")
+        places = ", ".join(map(str, self.directories))
+        raise PluginError(f"no program {name} in {places}; install it there", code="failed_precondition")
 
 
 def _printable(data: bytes, limit: int = 1024) -> str:
@@ -97,7 +100,7 @@ def run(
         )
     except (OSError, ValueError) as error:
         _close(ours)
-        raise PluginError(f"start {program}: {error}") from error
+        raise PluginError(f"start {program}: {error}", code="failed_precondition") from error
     finally:
         _close(theirs)
     try:
@@ -171,7 +174,7 @@ def _converse(
     while not ended:
         events = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
         if not events:
-            raise PluginError(f"no end after {timeout:.0f} s, killed{_said(err)}")
+            raise PluginError(f"no end after {timeout:.0f} s, killed{_said(err)}", code="deadline")
         for fd, _ in events:
             if cancel is not None and fd == cancel.fileno():
                 raise CancelledError("the caller gave up, killed")
@@ -186,13 +189,13 @@ def _converse(
             elif not _read(fd, out if fd == ours[1] else err, OUTPUT_LIMIT if fd == ours[1] else _STDERR_LIMIT):
                 poll.unregister(fd)
         if len(out) > OUTPUT_LIMIT:
-            raise PluginError(f"printed more than {OUTPUT_LIMIT} bytes, killed")
+            raise PluginError(f"printed more than {OUTPUT_LIMIT} bytes, killed", code=_ITS_OWN)
     for fd, buffer, limit in ((ours[1], out, OUTPUT_LIMIT), (ours[2], err, _STDERR_LIMIT)):
         for _ in range(limit // 65536 + 1):  # what is in the pipe already; a grandchild may go on writing for ever
             if not _read(fd, buffer, limit, final=True):
                 break
     if len(out) > OUTPUT_LIMIT:
-        raise PluginError(f"printed more than {OUTPUT_LIMIT} bytes")
+        raise PluginError(f"printed more than {OUTPUT_LIMIT} bytes", code=_ITS_OWN)
     return bytes(out), bytes(err)
 
 
@@ -238,20 +241,22 @@ class External:
         try:
             return self.binaries.find(self.program)
         except PluginError as error:
-            raise PluginError(f"{self.reason}{error}") from None
+            raise PluginError(f"{self.reason}{error}", code=error.code) from None
 
     def add(self, call: Call, previous: Result | None) -> Result:
         """ADD. Raises PluginError."""
         outcome = self._run("ADD", call, previous)
         if not outcome.stdout.strip():
-            raise PluginError(f"printed no result{_said(outcome.stderr)}")
+            raise PluginError(f"printed no result{_said(outcome.stderr)}", code=_ITS_OWN)
         try:
             document = parse_json(outcome.stdout, "its result")
             if isinstance(document, dict) and "code" in document and "msg" in document:
-                raise PluginError(f"ended well and printed an error: {_printable(str(document['msg']).encode())}")
+                said = _printable(str(document["msg"]).encode())
+                raise PluginError(f"ended well and printed an error: {said}", code=_ITS_OWN)
             return parse_result(document, call.version)
         except ConfigError as error:
-            raise PluginError(f"printed no valid result: {_printable(str(error).encode())}") from None
+            words = _printable(str(error).encode())
+            raise PluginError(f"printed no valid result: {words}", code=_ITS_OWN) from None
 
     def delete(self, call: Call, result: Result | None) -> None:
         """DEL. Raises PluginError."""
@@ -266,7 +271,7 @@ class External:
         """STATUS (CNI 1.1): None or why it cannot add pods now."""
         environment = self._environment("STATUS", None)
         outcome = run(self.find(), environment, self._stdin(self.conflist.version, {}), timeout=timeout)
-        return None if outcome.code == 0 else _failure(outcome)[1]
+        return None if outcome.code == 0 else str(_failure(outcome))
 
     def collect(self, valid: Sequence[tuple[str, str]], timeout: float) -> None:
         """GC (CNI 1.1): everything but the `valid` (container id, interface) pairs may go. Raises PluginError."""
@@ -276,19 +281,19 @@ class External:
         data = self._stdin(self.conflist.version, extra)
         outcome = run(self.find(), self._environment("GC", None), data, timeout=timeout)
         if outcome.code != 0:
-            raise PluginError(_failure(outcome)[1])
+            raise _failure(outcome)
 
     def versions(self, timeout: float) -> tuple[str, ...]:
         """VERSION: what the program speaks. Raises PluginError."""
         data = json.dumps({"cniVersion": self.conflist.version}).encode()
         outcome = run(self.find(), self._environment("VERSION", None), data, timeout=timeout)
         if outcome.code != 0:
-            raise PluginError(_failure(outcome)[1])
+            raise _failure(outcome)
         try:
             document = parse_json(outcome.stdout, "its versions")
             said = field(document if isinstance(document, dict) else {}, "supportedVersions", list, [])
         except ConfigError as error:
-            raise PluginError(f"printed no versions: {error}") from None
+            raise PluginError(f"printed no versions: {error}", code=_ITS_OWN) from None
         return tuple(version for version in said if isinstance(version, str))
 
     def _run(self, command: str, call: Call, previous: Result | None) -> Outcome:
@@ -301,7 +306,7 @@ class External:
         environment, data = self._environment(command, call), self._stdin(call.version, extra)
         outcome = run(program, environment, data, timeout=call.left(), cancel=call.cancel)
         if outcome.code != 0:
-            raise PluginError(_failure(outcome)[1])
+            raise _failure(outcome)
         return outcome
 
     def _stdin(self, version: str, extra: dict[str, Any]) -> bytes:
@@ -330,7 +335,8 @@ def _arguments(call: Call) -> str:
     )
     for key, value in pairs:
         if not _ARGUMENT.match(value):  # it would become further arguments
-            raise PluginError(f"{key}: {value[:60]!r} holds a character that CNI_ARGS cannot")
+            words = f"{key}: {value[:60]!r} holds a character that CNI_ARGS cannot"
+            raise PluginError(words, code="invalid_argument")
     return ";".join(f"{key}={value}" for key, value in pairs)
 
 
@@ -355,8 +361,8 @@ def _port_mappings(call: Call) -> list[dict[str, Any]]:
     return found
 
 
-def _failure(outcome: Outcome) -> tuple[int, str]:
-    """The error object's code (0: none) and one sentence."""
+def _failure(outcome: Outcome) -> PluginError:
+    """What the error object says, in one sentence; where there is none, how the program has ended."""
     how = f"exit code {outcome.code}" if outcome.code >= 0 else f"killed by signal {-outcome.code}"
     try:
         document = parse_json(outcome.stdout, "its error")
@@ -366,7 +372,8 @@ def _failure(outcome: Outcome) -> tuple[int, str]:
         words = [field(document, key, str, "") for key in ("msg", "details")]
     except ConfigError:
         shown = _printable(outcome.stdout)
-        return 0, f"{how}{': ' + shown if shown else ''}{_said(outcome.stderr)}"
+        return PluginError(f"{how}{': ' + shown if shown else ''}{_said(outcome.stderr)}", code=_ITS_OWN)
     hint = "; it is not ready for pods" if code in _NOT_AVAILABLE else ""
     said = ": ".join(_printable(word.encode()) for word in words if word)
-    return code, f"{said or how} (code {code}){hint}{_said(outcome.stderr)}"
+    blame = "unavailable" if code in (_AGAIN, *_NOT_AVAILABLE) else _ITS_OWN
+    return PluginError(f"{said or how} (code {code}){hint}{_said(outcome.stderr)}", code=blame)

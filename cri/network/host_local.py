@@ -155,7 +155,8 @@ class Store:
                     break
                 except BlockingIOError:
                     if time.monotonic() >= end:
-                        raise PluginError(f"{path} is locked by another process for {seconds:.0f} s") from None
+                        words = f"{path} is locked by another process for {seconds:.0f} s"
+                        raise PluginError(words, code="deadline") from None
                     time.sleep(_LOCK_STEP_S)
             yield
         finally:
@@ -299,7 +300,7 @@ class HostLocal:
                         address = store.reserve(ranges, number, call)
                         if address is None:
                             spans = ", ".join(f"{item.first}-{item.last}" for item in ranges)
-                            raise PluginError(f"no free address in {spans}")
+                            raise PluginError(f"no free address in {spans}", code="exhausted")
                         addresses.append(address)
                 except BaseException:
                     for address in addresses:

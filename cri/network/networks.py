@@ -44,7 +44,7 @@ class Networks:
         if name == self._built_in.name and not loaded.problems:
             return self._choose()
         wanted = f"network {name}" if name else "network configuration that can be used"
-        raise NetworkError(f"no {wanted} in {self._directory}{said}")
+        raise NetworkError(f"no {wanted} in {self._directory}{said}", code="failed_precondition")
 
     def find_or_none(self, name: str) -> Conflist | None:
         try:
@@ -57,7 +57,8 @@ class Networks:
             try:
                 self._built_in_list = self._built_in.choose()
             except (ConfigError, OSError) as error:
-                raise NetworkError(f"network {self._built_in.name}: {error}") from error
+                blame = "failed_precondition" if isinstance(error, ConfigError) else "internal"
+                raise NetworkError(f"network {self._built_in.name}: {error}", code=blame) from error
         return self._built_in_list
 
     def all(self) -> list[Conflist]:

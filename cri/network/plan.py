@@ -124,7 +124,8 @@ def negotiate(plan: Plan, tools: Tools) -> Plan:
         said = program.versions(_VERSION_TIMEOUT_S)
         if not common.intersection(said):
             offered = ", ".join(conflist.versions)
-            raise PluginError(f"plugin {program.program} speaks CNI {', '.join(said)}; the list allows {offered}")
+            words = f"plugin {program.program} speaks CNI {', '.join(said)}; the list allows {offered}"
+            raise PluginError(words, code="failed_precondition")
         common.intersection_update(said)
     chosen = tuple(version for version in VERSIONS if version in common)
     return plan if chosen == conflist.versions else make(replace(conflist, versions=chosen), tools)

@@ -23,6 +23,7 @@ from runtime.linux.dataclass import dataclass
 # What the reference does with iptables alone: extra match arguments, and marks that other rules look for.
 _NOT_NATIVE: Final = ("conditionsV4", "conditionsV6", "markMasqBit", "externalSetMarkChain", "masqAll")
 _PROTOCOLS: Final = ("tcp", "udp", "sctp")
+_ASKED: Final = "invalid_argument"
 
 
 def not_native(config: Json) -> str | None:
@@ -51,14 +52,16 @@ def forwards(ports: Sequence[PortMapping], addresses: Sequence[IPAddress]) -> li
         if port.host_port == 0:  # a kubelet lists a container's other ports, too
             continue
         if not (0 < port.host_port < 65536 and 0 < port.container_port < 65536):
-            raise PluginError(f"port {port.host_port} to {port.container_port}: not between 1 and 65535")
+            raise PluginError(f"port {port.host_port} to {port.container_port}: not between 1 and 65535", code=_ASKED)
         protocol = port.protocol.lower()
         if protocol not in _PROTOCOLS:
-            raise PluginError(f"protocol {port.protocol[:20]!r} of port {port.host_port}: tcp, udp or sctp")
+            raise PluginError(
+                f"protocol {port.protocol[:20]!r} of port {port.host_port}: tcp, udp or sctp", code=_ASKED
+            )
         try:
             host = ipaddress.ip_address(port.host_ip) if port.host_ip else None
         except ValueError as error:
-            raise PluginError(f"host address of port {port.host_port}: {error}") from None
+            raise PluginError(f"host address of port {port.host_port}: {error}", code=_ASKED) from None
         for version, address in first.items():
             if host is not None and host.version != version:
                 continue
@@ -78,7 +81,7 @@ class Portmap:
     def add(self, call: Call, previous: Result | None) -> Result:
         """ADD. Raises PluginError."""
         if previous is None:
-            raise PluginError("needs the result of a plugin before it")
+            raise PluginError("needs the result of a plugin before it", code="failed_precondition")
         wanted = forwards(call.pod.ports, [address.interface.ip for address in previous.addresses])
         if not self.enabled or not wanted:
             return previous
@@ -89,7 +92,9 @@ class Portmap:
                     self.firewall.ensure_subnet("hairpin", address.interface.network)
                 _allow_localhost(wanted)
             _forget(wanted)
-        except (OSError, PortTakenError) as error:
+        except PortTakenError as error:
+            raise PluginError(str(error), code="failed_precondition") from error
+        except OSError as error:
             raise PluginError(str(error)) from error
         return previous
 

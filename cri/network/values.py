@@ -24,7 +24,11 @@ _IPS_LIMIT, _ITEMS_LIMIT = 64, 1024
 
 
 class PluginError(Exception):
-    """A plugin's step failed: `str()` is the cause, without the plugin's name."""
+    """A plugin's step failed: `str()` is the cause, without the plugin's name; `code` is NetworkError's."""
+
+    def __init__(self, message: str, *, code: str = "internal") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class CancelledError(PluginError):

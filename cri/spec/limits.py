@@ -58,6 +58,15 @@ def build(resources: pb.LinuxContainerResources) -> dict[str, Any]:
     return built
 
 
+def build_pod(resources: pb.LinuxContainerResources) -> dict[str, Any]:
+    """As `build`, for a pod as a whole. Raises InvalidRequest naming the field."""
+    if resources.oom_score_adj:
+        raise InvalidRequest(
+            "resources.oom_score_adj: a pod has no process of its own that anybody could choose; its containers have"
+        )
+    return build(resources)
+
+
 def merge(kept: pb.LinuxContainerResources, given: pb.LinuxContainerResources) -> None:
     """Puts what `given` gives over `kept`: what is not given stays, and a page size has one limit."""
     pages = {limit.page_size: limit.limit for limit in (*kept.hugepage_limits, *given.hugepage_limits)}

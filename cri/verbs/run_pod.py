@@ -129,7 +129,7 @@ def check(node: Node, config: pb.PodSandboxConfig) -> None:
     _check_security(node, config.linux.security_context)
     for field, given in (("overhead", config.linux.overhead), ("resources", config.linux.resources)):
         try:
-            limits.build(given)
+            limits.build_pod(given)
         except validate.InvalidRequest as error:
             raise InvalidArgument(f"linux.{field}: {error}") from None
     cgroup_parent(node, config)

@@ -11,7 +11,7 @@ import logging
 from typing import Any
 
 from cri.api import api_pb2 as pb
-from cri.errors import FailedPrecondition, InvalidArgument, NotFound
+from cri.errors import FailedPrecondition, NotFound
 from cri.interfaces import ContainerError
 from cri.node import Node
 from cri.records import Pod
@@ -30,13 +30,8 @@ log = logging.getLogger(__name__)
 async def update_pod(node: Node, request: pb.UpdatePodSandboxResourcesRequest) -> pb.UpdatePodSandboxResourcesResponse:
     """All of the limits given, or none of them."""
     pod = node.pod(request.pod_sandbox_id)
-    for name, given in (("overhead", request.overhead), ("resources", request.resources)):
-        if given.oom_score_adj:
-            raise InvalidArgument(
-                f"{name}.oom_score_adj: a pod has no process of its own; its containers have one each"
-            )
-    limits.build(request.overhead)
-    built = limits.build(request.resources)
+    limits.build_pod(request.overhead)
+    built = limits.build_pod(request.resources)
     await node.tasks.finish(_update(node, pod.id, request, built), f"update pod {pod.label}")
     return pb.UpdatePodSandboxResourcesResponse()
 

@@ -19,6 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
+from grpc import StatusCode
+
+from cri.errors import code_of
 from cri.interfaces import InterfaceCounters, NetworkError, NetworkResult, PodNetwork
 from cri.network import netlink as nl
 from cri.network.cni import Cni, NetworkConfig
@@ -36,11 +40,12 @@ T = TypeVar("T")
 @dataclass
 class FakeNetwork:
     """Addresses from a counter, namespaces as empty files. `failures` maps "add", "delete", "new_netns" to how many
-    calls fail first; `not_ready` is what `status` says; `before` is awaited at the start of each add."""
+    calls fail first, with the code `blame`; `not_ready` is what `status` says; `before` is awaited before each add."""
 
     directory: Path
     networks: frozenset[str] = frozenset({"", "fake"})
     failures: dict[str, int] = field(default_factory=dict)
+    blame: str = "internal"
     not_ready: str | None = None
     before: Callable[[PodNetwork], Awaitable[None]] | None = None
     pods: dict[str, NetworkResult] = field(default_factory=dict)
@@ -51,7 +56,7 @@ class FakeNetwork:
         self.calls.append(verb)
         if self.failures.get(verb, 0) > 0:
             self.failures[verb] -= 1
-            raise NetworkError(f"network fake: plugin fake: {verb}: told to fail")
+            raise NetworkError(f"network fake: plugin fake: {verb}: told to fail", code=self.blame)
 
     async def new_netns(self, pod_id: str, source: Path | None = None) -> Path:
         self._fail("new_netns")
@@ -273,6 +278,14 @@ async def running_pod(corner: Corner, **changes: object) -> AsyncIterator[tuple[
 async def remove_pod(corner: Corner, pod: PodNetwork) -> None:
     await corner.cni.delete(pod)
     await corner.cni.remove_netns(pod.netns)
+
+
+@contextlib.contextmanager
+def refused(words: str, code: StatusCode) -> Iterator[None]:
+    """Fails unless a call in here fails with these words (a pattern), and is told with this code."""
+    with pytest.raises(NetworkError, match=words) as caught:
+        yield
+    assert code_of(caught.value) is code, caught.value
 
 
 def in_pod(pod: PodNetwork, function: Callable[[], T]) -> T:

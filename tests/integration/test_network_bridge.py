@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from grpc import StatusCode
 
 from cri.interfaces import NetworkError, PodNetwork, PortMapping
 from cri.network import netlink as nl
@@ -33,6 +34,7 @@ from tests.fakes.network import (
     no_ports_left,
     pod_id,
     reaches,
+    refused,
     remove_pod,
     running_pod,
 )
@@ -215,7 +217,7 @@ def test_a_full_range_says_so_and_works_again_after_a_release(corner: Corner) ->
     async def scenario() -> None:
         async with running_pod(corner), running_pod(corner):
             third = await make_pod(corner)
-            with pytest.raises(NetworkError, match=rf"plugin bridge.*no free address in {base}.10-{base}.11"):
+            with refused(rf"plugin bridge.*no free address in {base}.10-{base}.11", StatusCode.RESOURCE_EXHAUSTED):
                 await corner.cni.add(third)
             assert list(corner.records.glob(f"{third.id}*")) == []
         assert (await corner.cni.add(third)).ips[0] in (f"{base}.10", f"{base}.11")
@@ -252,7 +254,7 @@ def test_an_interface_that_is_no_bridge_is_refused_by_name(corner: Corner) -> No
 
     async def scenario() -> None:
         pod = await make_pod(corner)
-        with pytest.raises(NetworkError, match="interface lo is there and is no bridge"):
+        with refused("interface lo is there and is no bridge", StatusCode.FAILED_PRECONDITION):
             await corner.cni.add(pod)
         assert corner.leased("wrong") == {}
         await remove_pod(corner, pod)
@@ -272,7 +274,7 @@ def test_another_address_on_the_bridge_needs_force(corner: Corner) -> None:
         async with running_pod(corner, network="first"):
             pass
         pod = await make_pod(corner, network="second")
-        with pytest.raises(NetworkError, match="set forceAddress"):
+        with refused("set forceAddress", StatusCode.FAILED_PRECONDITION):
             await corner.cni.add(pod)
         await remove_pod(corner, pod)
         async with running_pod(corner, network="third") as (pod, result):

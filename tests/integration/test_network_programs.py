@@ -14,7 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from grpc import StatusCode
 
+from cri.errors import code_of
 from cri.interfaces import NetworkError, PodNetwork, PortMapping
 from runtime.linux.process import start_time
 from tests.costs import soon
@@ -29,6 +31,7 @@ from tests.fakes.network import (
     no_ports_left,
     pod_id,
     reaches,
+    refused,
     remove_pod,
     running_pod,
 )
@@ -56,8 +59,9 @@ def _calls(corner: Corner, name: str = "spy") -> list[str]:
     return [line.split()[0] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _failure(corner: Corner, script: str) -> str:
-    """The sentence of an add whose only plugin is `script`; the pod is gone afterwards and DEL was called."""
+def _failure(corner: Corner, script: str, code: StatusCode = StatusCode.UNKNOWN) -> str:
+    """The sentence of an add whose only plugin is `script`, which fails with `code`; the pod is gone afterwards and DEL
+    was called."""
     corner.program("bad", f'echo "$CNI_COMMAND" >> "$0.calls"\nif [ "$CNI_COMMAND" = ADD ]; then\n{script}\nfi')
     corner.conflist("net", [{"type": "bad"}])
 
@@ -68,6 +72,7 @@ def _failure(corner: Corner, script: str) -> str:
         assert _calls(corner, "bad") == ["ADD", "DEL"]
         assert not list(corner.records.glob(f"{pod.id}*"))
         await remove_pod(corner, pod)
+        assert code_of(caught.value) is code
         return str(caught.value)
 
     sentence = asyncio.run(scenario())
@@ -156,7 +161,7 @@ def test_native_bridge_with_an_ipam_program(corner: Corner) -> None:
             assert result.ips == (f"{base}.9",) and reaches(pod, None, f"{base}.1") == f"{base}.9"
         corner.conflist("net", [corner.bridge_plugin(ipam={"type": "nosuch"})])
         pod = await make_pod(corner)
-        with pytest.raises(NetworkError, match="plugin bridge.*ipam nosuch: no program nosuch in"):
+        with refused("plugin bridge.*ipam nosuch: no program nosuch in", StatusCode.FAILED_PRECONDITION):
             await corner.cni.add(pod)
         await corner.cni.remove_netns(pod.netns)
 
@@ -172,7 +177,9 @@ def test_an_option_only_a_program_has_is_named_when_the_program_is_missing(tmp_p
             reason = await corner.cni.status()
             assert reason is not None and "option vlan is not done in-process" in reason
             pod = await make_pod(corner)
-            with pytest.raises(NetworkError, match="plugin bridge: .*option vlan is not done in-process, and no prog"):
+            with refused(
+                "plugin bridge: .*option vlan is not done in-process, and no prog", StatusCode.FAILED_PRECONDITION
+            ):
                 await corner.cni.add(pod)
             await corner.cni.remove_netns(pod.netns)
             assert not corner.records.exists()  # no DEL could undo an ADD that cannot be
@@ -186,7 +193,9 @@ def test_an_option_only_a_program_has_is_named_when_the_program_is_missing(tmp_p
 def test_a_plugin_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     needs("root")
     with network_corner(tmp_path, plugin_timeout_s=1.0) as corner:
-        said = _failure(corner, 'echo working >&2; sleep 1000 & echo $! > "$0.child"; wait')
+        said = _failure(
+            corner, 'echo working >&2; sleep 1000 & echo $! > "$0.child"; wait', StatusCode.DEADLINE_EXCEEDED
+        )
         assert "no end after 1 s, killed; it said: working" in said
         child = int((corner.config.bin_dirs[0] / "bad.child").read_text())
 
@@ -237,6 +246,12 @@ def test_a_plugin_that_lies_is_named(corner: Corner, script: str, words: str) ->
     assert words in _failure(corner, script)
 
 
+@pytest.mark.parametrize("code", [11, 50, 51])
+def test_a_plugin_that_asks_for_another_try_is_unavailable(corner: Corner, code: int) -> None:
+    script = f"""echo '{{"cniVersion":"1.0.0","code":{code},"msg":"not now"}}'; exit 1"""
+    assert f"not now (code {code})" in _failure(corner, script, StatusCode.UNAVAILABLE)
+
+
 def test_a_program_that_cannot_start_is_named(corner: Corner) -> None:
     corner.program("bad", "").write_bytes(b"\x7fELF garbage")
     corner.conflist("net", [{"type": "bad"}])
@@ -245,6 +260,7 @@ def test_a_program_that_cannot_start_is_named(corner: Corner) -> None:
         pod = await make_pod(corner)
         with pytest.raises(NetworkError, match="plugin bad: add pod .*start /.*/bad") as caught:
             await corner.cni.add(pod)
+        assert code_of(caught.value) is StatusCode.FAILED_PRECONDITION
         assert "it is tried again" in caught.value.__notes__[0]  # DEL cannot start either: the record stays
         corner.program("bad", "exit 0")
         await remove_pod(corner, pod)
@@ -260,7 +276,7 @@ def test_pod_names_cannot_add_arguments(corner: Corner, field: str) -> None:
 
     async def scenario() -> None:
         pod = await make_pod(corner)
-        with pytest.raises(NetworkError, match="K8S_POD.*a character that CNI_ARGS cannot"):
+        with refused("K8S_POD.*a character that CNI_ARGS cannot", StatusCode.INVALID_ARGUMENT):
             await corner.cni.add(replace(pod, **{field: "x;IP=1.2.3.4"}))
         assert _calls(corner) == []
         for path in corner.records.iterdir():
@@ -343,7 +359,7 @@ def test_o2_a_failing_delete_keeps_the_record_until_it_works(corner: Corner) -> 
         pod = await make_pod(corner)
         await corner.cni.add(pod)
         for _ in range(3):
-            with pytest.raises(NetworkError, match="plugin spy: delete pod .*exit code 1; it said: broken"):
+            with refused("plugin spy: delete pod .*exit code 1; it said: broken", StatusCode.UNKNOWN):
                 await corner.cni.delete(pod)
             assert len(corner.leased("net")) == 1 and (corner.records / f"{pod.id}.json").exists()
         await corner.cni.remove_netns(pod.netns)
@@ -504,7 +520,8 @@ def _reach_from_everywhere(corner: Corner, how: str) -> None:
             assert _through(corner, pod, None, "127.0.0.1", port, 80)
             if how == "native":
                 again = await make_pod(corner, ports=(PortMapping(port, 81),))
-                with pytest.raises(NetworkError, match=rf"plugin portmap .*host port {port}/tcp leads to pod {pod.id}"):
+                words = rf"plugin portmap .*host port {port}/tcp leads to pod {pod.id}"
+                with refused(words, StatusCode.FAILED_PRECONDITION):
                     await corner.cni.add(again)
                 await remove_pod(corner, again)
         with pytest.raises(ConnectionRefusedError):

@@ -44,6 +44,35 @@ def test_o8_run_pod_broken_at_each_step(tmp_path: Path, monkeypatch: pytest.Monk
     on_rig(tmp_path, body)
 
 
+@pytest.mark.parametrize(
+    ("blame", "code"),
+    [
+        ("internal", StatusCode.INTERNAL),
+        ("unknown", StatusCode.UNKNOWN),
+        ("unavailable", StatusCode.UNAVAILABLE),
+        ("deadline", StatusCode.DEADLINE_EXCEEDED),
+        ("exhausted", StatusCode.RESOURCE_EXHAUSTED),
+        ("failed_precondition", StatusCode.FAILED_PRECONDITION),
+        ("invalid_argument", StatusCode.INVALID_ARGUMENT),
+    ],
+)
+def test_a_failing_network_tells_who_is_to_blame(tmp_path: Path, blame: str, code: StatusCode) -> None:
+    async def body(rig: Rig) -> None:
+        rig.network.blame = blame
+        rig.network.failures["add"] = 1
+        with pytest.raises(CallFailed, match="plugin fake: add") as caught:
+            await rig.run_pod()
+        assert caught.value.code is code and rig.leftovers() == []
+        pod = await rig.run_pod()
+        rig.network.failures["delete"] = 1
+        with pytest.raises(CallFailed, match="plugin fake: delete") as caught:
+            await rig.stop_pod(pod)
+        assert caught.value.code is code
+        await rig.remove_pod(pod)
+
+    on_rig(tmp_path, body)
+
+
 @pytest.mark.parametrize("by", [IMAGE, "id", "user"])
 def test_no_container_of_an_image_that_the_policy_refuses(tmp_path: Path, by: str) -> None:
     """By the name that the pod has, where a kubelet asks by id."""

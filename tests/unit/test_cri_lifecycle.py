@@ -316,6 +316,11 @@ def test_beginnings_of_ids_name_what_is_unambiguous(tmp_path: Path) -> None:
             "port_mappings[0].host_ip: 'nonsense' is no address",
         ),
         (lambda config: config.annotations.update({"x": "y" * 300_000}), "annotations"),
+        (
+            lambda config: setattr(config.linux.resources, "oom_score_adj", 5),
+            "linux.resources: resources.oom_score_adj: a pod has no process",
+        ),
+        (lambda config: setattr(config.linux.overhead, "oom_score_adj", -5), "linux.overhead: resources.oom_score_adj"),
     ],
 )
 def test_s57_s59_s19_a_pod_that_cannot_be_is_refused_before_anything_is_made(
