@@ -58,13 +58,14 @@ def on_site(
             await asyncio.wait_for(body(site), 60)
         finally:
             await site.server.close()
-            await asyncio.get_running_loop().run_in_executor(None, site.streams.close)
-            site.threads.close()
-            # Calls in threads that were under way are let come to their end, and what they give is dropped.
+            # Calls in threads that were under way are let come to their end, and what they give is dropped: before the
+            # commands are ended, since such a call may be starting one.
             left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
             if left:
-                _, left_over = await asyncio.wait(left, timeout=5)
+                _, left_over = await asyncio.wait(left, timeout=SOON_S)
                 assert not left_over, left_over
+            await asyncio.get_running_loop().run_in_executor(None, site.streams.close)
+            site.threads.close()
 
     gc.freeze()  # to collect what all the tests before have left would take a second, twice for each test
     try:
