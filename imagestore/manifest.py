@@ -137,8 +137,8 @@ def _manifest(document: Fields, media_type: str, config: StoreConfig) -> Manifes
         if media_type != OCI_MANIFEST or not artifact:
             raise ContentInvalid(f"{document.path}: the config is of type {artifact!r}, which no image has")
     layers = tuple(_layer(item, config, artifact) for item in document.objects("layers", config.layers))
-    if not layers:
-        raise ContentInvalid(f"{document.path}.layers: the image has no layers, so there is nothing to run")
+    if artifact and not layers:  # an image may do without: it starts from an empty directory and what is mounted there
+        raise ContentInvalid(f"{document.path}.layers: the artifact has no layers, so no files")
     total = sum(layer.size for layer in layers)
     if total > config.image_bytes:
         raise ContentInvalid(f"{document.path}.layers: {total} bytes, the limit is {config.image_bytes}")
@@ -216,9 +216,9 @@ def parse_config(
         return ImageConfig(), artifact_layers(manifest, what)
     document = parse_object(data, what, config.json_values)
     rootfs = document.object("rootfs")
-    if rootfs is None or rootfs.string("type") != "layers":
+    if (rootfs is None and manifest.layers) or (rootfs is not None and rootfs.string("type") != "layers"):
         raise ContentInvalid(f'{what}.rootfs.type: expected "layers"')
-    diff_ids = rootfs.strings("diff_ids")
+    diff_ids = rootfs.strings("diff_ids") if rootfs is not None else ()
     if len(diff_ids) != len(manifest.layers):
         raise ContentInvalid(
             f"{what}.rootfs.diff_ids: {len(diff_ids)} diff ids for the {len(manifest.layers)} layers of the manifest"

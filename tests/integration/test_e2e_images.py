@@ -76,6 +76,25 @@ def said(cli: Node, *words: str, code: int = 0, stdin: bytes = b"") -> bytes:
     return done.stdout
 
 
+def test_an_image_without_layers_runs_what_is_mounted_into_it(
+    alone: Node, registry: FakeRegistry, tmp_path: Path
+) -> None:
+    name = registry.add(
+        "scratch", "1", build_image([], config={"Env": ["PATH=/bin"], "Cmd": ["/bin/busybox", "ls", "/"]})
+    )
+    said(alone, "pull", name)
+    mounts = [word for path in ("/bin", "/lib", "/lib64", "/usr") for word in ("-v", f"{path}:{path}:ro")]
+    listed = said(alone, "run", "--rm", "--net=none", *mounts, name).decode().split()
+    assert {"bin", "proc", "dev"} <= set(listed) and "root" not in listed
+    said(alone, "save", "-o", str(tmp_path / "archive"), name)
+    said(alone, "rmi", name)
+    assert name.encode() in said(alone, "load", "-i", str(tmp_path / "archive"))
+    assert b"everything is as it is recorded" in said(alone, "doctor")
+    assert name.encode() in said(alone, "inspect", name)
+    said(alone, "verify", "--deep", name)
+    said(alone, "rmi", name)
+
+
 def names(cli: Node) -> set[str]:
     listed = json.loads(said(cli, "images", "--format", "json"))
     return {tag for image in listed for tag in image["tags"]}

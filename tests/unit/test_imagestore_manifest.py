@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -230,10 +231,32 @@ def test_s45_counts() -> None:
 
     with pytest.raises(ContentInvalid, match="2 diff ids for the 1 layers"):
         config_of(build_image(edit_config=more))
-    with pytest.raises(ContentInvalid, match="no layers"):
-        document(build_image([]).manifest)
+    with pytest.raises(ContentInvalid, match="1 diff ids for the 0 layers"):
+        config_of(build_image([], edit_config=more))
     with pytest.raises(ContentInvalid, match="the limit is 500"):
         document(build_image([{"a": b""}] * 501).manifest)
+
+
+def _null_layers(doc: dict[str, Any]) -> None:
+    doc["layers"] = None
+
+
+def _no_rootfs(doc: dict[str, Any]) -> None:
+    del doc["rootfs"]
+
+
+def _null_diff_ids(doc: dict[str, Any]) -> None:
+    doc["rootfs"]["diff_ids"] = None
+
+
+@pytest.mark.parametrize("edit", [None, _no_rootfs, _null_diff_ids])
+def test_an_image_without_layers(edit: Callable[[dict[str, Any]], None] | None) -> None:
+    """FROM scratch and nothing else, as Go's encoders write it: containerd and skopeo take it."""
+    image = build_image([], edit_config=edit, edit_manifest=_null_layers)
+    config, layers = config_of(image)
+    assert layers == () and config.cmd == ("/bin/hello",)
+    with pytest.raises(ContentInvalid, match='expected "layers"'):
+        config_of(build_image(edit_config=_no_rootfs))
 
 
 def test_s35_wide_index() -> None:
