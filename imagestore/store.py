@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from imagestore.catalog import Catalog
 from imagestore.collector import Collector, Garbage
@@ -24,10 +22,11 @@ from imagestore.config import StoreConfig
 from imagestore.content import Blobs, errno_text
 from imagestore.doctor import Doctor, Problem
 from imagestore.errands import Errand
+from imagestore.frame import Frame
+from imagestore.imports import Imports
 from imagestore.layout import Layout
 from imagestore.leases import Leases
-from imagestore.local import DirectoryFiles, DockerArchive, LocalSource, TarFiles, local_name
-from imagestore.manifest import check_platform, platform_of
+from imagestore.manifest import check_platform
 from imagestore.model import (
     AccessDenied,
     ContentInvalid,
@@ -45,27 +44,25 @@ from imagestore.model import (
     Usage,
 )
 from imagestore.platforms import Platform, parse_platform
-from imagestore.policy import Requirements
-from imagestore.pull import Held, Pulled, Puller
+from imagestore.pull import Held, Puller
 from imagestore.reach import Reach
 from imagestore.records import ImageRecord, Records
 from imagestore.reference import Reference, parse
 from imagestore.remotes import Remotes
+from imagestore.repair import Repair
 from imagestore.reserve import Reserve
-from imagestore.scopes import Subject, in_file, in_registry
-from imagestore.shared import SharedWork, Slots
+from imagestore.scopes import in_registry
+from imagestore.shared import SharedWork
 from imagestore.sharing import Share, Sharing
 from imagestore.source import RegistrySource
 from imagestore.threads import Threads
 from imagestore.told import kind_of, told
 from imagestore.transport import Transport, preload
-from imagestore.trust import Finder, Gate, Trust
+from imagestore.trust import Trust
 from imagestore.usage import disk_usage
 from runtime.linux.dataclass import dataclass
 
 __all__ = ["Store", "StoreConfig"]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +107,21 @@ class Store:
         self._sharing = Sharing(self._blobs, self._records, unpacker, reach)
         self._trust = Trust(config)
         self._puller = Puller(self._blobs, self._leases, unpacker, self._threads, config)
-        self._watchers: list[Callable[[str, Progress], None]] = []
-        self._pulls = Slots(config.concurrent_pulls)
+        self._frame = Frame(
+            self._records,
+            self._catalog,
+            self._leases,
+            self._puller,
+            self._remotes,
+            self._transport,
+            self._trust,
+            self._threads,
+            config,
+        )
+        self.watched = self._frame.watched
+        imports = Imports(self._frame)
+        self.import_layout, self.import_archive = imports.layout, imports.archive
+        self._repair = Repair(self._frame, self._doctor, self._records, self._catalog)
         self._shared: SharedWork[Image, Progress] = SharedWork(config.cancel_wait_s)
 
     # --------------------------------------------------------------------------------------------------------- pulls
@@ -149,7 +159,9 @@ class Store:
         # Who asks is part of what is asked: nobody joins a pull that somebody else's password, key or policy opened.
         try:
             image = await self._shared.join(
-                (str(wanted), caller), lambda tell: self._pull(wanted, caller, self._also(str(wanted), tell)), progress
+                (str(wanted), caller),
+                lambda tell: self._pull(wanted, caller, self._frame.also(str(wanted), tell)),
+                progress,
             )
             if not self._config.keep_blobs and not image.indexes:
                 await asyncio.to_thread(self._drop_layers, image)
@@ -162,39 +174,18 @@ class Store:
             requirements = await self._threads.io(self._trust.before, in_registry(wanted), caller.namespace)
             await self._threads.io(preload)
             async with self._transport.open():
-                source = RegistrySource(wanted, await self._remotes.repositories(wanted, caller.credentials))
+                source = await self._frame.source(wanted, caller.credentials)
                 # What other platforms have may be missing where this one's is here.
                 image = None
                 if not caller.everything and caller.platform is None:
                     image = await self._unchanged(wanted, source, caller)
                 if image is None:
-                    gate = self._gate(source, requirements, caller.namespace)
+                    gate = self._frame.gate(source, requirements, caller.namespace)
                     pulled = await self._puller.run(source, held, tell, gate.admit, everything=caller.everything)
-                    image = await self._threads.io(self._record, wanted, pulled, pulled.served, gate)
+                    image = await self._frame.record(wanted, pulled, pulled.served, gate)
                 return image
 
-        return await self._session(work, caller.keys, caller.platform)
-
-    def _gate(self, source: RegistrySource, requirements: Requirements, namespace: str = "") -> Gate:
-        finder = Finder(source.reference, source, self._transport, self._config)
-        return Gate(self._trust, in_registry(source.reference), requirements, finder, namespace)
-
-    @contextmanager
-    def watched(self, listener: Callable[[str, Progress], None]) -> Iterator[None]:
-        """While the block lasts, `listener` is told of every step of every pull and import, on their event loop."""
-        self._watchers.append(listener)
-        try:
-            yield
-        finally:
-            self._watchers.remove(listener)
-
-    def _also(self, called: str, tell: ProgressFunction) -> ProgressFunction:
-        def both(step: Progress) -> None:
-            tell(step)
-            for listener in tuple(self._watchers):
-                listener(called, step)
-
-        return both
+        return await self._frame.session(work, caller.keys, caller.platform)
 
     def _drop_layers(self, image: Image) -> None:
         for layer in image.layers:
@@ -225,90 +216,6 @@ class Store:
             return None  # it was pulled for another platform
         except SignatureRefused:
             return None  # there may be other signatures by now
-        return image
-
-    async def import_layout(
-        self, directory: Path, tag: str = "", name: str = "", progress: ProgressFunction | None = None, *, fd: int = -1
-    ) -> Image:
-        """The image of an OCI layout directory: the one named `tag` there, or its only one. It is called `name` here,
-        by default what it is called there, or "localhost/DIRECTORY:TAG". With `fd`, which stays the caller's, that is
-        the directory, and `directory` what it is called. Raises ImageError and its kinds."""
-        source = LocalSource(DirectoryFiles(directory, fd), f"layout {directory}", tag, self._threads, self._config)
-        return await self._import(source, in_file("oci", directory), directory, tag, name, progress)
-
-    async def import_archive(
-        self,
-        path: Path,
-        tag: str = "",
-        name: str = "",
-        progress: ProgressFunction | None = None,
-        *,
-        docker: bool = False,
-        fd: int = -1,
-    ) -> Image:
-        """As `import_layout`, from a tar of an OCI layout, or with `docker` from what `docker save` writes."""
-        kind = DockerArchive if docker else LocalSource
-        source = kind(TarFiles(path, fd), f"archive {path}", tag, self._threads, self._config)
-        subject = in_file("docker-archive" if docker else "oci-archive", path)
-        return await self._import(source, subject, path, tag, name, progress)
-
-    async def _import(
-        self,
-        source: LocalSource,
-        subject: Subject,
-        path: Path,
-        tag: str,
-        name: str,
-        progress: ProgressFunction | None,
-    ) -> Image:
-        if name and parse(name).digest:
-            raise ReferenceInvalid(f"import {path}: {name!r} is a digest, expected a tag")
-
-        async def work(held: Held) -> Image:
-            gate = Gate(self._trust, subject, await self._threads.io(self._trust.before, subject), None)
-            tell = self._also(name or tag or str(path), progress or (lambda _: None))
-            pulled = await self._puller.run(source, held, tell, gate.admit)
-            called = parse(name) if name else local_name(path, tag or source.name)
-            return await self._threads.io(self._record, called, pulled, "", gate)
-
-        try:
-            return await self._session(work)
-        except ImageError as error:
-            raise told(f"import {path}", error) from error
-
-    async def _session(
-        self, work: Callable[[Held], Awaitable[T]], keys: tuple[KeyFile, ...] = (), platform: Platform | None = None
-    ) -> T:
-        """A pull's frame: its leases and worker threads exist as long as it does."""
-        async with self._pulls.here():
-            turns = asyncio.Semaphore(self._config.concurrent_downloads)
-            held = Held(turns, platform or self._config.platform, keys)
-            self._threads.enter()
-            try:
-                # Blocks while another process collects; entered for certain, so that `leave` is right.
-                entering = self._threads.start_io(self._leases.enter)
-                try:
-                    await asyncio.wait({entering})
-                    entering.result()
-                    return await work(held)
-                finally:
-                    if entering.done() and not entering.cancelled() and entering.exception() is None:
-                        self._leases.leave(held.blobs, held.layers)
-                        self._puller.unpacking.reap()
-                    else:
-                        entering.add_done_callback(self._leave_late)
-            finally:
-                self._threads.leave()
-
-    def _leave_late(self, entering: asyncio.Future[None]) -> None:
-        if not entering.cancelled() and entering.exception() is None:
-            self._leases.leave(set(), set())
-
-    def _record(self, called: Reference, pulled: Pulled, served: str, gate: Gate) -> Image:
-        record = self._records.put(called, pulled.image_id, pulled.manifest, served, gate.origin(), pulled.index)
-        image = self._catalog.image(record, again=True)
-        if image is None:
-            raise ImageError(f"image {pulled.image_id}: something outside removed parts of it; pull it again")
         return image
 
     # ----------------------------------------------------------------------------------------------------- questions
@@ -383,40 +290,7 @@ class Store:
     async def repair(self, problems: Sequence[Problem], progress: ProgressFunction | None = None) -> Sequence[Problem]:
         """Throws away what `check` found damaged and fetches it again from where it came; what is still wrong then,
         with the reason. Raises ImageError."""
-        tell = progress or (lambda _: None)
-        left = list(await asyncio.to_thread(self._doctor.discard, problems))
-        self._catalog.forget()
-        for image_id in dict.fromkeys(problem.image for problem in problems if problem.image):
-            why = await self._fetch_again(image_id, tell)
-            if why:
-                left.append(Problem("image", image_id, why, image_id))
-        await asyncio.to_thread(self._records.publish)
-        return left
-
-    async def _fetch_again(self, image_id: str, tell: ProgressFunction) -> str:
-        said = []
-        record = await asyncio.to_thread(self._records.by_id, image_id.removeprefix("sha256:"))
-        everything = record is not None and bool(record.indexes)
-        contents = await asyncio.to_thread(self._catalog.contents, record.manifest) if record else None
-        platform = platform_of(contents.config) if contents and not contents.artifact else None
-        for origin in await asyncio.to_thread(self._doctor.origins, image_id):
-
-            async def work(held: Held, origin: Reference = origin) -> str:
-                requirements = await self._threads.io(self._trust.before, in_registry(origin))
-                await self._threads.io(preload)
-                async with self._transport.open():
-                    source = RegistrySource(origin, await self._remotes.repositories(origin, None))
-                    gate = self._gate(source, requirements)
-                    pulled = await self._puller.run(source, held, tell, gate.admit, everything=everything)
-                    return pulled.image_id
-
-            try:
-                if await self._session(work, platform=platform) == image_id:
-                    return ""
-                said.append(f"{origin} is another image now")
-            except ImageError as error:
-                said.append(str(error))
-        return "; ".join(said) or "it came from no registry, so it cannot be fetched again"
+        return await self._repair.run(problems, progress or (lambda _: None))
 
     def sharing(self) -> tuple[Sequence[Share], int]:
         """What each image takes on disk, and what all of them do together. Raises ImageError."""
