@@ -96,7 +96,8 @@ class _Call(Generic[T]):
 
 class Reservations(Generic[T]):
     """Names that are being made. The same request for a name joins the work on it, or takes its result when the first
-    caller left before it came (a kubelet whose deadline passed asks again); another request is refused."""
+    caller left before it came (a kubelet whose deadline passed asks again); another request is refused as long as
+    somebody waits for the first one, and is told by `left_over` what of it is there otherwise."""
 
     def __init__(self, tasks: Tasks) -> None:
         self._tasks = tasks
@@ -106,6 +107,17 @@ class Reservations(Generic[T]):
     def busy(self, key: Hashable) -> bool:
         """True while `key` is being worked on: a record of it may be there, but its maker has not had its answer."""
         return key in self._calls
+
+    async def forsaken(self, key: Hashable, fingerprint: bytes) -> None:
+        """Waits until what nobody waits for any more, and another request had asked for, is done."""
+        call = self._calls.get(key)
+        if call is not None and call.fingerprint != fingerprint and call.waiting == 0:
+            await asyncio.wait({call.task})
+
+    def left_over(self, key: Hashable) -> T | None:
+        """Takes the result that nobody was told, whatever request it is of."""
+        found = self._unclaimed.pop(key, None)
+        return found[1] if found is not None else None
 
     def unclaimed(self, key: Hashable, fingerprint: bytes) -> T | None:
         """Takes the result that nobody was told, if it is of this request."""

@@ -184,13 +184,27 @@ async def run_pod(node: Node, request: pb.RunPodSandboxRequest, network: str = "
     key = pod.key
     what = f"run pod {metadata.namespace}/{metadata.name}"
     fingerprint = request.SerializeToString(deterministic=True) + network.encode()
-    existing = node.store.named(key)
+    await node.pod_names.forsaken(key, fingerprint)
+    existing, forsaken = node.store.named(key), ""
     if existing is not None and not node.pod_names.busy(key) and node.store.pods[existing].made_ns:
         if node.pod_names.unclaimed(key, fingerprint) == existing and node.store.pods[existing].ready:
             return pb.RunPodSandboxResponse(pod_sandbox_id=existing)
-        raise AlreadyExists(f"{what}: the name is taken by pod sandbox {existing}; remove that first")
-    made = await node.pod_names.once(key, fingerprint, what, lambda: make(node, pod))
+        if node.pod_names.left_over(key) != existing or node.store.containers_of(existing):
+            raise AlreadyExists(f"{what}: the name is taken by pod sandbox {existing}; remove that first")
+        forsaken = existing
+    made = await node.pod_names.once(key, fingerprint, what, lambda: _make_instead(node, pod, forsaken))
     return pb.RunPodSandboxResponse(pod_sandbox_id=made)
+
+
+async def _make_instead(node: Node, pod: Pod, forsaken: str) -> str:
+    """Makes the pod, and before it takes away what nobody was told of: a kubelet that was restarted meanwhile asks for
+    the same name with other annotations (when it has seen the pod), and knows of none that it could remove."""
+    if forsaken:
+        from cri.verbs.remove_pod import remove  # which imports this module
+
+        log.info("pod %s (%s) is made again: nobody waited for it, and it is asked for anew", pod.label, forsaken[:13])
+        await remove(node, forsaken)
+    return await make(node, pod)
 
 
 def new_record(config: pb.PodSandboxConfig, handler: str, network: str = "") -> Pod:

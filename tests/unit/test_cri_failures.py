@@ -273,6 +273,64 @@ def test_o6_a_retry_joins_the_work_or_takes_its_result(tmp_path: Path) -> None:
     on_rig(tmp_path, body)
 
 
+@pytest.mark.parametrize("when", ["while it is made", "when it is made"])
+def test_o6_a_kubelet_that_restarts_while_a_pod_is_made_gets_the_pod_it_asks_for(tmp_path: Path, when: str) -> None:
+    """Its request is another one: static pods carry when they were seen. Nobody was told of the first pod."""
+
+    async def body(rig: Rig) -> None:
+        gate = asyncio.Event()
+
+        async def wait(_: object) -> None:
+            await gate.wait()
+
+        async def made() -> str:
+            async with asyncio.timeout(SOON_S):
+                while not all(pod.made_ns for pod in rig.node.store.pods.values()):
+                    await asyncio.sleep(0.001)
+            return next(iter(rig.node.store.pods))
+
+        async def run(seen: str) -> str:
+            return await rig.run_pod(annotations={"kubernetes.io/config.seen": seen})
+
+        rig.network.before = wait
+        before = asyncio.create_task(run("monday"))
+        while not rig.node.store.pods:
+            await asyncio.sleep(0)
+        with pytest.raises(CallFailed, match="another request with this name is being worked on"):
+            await run("tuesday")  # somebody still waits for that one
+        before.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await before
+        if when == "when it is made":
+            gate.set()
+            first = await made()
+        after = asyncio.create_task(run("tuesday"))
+        await asyncio.sleep(0)
+        gate.set()
+        second = await after
+        assert rig.node.store.pods.keys() == rig.shims.pods.keys() == rig.network.pods.keys() == {second}
+        assert (await rig.pod_status(second)).annotations == {"kubernetes.io/config.seen": "tuesday"}
+        if when == "when it is made":
+            assert first != second
+        with pytest.raises(CallFailed, match="the name is taken"):
+            await run("wednesday")  # this one was told
+        # One that was found in a list, and has a container by now, is nobody's to take away.
+        await rig.remove_pod(second)
+        gate.clear()
+        before = asyncio.create_task(run("monday"))
+        while not rig.node.store.pods:
+            await asyncio.sleep(0)
+        before.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await before
+        gate.set()
+        await rig.create(await made())
+        with pytest.raises(CallFailed, match="the name is taken"):
+            await run("tuesday")
+
+    on_rig(tmp_path, body)
+
+
 def test_o1_a_caller_that_leaves_stops_neither_work_nor_undoing(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         gate = asyncio.Event()
