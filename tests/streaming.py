@@ -20,6 +20,7 @@ from cri.streaming import websocket
 from cri.streaming.server import Server
 from cri.streaming.sessions import Attach, Exec, PortForward, Sessions
 from cri.threads import Threads
+from tests.costs import SOON_S
 from tests.fakes.streams import ProcessStreams
 
 SANDBOX = Sandbox("pod", Path("/nowhere"), 1, 1)
