@@ -142,6 +142,14 @@ class Container:
         """`config` parsed; not to be changed."""
         return pb.ContainerConfig.FromString(self.config)
 
+    @cached_property
+    def attributes(self) -> pb.ContainerAttributes:
+        """What statistics say of who it is; not to be changed."""
+        config = self.request
+        return pb.ContainerAttributes(
+            id=self.id, metadata=config.metadata, labels=config.labels, annotations=config.annotations
+        )
+
     @property
     def exit_reason(self) -> str:
         """CRI's word for how it ended, "" while it has not. OOM is said only where the kernel counted one."""

@@ -25,20 +25,16 @@ def container_stats(
     container: Container, stats: Stats | None, nano_cores: int, layer: pb.FilesystemUsage
 ) -> pb.ContainerStats:
     """One container; only what it is and its writable layer where `stats` is None."""
-    config = container.request
-    message = pb.ContainerStats(writable_layer=layer)
-    message.attributes.id = container.id
-    message.attributes.metadata.CopyFrom(config.metadata)
-    message.attributes.labels.update(config.labels)
-    message.attributes.annotations.update(config.annotations)
+    message = pb.ContainerStats(attributes=container.attributes, writable_layer=layer)
     if stats is None:
         return message
     _cpu(message.cpu, stats, nano_cores)
     _memory(message.memory, stats)
-    message.swap.timestamp = stats.timestamp_ns
-    message.swap.swap_usage_bytes.value = stats.swap_usage
+    swap = message.swap
+    swap.timestamp = stats.timestamp_ns
+    swap.swap_usage_bytes.value = stats.swap_usage
     if stats.swap_limit >= 0:
-        message.swap.swap_available_bytes.value = max(0, stats.swap_limit - stats.swap_usage)
+        swap.swap_available_bytes.value = max(0, stats.swap_limit - stats.swap_usage)
     _io(message.io, stats)
     return message
 

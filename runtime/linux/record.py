@@ -22,26 +22,28 @@ class Record:
     """Base of the runtime's values. Fields are read-only; `changed` gives a copy with some of them replaced."""
 
     _fields: ClassVar[tuple[str, ...]] = ()
+    _defaults: ClassVar[dict[str, Any]] = {}
 
     def __init_subclass__(cls) -> None:
         cls._fields = (*cls._fields, *(name for name in cls.__annotations__ if name not in cls._fields))
+        cls._defaults = {name: getattr(cls, name) for name in cls._fields if hasattr(cls, name)}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kind, values = type(self), self.__dict__
-        if len(args) > len(kind._fields):
-            raise TypeError(f"{kind.__name__} takes {len(kind._fields)} fields, got {len(args)}")
-        for name, value in zip(kind._fields, args, strict=False):
-            values[name] = value
-        for name, value in kwargs.items():
-            if name not in kind._fields or name in values:
-                raise TypeError(f"{kind.__name__}: field {name!r} is unknown or given twice")
-            values[name] = value
-        for name in kind._fields:
-            if name not in values:
-                try:
-                    values[name] = getattr(kind, name)
-                except AttributeError:
-                    raise TypeError(f"{kind.__name__}: field {name!r} is missing") from None
+        fields = kind._fields
+        given = dict(zip(fields, args, strict=False))
+        values.update(kind._defaults)
+        values.update(given)
+        values.update(kwargs)
+        if len(args) > len(fields):
+            raise TypeError(f"{kind.__name__} takes {len(fields)} fields, got {len(args)}")
+        for name in kwargs:
+            if name in given:
+                raise TypeError(f"{kind.__name__}: field {name!r} is given twice")
+        if len(values) != len(fields) or any(name not in values for name in fields):
+            odd = next((name for name in values if name not in fields), "")
+            problem = f"{odd!r} is unknown" if odd else f"{next(n for n in fields if n not in values)!r} is missing"
+            raise TypeError(f"{kind.__name__}: field {problem}")
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"{type(self).__name__} is frozen: {name}")

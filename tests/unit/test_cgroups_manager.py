@@ -158,8 +158,8 @@ def test_v2_stats(v2: Manager) -> None:
     ]
     assert v2.oom_kills() == 2
     short = v2.stats(full=False)
-    assert short.memory_working_set == 800 and (short.pids, short.cpu_usage_ns) == (3, 5_000_000)
-    assert (short.io, short.oom_kills, short.memory_peak) == ((), 0, 0)
+    assert short.memory_working_set == 800 and short.cpu_usage_ns == 5_000_000
+    assert (short.io, short.oom_kills, short.memory_peak, short.pids) == ((), 0, 0, 0)
     assert found.cpu_pressure is None
     for name in ("cpu", "io"):
         Path(v2.paths()[""], f"{name}.pressure").write_text(
@@ -178,7 +178,8 @@ def test_o42_stats_of_what_is_gone_or_garbled_are_zero(v2: Manager) -> None:
     (directory / "cpu.stat").unlink()
     (directory / "io.stat").write_text("8:0\n")
     found = v2.stats()
-    assert found.cpu_usage_ns == 0 == found.memory_usage == found.pids and len(found.io) == 1
+    assert found.cpu_usage_ns == 0 == found.memory_rss == found.memory_inactive_file == found.pids
+    assert len(found.io) == 1
     gone = Manager((Place(Hierarchy(str(directory.parent), "/", 2, ()), "none"),), no_check)
     assert gone.stats().memory_usage == 0 and gone.pids() == [] and not gone.exists() and gone.kill()
     gone.destroy()
