@@ -152,7 +152,7 @@ def make_manager(spec: Spec, container_id: str, *, systemd: bool, no_root: bool 
         return manager_for(spec.cgroups_path, container_id, rootless=rootless.is_rootless(no_root))
     from runtime.cgroups.systemd import systemd_manager
 
-    return systemd_manager(spec.cgroups_path, container_id, spec.annotations)
+    return systemd_manager(spec.cgroups_path, container_id, spec.annotations, no_root)
 
 
 def note_cgroups(directory: str, manager: Manager) -> None:

@@ -99,7 +99,7 @@ def _with_entry(request: ExecRequest, act: Callable[[_Entry], _R]) -> _R:
             raise RuntimeFailure(words, hint="resume it first", code="failed_precondition")
         labels.check(request.process)
         program = _filter_of(request.root, facts)
-        with exec_cgroup.manager(facts, request.cgroups, own).gate() as gate:
+        with exec_cgroup.gate(facts, request.cgroups, own) as gate:
             return act(_Entry(request, facts, init_fd, gate, program))
     except (RuntimeFailure, OSError) as error:
         if (isinstance(error, sync.Closed) or error.errno in _ENDING) and _ends(init_fd):
@@ -164,9 +164,8 @@ class _Entry:
         waits = self._waits()
         inside = Inside(self._request, self._facts, self._init_fd, self._gate, self._program, proc, waits, progress)
         try:
-            # Who has joined the container may no longer take an fd out of a process, nor reach resctrl.
-            apart = self._facts.listener_path or self._facts.intel_rdt
-            if self._request.disposable and not apart:
+            # Who has joined the container may no longer take an fd out of a process, nor reach resctrl or a bus.
+            if self._request.disposable and not self._acts():
                 pid, pidfd = inside.join_and_clone(its, mine)
                 its.close()
             else:
@@ -175,6 +174,8 @@ class _Entry:
                 from runtime import intel_rdt  # for machines that have it
 
                 intel_rdt.enter(self._facts.intel_rdt, pid)
+            if self._gate.late is not None:
+                self._gate.late(pid)
             failpoint("exec.cloned")
             phase("process")
             if waits:
@@ -238,7 +239,11 @@ class _Entry:
     def _waits(self) -> bool:
         """Whether the process waits for a Go. A word to and fro costs a change of processes, so it does not where the
         caller has nothing to do meanwhile, and has given itself up for this exec."""
-        return not self._request.disposable or bool(self._facts.listener_path or self._facts.intel_rdt)
+        return not self._request.disposable or self._acts()
+
+    def _acts(self) -> bool:
+        """Whether the caller has something to do for the process that it could not do from inside of the container."""
+        return bool(self._facts.listener_path or self._facts.intel_rdt or self._gate.late)
 
     def _hear(self, channel: sync.Channel, pid: int, pidfd: int) -> int:
         """What the process has to say until execve closes its end. The console's master, or -1. One that waited for

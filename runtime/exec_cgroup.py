@@ -6,8 +6,10 @@ directory that is answered is one of state.json's or below it.
 
 from __future__ import annotations
 
-from runtime.cgroups.hierarchy import V2_NAME, clean
-from runtime.cgroups.manager import Manager, manager_from_paths
+import os
+
+from runtime.cgroups.hierarchy import V2_NAME, below_service, clean
+from runtime.cgroups.manager import Gate, Manager, manager_from_paths
 from runtime.cgroups.stats import read
 from runtime.errors import RuntimeFailure
 from runtime.linux.cgroup import cgroups_of
@@ -16,6 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from runtime.cgroups.hierarchy import Place
     from runtime.state import State
 
 
@@ -40,6 +43,29 @@ def parse(words: Iterable[str]) -> tuple[tuple[str, str], ...]:
 
 def _wrong(problem: str) -> RuntimeFailure:
     return RuntimeFailure(f"invalid --cgroup argument: {problem}", code="invalid_argument")
+
+
+def gate(facts: State, wanted: tuple[tuple[str, str], ...], own: Manager) -> Gate:
+    """The way into `manager`'s cgroups. Raises RuntimeFailure."""
+    chosen = manager(facts, wanted, own)
+    place = chosen.v2
+    if not facts.systemd_unit or place is None or not below_service(place.relative) or _may_enter(place):
+        return chosen.gate()
+    from runtime.cgroups.systemd import SystemdManager
+
+    unit = facts.manager()
+    assert isinstance(unit, SystemdManager)
+    below = place.directory.removeprefix(unit.main().directory)
+    return Gate(-1, [], lambda pid: unit.attach(pid, below))
+
+
+def _may_enter(place: Place) -> bool:
+    """Whether a process of the caller's may be born in a cgroup of his: it takes the right to move processes in all
+    that his own is in as well (cgroups(7), "Delegation containment"). A user's session is not below his systemd's
+    service, and what both are in is root's."""
+    own = cgroups_of().get(V2_NAME, "/").removeprefix(place.hierarchy.root.rstrip("/"))
+    common = os.path.commonpath((own, f"/{place.relative}"))
+    return os.access(f"{place.hierarchy.mount}{common}/cgroup.procs", os.W_OK)
 
 
 def manager(facts: State, wanted: tuple[tuple[str, str], ...], own: Manager) -> Manager:

@@ -35,7 +35,9 @@ KERNEL = "linux-image-cloud-amd64"
 PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "kmod", "procps", "iproute2", "nftables", "util-linux", "libseccomp2"),
     *("apparmor", "busybox-static", "criu", "docker-registry", "e2fsprogs", "iptables", "python3", "runc", "crun"),
-    "uidmap",
+    # An ordinary user with a systemd of his own, and podman as he has it; debootstrap does not find out by itself who
+    # provides podman's network.
+    *("uidmap", "libpam-systemd", "dbus-user-session", "podman", "netavark"),
 )
 # For building and booting. Not in hack/setup: they are large, and only this lane needs them.
 HOST_TOOLS = {

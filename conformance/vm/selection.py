@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 _INTEGRATION = "tests/integration/test_runtime_{}.py"
-_UNITS = ("machine", "cgroup2", "conformance", "systemd_scope", "shim", "pods", "kubelet")
+_UNITS = ("machine", "cgroup2", "conformance", "systemd_scope", "user_systemd", "shim", "pods", "kubelet")
 _FIRST = tuple(f"tests/vm/test_{name}.py" for name in (*_UNITS, "critest", "verity"))
 # What the kernel, its cgroups and its security module have a say in.
 RUNTIME = ("events", "exec", "systemd", "threats", "verbs")

@@ -1,6 +1,6 @@
 """A D-Bus client of the few hundred lines that talking to systemd takes: calls, replies, signals, in time.
 
-    bus = connect_system(timeout_s=10)
+    bus = connect("/run/dbus/system_bus_socket", "the system bus", timeout_s=10)
     (job,) = bus.call(DESTINATION, PATH, INTERFACE, "StopUnit", "ss", unit, "replace")
     bus.signal("JobRemoved", lambda body: body[1] == job, timeout_s=30, what="the end of the job")
 
@@ -207,6 +207,7 @@ class Bus:
         self._what = what
         self._timeout_s = timeout_s
         self._peer = peer
+        self.name = ""
         self._serial = 0
         self._signals: list[Message] = []
 
@@ -216,27 +217,42 @@ class Bus:
     def __exit__(self, *_: object) -> None:
         self._sock.close()
 
-    def open(self, uid: int) -> None:
-        """Who we are (EXTERNAL: the kernel vouches for the uid), and on a bus our name there."""
+    def open(self) -> None:
+        """Who we are, and on a bus our name there. The kernel vouches for the uid (EXTERNAL), and we name none: in a
+        user namespace we may not know by which number the other side knows us."""
         end = time.monotonic() + self._timeout_s
-        self._send(b"\0AUTH EXTERNAL " + str(uid).encode().hex().encode() + b"\r\n", end)
+        self._send(b"\0AUTH EXTERNAL\r\n", end)
+        answer = self._line(end)
+        if answer.rstrip() == b"DATA":
+            self._send(b"DATA\r\n", end)
+            answer = self._line(end)
+        if not answer.startswith(b"OK "):
+            raise RuntimeFailure(f"{self._what} refuses uid {os.geteuid()}: {answer[:80]!r}", step="cgroup")
+        self._send(b"BEGIN\r\n", end)
+        if not self._peer:
+            (self.name,) = map(str, self.ask_bus("Hello"))
+
+    def _line(self, end: float) -> bytes:
+        """Byte by byte: what follows the last line belongs to the first message. It is two lines in a connection's
+        life."""
         line = b""
         while not line.endswith(b"\r\n"):
-            # Byte by byte: what follows the line belongs to the first message. It is one line in a connection's life.
             line += self._receive(1, end)
             if len(line) > 512:
                 raise _malformed(f"the greeting of {self._what}")
-        if not line.startswith(b"OK "):
-            raise RuntimeFailure(f"{self._what} refuses uid {uid}: {line[:80]!r}", step="cgroup")
-        self._send(b"BEGIN\r\n", end)
-        if not self._peer:
-            self.call("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "Hello")
+        return line
+
+    def ask_bus(self, member: str, signature: str = "", *values: object) -> tuple[object, ...]:
+        """A call of the bus's own."""
+        return self.call(
+            "org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", member, signature, *values
+        )
 
     def subscribe(self, sender: str, interface: str, member: str) -> None:
         """From now on signals of that name arrive."""
         if not self._peer:
             rule = f"type='signal',sender='{sender}',interface='{interface}',member='{member}'"
-            self.call("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "AddMatch", "s", rule)
+            self.ask_bus("AddMatch", "s", rule)
 
     def call(
         self, to: str, path: str, interface: str, member: str, signature: str = "", *values: object
@@ -362,16 +378,18 @@ def _fields(data: bytes, order: str) -> tuple[tuple[int, object], ...]:
     return tuple(found)
 
 
-def connect(path: str, what: str, uid: int, timeout_s: float, *, peer: bool = False) -> Bus:
-    """A connection to the socket at `path`; `peer`: systemd itself is at the other end, not a bus.
-    Raises RuntimeFailure, with errno where there is nobody."""
+def connect(path: str, what: str, timeout_s: float, *, peer: bool = False) -> Bus:
+    """A connection to the socket at `path`, which begins with NUL when it is an abstract one; `peer`: systemd itself is
+    at the other end, not a bus. Raises RuntimeFailure, with errno where there is nobody."""
     try:
         sock = connect_unix(path, timeout_s)
     except OSError as error:
-        raise RuntimeFailure.of(error, step="cgroup", what=f"connect to {what} at {path}", code="unavailable") from None
+        raise RuntimeFailure.of(
+            error, step="cgroup", what=f"connect to {what} at {path.replace(chr(0), '@')}", code="unavailable"
+        ) from None
     bus = Bus(sock, what, timeout_s, peer=peer)
     try:
-        bus.open(uid)
+        bus.open()
     except TimeoutError:
         sock.close()
         raise RuntimeFailure(
@@ -381,15 +399,3 @@ def connect(path: str, what: str, uid: int, timeout_s: float, *, peer: bool = Fa
         sock.close()
         raise
     return bus
-
-
-def connect_system(timeout_s: float) -> Bus:
-    """The system bus; systemd's own socket where there is no bus, which only root may use."""
-    address = os.environ.get("DBUS_SYSTEM_BUS_ADDRESS", "")
-    path = address.removeprefix("unix:path=") if address.startswith("unix:path=/") else "/run/dbus/system_bus_socket"
-    try:
-        return connect(path, "the system bus", os.geteuid(), timeout_s)
-    except RuntimeFailure as failure:
-        if not failure.errno or os.geteuid() != 0:
-            raise
-        return connect("/run/systemd/private", "systemd", 0, timeout_s, peer=True)

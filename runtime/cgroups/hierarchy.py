@@ -123,6 +123,12 @@ def own_directories() -> dict[str, str]:
     return found
 
 
+def below_service(relative: str) -> bool:
+    """Whether the cgroup of a unit is of a user's systemd: the machine's units lie in slices alone, a user's below the
+    service that his systemd is (user@UID.service)."""
+    return any(part.endswith(".service") for part in relative.split("/")[:-1])
+
+
 def clean(path: str, what: str) -> str:
     """`path` without leading, trailing and double slashes. Raises RuntimeFailure."""
     parts = [part for part in path.split("/") if part not in ("", ".")]

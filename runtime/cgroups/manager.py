@@ -27,7 +27,7 @@ from runtime.linux.signals import SIGKILL
 
 TYPE_CHECKING = False  # as in runtime.fields
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from runtime.cgroups.hierarchy import Place
@@ -62,13 +62,15 @@ def manager_from_paths(paths: Mapping[str, str]) -> Manager:
 
 class Gate:
     """A way into a container's cgroups, held open across a fork. `cgroup_fd` is for clone3 (CLONE_INTO_CGROUP), -1
-    where there is no v2 hierarchy; `enter()` is for the child."""
+    where there is no v2 hierarchy; `enter()` is for the child. `late`, where it is given, is for the caller: somebody
+    else moves the child, which waits."""
 
-    __slots__ = ("_tasks", "cgroup_fd")
+    __slots__ = ("_tasks", "cgroup_fd", "late")
 
-    def __init__(self, cgroup_fd: int, tasks: list[int]) -> None:
+    def __init__(self, cgroup_fd: int, tasks: list[int], late: Callable[[int], None] | None = None) -> None:
         self.cgroup_fd = cgroup_fd
         self._tasks = tasks
+        self.late = late
 
     def enter(self) -> None:
         """Moves the calling thread, the only one of its process, into every v1 cgroup. The v2 one is entered by

@@ -5,6 +5,8 @@
     a-b.slice:pod:a        pod-a.scope            /a.slice/a-b.slice/pod-a.scope
     (none), id a           ocirun-a.scope         /system.slice/ocirun-a.scope
 
+A user's are below the cgroup of his systemd, without a path in its user.slice.
+
 systemd gets the limits that it has words for, so that it never puts others into force on its own; what it has none for
 (devices among them, see `properties`) is written to the cgroup alone, which is the container's (Delegate=). Refuses
 unit names that systemd would not take, units that are no scope, and unit properties from annotations that are not in a
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     Properties = list[tuple[str, Variant]]
 
-SLICE, PREFIX = "system.slice", "ocirun"
+SLICE, USER_SLICE, PREFIX = "system.slice", "user.slice", "ocirun"
 ANNOTATION = "org.systemd.property."
 _CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:-_.\\@")
 _UNIT_LENGTH = 255  # UNIT_NAME_MAX of systemd
@@ -47,19 +49,21 @@ _FROM_ANNOTATIONS = {
 
 
 class Scope(Record):
-    """A transient unit; `slice` is the unit it is in."""
+    """A transient unit; `slice` is the unit it is in, `below` the cgroup of the systemd that makes it."""
 
     slice: str
     unit: str
+    below: str = ""
 
     @property
     def relative(self) -> str:
-        """The cgroup below the service manager's own, without a slash at either end."""
-        return f"{expand_slice(self.slice)}/{self.unit}".lstrip("/")
+        """Its cgroup, without a slash at either end."""
+        return f"{self.below}{expand_slice(self.slice)}/{self.unit}".strip("/")
 
 
-def scope_for(cgroups_path: str, container_id: str) -> Scope:
-    """The unit that linux.cgroupsPath ("slice:prefix:name", each of the first two may be empty) names.
+def scope_for(cgroups_path: str, container_id: str, usual: str = SLICE) -> Scope:
+    """The unit that linux.cgroupsPath ("slice:prefix:name", each of the first two may be empty) names, in the slice
+    `usual` where it names none.
     Raises RuntimeFailure."""
     if cgroups_path:
         parts = cgroups_path.split(":")
@@ -75,7 +79,7 @@ def scope_for(cgroups_path: str, container_id: str) -> Scope:
         raise _bad(f"{name[:80]!r}: a slice holds no process of its own; name a scope")
     if not name:
         raise _bad(f"{cgroups_path[:80]!r} names no unit: the part after the second colon is empty")
-    parent = parent or SLICE
+    parent = parent or usual
     expand_slice(parent)
     return Scope(parent, _checked(f"{prefix}-{name}.scope" if prefix else f"{name}.scope"))
 

@@ -10,8 +10,10 @@
       │── StopUnit, ResetFailedUnit ─────────────────────►│
 
 A scope needs a process to begin with, so it cannot be made before the init as other cgroups are: `create` checks and
-remembers, `adopt` makes. Refuses ordinary users, machines without systemd and those with v1 controllers, where systemd
-would have one half of the limits and nobody the other. Invariant: no call waits longer than _REPLY_S, no job longer
+remembers, `adopt` makes. An ordinary user's scope is made by the systemd that is his (runtime/cgroups/buses.py), within
+what that was given (Delegate= of user@.service); he may set no rules for devices, and needs none. Refuses machines
+without systemd and those with v1 controllers, where systemd would have one half of the limits and nobody the other.
+Invariant: no call waits longer than REPLY_S, no job longer
 than _JOB_S (threats O36); what systemd knows of the limits and what is in force agree, so its daemon-reload changes
 nothing: but for a quota of a fraction of a percent, which systemd has no digits for and gets rounded up.
 """
@@ -21,12 +23,13 @@ from __future__ import annotations
 import os
 
 from runtime.cgroups import devices, limits, tree
-from runtime.cgroups.dbus import BusError, Variant, connect_system
-from runtime.cgroups.hierarchy import Place, clean, detect
+from runtime.cgroups.buses import REPLY_S, connect_system, connect_user, is_users
+from runtime.cgroups.dbus import BusError, Variant
+from runtime.cgroups.hierarchy import Place, below_service, clean, detect
 from runtime.cgroups.killer import SIGKILL
 from runtime.cgroups.manager import UNIT, Gate, Manager
 from runtime.cgroups.plan import Now
-from runtime.cgroups.scope import annotated, properties, scope_for, start_properties
+from runtime.cgroups.scope import USER_SLICE, annotated, properties, scope_for, start_properties
 from runtime.errors import RuntimeFailure
 from runtime.linux.failpoint import failpoint
 
@@ -43,14 +46,16 @@ _NAME = "org.freedesktop.systemd1"
 _PATH = "/org/freedesktop/systemd1"
 _MANAGER = f"{_NAME}.Manager"
 _BUS = "org.freedesktop.DBus"
-_REPLY_S = 10.0
 _JOB_S = 30.0
 # After a bus that did not answer: cleaning up asks once more, but does not wait as long again.
 _IMPATIENT_S = 1.0
 
 
-def systemd_manager(cgroups_path: str, container_id: str, annotations: Iterable[tuple[str, str]]) -> SystemdManager:
-    """The manager of a new container: linux.cgroupsPath is "slice:prefix:name", or "". Raises RuntimeFailure."""
+def systemd_manager(
+    cgroups_path: str, container_id: str, annotations: Iterable[tuple[str, str]], rootless: bool | None = None
+) -> SystemdManager:
+    """The manager of a new container: linux.cgroupsPath is "slice:prefix:name", or "". `rootless` says whether it is
+    made by a user's systemd; None: by whose rights this is. Raises RuntimeFailure."""
     if not os.path.isdir("/run/systemd/system"):
         raise RuntimeFailure(
             "systemd not running on this host, cannot use systemd cgroups manager",
@@ -58,20 +63,32 @@ def systemd_manager(cgroups_path: str, container_id: str, annotations: Iterable[
             hint="without --systemd-cgroup cgroups are made directly",
             code="failed_precondition",
         )
-    if os.geteuid() != 0:
-        raise RuntimeFailure(
-            "--systemd-cgroup: only root's systemd is supported, not the one of a user",
-            step="cgroup",
-            hint="without it an ordinary user's container has the cgroups that it may have",
-            code="failed_precondition",
-        )
-    scope = scope_for(cgroups_path, container_id)
-    place = Place(_hierarchy(), clean(scope.relative, "linux.cgroupsPath"))
+    hierarchy = _hierarchy()
+    if is_users(rootless):
+        scope = scope_for(cgroups_path, container_id, USER_SLICE)
+        scope = scope.changed(below=_cgroup_of_users_systemd())
+    else:
+        scope = scope_for(cgroups_path, container_id)
+    place = Place(hierarchy, clean(scope.relative, "linux.cgroupsPath"))
     manager = SystemdManager((place,), scope.unit)
     manager.scope = scope
     manager.container_id = container_id
     manager.extra = annotated(annotations)
     return manager
+
+
+def _cgroup_of_users_systemd() -> str:
+    try:
+        with connect_user(REPLY_S) as bus:
+            (found,) = bus.call(_NAME, _PATH, f"{_BUS}.Properties", "Get", "ss", _MANAGER, "ControlGroup")
+    except BusError as error:
+        raise RuntimeFailure(
+            f"--systemd-cgroup: no systemd answers on the user's bus: {error.message}",
+            step="cgroup",
+            hint="systemctl --user status",
+            code="failed_precondition",
+        ) from None
+    return str(found.value) if isinstance(found, Variant) else ""
 
 
 def _hierarchy() -> Hierarchy:
@@ -94,10 +111,14 @@ class SystemdManager(Manager):
     """See the module. One that was found again by its paths knows its unit, and has no scope; that may be the slice of
     a pod, of which only the limits are ours to say."""
 
-    __slots__ = ("_foreign", "_impatient", "_interface", "_pending", "_unit", "container_id", "extra", "scope")
+    __slots__ = (
+        *("_foreign", "_impatient", "_interface", "_of_user", "_pending", "_unit"),
+        *("container_id", "extra", "scope"),
+    )
 
     def __init__(self, places: tuple[Place, ...], unit: str, verify: tree.Verify = tree.verify_cgroup) -> None:
-        super().__init__(places, verify)
+        self._of_user = below_service(places[0].relative)
+        super().__init__(places, verify, rootless=self._of_user)
         self._unit = unit
         self._interface = f"{_NAME}.{'Slice' if unit.endswith('.slice') else 'Scope'}"
         self._pending: Resources | None = None
@@ -179,6 +200,15 @@ class SystemdManager(Manager):
                 hint=f"journalctl -u {self._unit}",
             )
 
+    def attach(self, pid: int, below: str) -> None:
+        """Has systemd move a process into the unit, or into a cgroup of the container's `below` it. Raises
+        RuntimeFailure."""
+        try:
+            with self._bus() as bus:
+                self._ask(bus, "AttachProcessesToUnit", "ssau", self._unit, below, [pid])
+        except BusError as error:
+            raise self._failed(f"move {pid} into", error) from None
+
     def destroy(self, deadline_s: float = 2.0) -> None:
         """Stops the unit, and removes what of its cgroup is there still. No such unit is a stopped one, and one of
         that name elsewhere is somebody else's."""
@@ -259,7 +289,8 @@ class SystemdManager(Manager):
     # ----------------------------------------------------------------------------------------------------------- bus
 
     def _bus(self) -> Bus:
-        return connect_system(_IMPATIENT_S if self._impatient else _REPLY_S)
+        connected = connect_user if self._of_user else connect_system
+        return connected(_IMPATIENT_S if self._impatient else REPLY_S)
 
     def _listen(self, bus: Bus) -> None:
         """From before a job is asked for: it may have ended before the answer is read."""

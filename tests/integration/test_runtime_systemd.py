@@ -1,5 +1,5 @@
-"""What `--systemd-cgroup` refuses: a machine without systemd, one with v1 controllers, and an ordinary user. What it
-does is shown in tests/vm/test_systemd_scope.py."""
+"""What `--systemd-cgroup` refuses: a machine without systemd, and one with v1 controllers, whoever asks. What it does
+is shown in tests/vm/test_systemd_scope.py and test_user_systemd.py."""
 
 from __future__ import annotations
 
@@ -55,5 +55,6 @@ def test_v1_controllers_beside_systemd(home: Bundles) -> None:
     refused(home, "--systemd-cgroup: this machine has cgroup v1 controllers, and the systemd driver is for v2 alone")
 
 
-def test_an_ordinary_users_systemd(home: Bundles) -> None:
-    refused(home, "--systemd-cgroup: only root's systemd is supported, not the one of a user", who=AS_USER)
+def test_an_ordinary_users_systemd_beside_v1_controllers(home: Bundles) -> None:
+    needs("cgroup1")
+    refused(home, "--systemd-cgroup: this machine has cgroup v1 controllers", who=AS_USER)

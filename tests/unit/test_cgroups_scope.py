@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.cgroups import dbus
+from runtime.cgroups.buses import paths
 from runtime.cgroups.dbus import Reader, Variant, Writer, types
+from runtime.cgroups.hierarchy import below_service
 from runtime.cgroups.plan import Now
-from runtime.cgroups.scope import annotated, bits, expand_slice, properties, scope_for
+from runtime.cgroups.scope import USER_SLICE, annotated, bits, expand_slice, properties, scope_for
 from runtime.errors import RuntimeFailure
 from runtime.fields import Fields
 from runtime.resources import parse
@@ -197,3 +199,70 @@ def test_o36_an_other_side_that_is_gone_is_a_failure() -> None:
     with bus, pytest.raises(RuntimeFailure, match="closed the connection"):
         bus.call("to", "/path", "interface", "Member")
     thread_end.join()
+
+
+@pytest.mark.parametrize(
+    ("lines", "sent"),
+    [
+        ([b"OK 1234\r\n"], [b"\0AUTH EXTERNAL\r\n", b"BEGIN\r\n"]),  # systemd's own socket, before 253
+        ([b"DATA\r\n", b"OK 1234\r\n"], [b"\0AUTH EXTERNAL\r\n", b"DATA\r\n", b"BEGIN\r\n"]),
+    ],
+)
+def test_the_other_side_knows_who_we_are_without_a_number(lines: list[bytes], sent: list[bytes]) -> None:
+    """In a user namespace ours would be another one."""
+    mine, its = socket.socketpair()
+    heard = []
+
+    def serve() -> None:
+        for line in [*lines, b""]:
+            heard.append(its.recv(4096))
+            its.sendall(line)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with its, dbus.Bus(mine, "the test", 1.0, peer=True) as bus:
+        bus.open()
+        thread.join()
+    assert heard == sent
+
+
+def test_an_other_side_that_does_not_let_us_in_says_so() -> None:
+    mine, its = socket.socketpair()
+    its.sendall(b"REJECTED EXTERNAL\r\n")
+    with its, dbus.Bus(mine, "the test", 1.0, peer=True) as bus, pytest.raises(RuntimeFailure, match="refuses uid"):
+        bus.open()
+
+
+@pytest.mark.parametrize(
+    ("address", "found"),
+    [
+        ("", []),
+        ("unix:path=/run/user/1000/bus", ["/run/user/1000/bus"]),
+        ("unix:path=/a%20b%2c,guid=0123", ["/a b,"]),
+        ("unix:abstract=/tmp/dbus-x,guid=0", ["\0/tmp/dbus-x"]),
+        ("tcp:host=h,port=1;unix:path=/a;unix:path=/b", ["/a", "/b"]),
+    ],
+)
+def test_addresses_of_a_bus(address: str, found: list[str]) -> None:
+    assert paths(address) == found
+
+
+@pytest.mark.parametrize("address", ["autolaunch:", "tcp:host=h", "unix:tmpdir=/tmp", "unix:path=/a%2", "nothing"])
+def test_addresses_that_lead_to_no_bus_are_refused(address: str) -> None:
+    with pytest.raises(RuntimeFailure, match="DBUS_SESSION_BUS_ADDRESS"):
+        paths(address)
+
+
+def test_a_users_units_are_below_his_systemd() -> None:
+    below = "/user.slice/user-1000.slice/user@1000.service"
+    scope = scope_for("", "a", USER_SLICE).changed(below=below)
+    assert scope.relative == f"{below[1:]}/user.slice/ocirun-a.scope"
+    assert scope_for("-.slice:p:a", "a").changed(below=below).relative == f"{below[1:]}/p-a.scope"
+    assert below_service(scope.relative)
+    for machines in (
+        "system.slice/ocirun-a.scope",
+        "user.slice/p-a.scope",
+        "a.slice/a-b.slice",
+        "system.slice/x.service",
+    ):
+        assert not below_service(machines)

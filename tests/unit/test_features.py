@@ -166,7 +166,7 @@ def test_what_is_no_field_of_config_json() -> None:
     """The systemd driver is a flag of the command line; where there is no systemd it says so itself."""
     from runtime.cli import main
 
-    assert LINUX["cgroup"]["systemd"] and main(["--systemd-cgroup", "list"]) == 0
+    assert LINUX["cgroup"]["systemd"] and LINUX["cgroup"]["systemdUser"] and main(["--systemd-cgroup", "list"]) == 0
     assert FOUND["annotations"]["org.opencontainers.runc.checkpoint.enabled"] == str("checkpoint" in COMMANDS).lower()
 
 
