@@ -35,6 +35,7 @@ from cri.node import Node, Parts
 from cri.observe.setup import set_up_logs, watched
 from cri.own import Own
 from cri.recovery import check_networks, lost, recover
+from cri.renewal import renew_if_stale
 from cri.service import Metadata, Service
 from cri.stats import Statistics
 from cri.store import Store as Records
@@ -245,6 +246,7 @@ async def _become_ready(built: Built) -> None:
     gc.freeze()
     built.service.intercept.why_not = ""
     built.node.tasks.background(check_networks(built.node), "check networks")
+    built.node.tasks.background(renew_if_stale(), "renew ocirun")
     log.info("ready")
 
 

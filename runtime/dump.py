@@ -66,21 +66,23 @@ def make(slow: Path, modules: list[str]) -> Dump | None:
     executes when it has become stale. None where none can be made."""
     reader, writer = os.pipe()
     words = [sealed.interpreter(), "-IS", "-X", "utf8", "-X", "no_debug_ranges", "-c", _CHILD, str(ROOT), str(writer)]
-    try:
-        process = subprocess.Popen(
-            [*_SETARCH, *words, str(slow), *modules], env=_ENVIRONMENT, pass_fds=[writer], stdin=subprocess.DEVNULL
-        )
-    except FileNotFoundError:  # no setarch(8)
-        process = None
-    os.close(writer)
     with open(reader, "rb") as told:
-        known = told.readline()
-        if process is None or not told.readline():
+        try:
+            process = subprocess.Popen(
+                [*_SETARCH, *words, str(slow), *modules], env=_ENVIRONMENT, pass_fds=[writer], stdin=subprocess.DEVNULL
+            )
+        except FileNotFoundError:  # no setarch(8)
             return None
+        finally:
+            os.close(writer)
         with process:
-            pid = json.loads(known)["pid"]
+            known = told.readline()
+            if not told.readline():
+                return None
+            stopped = json.loads(known)
+            pid, files = stopped["pid"], stopped.pop("files")
             try:
-                return Dump(json.loads(known))
+                return Dump(stopped, [(path, mtime, size) for path, mtime, size in files])
             except (LookupError, OSError):  # another vDSO than is known; a policy that lets nobody look into processes
                 return None
             finally:
@@ -88,10 +90,12 @@ def make(slow: Path, modules: list[str]) -> Dump | None:
 
 
 class Dump:
-    """`content` is the file that a launcher maps; `launcher` is that program. Raises LookupError where there is a
+    """`content` is the file that a launcher maps; `launcher` is that program; `files` are path, modification time and
+    size of what the process was made of. Raises LookupError where there is a
     function of the vDSO that nothing stands in for, or no vDSO, and OSError where the process cannot be read."""
 
-    def __init__(self, known: dict[str, int]) -> None:
+    def __init__(self, known: dict[str, int], files: list[tuple[str, int, int]]) -> None:
+        self.files = files
         self._known = known
         self._rows: list[bytes] = []
         self._heap_end = 0

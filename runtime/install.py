@@ -1,17 +1,20 @@
-"""python -m runtime.install PREFIX: writes the command PREFIX/bin/ocirun and what makes its start quick.
+"""python -m runtime.install [--if-stale] PREFIX: writes the command PREFIX/bin/ocirun and what makes its start quick.
 
     PREFIX/bin/ocirun             a launcher of a dump (runtime/dump.py), or the same as the next
     PREFIX/lib/ocirun/ocirun      a line of shell: this interpreter through its dynamic loader (see runtime/sealed.py)
     PREFIX/lib/ocirun/boot.pyc    runtime/boot.py, compiled
     PREFIX/lib/ocirun/modules     the byte code of runtime/ and of what it imports of the standard library, in one file
     PREFIX/lib/ocirun/dump-HASH   the memory of an interpreter that has imported all of that
+    PREFIX/lib/ocirun/made-of     the files that it was made of (runtime/made_of.py)
 
-Refuses to guess: where the interpreter names no loader, the command starts it directly, which is slower and as safe.
-Invariant: each file is whole or the old one; the command works, at a slower pace, without the last three.
+With --if-stale nothing is written unless the dump has become stale. Refuses to guess: where the interpreter names no
+loader, the command starts it directly, which is slower and as safe. Invariant: each file is whole or the old one, and
+one process writes at a time; the command works, at a slower pace, without the last four.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -24,7 +27,7 @@ import sys
 from pathlib import Path
 from types import CodeType
 
-from runtime import boot, dump, sealed
+from runtime import boot, dump, made_of, sealed
 from runtime.cli import COMMANDS
 from runtime.thinned import compile_thin
 
@@ -37,6 +40,7 @@ _NOT_OCIRUN = (
     "runtime.install",
     "runtime.boot",
     "runtime.dump",
+    "runtime.made_of",
     "runtime.resumable",
     "runtime.thinned",
 )
@@ -63,33 +67,41 @@ for name in sys.argv[2:]:
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        print("usage: python -m runtime.install PREFIX", file=sys.stderr)
+    if_stale = arguments[:1] == ["--if-stale"]
+    if len(arguments) != 1 + if_stale:
+        print("usage: python -m runtime.install [--if-stale] PREFIX", file=sys.stderr)
         return 2
-    prefix = Path(arguments[0]).resolve()
+    prefix = Path(arguments[-1]).resolve()
     library = prefix / "lib/ocirun"
     library.mkdir(parents=True, exist_ok=True)
     (prefix / "bin").mkdir(exist_ok=True)
+    with (library / "lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not if_stale or made_of.stale(library):
+            _install(prefix, library)
+    return 0
+
+
+def _install(prefix: Path, library: Path) -> None:
     _write(library / "modules", bundle(sources(), groups()))
     _write(library / "boot.pyc", _boot(library / "modules"))
     words = [*loader(sealed.interpreter()), sealed.interpreter(), "-IS", "-X", "utf8", str(library / "boot.pyc")]
     slow = library / "ocirun"
     _write(slow, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'.encode(), 0o755)
-    _write(prefix / "bin/ocirun", _quick(library, slow) or slow.read_bytes(), 0o755)
-    return 0
-
-
-def _quick(library: Path, slow: Path) -> bytes:
-    """The program that resumes a dump, which is written; empty where there can be none."""
     modules = ["runtime.cli", *(name for name in sources() if name.startswith("runtime."))]
     made = dump.make(slow, modules)
     name = f"dump-{hashlib.sha256(made.content).hexdigest()[:16]}" if made else ""
     if made:
         _write(library / name, made.content)
+    _write(prefix / "bin/ocirun", made.launcher(library / name, slow) if made else slow.read_bytes(), 0o755)
+    # Last: after an installation that was broken off the old dump is known, and is either in use or not there.
+    if made:
+        _write(library / made_of.FILE, made_of.told(name, made.files))
+    else:
+        (library / made_of.FILE).unlink(missing_ok=True)
     for old in library.glob("dump-*"):
         if old.name != name:
             old.unlink()
-    return made.launcher(library / name, slow) if made else b""
 
 
 def sources() -> dict[str, Path]:

@@ -59,9 +59,9 @@ def _stop(report: int, slow: str, began: int) -> NoReturn:
         known = dumped.prepare()
         sources = _sources()
         if known is not None and all(mtime < began for _, mtime, _ in sources):
-            known["pid"] = os.getpid()
-            os.write(report, b"%s\n" % encode(known))
-            os.close(report)
+            told = {**known, "pid": os.getpid(), "files": sources}
+            with open(report, "wb") as parent:
+                parent.write(b"%s\n" % encode(told))
             gc.collect()
             malloc_trim()
             gc.freeze()

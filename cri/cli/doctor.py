@@ -1,6 +1,6 @@
-"""`ocid doctor`: verifies every blob, unpacked layer, snapshot and record of the images; with --repair fetches what is
-damaged again from where it came, with --deep unpacks every image once more and compares. The exit code is 0 when
-nothing is wrong (any more), else 1."""
+"""`ocid doctor`: verifies every blob, unpacked layer, snapshot and record of the images, and whether ocirun still goes
+on from its dump; with --repair fetches what is damaged again from where it came, and installs ocirun anew, with --deep
+unpacks every image once more and compares. The exit code is 0 when nothing is wrong (any more), else 1."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import argparse
 import asyncio
 import json
 
+from cri import renewal
 from cri.api import api_pb2 as pb
 from cri.cli import output
 from cri.cli.connect import Api, connect
 from cri.cli.main import CommandError
 from cri.cli.verify import deep_differences
 from cri.config import Config
+from runtime import made_of
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +41,11 @@ async def _run(args: argparse.Namespace) -> int:
             for what in await asyncio.to_thread(_differences, api.config, manifest)
         ]
         problems, left = problems + found, left + found
+    if why := made_of.stale(renewal.library()):
+        name = str(renewal.library() / "ocirun")
+        problems = [*problems, {"kind": "command", "name": name, "what": f"starts slowly: {why}", "image": ""}]
+        if not args.repair or (why := await renewal.renew()):
+            left = [*left, {"kind": "command", "name": name, "what": f"starts slowly: {why}", "image": ""}]
     if args.format == "json":
         output.as_json({"problems": problems, "left": left})
     else:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import dump, install
+from runtime import dump, install, made_of
 from tests.bundles import Bundles, bundles
 from tests.support import eventually, needs
 
@@ -201,6 +201,29 @@ def test_a_file_that_changed_makes_it_stale(installed: tuple[Path, Path]) -> Non
         assert said(prefix / "bin/ocirun", "--version").startswith("ocirun version")
 
 
+def test_others_can_tell_that_it_is_stale_and_a_new_one_is_made_then(installed: tuple[Path, Path]) -> None:
+    tree, prefix = installed
+    library, command = prefix / "lib/ocirun", prefix / "bin/ocirun"
+    source = tree / "runtime/options.py"
+    words = [sys.executable, "-m", "runtime.install", "--if-stale", prefix]
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    slow = (library / "ocirun").read_bytes()
+    assert made_of.stale(library) == ""
+    subprocess.run(words, cwd=tree, env=environment, check=True)
+    assert (library / "ocirun").read_bytes() == slow  # it was not: nothing is written
+    source.write_text(source.read_text() + "\n")
+    assert made_of.stale(library) == f"{source} has changed"
+    assert said(command, "list") == "slow list\n"
+    subprocess.run(words, cwd=tree, env=environment, check=True)
+    assert made_of.stale(library) == ""
+    (library / "ocirun").write_bytes(slow)
+    assert said(command, "--version").startswith("ocirun version")
+    (made,) = dumps(library)
+    away = made.rename(made.with_name("away"))
+    assert made_of.stale(library) == f"{made} is gone"
+    away.rename(made)
+
+
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "longer", "unreadable place"])
 def test_a_dump_that_is_not_whole_is_not_resumed(installed: tuple[Path, Path], damage: str) -> None:
     _, prefix = installed
@@ -260,5 +283,5 @@ def test_where_no_dump_can_be_made_the_command_is_the_slow_one(tmp_path: Path, m
     assert install.main([str(tmp_path / "prefix")]) == 0
     command = tmp_path / "prefix/bin/ocirun"
     assert command.read_bytes() == (tmp_path / "prefix/lib/ocirun/ocirun").read_bytes()
-    assert not dumps(tmp_path / "prefix/lib/ocirun")
+    assert not dumps(tmp_path / "prefix/lib/ocirun") and made_of.stale(tmp_path / "prefix/lib/ocirun") == ""
     assert said(command, "--version").startswith("ocirun version")

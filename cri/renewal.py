@@ -1,0 +1,91 @@
+"""A new dump for ocirun where the old one has become stale: after an upgrade of Python, the C library, or ocid itself.
+
+Until then ocirun starts the slow way (docs/decisions/0024). Refuses prefixes that may not be written to, and says so.
+Invariant: it is another process that makes the dump, with a low priority and for at most _DEADLINE_S; a failure leaves
+the command as it is, which works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import runtime
+from cri.threads import to_thread
+from runtime import made_of
+from runtime.linux.process import pidfd_open
+
+log = logging.getLogger(__name__)
+
+_DEADLINE_S = 120.0
+_NICE = 10
+_SAID = 2000  # bytes of what a failed installation says
+
+
+def library() -> Path:
+    """Where runtime/install.py has put what belongs to the command of this installation."""
+    return Path(sys.prefix, "lib/ocirun")
+
+
+async def renew_if_stale() -> None:
+    """For a daemon that has started: what goes wrong is logged, and nothing else."""
+    why = await to_thread(made_of.stale, library())
+    if not why:
+        return
+    log.info("ocirun starts slowly: %s; it is installed anew", why)
+    if problem := await renew():
+        log.warning("ocirun still starts slowly: %s", problem)
+
+
+async def renew() -> str:
+    """Installs ocirun anew. What went wrong, or ""."""
+    if not os.access(library(), os.W_OK):
+        return f"{library()} cannot be written to: python -m runtime.install {sys.prefix}, by who may, would do it"
+    said = os.memfd_create("ocirun-install", os.MFD_CLOEXEC)
+    try:
+        code = await _run(said)
+        if code is None:
+            return f"its installation took longer than {_DEADLINE_S:.0f} s"
+        words = os.pread(said, _SAID, max(0, os.fstat(said).st_size - _SAID)).decode(errors="replace").strip()
+        return f"its installation ended with {code}: {words}" if code else made_of.stale(library())
+    finally:
+        os.close(said)
+
+
+async def _run(output: int) -> int | None:
+    """The exit code of the installation; None where it did not end in time. It is gone afterwards in any case."""
+    words = [sys.executable, "-m", "runtime.install", "--if-stale", sys.prefix]
+    tree = str(Path(runtime.__file__).parents[1])
+    # The daemon never forks. A group of its own, so that what it started can be ended with it.
+    pid = os.posix_spawn(
+        sys.executable,
+        words,
+        {"PATH": os.environ.get("PATH", os.defpath), "PYTHONPATH": tree},
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_DUP2, output, 1),
+            (os.POSIX_SPAWN_DUP2, output, 2),
+        ],
+        setpgroup=0,
+    )
+    os.setpriority(os.PRIO_PROCESS, pid, _NICE)
+    pidfd = pidfd_open(pid)
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(pidfd, ended.set)
+    try:
+        await asyncio.wait_for(ended.wait(), _DEADLINE_S)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except BaseException as error:
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        if isinstance(error, TimeoutError):
+            return None
+        raise
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
