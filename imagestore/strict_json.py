@@ -130,6 +130,14 @@ class Fields:
             raise ContentInvalid(f"{self.path}.{key}: {value} is outside {low} to {high}")
         return value
 
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self._get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self._wrong(key, "a boolean", value)
+        return value
+
     def strings(self, key: str) -> tuple[str, ...]:
         value = self._get(key)
         if value is None:

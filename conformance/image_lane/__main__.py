@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conformance.harness.verdicts import FAIL, PASS, Outcome, judge, summary
+from conformance.image_lane import carrying, cases
 from conformance.image_lane.bench import CaseFailed, bench
-from conformance.image_lane.cases import CASES
 
 PEERS = ("skopeo", "umoci", "docker-registry")
 
@@ -29,7 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = [name for name in PEERS if shutil.which(name) is None]
     if missing:
         raise SystemExit(f"conformance: {', '.join(missing)} not found; hack/setup installs them")
-    chosen = [case for case in CASES if not options.k or any(word in case.__name__ for word in options.k)]
+    chosen = [
+        case
+        for case in (*cases.CASES, *carrying.CASES)
+        if not options.k or any(word in case.__name__ for word in options.k)
+    ]
     verdicts = []
     with tempfile.TemporaryDirectory(prefix="ocid-images-", dir="/var/tmp") as name, bench(Path(name)) as made:
         for case in chosen:

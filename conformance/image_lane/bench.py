@@ -69,10 +69,12 @@ class Bench:
     def _skopeo(self, words: Sequence[str], login: bool) -> list[str]:
         """The command with a certificate directory and a login on whichever side is a registry."""
         command, *rest = words
-        made = ["skopeo", command]
+        made = ["skopeo", f"--registries.d={self.directory}/registries.d", command]
         certificates, authfile = str(self.directory / "skopeo-certs"), str(self.directory / "auth.json")
         if command == "copy":
             made += ["-q", f"--src-cert-dir={certificates}", f"--dest-cert-dir={certificates}"]
+        elif command == "sync":
+            made += [f"--src-cert-dir={certificates}", f"--dest-cert-dir={certificates}"]
         elif command == "inspect":
             made += ["--no-tags", f"--cert-dir={certificates}"]
         else:
@@ -140,9 +142,13 @@ def _configure(made: Bench) -> None:
     (hosts / "hosts.toml").write_text(f'server = "https://{made.address}"\nca = "{made.ca}"\n')
     (base / "config.toml").write_text(
         f'[image]\nhosts_dirs = ["{base}/certs.d"]\nauth_files = ["{base}/auth.json"]\n'
-        f'registries_conf = "{base}/registries.conf"\n[network]\nnetns_pool = 0\nconf_dir = "{base}/net.d"\n'
+        f'registries_conf = "{base}/registries.conf"\n'
+        f'registries_d = "{base}/registries.d"\n[network]\nnetns_pool = 0\nconf_dir = "{base}/net.d"\n'
     )
     (base / "net.d").mkdir()
+    (base / "registries.d").mkdir()
+    lookaside = f"default-docker:\n  lookaside: file://{base}/lookaside\n  sigstore: file://{base}/lookaside\n"
+    (base / "registries.d" / "default.yaml").write_text(lookaside)
 
 
 def _certificate(directory: Path) -> tuple[Path, Path]:

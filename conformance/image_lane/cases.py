@@ -28,7 +28,7 @@ def _layout(bench: Bench, name: str) -> str:
     return prepared
 
 
-def _pushed(bench: Bench, name: str, *options: str) -> str:
+def pushed(bench: Bench, name: str, *options: str) -> str:
     """A test image in the registry, put there by skopeo."""
     place = bench.docker(f"theirs/{name}:1")
     bench.skopeo("copy", *options, _layout(bench, name), place)
@@ -38,7 +38,7 @@ def _pushed(bench: Bench, name: str, *options: str) -> str:
 def push(bench: Bench) -> None:
     """A layout is pushed by both: the same digest, and each reads what the other pushed."""
     for name in ("busybox", "layers", "nginx"):
-        theirs, ours = _pushed(bench, name), bench.docker(f"ours/{name}:1")
+        theirs, ours = pushed(bench, name), bench.docker(f"ours/{name}:1")
         digest = bench.ocid("copy", _layout(bench, name), ours).strip()
         same(f"{name}: digest", digest, bench.digest(theirs))
         same(f"{name}: what skopeo reads of ours", bench.raw(ours), bench.raw(theirs))
@@ -47,7 +47,7 @@ def push(bench: Bench) -> None:
 
 def mount(bench: Bench) -> None:
     """Within the registry: no blob is sent a second time, and the digest stays."""
-    source = _pushed(bench, "layers")
+    source = pushed(bench, "layers")
     uploads = bench.directory / "registry" / "storage/docker/registry/v2/repositories/mounted/layers/_uploads"
     digest = bench.ocid("copy", source, bench.docker("mounted/layers:1")).strip()
     same("digest", digest, bench.digest(source))
@@ -56,7 +56,7 @@ def mount(bench: Bench) -> None:
 
 def all_platforms(bench: Bench) -> None:
     """An index with all that it names, byte by byte."""
-    theirs, ours = _pushed(bench, "multi", "--all"), bench.docker("ours/multi:1")
+    theirs, ours = pushed(bench, "multi", "--all"), bench.docker("ours/multi:1")
     bench.ocid("copy", "--all", _layout(bench, "multi"), ours)
     same("index", bench.raw(ours), bench.raw(theirs))
     for child in json.loads(bench.raw(theirs))["manifests"]:
@@ -66,24 +66,24 @@ def all_platforms(bench: Bench) -> None:
 
 def one_platform(bench: Bench) -> None:
     """Of an index the one that was asked for, and by default this machine's."""
-    source, directory = _pushed(bench, "multi", "--all"), bench.fresh("one_platform")
+    source, directory = pushed(bench, "multi", "--all"), bench.fresh("one_platform")
     bench.ocid("copy", "--platform", "linux/arm64", source, f"dir:{directory}/ours")
     config = json.loads((directory / "ours" / "manifest.json").read_bytes())["config"]["digest"]
     found = json.loads((directory / "ours" / config.removeprefix("sha256:")).read_bytes())
     same("architecture", found["architecture"], "arm64")
     bench.ocid("copy", source, f"dir:{directory}/default")
     bench.skopeo("copy", source, f"dir:{directory}/their-default")
-    same("default", _files(directory / "default"), _files(directory / "their-default"))
+    same("default", files(directory / "default"), files(directory / "their-default"))
 
 
 def to_layout(bench: Bench) -> None:
     """Both write the same layout, into an empty one and beside another image."""
     directory = bench.fresh("to_layout")
     for name in ("busybox", "layers"):
-        source = _pushed(bench, name)
+        source = pushed(bench, name)
         bench.ocid("copy", source, f"oci:{directory}/ours:{name}")
         bench.skopeo("copy", source, f"oci:{directory}/theirs:{name}")
-    same("blobs", _files(directory / "ours/blobs"), _files(directory / "theirs/blobs"))
+    same("blobs", files(directory / "ours/blobs"), files(directory / "theirs/blobs"))
     entries = [json.loads((directory / who / "index.json").read_bytes())["manifests"] for who in ("ours", "theirs")]
     key = lambda entry: str(entry["annotations"])  # noqa: E731
     same("index.json", sorted(entries[0], key=key), sorted(entries[1], key=key))
@@ -96,10 +96,10 @@ def to_directory(bench: Bench) -> None:
     """`dir:` is byte by byte the same, also with all platforms."""
     directory = bench.fresh("to_directory")
     for name, option in (("layers", ()), ("multi", ("--all",))):
-        source = _pushed(bench, name, *option)
+        source = pushed(bench, name, *option)
         bench.ocid("copy", *option, source, f"dir:{directory}/ours-{name}")
         bench.skopeo("copy", *option, source, f"dir:{directory}/theirs-{name}")
-        same(name, _files(directory / f"ours-{name}"), _files(directory / f"theirs-{name}"))
+        same(name, files(directory / f"ours-{name}"), files(directory / f"theirs-{name}"))
         back = bench.docker(f"back/{name}:1")
         bench.ocid("copy", *option, f"dir:{directory}/theirs-{name}", back)
         same(f"{name} and back", bench.raw(back), bench.raw(source))
@@ -109,7 +109,7 @@ def archives(bench: Bench) -> None:
     """Each reads the other's archives: the same config, the same layers."""
     directory = bench.fresh("archives")
     for name in ("nginx", "layers"):
-        source = _pushed(bench, name)
+        source = pushed(bench, name)
         for kind, tag in (("oci-archive", "x"), ("docker-archive", "docker.io/library/x:1")):
             ours, theirs = f"{kind}:{directory}/ours-{name}:{tag}", f"{kind}:{directory}/theirs-{name}:{tag}"
             for file in (directory / f"ours-{name}", directory / f"theirs-{name}"):
@@ -127,7 +127,7 @@ def archives(bench: Bench) -> None:
 
 def conversion(bench: Bench) -> None:
     """Docker's schema 2 from OCI and back: the same blobs under the other media types."""
-    source = _pushed(bench, "busybox")
+    source = pushed(bench, "busybox")
     for ours, theirs in (("docker", "v2s2"), ("oci", "oci")):
         bench.ocid("copy", "--format", ours, source, bench.docker(f"ours/{theirs}:1"))
         bench.skopeo("copy", f"--format={theirs}", source, bench.docker(f"theirs/{theirs}:1"))
@@ -139,7 +139,7 @@ def conversion(bench: Bench) -> None:
 
 def access(bench: Bench) -> None:
     """Without a login, with a wrong one and without the CA both refuse, and nobody's message has the password."""
-    source = _pushed(bench, "busybox")
+    source = pushed(bench, "busybox")
     bench.skopeo_fails("inspect", source, login=False)
     said = [
         bench.ocid_fails("manifest", "inspect", "--authfile", "/dev/null", source),
@@ -161,7 +161,7 @@ def access(bench: Bench) -> None:
 def inspection(bench: Bench) -> None:
     """`inspect` without pulling says the same."""
     for name in ("busybox", "nginx"):
-        source = _pushed(bench, name)
+        source = pushed(bench, name)
         ours, theirs = json.loads(bench.ocid("inspect", source)), json.loads(bench.skopeo("inspect", source))
         tags = json.loads(bench.skopeo("list-tags", source.rpartition(":")[0]))["Tags"]
         same(f"{name}: RepoTags", ours["RepoTags"], tags)
@@ -174,7 +174,7 @@ def inspection(bench: Bench) -> None:
 
 def config_and_tags(bench: Bench) -> None:
     """A config byte by byte, and a repository's tags."""
-    source = _pushed(bench, "nginx")
+    source = pushed(bench, "nginx")
     for tag in ("2", "10", "a"):
         bench.ocid("copy", source, bench.docker(f"tagged/nginx:{tag}"))
     same("digest", bench.ocid("manifest", "digest", source).strip(), bench.digest(source))
@@ -186,7 +186,7 @@ def config_and_tags(bench: Bench) -> None:
 def deletion(bench: Bench) -> None:
     """What ocid deletes skopeo does not find, and the other way round; what else is there stays."""
     for number, (name, recipe) in enumerate((("one", "busybox"), ("two", "layers"), ("three", "nginx"))):
-        bench.ocid("copy", _pushed(bench, recipe), bench.docker(f"deleted/app:{name}"))
+        bench.ocid("copy", pushed(bench, recipe), bench.docker(f"deleted/app:{name}"))
         if number == 0:
             bench.ocid("manifest", "delete", bench.docker("deleted/app:one"))
         elif number == 1:
@@ -198,7 +198,7 @@ def deletion(bench: Bench) -> None:
 
 def unverified(bench: Bench) -> None:
     """A registry whose certificate nobody knows: refused, and taken where the command says so."""
-    source, directory = _pushed(bench, "busybox"), bench.fresh("unverified")
+    source, directory = pushed(bench, "busybox"), bench.fresh("unverified")
     hosts = bench.directory / "certs.d" / bench.address / "hosts.toml"
     kept = hosts.read_text()
     try:
@@ -214,7 +214,7 @@ def unverified(bench: Bench) -> None:
 
 def pull_and_save(bench: Bench) -> None:
     """What was pulled leaves the store as it came: by digest, into an archive that skopeo reads."""
-    source, directory = _pushed(bench, "nginx"), bench.fresh("pull_and_save")
+    source, directory = pushed(bench, "nginx"), bench.fresh("pull_and_save")
     name = source.removeprefix("docker://")
     identifier = bench.ocid("pull", name).strip()
     same("id", identifier, json.loads(bench.raw(source))["config"]["digest"])
@@ -235,7 +235,7 @@ def umoci_unpacks_ours(bench: Bench) -> None:
     """A layout that ocid wrote, unpacked by umoci, is the tree that ocid unpacked."""
     directory = bench.fresh("umoci_unpacks_ours")
     for name in ("layers", "nginx"):
-        source = _pushed(bench, name)
+        source = pushed(bench, name)
         reference = source.removeprefix("docker://")
         bench.ocid("pull", reference)
         bench.ocid("copy", source, f"oci:{directory}/layout:{name}")
@@ -278,7 +278,7 @@ CASES: tuple[Case, ...] = (
 # ------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _files(root: Path) -> dict[str, bytes]:
+def files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 

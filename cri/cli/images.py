@@ -10,6 +10,7 @@ from typing import Any
 from cri.api import api_pb2 as pb
 from cri.cli import output
 from cri.cli.connect import connect
+from cri.cli.template import Template
 from imagestore.artifacts import ARTIFACT_TYPE
 
 
@@ -18,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-d", "--disk", action="store_true", help="what each takes on disk, and what is its own of that"
     )
-    output.format_argument(parser)
+    output.format_argument(parser, templates=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,7 +30,11 @@ async def _run(args: argparse.Namespace) -> int:
     async with connect(args) as api:
         listed = (await api.call("ListImages", pb.ListImagesRequest())).images
         disk = await api.own("Sharing", {}) if args.disk else None
-    if disk is not None and not args.quiet:
+    if args.format not in output.FORMATS and not args.quiet:
+        template = Template(args.format)
+        for row in _rows(listed):
+            print(template.render(row))
+    elif disk is not None and not args.quiet:
         _disk(args.format, listed, disk)
     elif args.quiet:
         for image in listed:
@@ -56,6 +61,27 @@ async def _run(args: argparse.Namespace) -> int:
         ]
         output.table(("IMAGE", "ID", "SIZE"), sorted(rows))
     return 0
+
+
+def _rows(listed: Sequence[pb.Image]) -> list[dict[str, Any]]:
+    """A row for each name, in docker's words."""
+    found = []
+    for image in listed:
+        digests = {digest.partition("@")[0]: digest.partition("@")[2] for digest in image.repo_digests}
+        names = [name.rpartition(":") for name in image.repo_tags] or [(name, "", "<none>") for name in digests]
+        for repository, _, tag in names or [("<none>", "", "<none>")]:
+            found.append(
+                {
+                    "Repository": repository,
+                    "Tag": tag,
+                    "Digest": digests.get(repository, "<none>"),
+                    "ID": image.id.removeprefix("sha256:")[:12],
+                    "Size": output.size(image.size),
+                    "Pinned": image.pinned,
+                    "Artifact": image.spec.annotations.get(ARTIFACT_TYPE, ""),
+                }
+            )
+    return sorted(found, key=lambda row: (row["Repository"], row["Tag"]))
 
 
 def _disk(form: str, listed: Sequence[pb.Image], disk: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cri.api import api_pb2 as pb
@@ -13,6 +14,7 @@ from cri.cli import names, output
 from cri.cli.connect import Api, connect
 from cri.cli.main import CommandError
 from cri.cli.registry_options import authfile_argument, platform_argument, tls_argument
+from cri.cli.template import Template, Time
 from imagestore.copying.places import KINDS, Place
 
 if TYPE_CHECKING:
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="+", help="container name or id, image reference, or docker://…, oci:…, dir:…")
+    parser.add_argument(
+        "-f", "--format", metavar="TEMPLATE", help="print each by a Go template, such as '{{.Digest}}' or '{{json .}}'"
+    )
     parser.add_argument("--creds", metavar="USER:PASSWORD", help="log in to the registry with these")
     authfile_argument(parser)
     tls_argument(parser)
@@ -50,7 +55,10 @@ async def _elsewhere(args: argparse.Namespace) -> int:
             called = parse(place.name).repository if place.kind == "docker" else ""
             known = [] if args.no_tags or not called else await _tags(session, place, access(args))
             found.append(await inspect(source, called, known, session.scratch, session.threads, session.config))
-    output.as_json(found[0] if len(found) == 1 else found)
+    if args.format:
+        _print(args.format, [_for_template(one) for one in found])
+    else:
+        output.as_json(found[0] if len(found) == 1 else found)
     return 0
 
 
@@ -87,8 +95,22 @@ async def _run(args: argparse.Namespace) -> int:
                 status = response.image
             info = {key: _decoded(value) for key, value in response.info.items()}
             found.append({"status": MessageToDict(status), **more, **info})
-    output.as_json(found)
+    if args.format:
+        _print(args.format, found)
+    else:
+        output.as_json(found)
     return 0
+
+
+def _for_template(found: Mapping[str, Any]) -> dict[str, Any]:
+    """As Go's values of it are printed: a time is none of JSON's, and what is missing is an empty map."""
+    return {**found, "Created": Time(found["Created"]) if found["Created"] else None, "Labels": found["Labels"] or {}}
+
+
+def _print(text: str, documents: Sequence[Mapping[str, Any]]) -> None:
+    template = Template(text)
+    for document in documents:
+        print(template.render(document))
 
 
 async def _pod(api: Api, id: str) -> dict[str, Any]:

@@ -33,6 +33,7 @@ COMMANDS = {
     "save": "save images to an archive",
     "push": "send an image that is here to a registry",
     "copy": "copy an image between registries, layouts, archives, directories and the store",
+    "sync": "copy all images of a repository, a directory or a list to a registry or a directory",
     "verify": "say whether the signature policy accepts an image, and why; --deep: whether it was tampered with here",
     "sign": "sign an image in a registry, with a key or an identity",
     "manifest": "print an image's manifest, config, tags or what refers to it, without pulling; or delete it there",

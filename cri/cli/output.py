@@ -12,10 +12,27 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+FORMATS = ("table", "json")
 
-def format_argument(parser: argparse.ArgumentParser) -> None:
-    """The `--format` option of every listing."""
-    parser.add_argument("--format", choices=("table", "json"), default="table", help="how to print (default: table)")
+
+def format_argument(parser: argparse.ArgumentParser, *, templates: bool = False) -> None:
+    """The `--format` option of every listing; with `templates` also a Go template for each row."""
+    if templates:
+        parser.add_argument(
+            "--format",
+            type=_form,
+            metavar="table|json|TEMPLATE",
+            default="table",
+            help="how to print (default: table); a Go template is filled in for each row, such as '{{.Repository}}'",
+        )
+    else:
+        parser.add_argument("--format", choices=FORMATS, default="table", help="how to print (default: table)")
+
+
+def _form(text: str) -> str:
+    if text not in FORMATS and "{{" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither of {', '.join(FORMATS)}, nor a template")
+    return text
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

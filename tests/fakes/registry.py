@@ -413,6 +413,10 @@ class FakeRegistry:
             if self.digest_header:
                 headers["Docker-Content-Digest"] = sha256(found[0])
             return Reply(200, headers, found[0])
+        tags = re.fullmatch(r"/v2/(.+)/tags/list", request.path)
+        if tags:
+            found_tags = sorted(tag for path, tag in self.manifests if path == tags[1] and ":" not in tag)
+            return Reply(200, body=as_json({"name": tags[1], "tags": found_tags}))
         blob = re.search(r"/blobs/([^/]+)$", request.path)
         if blob and self.strict_repositories and (_repository(request.path), blob[1]) not in self.uploads.has:
             return _error(404, "BLOB_UNKNOWN", "blob unknown to registry")

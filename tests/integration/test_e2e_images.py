@@ -83,6 +83,10 @@ def test_an_image_without_layers_runs_what_is_mounted_into_it(
         "scratch", "1", build_image([], config={"Env": ["PATH=/bin"], "Cmd": ["/bin/busybox", "ls", "/"]})
     )
     said(alone, "pull", name)
+    form = "{{.Repository}}:{{.Tag}} {{.Digest}} {{json .Pinned}}"
+    built = registry.manifests[("scratch", "1")][0]
+    assert said(alone, "images", "--format", form).decode().splitlines() == [f"{name} {sha256(built)} false"]
+    assert said(alone, "inspect", "-f", "{{.status.id}}", name).startswith(b"sha256:")
     mounts = [word for path in ("/bin", "/lib", "/lib64", "/usr") for word in ("-v", f"{path}:{path}:ro")]
     listed = said(alone, "run", "--rm", "--net=none", *mounts, name).decode().split()
     assert {"bin", "proc", "dev"} <= set(listed) and "root" not in listed
