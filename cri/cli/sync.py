@@ -4,8 +4,8 @@
     ocid sync --src dir --dest docker /media/usb registry.example.com/lib   registry.example.com/lib/app:1, …
     ocid sync --src yaml --dest docker LIST.yaml registry.example.com       what LIST.yaml names
 
-Refuses to copy from directory to directory, and over an image that is in a directory already. Invariant: a line for each
-image that was copied, with its digest; exit code 0 means all of them.
+Refuses to copy from directory to directory, and over an image that is in a directory already. Invariant: a line for
+each image that was copied, with its digest; exit code 0 means all of them.
 """
 
 from __future__ import annotations
