@@ -14,7 +14,7 @@ import sys
 from cri.api import api_pb2 as pb
 from cri.cli import names
 from cri.cli.connect import connect
-from cri.cli.main import CommandError
+from cri.cli.main import FAILED, CommandError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     words = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not words:
-        raise CommandError("say what to run", 125)
+        raise CommandError("say what to run")
     state, container_id = asyncio.run(_find(args))
     command = [sys.executable, "-I", "-m", "runtime.cli", "--root", f"{state}/runtime", "--shell-codes", "exec"]
     command += ["--tty"] if args.tty else []
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 async def _find(args: argparse.Namespace) -> tuple[str, str]:
     async with connect(args) as api:
-        container = await names.find(api, args.container)
+        container = await names.find(api, args.container, FAILED)
         if container.state != pb.CONTAINER_RUNNING:
-            raise CommandError(f"{args.container} is not running", 125)
+            raise CommandError(f"{args.container} is not running")
         return str(api.config.state), container.id

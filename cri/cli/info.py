@@ -35,6 +35,7 @@ async def _run(args: argparse.Namespace) -> int:
     if args.format == "json":
         output.as_json(facts)
     else:
+        facts["daemon"] = str(facts["daemon"]).lower()
         rows = [(key, str(value)) for key, value in facts.items() if key != "conditions"]
         rows += [(name, str(value).lower()) for name, value in sorted(dict(facts["conditions"]).items())]
         output.table(("WHAT", "VALUE"), rows)

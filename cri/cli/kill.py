@@ -9,6 +9,9 @@ import sys
 
 from cri.cli import names
 from cri.cli.connect import connect
+from cri.cli.main import CommandError
+from runtime.commands.change import signal_number
+from runtime.options import UsageError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +20,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    try:
+        signal_number(args.signal)
+    except UsageError as error:
+        raise CommandError(f"-s: {error}") from None
     state, container_id = asyncio.run(_find(args))
     command = [
         sys.executable,

@@ -15,12 +15,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from cri.api import api_pb2 as pb
 from cri.cli.connect import Api, configuration, connect
 from cri.cli.main import CommandError
 from cri.cli.pull import Wanted, pull
 from cri.cli.registry_options import given_keys
+from imagestore.content import errno_text
 from imagestore.copying.archives import images_in, plain_copy
 from imagestore.copying.places import Place
 from imagestore.model import ImageError
@@ -63,10 +65,17 @@ def _opened(name: str | None, limit: int) -> Iterator[tuple[Path, int]]:
             yield Path(name).absolute(), fd
         return
     with contextlib.ExitStack() as held:
-        source = held.enter_context(open(name, "rb")) if name is not None else sys.stdin.buffer
+        source = held.enter_context(_reader(name)) if name is not None else sys.stdin.buffer
         path = Path(name).absolute() if name is not None else _STDIN
         with tempfile.NamedTemporaryFile(prefix="ocid-load-", suffix=".tar", dir=_spacious()) as file:
             yield path, (file if plain_copy(source, file, limit) else source).fileno()
+
+
+def _reader(name: str) -> BinaryIO:
+    try:
+        return open(name, "rb")
+    except OSError as error:
+        raise CommandError(f"open {name}: {errno_text(error)}") from None
 
 
 @contextlib.contextmanager
@@ -75,7 +84,7 @@ def opened(path: Path) -> Iterator[int]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
-        raise CommandError(f"open {path}: {(error.strerror or str(error)).lower()}") from None
+        raise CommandError(f"open {path}: {errno_text(error)}") from None
     try:
         yield fd
     finally:

@@ -13,6 +13,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+FAILED = 125
 COMMANDS = {
     "serve": "serve the CRI for a kubelet or crictl",
     "run": "run a command in a new container",
@@ -46,10 +51,17 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Words that are no options of ours are a failure of ours: argparse's 2 could be the container's own code."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(FAILED, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 class CommandError(Exception):
     """What went wrong, for the person at the terminal; `code` is the exit code."""
 
-    def __init__(self, message: str, code: int = 125) -> None:
+    def __init__(self, message: str, code: int = FAILED) -> None:
         super().__init__(message)
         self.code = code
 
@@ -69,8 +81,8 @@ def _usage() -> str:
     )
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"ocid {command}", description=COMMANDS[command], allow_abbrev=False)
+def _parser(command: str) -> Parser:
+    parser = Parser(prog=f"ocid {command}", description=COMMANDS[command], allow_abbrev=False)
     _shared(parser)
     return parser
 
@@ -95,7 +107,7 @@ def main() -> int:
 
 def ocid(words: Sequence[str]) -> int:
     """Does what the words ask for; the exit code."""
-    before = argparse.ArgumentParser(prog="ocid", add_help=False, allow_abbrev=False)
+    before = Parser(prog="ocid", add_help=False, allow_abbrev=False)
     _shared(before)
     before.add_argument("-h", "--help", action="store_true")
     split = next((i for i, word in enumerate(words) if word in COMMANDS and not _is_value(words, i)), len(words))
@@ -106,7 +118,7 @@ def ocid(words: Sequence[str]) -> int:
     if split == len(words) or unknown:
         wrong = next((word for word in unknown if not word.startswith("-")), unknown[0] if unknown else "")
         print(f"ocid: {wrong!r} is no command; see ocid --help" if wrong else _usage(), file=sys.stderr)
-        return 125
+        return FAILED
     command = words[split]
     module = importlib.import_module(f"cri.cli.{command}")
     parser = _parser(command)
@@ -134,8 +146,10 @@ def ocid(words: Sequence[str]) -> int:
     except OSError as error:
         if args.debug:
             raise
-        print(f"ocid {command}: {error}", file=sys.stderr)
-        return 125
+        from runtime.errors import RuntimeFailure
+
+        print(f"ocid {command}: {RuntimeFailure.of(error)}", file=sys.stderr)
+        return FAILED
 
 
 def _is_value(words: Sequence[str], index: int) -> bool:

@@ -15,8 +15,9 @@ NAMESPACE = "ocid"
 NAME_LABEL = "ocid.name"
 
 
-async def find(api: Api, wanted: str) -> pb.Container:
-    """The container that `wanted` names. Raises CommandError when there is none or more than one."""
+async def find(api: Api, wanted: str, code: int = 1) -> pb.Container:
+    """The container that `wanted` names. Raises CommandError, with that exit code, when there is none or more than
+    one."""
     listed = await api.call("ListContainers", pb.ListContainersRequest())
     found = [c for c in listed.containers if c.labels.get(NAME_LABEL) == wanted or c.id == wanted]
     if not found and len(wanted) >= 3:
@@ -24,10 +25,10 @@ async def find(api: Api, wanted: str) -> pb.Container:
     if not found:
         found = [c for c in listed.containers if c.metadata.name == wanted]
     if not found:
-        raise CommandError(f"there is no container {wanted!r}; see ocid ps -a", 1)
+        raise CommandError(f"there is no container {wanted!r}; see ocid ps -a", code)
     if len(found) > 1:
         ids = ", ".join(c.id[:12] for c in found)
-        raise CommandError(f"{wanted!r} could be any of {ids}; say more of the id", 1)
+        raise CommandError(f"{wanted!r} could be any of {ids}; say more of the id", code)
     only: pb.Container = found[0]
     return only
 

@@ -75,7 +75,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--pull", choices=("missing", "always", "never"), default="missing", help="when to fetch (default: missing)")
     keys_argument(parser)
     add("image", help="reference, docker://…, oci:DIR[:TAG], oci-archive:FILE or docker-archive:FILE")
-    add("command", nargs=argparse.REMAINDER, help="command and arguments (default: the image's)")
+    words = add("command", nargs=argparse.REMAINDER, help="command and arguments (default: the image's)")
+    words.required = False  # what is missing where both are is the image
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--rm needs somebody to wait for the end: leave out --detach")
     if args.tty and args.interactive and not os.isatty(0):
         raise CommandError("-t: standard input is not a terminal")
+    if args.publish and args.net in ("host", "none"):
+        raise CommandError(f"-p: with --net={args.net} there are no ports of its own to publish: leave out one of them")
     name = args.name or _make_name(args.image)
     if not _NAME.fullmatch(name):
         raise CommandError(f"--name: {name!r} is not made of letters, digits, '.', '_' and '-' (at most 63)")
@@ -118,18 +121,18 @@ async def _launch(api: Api, args: argparse.Namespace, name: str) -> tuple[str, s
     listed = await api.call("ListContainers", pb.ListContainersRequest())
     if any(c.labels.get(names.NAME_LABEL) == name for c in listed.containers):
         raise CommandError(f"the name {name} is taken; ocid rm {name} frees it")
-    image = await _image(api, args)
+    sandbox_config = _sandbox_config(api, args, name)
+    config = _container_config(args, name)  # before an image is fetched: what the options have wrong is told at once
+    config.image.image = await _image(api, args)
+    config.image.user_specified_image = args.image
     async with contextlib.AsyncExitStack() as undo:
-        sandbox_config = _sandbox_config(api, args, name)
         Path(sandbox_config.log_directory).mkdir(mode=0o700, parents=True)
         undo.callback(remove_tree, sandbox_config.log_directory)
         network = "" if args.net == "host" else args.net
         request = pb.RunPodSandboxRequest(config=sandbox_config)
         pod = str((await api.call("RunPodSandbox", request, network=network)).pod_sandbox_id)
         undo.push_async_callback(_drop_pod, api, pod)
-        create = pb.CreateContainerRequest(
-            pod_sandbox_id=pod, config=_container_config(args, name, image), sandbox_config=sandbox_config
-        )
+        create = pb.CreateContainerRequest(pod_sandbox_id=pod, config=config, sandbox_config=sandbox_config)
         made = await _command(api, "CreateContainer", create, packed(given_keys(args)))
         container = str(made.container_id)
         streams = None if args.detach else _attach(api, args, pod, container)
@@ -209,12 +212,11 @@ def _sandbox_config(api: Api, args: argparse.Namespace, name: str) -> pb.PodSand
     return config
 
 
-def _container_config(args: argparse.Namespace, name: str, image: str) -> pb.ContainerConfig:
+def _container_config(args: argparse.Namespace, name: str) -> pb.ContainerConfig:
     config = pb.ContainerConfig(
         working_dir=args.workdir, tty=args.tty, stdin=args.interactive, stdin_once=args.interactive, log_path="0.log"
     )
     config.metadata.name = name
-    config.image.image, config.image.user_specified_image = image, args.image
     config.labels[names.NAME_LABEL] = name
     words = args.command[1:] if args.command[:1] == ["--"] else args.command
     config.command.extend([args.entrypoint] if args.entrypoint else [])
