@@ -61,7 +61,7 @@ class Handler:
         self._channel = channel
         self._connection = connection
         self._fds = fds
-        self.expects_start = False
+        self.expects = ""  # what is likely to follow: the shim was told then that this helper is idle
 
     def run(self, request: bytes) -> None:
         """Does what is asked for, and answers."""
@@ -138,10 +138,14 @@ class Handler:
         message = protocol.parse(protocol.ContainerMessage, body)
         made = self._create(message, lambda engine, stdio: engine.create(message, stdio))
         # A create by these leaves a helper as it was before: in no namespace and with no right less.
-        self.expects_start = not message.handler and not self._pod.uids
-        if self.expects_start:  # before the answer, which a start may follow faster than this process comes to say it
-            self._channel.tell(IDLE)
+        if not message.handler and not self._pod.uids:
+            self._expect("start")
         return made
+
+    def _expect(self, operation: str) -> None:
+        """Before the answer, which that may follow faster than this process would come to say it."""
+        self.expects = operation
+        self._channel.tell(IDLE)
 
     def _do_restore(self, body: object) -> object:
         """Made and running in one: nothing of it waits to be started."""

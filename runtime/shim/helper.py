@@ -41,8 +41,11 @@ def serve(resident: Resident, connection_fd: int, end: Socket) -> NoReturn:
     try:
         become_helper(connection_fd, end.fileno(), *(held.stdio.console for held in resident.containers.values()))
         channel = Channel(end)
-        if _answer(resident, connection_fd, channel):
-            linger(channel, lambda taken: _answer(resident, taken, channel))
+        expected = _answer(resident, connection_fd, channel)
+        if expected == "create" and resident.make_ready is not None:
+            resident.make_ready()
+        while expected:
+            expected = linger(channel, expected, lambda taken: _answer(resident, taken, channel))
     except (OSError, FrameError):  # whoever it was, it did not say what it wanted
         pass
     except BaseException as error:
@@ -51,18 +54,18 @@ def serve(resident: Resident, connection_fd: int, end: Socket) -> NoReturn:
         os._exit(0)
 
 
-def _answer(resident: Resident, take_connection: int, channel: Channel) -> bool:
-    """True where the start of what was made is likely to follow."""
+def _answer(resident: Resident, take_connection: int, channel: Channel) -> str:
+    """The operation that is likely to follow, and that this process may serve, or ""."""
     with socket.socket(fileno=take_connection) as connection:
         connection.settimeout(_PATIENCE)
         received = recv_frame(connection, want_fds=True) if peer_uid(connection) == 0 else None
         connection.settimeout(None)
         if received is None:
-            return False
+            return ""
         request, fds = received
         handler = StreamHandler(pod_of(resident), resident, channel, connection, fds)
         handler.run(request)
-    return handler.expects_start
+    return handler.expects
 
 
 def first_helper(state: str, zygote: int) -> Work:

@@ -1,4 +1,5 @@
-"""A helper that has made a container waits for a moment for the start of it, which mostly follows at once.
+"""A helper waits for a moment for what mostly follows its own request at once: after a subscription to the events of a
+pod that has no container yet the create of one, after a create the start.
 
     helper                             shim
       │ ── idle ───────────────────────▶ │ its locks are free; the next connection is handed to it
@@ -7,10 +8,10 @@
       │ ── leave ──────────────────────▶ │ nobody came
       │ ◀─ left ──────────────────────── │ or the "serve" that was on its way
 
-A fork of the shim, and every page that a start writes to, are saved; the pages of a create are in this process already.
-Refuses all but a start: what it saw of the shim's memory is from before the container. Invariant: a connection that it
-was handed is served or handed back, and then, or after PATIENCE, it ends: until then the container's process is its
-child and not the shim's, which learns of an exit only when it is.
+A fork of the shim, and every page that both requests write to, are saved.
+Refuses all but the one: what it saw of the shim's memory is from before. Invariant: a connection that it was handed is
+served or handed back, and then, or after PATIENCE, it ends: until then a container's process is its child and not the
+shim's, which learns of an exit only when it is.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
 IDLE = "idle"  # what the shim is told first
 PATIENCE = 1.0  # seconds
 _MOMENT = 0.1  # seconds
-_START = b'["start",'
-_HEADER = 4  # of a frame: runtime.linux.sockets
+_HEADER, _NAME = 4, 32  # bytes of a frame (runtime.linux.sockets) that come first, and that tell the operation
 
 
-def linger(channel: Channel, serve: Callable[[int], object]) -> None:
-    """After IDLE was told: calls `serve` with the connection of a start, if one comes in time; `serve` owns the fd."""
+def linger(channel: Channel, wanted: str, serve: Callable[[int], str]) -> str:
+    """After IDLE was told: calls `serve` with the connection of a `wanted` operation, if one comes in time. `serve`
+    owns the fd; what it returns is returned, or ""."""
     channel.set_timeout(PATIENCE)
     try:
         name, fds = channel.take()
@@ -43,19 +44,20 @@ def linger(channel: Channel, serve: Callable[[int], object]) -> None:
         name, fds = channel.take()
     channel.set_timeout(None)
     if name == "serve":
-        if _asks_for_start(fds[0]):
-            serve(fds[0])
-        else:
-            channel.tell("decline", fds=fds)
+        if _asks_for(wanted, fds[0]):
+            return serve(fds[0])
+        channel.tell("decline", fds=fds)
+    return ""
 
 
-def _asks_for_start(connection: int) -> bool:
+def _asks_for(wanted: str, connection: int) -> bool:
     """A look at the request, which stays to be read: it follows the connection at once."""
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, connection)
     sock.settimeout(_MOMENT)
     try:
-        head = sock.recv(_HEADER + len(_START), _socket.MSG_PEEK)
-        return head[_HEADER:] == _START and peer_uid(sock) == 0
+        head = sock.recv(_HEADER + _NAME, _socket.MSG_PEEK)[_HEADER:]
+        begins = (f'["{wanted}",'.encode(), f'["timed",["{wanted}",'.encode())
+        return head.startswith(begins) and peer_uid(sock) == 0
     except OSError:
         return False
     finally:

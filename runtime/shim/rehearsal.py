@@ -89,7 +89,7 @@ def _served(_resident: Resident, connection: int, end: Socket) -> NoReturn:
     try:
         become_helper(connection, end.fileno())
         channel = Channel(end)
-        channel.ask("subscribe", b"subscribed", fds=[connection])
+        channel.tell("subscribe", b"subscribed", fds=[connection])
         handover = Handover(channel, connection, watched=True)
         handover.pid = _orphan(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
         handover.expects((), always=True)

@@ -55,6 +55,7 @@ class Resident:
         self._serve = serve
         self._rest_killer = rest_killer
         self._loop = Loop(report)
+        self.make_ready: Callable[[], object] | None = None  # what a helper does that waits, if anything
         self.rest = Rest(self._loop, lambda: bool(self._helpers))
         self._listener: Socket | None = None
         self._helpers: dict[int, Helper] = {}
@@ -411,9 +412,9 @@ class Resident:
             return False
         return True
 
-    def _subscribe(self, _helper: Helper, fds: list[int], answer: bytes) -> bool:
+    def _subscribe(self, _helper: Helper, fds: list[int], answer: bytes) -> object:
         self._subscribers.add(fds[0], answer)
-        return True
+        return _LATER
 
 
 def _nothing(_number: int, _frame: object) -> None:

@@ -98,6 +98,8 @@ class StreamHandler(Handler):
         return ANSWERED
 
     def _do_events(self, _body: object) -> object:
+        if not self._resident.containers:  # a new pod, as a rule
+            self._expect("create")
         # The shim sends the answer, too: what happens after it is told, and nothing before it.
-        self._channel.ask("subscribe", protocol.frame(protocol.reply({})), fds=[self._connection.fileno()])
+        self._channel.tell("subscribe", protocol.frame(protocol.reply({})), fds=[self._connection.fileno()])
         return ANSWERED

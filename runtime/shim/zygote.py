@@ -193,6 +193,7 @@ def _share(resident: Resident) -> None:
     else:
         if taken is not None:
             resident.rest.act = taken.give_back
+            resident.make_ready = taken.copy
 
 
 def _protect_from_oom() -> None:

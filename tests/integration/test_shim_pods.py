@@ -21,7 +21,8 @@ from runtime.linux.process import is_running, start_time
 from runtime.shim.cgroup import NAME
 from runtime.shim.client import Shims
 from runtime.shim.model import ContainerError, Sandbox, SandboxSpec, ShimUnresponsive
-from tests.shims import Home, Lab, kill, lab
+from runtime.tree import children
+from tests.shims import Home, Lab, Pod, kill, lab
 from tests.support import eventually, needs
 
 
@@ -378,6 +379,45 @@ def test_garbage_on_the_socket_harms_nobody(pods: Lab) -> None:
             with contextlib.suppress(ConnectionResetError):
                 peer.recv(1000)
     assert pods.shims.reconnect(pod.sandbox) == []
+
+
+@pytest.fixture
+def subscribed(pods: Lab) -> Iterator[tuple[Pod, int]]:
+    """A pod whose events somebody hears, and the helper that took that request, which expects a create."""
+    pod = pods.pod()
+    events = pods.shims.events(pod.sandbox)
+    eventually(lambda: len(children(pod.sandbox.pid)) == 1, what="one helper")
+    yield pod, children(pod.sandbox.pid).pop()
+    os.close(events)
+
+
+def test_who_subscribed_to_a_new_pod_makes_and_starts_its_container(subscribed: tuple[Pod, int]) -> None:
+    pod, helper = subscribed
+    container = pod.create("c", ["sleep", "1000"])
+    (pid,) = children(helper)
+    pod.shims.start_container(pod.sandbox, container)
+    eventually(lambda: pid in children(pod.sandbox.pid), what="the shim to have the container")
+    assert pod.facts(container).pid == pid
+    events = pod.shims.events(pod.sandbox)  # of a pod that has one already: nothing is expected
+    eventually(lambda: children(pod.sandbox.pid) == {pid}, what="no helper to be left")
+    os.close(events)
+
+
+def test_who_subscribed_does_nothing_else(subscribed: tuple[Pod, int]) -> None:
+    """What it knows is from before: others are forked for that, as for all that comes after."""
+    pod, helper = subscribed
+    assert pod.shims.reconnect(pod.sandbox) == []
+    eventually(lambda: not children(pod.sandbox.pid), what="it to end")
+    pod.create("c", ["sleep", "1000"])
+    (other,) = children(pod.sandbox.pid)
+    assert other != helper and children(other)
+
+
+def test_a_pod_is_stopped_while_a_create_is_expected(subscribed: tuple[Pod, int]) -> None:
+    pod, helper = subscribed
+    began = start_time(helper)
+    pod.stop()
+    eventually(lambda: not is_running(helper, began), what="the helper to end")
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -74,6 +74,23 @@ forked(child)
 """)
 
 
+def test_all_pages_are_copied_at_once_and_are_what_they_were() -> None:
+    run("""
+taken = template.take()
+
+def child():
+    before = own_pages()
+    taken.copy()
+    copied = own_pages()
+    assert before < copied // 2 and copied == taken.size // 4096, (before, copied, taken.size)
+    assert objects == [f"{number}" for number in range(20000)]
+    del before
+    assert taken.give_back() > copied * 3 // 4
+
+forked(child)
+""")
+
+
 def test_what_differs_stays() -> None:
     run("""
 import gc

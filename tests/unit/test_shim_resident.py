@@ -160,7 +160,7 @@ def test_o15_o22_an_exit_is_on_disk_and_its_output_in_the_log_before_it_is_told(
     def script(channel: Channel, directory: Path) -> None:
         listen(channel, directory)
         with connect_unix(directory / "shim.sock") as probe:
-            channel.ask("subscribe", protocol.frame(b"first"), fds=[os.dup(probe.fileno())])
+            channel.tell("subscribe", protocol.frame(b"first"), fds=[os.dup(probe.fileno())])
         pipes = Pipes(message(directory))
         pid = orphan(lambda: os.write(pipes.child[1], b"x" * 600_000 + b"\nlast") and 7)
         adopt(channel, directory, pid, pipes)
@@ -368,9 +368,18 @@ def test_a_stop_ends_commands_that_are_about_to_execute(tmp_path: Path) -> None:
     run(tmp_path, script, helper)
 
 
-@pytest.mark.parametrize("operation", ["start", "list"])
+@pytest.mark.parametrize(
+    ("request_", "is_wanted"),
+    [
+        (protocol.request("start", IdMessage("c")), True),
+        (protocol.request("start", IdMessage("c"), timed=True), True),
+        (protocol.request("list"), False),
+        (protocol.request("list", timed=True), False),
+        (b'["star', False),
+    ],
+)
 def test_the_next_connection_goes_to_an_idle_helper_and_on_to_a_new_one_if_it_is_no_start(
-    tmp_path: Path, operation: str
+    tmp_path: Path, request_: bytes, is_wanted: bool
 ) -> None:
     """And what it had locked is free."""
 
@@ -381,7 +390,8 @@ def test_the_next_connection_goes_to_an_idle_helper_and_on_to_a_new_one_if_it_is
         assert channel.ask("lock", "c") is None
         (directory / "locked").touch()
         channel.tell(IDLE)
-        linger(channel, lambda connection: os.write(connection, b"served"))
+        said = linger(channel, "start", lambda connection: str(os.write(connection, b"served")))
+        assert said == ("6" if is_wanted else "")
         (directory / "ended").touch()
 
     def until(path: Path) -> None:
@@ -394,8 +404,8 @@ def test_the_next_connection_goes_to_an_idle_helper_and_on_to_a_new_one_if_it_is
         until(directory / "locked")
         assert channel.ask("lock", "c") is None
         with connect_unix(directory / "shim.sock") as other:
-            send_frame(other, protocol.request(operation, IdMessage("c")))
-            if operation == "start":
+            send_frame(other, request_)
+            if is_wanted:
                 assert other.recv(6) == b"served"
             else:
                 until(directory / "forked")
@@ -410,7 +420,7 @@ def test_an_idle_helper_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pyte
 
     def helper(channel: Channel, directory: Path) -> None:
         channel.tell(IDLE)
-        linger(channel, lambda _connection: (directory / "served").touch())
+        assert linger(channel, "start", lambda _connection: str((directory / "served").touch())) == ""
         (directory / "ended").touch()
 
     def script(channel: Channel, directory: Path) -> None:
@@ -452,7 +462,7 @@ def test_o55_a_subscriber_that_does_not_read_is_let_go(tmp_path: Path) -> None:
             channel = Channel(end)
             listen(channel, tmp_path)
             for _ in range(3):
-                channel.ask("subscribe", b"x" * 200_000, fds=[theirs.fileno()])
+                channel.tell("subscribe", b"x" * 200_000, fds=[theirs.fileno()])
             channel.ask("end")
         finally:
             os._exit(0)
