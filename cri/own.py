@@ -1,6 +1,7 @@
 """Calls that the CRI has no words for, for our own command line: a gRPC service whose messages are JSON objects.
 
     ocid.v1.Node/Tag      {"name", "new"}                                   {}
+    ocid.v1.Node/Untag    {"name"}                                          {}
     ocid.v1.Node/Load     {"kind", "file", "path", "tag", "name"}           {"id", "names"}
     ocid.v1.Node/Garbage  {}                                                {"garbage": [{"kind", "name", …}]}
     ocid.v1.Node/Collect  {}                                                {}
@@ -48,6 +49,8 @@ class Images(Protocol):
 
     def tag(self, name: str, new: str) -> None: ...
 
+    def remove(self, name: str) -> None: ...
+
     async def import_layout(self, directory: Path, tag: str = "", name: str = "", *, fd: int = -1) -> Image: ...
 
     async def import_archive(
@@ -76,6 +79,7 @@ class Own:
         self._intercept = intercept
         self._calls: dict[str, Callable[[Document], Awaitable[Document]]] = {
             "Tag": self._tag,
+            "Untag": self._untag,
             "Load": self._load,
             "Garbage": self._garbage,
             "Collect": self._collect,
@@ -97,6 +101,10 @@ class Own:
 
     async def _tag(self, request: Document) -> Document:
         await to_thread(self._images.tag, _text(request, "name"), _text(request, "new"))
+        return {}
+
+    async def _untag(self, request: Document) -> Document:
+        await to_thread(self._images.remove, _text(request, "name"))
         return {}
 
     async def _load(self, request: Document) -> Document:

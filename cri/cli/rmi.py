@@ -6,7 +6,7 @@ import argparse
 import asyncio
 
 from cri.api import api_pb2 as pb
-from cri.cli.connect import connect
+from cri.cli.connect import Api, connect
 from cri.cli.main import CommandError
 
 
@@ -25,10 +25,22 @@ async def _run(args: argparse.Namespace) -> int:
             status = await api.call("ImageStatus", pb.ImageStatusRequest(image=spec))
             if not status.HasField("image"):
                 raise CommandError(f"there is no image {name!r}; see ocid images", 1)
-            used = await api.call("ListContainers", pb.ListContainersRequest())
-            holders = [c.id[:12] for c in used.containers if c.image_ref == status.image.id]
-            if holders:
-                raise CommandError(f"{name} is used by {', '.join(holders)}; remove them first (ocid rm)", 1)
-            await api.call("RemoveImage", pb.RemoveImageRequest(image=spec))
+            # The digest that an image came by keeps nothing that anybody asked for: the last tag takes it along.
+            if len(status.image.repo_tags) > 1 and not _is_id(name, status.image.id):
+                await api.own("Untag", {"name": name})
+            else:
+                await _remove(api, spec, status.image.id)
             print(name)
     return 0
+
+
+async def _remove(api: Api, spec: pb.ImageSpec, id_: str) -> None:
+    used = await api.call("ListContainers", pb.ListContainersRequest())
+    holders = [c.id[:12] for c in used.containers if c.image_ref == id_]
+    if holders:
+        raise CommandError(f"{spec.image} is used by {', '.join(holders)}; remove them first (ocid rm)", 1)
+    await api.call("RemoveImage", pb.RemoveImageRequest(image=spec))
+
+
+def _is_id(name: str, id_: str) -> bool:
+    return id_.removeprefix("sha256:").startswith(name.removeprefix("sha256:"))

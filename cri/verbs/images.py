@@ -153,7 +153,8 @@ def credentials(auth: pb.AuthConfig) -> Credentials | None:
 
 
 async def remove_image(node: Node, request: pb.RemoveImageRequest) -> pb.RemoveImageResponse:
-    """Removes the image; its space comes back soon after. A name whose image has no other tag takes the image along."""
+    """Removes the image with all of its names, whichever of them is given, as the CRI says since 1.36. Its space comes
+    back soon after. `ocid rmi` takes one name alone away (cri/own)."""
     name = _name(request.image)
     await node.tasks.finish(_remove(node, name), f"remove image {name}")
     return pb.RemoveImageResponse()
@@ -163,13 +164,10 @@ async def _remove(node: Node, name: str) -> None:
     image = await to_thread(node.parts.images.get, name)
     if image is None:
         return
-    # Pulled by tag, an image has its tag and the digest it came by; the latter alone keeps nothing that was asked for.
-    last = len(image.repo_tags) <= 1
-    await to_thread(node.parts.images.remove, image.id if last else name)
+    await to_thread(node.parts.images.remove, image.id)
     failpoint("remove_image.removed")
-    log.info("image %s: %s removed", image.id, "all of it" if last else name)
-    if last:
-        node.tasks.spawn(_collect(node), "collect garbage")
+    log.info("image %s is removed, asked for as %s", image.id, name)
+    node.tasks.spawn(_collect(node), "collect garbage")
 
 
 async def _collect(node: Node) -> None:

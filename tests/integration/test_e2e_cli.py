@@ -119,8 +119,14 @@ def test_images_pull_and_rmi(cli: Node, registry: FakeRegistry) -> None:
     used = ocid(cli, "rmi", cli.image)
     assert used.returncode == 1 and "is used by" in used.stderr
     said(cli, "rm", "-f", "user")
-    assert said(cli, "rmi", reference).strip() == reference
+    said(cli, "tag", reference, "localhost/other:2")
+    assert said(cli, "rmi", reference).strip() == reference  # a name of two
     assert ocid(cli, "rmi", reference).returncode == 1
+    left = {one["id"]: one["tags"] for one in json.loads(said(cli, "images", "--format", "json"))}
+    assert left[made.config_digest] == ["localhost/other:2"]
+    said(cli, "tag", "localhost/other:2", reference)
+    said(cli, "rmi", made.config_digest[:19])
+    assert made.config_digest not in said(cli, "images", "--format", "json")
     unknown = ocid(cli, "pull", f"{registry.name}/nothing:1")
     assert unknown.returncode == 125 and "404" in unknown.stderr and len(unknown.stderr.splitlines()) == 1
 
