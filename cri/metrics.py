@@ -15,7 +15,8 @@ from cri.interfaces import InterfaceCounters
 from cri.processes import Processes
 from cri.records import Container, Pod
 from cri.task_states import TaskStates
-from runtime.cgroups.stats import Pressure, Stats
+from runtime.cgroups.hierarchy import detect
+from runtime.cgroups.stats import Pressure, Stats, page_sizes
 from runtime.linux.dataclass import dataclass
 
 # What Prometheus rules of Kubernetes select by; a pod's own samples have no container, as cAdvisor's have none.
@@ -39,29 +40,31 @@ class Facts:
     tasks: TaskStates | None = None
 
 
-def _when_read(facts: Facts) -> int:
-    return facts.stats.timestamp_ns
-
-
-def _when_tasks_were_seen(facts: Facts) -> int:
-    return facts.tasks.timestamp_ns if facts.tasks is not None else 0
-
-
-def _never(_: Facts) -> int:
-    """For what holds as long as the container does."""
+def _now(_: Facts) -> int:
+    """What is read on the call has no time, as the CRI wants it."""
     return 0
+
+
+def _when_measured(facts: Facts) -> int:
+    return facts.layer.timestamp if facts.layer is not None else 0
+
+
+def _when_seen(facts: Facts) -> int:
+    return facts.tasks.timestamp_ns if facts.tasks is not None else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One metric: `samples` yields the values of its own labels, and a number; `at` tells what time they are of."""
+    """One metric: `samples` yields the values of its own labels, and a number; `at` tells what time they are of, and
+    `there` whether this machine can have any: what is described has to come, too (critest)."""
 
     name: str
     help: str
     kind: pb.MetricType
     samples: Callable[[Facts], Iterable[Sample]]
     labels: tuple[str, ...] = ()
-    at: Callable[[Facts], int] = _when_read
+    at: Callable[[Facts], int] = _now
+    there: Callable[[], bool] = lambda: True
 
 
 def _one(value: Callable[[Facts], int | None]) -> Callable[[Facts], Iterable[Sample]]:
@@ -75,6 +78,11 @@ def _one(value: Callable[[Facts], int | None]) -> Callable[[Facts], Iterable[Sam
 
 def _stat(field: str, divisor: int = 1) -> Callable[[Facts], Iterable[Sample]]:
     return _one(lambda facts: int(getattr(facts.stats, field)) // divisor)
+
+
+def _limited(field: str) -> Callable[[Facts], Iterable[Sample]]:
+    """A limit in force, 0 for none, which is cAdvisor's word for it."""
+    return _one(lambda facts: max(0, int(getattr(facts.stats, field))))
 
 
 def _stalled(field: str, which: str) -> Callable[[Facts], Iterable[Sample]]:
@@ -118,6 +126,16 @@ def _faults(facts: Facts) -> Iterator[Sample]:
     yield ("pgmajfault", "hierarchy"), facts.stats.major_page_faults
 
 
+def _huge_pages(field: str) -> Callable[[Facts], Iterable[Sample]]:
+    def samples(facts: Facts) -> Iterator[Sample]:
+        for pages in facts.stats.huge_pages:
+            value: int | None = getattr(pages, field)
+            if value is not None:
+                yield (pages.size,), value
+
+    return samples
+
+
 def _layer(field: str) -> Callable[[Facts], Iterable[Sample]]:
     def samples(facts: Facts) -> Iterator[Sample]:
         if facts.layer is not None:
@@ -155,6 +173,20 @@ def _load(field: str) -> Callable[[Facts], Iterable[Sample]]:
     return _one(lambda facts: round(1000 * getattr(facts.tasks, field)) if facts.tasks is not None else None)
 
 
+def _has_scheduler_figures() -> bool:
+    """Whether an I/O scheduler counts for cgroups: see runtime.cgroups.stats.DeviceIo."""
+    mounts = [place.mount for place in detect() if "blkio" in place.controllers]
+    return any(os.path.exists(f"{mount}/blkio.{kind}io_merged_recursive") for mount in mounts for kind in ("bfq.", ""))
+
+
+def _has_huge_pages() -> bool:
+    return bool(page_sizes()) and any("hugetlb" in place.controllers for place in detect())
+
+
+def _has_huge_page_peaks() -> bool:
+    return _has_huge_pages() and any("hugetlb" in place.controllers and place.version == 1 for place in detect())
+
+
 def _cpu_total(facts: Facts) -> Iterator[Sample]:
     yield ("total",), facts.stats.cpu_usage_ns // _SECOND_NS
 
@@ -179,6 +211,22 @@ FAMILIES: tuple[Family, ...] = (
     Family("container_memory_mapped_file", "Memory mapped files in bytes", G, _stat("memory_mapped_file")),
     Family("container_memory_swap", "Swap in use in bytes", G, _stat("swap_usage")),
     Family("container_memory_failures_total", "Page faults", C, _faults, ("failure_type", "scope")),
+    Family(
+        "container_hugetlb_usage_bytes",
+        "Huge pages in use",
+        G,
+        _huge_pages("usage"),
+        ("pagesize",),
+        there=_has_huge_pages,
+    ),
+    Family(
+        "container_hugetlb_max_usage_bytes",
+        "Most huge pages ever in use",
+        G,
+        _huge_pages("peak"),
+        ("pagesize",),
+        there=_has_huge_page_peaks,
+    ),
     Family("container_oom_events_total", "Processes killed for want of memory", C, _stat("oom_kills")),
     Family("container_pressure_cpu_waiting_seconds_total", "Some waited for CPU", C, _stalled("cpu_pressure", "some")),
     Family("container_pressure_cpu_stalled_seconds_total", "All waited for CPU", C, _stalled("cpu_pressure", "full")),
@@ -203,17 +251,16 @@ FAMILIES: tuple[Family, ...] = (
         _transferred,
         ("device", "major", "minor", "operation"),
     ),
-    Family("container_fs_usage_bytes", "Bytes of the writable layer", G, _layer("used_bytes"), ("device",)),
+    Family(
+        "container_fs_usage_bytes", "Bytes of the writable layer", G, _layer("used_bytes"), ("device",), _when_measured
+    ),
     Family("container_fs_reads_total", "Reads completed", C, _device("reads"), ("device",)),
     Family("container_fs_reads_bytes_total", "Bytes read", C, _device("read_bytes"), ("device",)),
     Family("container_fs_writes_total", "Writes completed", C, _device("writes"), ("device",)),
     Family("container_fs_writes_bytes_total", "Bytes written", C, _device("write_bytes"), ("device",)),
     *(
-        Family(f"container_fs_{name}", text, kind, _device(field, divisor), ("device",))
+        Family(f"container_fs_{name}", text, kind, _device(field, divisor), ("device",), there=_has_scheduler_figures)
         for name, field, divisor, kind, text in (
-            # The kernel counts bytes by sectors of 512, whatever those of a device are.
-            ("sector_reads_total", "read_bytes", 512, C, "Sectors read"),
-            ("sector_writes_total", "write_bytes", 512, C, "Sectors written"),
             ("reads_merged_total", "reads_merged", 1, C, "Reads merged with others"),
             ("writes_merged_total", "writes_merged", 1, C, "Writes merged with others"),
             ("read_seconds_total", "read_ns", _SECOND_NS, C, "Time from a read's dispatch to its end"),
@@ -235,28 +282,27 @@ FAMILIES: tuple[Family, ...] = (
     Family("container_sockets", "Sockets that are open", G, _held("sockets")),
     Family("container_ulimits_soft", "Soft limits of its first process", G, _open_files, ("ulimit",)),
     Family("container_threads", "Threads running", G, _stat("pids")),
-    Family("container_threads_max", "Threads allowed, where there is a limit", G, _stat("pids_limit")),
-    Family("container_tasks_state", "Tasks by state", G, _states, ("state",), at=_when_tasks_were_seen),
+    Family("container_threads_max", "Threads allowed, 0 without a limit", G, _limited("pids_limit")),
+    Family("container_tasks_state", "Tasks by state", G, _states, ("state",), at=_when_seen),
     Family(
         "container_cpu_load_average_10s",
         "Thousandths of tasks that ran, a mean over 10 seconds",
         G,
         _load("load"),
-        at=_when_tasks_were_seen,
+        at=_when_seen,
     ),
     Family(
         "container_cpu_load_d_average_10s",
         "Thousandths of tasks that waited uninterruptibly, a mean over 10 seconds",
         G,
         _load("load_d"),
-        at=_when_tasks_were_seen,
+        at=_when_seen,
     ),
     Family(
         "container_start_time_seconds",
         "Start since the epoch",
         G,
         _one(lambda facts: facts.started_ns // _SECOND_NS or None),
-        at=_never,
     ),
     Family(
         "container_last_seen",
@@ -264,16 +310,21 @@ FAMILIES: tuple[Family, ...] = (
         G,
         _one(lambda facts: facts.stats.timestamp_ns // _SECOND_NS),
     ),
-    Family("container_spec_cpu_period", "CPU period in microseconds", G, _limit("cpu_period"), at=_never),
-    Family("container_spec_cpu_quota", "CPU quota in microseconds", G, _limit("cpu_quota"), at=_never),
-    Family("container_spec_cpu_shares", "CPU shares", G, _limit("cpu_shares"), at=_never),
-    Family("container_spec_memory_limit_bytes", "Memory limit", G, _limit("memory_limit_in_bytes"), at=_never),
+    Family("container_spec_cpu_period", "CPU period in microseconds", G, _limit("cpu_period")),
+    Family("container_spec_cpu_quota", "CPU quota in microseconds", G, _limit("cpu_quota")),
+    Family("container_spec_cpu_shares", "CPU shares", G, _limit("cpu_shares")),
+    Family("container_spec_memory_limit_bytes", "Memory limit", G, _limit("memory_limit_in_bytes")),
+    Family(
+        "container_spec_memory_reservation_limit_bytes",
+        "Memory that is spared while others can give theirs, 0 for none",
+        G,
+        _limited("memory_reservation"),
+    ),
     Family(
         "container_spec_memory_swap_limit_bytes",
         "Limit of memory and swap together",
         G,
         _limit("memory_swap_limit_in_bytes"),
-        at=_never,
     ),
     *(
         Family(f"container_network_{way}_{what}_total", text, C, _carried(f"{short}_{field}"), ("interface",))
@@ -289,9 +340,10 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def descriptors() -> Iterator[pb.MetricDescriptor]:
-    """Every metric that a list may hold, with its labels in order."""
+    """Every metric that a list may hold on this machine, with its labels in order."""
     for family in FAMILIES:
-        yield pb.MetricDescriptor(name=family.name, help=family.help, label_keys=BASE_LABELS + family.labels)
+        if family.there():
+            yield pb.MetricDescriptor(name=family.name, help=family.help, label_keys=BASE_LABELS + family.labels)
 
 
 def pod_labels(pod: Pod, cgroup: str) -> tuple[str, ...]:

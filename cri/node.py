@@ -126,7 +126,7 @@ class Reader(Protocol):
         ...
 
     def tasks(self, id_: str) -> TaskStates | None:
-        """How many tasks of a running container are in which state, as last seen."""
+        """How many tasks of a running container are in which state, as last seen; may block."""
         ...
 
     def processes(self, id_: str, init: int) -> Processes | None:

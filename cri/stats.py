@@ -161,7 +161,7 @@ class Statistics:
         return message
 
     def tasks(self, id_: str) -> TaskStates | None:
-        """How many tasks of a running container are in which state, as last seen."""
+        """How many tasks of a running container are in which state, as last seen; may block."""
         return self.watch.of(id_)
 
     def processes(self, id_: str, init: int) -> Processes | None:

@@ -2,7 +2,7 @@
 `container_tasks_state` and `container_cpu_load_average_10s`.
 
 Looked at beside the calls, every so often, and only while somebody asks for metrics; blocks in a thread. Refuses to
-guess: a container of more tasks than the bound has no figures (threats R5), nor has one that was not looked at yet.
+guess: a container of more tasks than the bound has no figures (threats R5).
 Invariant: no file of a container is opened. What the kernel tells of tasks that wait for a disk comes by a netlink
 family that knows no cgroup v2 (cgroupstats), and is in no file: those are among the uninterruptible here.
 """
@@ -76,8 +76,11 @@ class TaskWatch:
         self._wake.set()
 
     def of(self, id_: str) -> TaskStates | None:
-        """As last seen."""
-        return self._seen.get(id_)
+        """As last seen; blocks for a look at what was not seen yet. None where there are too many tasks."""
+        found = self._seen.get(id_)
+        if found is None and (states := count(self._pids(id_))) is not None:
+            found = self._seen[id_] = self._next(id_, time.time_ns(), states)
+        return found
 
     async def run(self) -> None:
         """Looks for ever, and rests while nobody asks."""

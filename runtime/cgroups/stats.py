@@ -32,6 +32,14 @@ class DeviceIo(Record):
     queued: int | None = None
 
 
+class HugePages(Record):
+    """Bytes of huge pages of one size, such as "2MB"; v2 keeps no `peak`."""
+
+    size: str
+    usage: int
+    peak: int | None = None
+
+
 class Stall(Record):
     """Part of the time (percent, over 10, 60 and 300 s) and time in all in which somebody waited."""
 
@@ -68,6 +76,7 @@ class Stats(Record):
     memory_active_file: int = 0
     memory_kernel: int = 0
     memory_limit_hits: int = 0
+    memory_reservation: int = -1
     memory_mapped_file: int = 0
     page_faults: int = 0
     major_page_faults: int = 0
@@ -77,6 +86,7 @@ class Stats(Record):
     pids: int = 0
     pids_limit: int = -1
     io: tuple[DeviceIo, ...] = ()
+    huge_pages: tuple[HugePages, ...] = ()
     cpu_pressure: Pressure | None = None
     memory_pressure: Pressure | None = None
     io_pressure: Pressure | None = None
@@ -167,6 +177,7 @@ def _more_v1(directories: dict[str, str]) -> dict[str, object]:
         found["memory_peak"] = number(read(f"{path}/memory.max_usage_in_bytes"))
         found["memory_kernel"] = number(read(f"{path}/memory.kmem.usage_in_bytes"))
         found["memory_limit_hits"] = number(read(f"{path}/memory.failcnt"))
+        found["memory_reservation"] = number(read(f"{path}/memory.soft_limit_in_bytes"), -1)
         found["oom_kills"] = oom_kills_v1(path)
     if path := directories.get("pids"):
         found["pids"] = number(read(f"{path}/pids.current"))
@@ -287,6 +298,7 @@ def of_v2(path: str, full: bool = True) -> dict[str, object]:
                 memory_peak=number(read(f"{path}/memory.peak")),
                 memory_kernel=_line(memory, b"\nkernel "),
                 memory_limit_hits=events.get(b"max", 0),
+                memory_reservation=number(read(f"{path}/memory.low"), -1),
                 oom_kills=events.get(b"oom_kill", 0),
             )
     if full and (raw := read(f"{path}/pids.current")):
@@ -311,6 +323,27 @@ def _io_v2(raw: bytes) -> tuple[DeviceIo, ...]:
     return tuple(devices)
 
 
+def page_sizes() -> tuple[str, ...]:
+    """The sizes of huge pages that this kernel has, as cgroup files spell them (hugetlbpage.rst)."""
+    try:
+        found = [int(name[len("hugepages-") : -len("kB")]) for name in os.listdir("/sys/kernel/mm/hugepages")]
+    except (OSError, ValueError):
+        return ()
+    return tuple(f"{size >> 20}GB" if size >= 1 << 20 else f"{size >> 10}MB" for size in sorted(found) if size >> 10)
+
+
+def huge_pages(path: str) -> tuple[HugePages, ...]:
+    """Of a cgroup directory of the hugetlb controller, v1 or v2."""
+    found = []
+    for size in page_sizes():
+        base = f"{path}/hugetlb.{size}"
+        if raw := read(f"{base}.current"):
+            found.append(HugePages(size, number(raw)))
+        elif raw := read(f"{base}.usage_in_bytes"):
+            found.append(HugePages(size, number(raw), number(read(f"{base}.max_usage_in_bytes"))))
+    return tuple(found)
+
+
 def pressure(path: str) -> Pressure | None:
     """A file such as cpu.pressure; None where the kernel keeps none."""
     found: dict[bytes, Stall] = {}
@@ -333,4 +366,6 @@ def collect(directories: dict[str, str], v2: str, stalls: str = "", full: bool =
     if stalls:
         values.update({f"{name}_pressure": pressure(f"{stalls}/{name}.pressure") for name in ("cpu", "memory", "io")})
     values.update(of_v1(directories, full))
+    if full and (path := directories.get("hugetlb") or v2):
+        values["huge_pages"] = huge_pages(path)
     return Stats(now, **values)  # type: ignore[arg-type]

@@ -159,6 +159,26 @@ def test_metrics_of_descriptors_sockets_limits_and_inodes(here: Node) -> None:
     here.drop(pod)
 
 
+def test_what_is_described_comes_with_the_first_answer(here: Node) -> None:
+    """critest wants a sample of each metric that is described, of a container with limits that has just begun."""
+    pod, config, _ = _pod(here, network=True)
+    wanted = container("one", here.image, ["sh", "-c", "echo hi > /file; sync; exec sleep 1000"])
+    resources = wanted.linux.resources
+    resources.cpu_period, resources.cpu_quota, resources.cpu_shares = 100_000, 20_000, 1024
+    resources.memory_limit_in_bytes = resources.memory_swap_limit_in_bytes = 64 * MIB
+    one = here.client.create(pod, wanted, config)
+    here.client.start(one)
+    described = here.client.runtime.ListMetricDescriptors(pb.ListMetricDescriptorsRequest()).descriptors
+    (listed,) = here.client.runtime.ListPodSandboxMetrics(pb.ListPodSandboxMetricsRequest()).pod_metrics
+    found = [*listed.metrics, *(item for of in listed.container_metrics for item in of.metrics)]
+    labels = {item.name: len(item.label_values) for item in found}
+    lacking = {item.name for item in described if labels.get(item.name) != len(item.label_keys)}
+    # Whether anything has reached a disk by now is up to the machine.
+    assert {name for name in lacking if not name.startswith(("container_fs_", "container_blkio_"))} == set()
+    assert labels.keys() <= {item.name for item in described}
+    here.drop(pod)
+
+
 def test_metrics_of_tasks_by_state_and_of_their_load(here: Node) -> None:
     """One that is stopped, one that runs for ever, and shells that wait for them."""
     pod, config, _ = _pod(here)

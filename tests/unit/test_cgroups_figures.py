@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from runtime.cgroups import stats
 from runtime.cgroups.figures import figures
 
@@ -104,6 +106,18 @@ def test_o42_what_is_gone_or_garbled_is_zero(tmp_path: Path) -> None:
         found = figures(paths)
         assert found["pids"] == {} and found["intel_rdt"] == {} and found["network_interfaces"] is None
         assert isinstance(found["memory"], dict) and found["memory"]["raw"] == {}
+
+
+def test_huge_pages_as_statistics_have_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats, "page_sizes", lambda: ("2MB", "1GB"))
+    one = {"hugetlb.2MB.usage_in_bytes": "4194304\n", "hugetlb.2MB.max_usage_in_bytes": "6291456\n"}
+    (found,) = stats.collect({"hugetlb": _files(tmp_path / "v1", one)}, "").huge_pages
+    assert found == stats.HugePages("2MB", 4 << 20, 6 << 20)
+    (found,) = stats.collect({}, _files(tmp_path / "v2", {**V2, "memory.low": "1048576\n"})).huge_pages
+    assert found == stats.HugePages("2MB", 4 << 20)
+    assert stats.collect({}, str(tmp_path / "v2")).memory_reservation == 1 << 20
+    soft = _files(tmp_path / "m", {"memory.soft_limit_in_bytes": "2097152\n"})
+    assert stats.collect({"memory": soft}, "").memory_reservation == 2 << 20
 
 
 def test_block_devices_as_statistics_have_them(tmp_path: Path) -> None:

@@ -84,14 +84,17 @@ def test_a_load_is_a_mean_that_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found is not None and found.timestamp_ns == at * S
         return found.load, found.load_d
 
-    assert watch.of("one") is None
     assert look(3, 1, 100) == (3, 1), "all that is known of it"
     load, waiting = look(0, 1, 110)
     assert math.isclose(load, 3 / math.e) and math.isclose(waiting, 1)
     assert look(2, 0, 100_000)[0] == 2, "what was long ago counts for nothing"
-    seen.append(None)
+    seen += [None, None]
     asyncio.run(watch.look())
     assert watch.of("one") is None, "too many of them"
+    # Who asks first does not wait for the next look.
+    seen.append({"running": 5, "uninterruptible": 0})
+    found = watch.of("one")
+    assert found is not None and found.load == 5 and watch.of("one") is found
 
 
 def test_looking_rests_until_somebody_asks() -> None:
@@ -106,7 +109,7 @@ def test_looking_rests_until_somebody_asks() -> None:
         task = asyncio.create_task(watch.run())
 
         async def until(seen: bool) -> None:
-            while (watch.of("one") is not None) != seen:
+            while ("one" in watch._seen) != seen:
                 await asyncio.sleep(0)
 
         for _ in range(100):
