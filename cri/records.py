@@ -92,7 +92,7 @@ class Pod:
 @dataclass(frozen=True)
 class Container:
     """A container. `config` is the ContainerConfig as it came, `resources` the LinuxContainerResources in force;
-    `image_name` is what people call its image, where the request had only the id."""
+    `image_name` is what people call its image, where the request had only the id; `image_ref` names it by digest."""
 
     id: str
     pod_id: str
@@ -102,6 +102,7 @@ class Container:
     created_ns: int
     image_id: str = ""
     image_name: str = ""
+    image_ref: str = ""
     log_path: str = ""
     cgroup: str = ""
     stop_signal: str = ""

@@ -36,7 +36,7 @@ async def _run(args: argparse.Namespace) -> int:
 
 async def _remove(api: Api, spec: pb.ImageSpec, id_: str) -> None:
     used = await api.call("ListContainers", pb.ListContainersRequest())
-    holders = [c.id[:12] for c in used.containers if c.image_ref == id_]
+    holders = [c.id[:12] for c in used.containers if c.image_id == id_]
     if holders:
         raise CommandError(f"{spec.image} is used by {', '.join(holders)}; remove them first (ocid rm)", 1)
     await api.call("RemoveImage", pb.RemoveImageRequest(image=spec))

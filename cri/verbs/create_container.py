@@ -30,7 +30,8 @@ from cri.undo import Undo
 from cri.verbs.remove_container import take_away
 from cri.verbs.run_pod import cgroup_parent, check_labels, hostname, namespaces
 from cri.verbs.stop_container import signal_number
-from imagestore.model import Image, KeyFile
+from imagestore.model import Image, KeyFile, ReferenceInvalid
+from imagestore.reference import parse
 from runtime.linux.dataclass import dataclass
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import write_durable
@@ -161,6 +162,7 @@ class Bundled:
 
     image: Image
     name: str
+    ref: str
     user: users.User
     cgroup: str
     stop_signal: str
@@ -173,6 +175,7 @@ class Bundled:
             "made_ns": now_ns(),
             "image_id": self.image.id,
             "image_name": self.name,
+            "image_ref": self.ref,
             "cgroup": self.cgroup,
             "stop_signal": self.stop_signal,
             "uid": self.user.uid,
@@ -242,8 +245,8 @@ def bundle(node: Node, pod: Pod, container: Container, keys: tuple[KeyFile, ...]
         stdin_once=config.stdin_once,
         handler=handler,
     )
-    named = image_name(config, image)
-    return Bundled(image, named, user, cgroup(facts_of_pod, container.id), stop_signal, spec["process"], wanted)
+    named, ref = image_name(config, image), image_ref(config, image)
+    return Bundled(image, named, ref, user, cgroup(facts_of_pod, container.id), stop_signal, spec["process"], wanted)
 
 
 def _check_foreign(handler: str, config: pb.ContainerConfig) -> None:
@@ -285,6 +288,17 @@ def image_name(config: pb.ContainerConfig, image: Image) -> str:
     if not image.id.removeprefix("sha256:").startswith(config.image.image.removeprefix("sha256:")):
         return ""
     return config.image.user_specified_image or next(iter((*image.repo_tags, *image.repo_digests)), "")
+
+
+def image_ref(config: pb.ContainerConfig, image: Image) -> str:
+    """The image by digest, in the repository that it was asked for from if it is known there; its id where no registry
+    knows it. A kubelet tells its API server this as the image's id, which is not what it collects images by."""
+    try:
+        repository = parse(config.image.user_specified_image or config.image.image).repository
+    except ReferenceInvalid:  # an id
+        repository = ""
+    mine = (digest for digest in image.repo_digests if digest.startswith(f"{repository}@"))
+    return next(mine, next(iter(image.repo_digests), image.id))
 
 
 def stop_signal_of(config: pb.ContainerConfig, image: Image) -> str:

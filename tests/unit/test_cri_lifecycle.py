@@ -13,6 +13,8 @@ from grpc import StatusCode
 
 from cri.api import api_pb2 as pb
 from cri.errors import CallFailed
+from cri.verbs.create_container import image_ref
+from tests.fakes.images import make_image
 from tests.fakes.node import IMAGE, Rig, on_rig
 
 
@@ -160,7 +162,10 @@ def test_status_has_every_field(tmp_path: Path) -> None:
         made = await rig.call("CreateContainer", pb.CreateContainerRequest(pod_sandbox_id=pod, config=config))
         status = await rig.status(made.container_id)
         assert status.image.image == IMAGE
-        assert status.image_ref == status.image_id == rig.image.id
+        assert status.image_id == rig.image.id
+        (listed,) = (await rig.call("ListContainers", pb.ListContainersRequest())).containers
+        by_digest = f"{IMAGE.rpartition(':')[0]}@{rig.image.manifest_digest}"
+        assert status.image_ref == listed.image_ref == by_digest and listed.image_id == rig.image.id
         assert status.labels == {"tier": "front"} and status.annotations == {"why": "test"}
         assert [mount.container_path for mount in status.mounts] == ["/data"]
         assert status.log_path == str(rig.logs / "web" / "main.log")
@@ -175,6 +180,20 @@ def test_status_has_every_field(tmp_path: Path) -> None:
         assert pod_status.runtime_handler == "native"
 
     on_rig(tmp_path, body)
+
+
+def test_an_image_is_told_by_digest_in_the_repository_that_it_was_asked_from(tmp_path: Path) -> None:
+    image = make_image("x")
+    image = replace(image, repo_digests=("one.test/a@sha256:1", "two.test/b@sha256:2"))
+    for asked, by_user, told in (
+        ("two.test/b:5", "", "two.test/b@sha256:2"),
+        (image.id, "two.test/b", "two.test/b@sha256:2"),
+        (image.id, "", "one.test/a@sha256:1"),
+        ("three.test/c", "", "one.test/a@sha256:1"),
+    ):
+        config = pb.ContainerConfig(image=pb.ImageSpec(image=asked, user_specified_image=by_user))
+        assert image_ref(config, image) == told
+    assert image_ref(config, replace(image, repo_digests=())) == image.id
 
 
 def test_an_image_asked_for_by_id_is_shown_by_name(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_s71_nothing_of_what_the_archive_says_about_a_container_is_kept(tmp_path
         (one,) = answer.restored_containers
         assert set(rig.shims.restored[one.container_id]) == {"descriptors.json", "core-1.img"}
         status = await rig.status(one.container_id)
-        assert (status.image.image, status.image_ref) == (IMAGE, rig.image.id)
+        assert (status.image.image, status.image_id) == (IMAGE, rig.image.id)
         config = (rig.config.state / "bundles" / one.container_id / "config.json").read_text()
         assert "evil" not in config and "sleep 1000" in config
         assert not list((rig.config.root / "checkpoints").glob("*"))
