@@ -250,6 +250,7 @@ class Inside:
         env = process.environment(wanted, root)
         os.close(root)
         process.close_all_but(caller.filenos(), self._request.preserve_fds)
+        process.set_few_files(wanted.rlimits)
         if wanted.no_new_privileges:
             set_no_new_privs()
         self._at("identity")

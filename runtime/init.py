@@ -299,6 +299,7 @@ def close_files(init: Init) -> None:
     root.close()
     keep = {init.channel.fileno(), init.setup.listener.fileno()}
     process.close_all_but(keep, init.setup.preserve_fds)
+    process.set_few_files(init.process.rlimits)
     init.proc_fd = -1
 
 

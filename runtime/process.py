@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 _AT_FDCWD = -100
 _NULL_DEVICE = os.makedev(1, 3)
 _PASSWD_LIMIT = 1 << 20
+_FILES, _FEW = "RLIMIT_NOFILE", 256  # more than the interpreter of an init has open
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # What loading a filter and lowering the sets at the very end takes; see `Identity`.
 _CAP_SYS_ADMIN, _CAP_SETPCAP = 1 << 21, 1 << 8
@@ -94,9 +95,13 @@ def set_cpus(cpus: Iterable[int] = ()) -> None:
 
 
 def set_rlimits(limits: Iterable[Rlimit], warn: Warn) -> None:
-    """setrlimit(2) of each. Without CAP_SYS_RESOURCE a limit cannot rise: then it becomes what it may be."""
+    """setrlimit(2) of each. Without CAP_SYS_RESOURCE a limit cannot rise: then it becomes what it may be. What would
+    leave too few files for the steps to come is set by `set_few_files`."""
     for limit in limits:
         wanted = (_unlimited(limit.soft), _unlimited(limit.hard))
+        if limit.name == _FILES and wanted[0] < _FEW:
+            room = min(_FEW, prlimit(limit.resource)[1])
+            wanted = (max(wanted[0], room), max(wanted[1], room))
         try:
             prlimit(limit.resource, wanted)
         except KernelError as error:
@@ -107,6 +112,15 @@ def set_rlimits(limits: Iterable[Rlimit], warn: Warn) -> None:
             hard_wanted = min(wanted[1], hard)
             prlimit(limit.resource, (min(wanted[0], hard_wanted), hard_wanted))
             warn(f"{limit.name} {limit.soft}:{limit.hard} is above what this process may set: it is {hard_wanted}")
+
+
+def set_few_files(limits: Iterable[Rlimit]) -> None:
+    """The limit of open files where it is lower than what the interpreter has open: once it has closed them. A limit
+    is lowered by right of everybody."""
+    for limit in limits:
+        if limit.name == _FILES and limit.soft < _FEW:
+            hard = min(_unlimited(limit.hard), prlimit(limit.resource)[1])
+            prlimit(limit.resource, (min(limit.soft, hard), hard))
 
 
 def _unlimited(value: int) -> int:
@@ -187,13 +201,11 @@ class Identity:
 
     def __init__(self, process: Process, warn: Warn) -> None:
         self._user = process.user
-        self._wanted = process.capabilities
         self._effective, self._permitted, self._inheritable = capget()
         self._final: tuple[int, int, int] | None = None
-        if self._wanted is not None and self._wanted.unknown:
-            warn(f"ignored unknown capabilities: {', '.join(self._wanted.unknown)}")
-        if self._wanted is not None:
-            self._wanted = self._available(self._wanted, warn)
+        if process.capabilities.unknown:
+            warn(f"ignored unknown capabilities: {', '.join(process.capabilities.unknown)}")
+        self._wanted = self._available(process.capabilities, warn)
 
     def _available(self, wanted: Capabilities, warn: Warn) -> Capabilities:
         """Without what this process lacks itself: nobody can give what he has not."""
@@ -215,17 +227,14 @@ class Identity:
     def drop(self) -> None:
         """Bounding set, groups, gid, uid; afterwards the sets are the final ones, plus CAP_SYS_ADMIN."""
         wanted = self._wanted
-        if wanted is not None:
-            if self._effective & _CAP_SETPCAP:
-                current = bounding_set()
-                for number in range(64):
-                    if (current & ~wanted.bounding) >> number & 1:
-                        capbset_drop(number)
-            set_keepcaps(True)
+        if self._effective & _CAP_SETPCAP:
+            current = bounding_set()
+            for number in range(64):
+                if (current & ~wanted.bounding) >> number & 1:
+                    capbset_drop(number)
+        set_keepcaps(True)
         ids.become(self._user)
         os.umask(0o022 if self._user.umask is None else self._user.umask)
-        if wanted is None:
-            return
         keep = _CAP_SYS_ADMIN & self._permitted
         capset(wanted.effective | keep, wanted.permitted | keep, wanted.inheritable)
         set_keepcaps(False)

@@ -111,11 +111,11 @@ def _verify_thread(spec: Spec, pid: int, thread: int, home: int) -> None:
             raise _refused(pid, "is in the host's user namespace")
         return
     given = process.capabilities
-    bounds = 0 if given is None else given.bounding | given.permitted | given.inheritable
+    bounds = given.bounding | given.permitted | given.inheritable
     held = bounds
     # Without privileges to gain, no execve has given more than the ambient ones to somebody who is not root.
     if process.no_new_privileges and process.user.uid and not bounds & _SETUID:
-        held = 0 if given is None else given.ambient
+        held = given.ambient
     for key in ("CapBnd", "CapPrm", "CapEff", "CapInh", "CapAmb"):
         extra = int(status[key], 16) & ~(held if key in ("CapPrm", "CapEff", "CapAmb") else bounds)
         if extra:

@@ -98,7 +98,7 @@ class Process(Record):
     user: User = User()
     terminal: bool = False
     console_size: tuple[int, int] = (0, 0)
-    capabilities: Capabilities | None = None
+    capabilities: Capabilities = Capabilities()  # none, also where there is no such object: as the peers
     rlimits: tuple[Rlimit, ...] = ()
     no_new_privileges: bool = False
     apparmor_profile: str = ""
@@ -114,14 +114,16 @@ def parse_process(obj: object, path: str) -> Process:
     fields = Fields(obj, path)
     args = fields.strs("args")
     if not args or not args[0]:
-        raise fields.error("args", "at least one argument is required, and the first must not be empty")
-    cwd = fields.str("cwd", required=True)
+        raise fields.error("args", "args must not be empty, nor the first of them")
+    cwd = fields.str("cwd")
+    if not cwd:
+        raise fields.error("cwd", "Cwd property must not be empty")
     if not cwd.startswith("/"):
-        raise fields.error("cwd", f'expected an absolute path, got "{cwd:.80}"')
+        raise fields.error("cwd", f'Cwd must be an absolute path, got "{cwd:.80}"')
     env = fields.strs("env")
     for index, entry in enumerate(env):
         if "=" not in entry[1:]:
-            raise fields.error(f"env[{index}]", f'expected NAME=VALUE, got "{entry:.80}"')
+            raise fields.error(f"env[{index}]", f'invalid environment variable: expected NAME=VALUE, got "{entry:.80}"')
     console = fields.object("consoleSize")
     return Process(
         args=args,
@@ -151,9 +153,9 @@ def _user(fields: Fields) -> User:
     )
 
 
-def _capabilities(fields: Fields | None) -> Capabilities | None:
+def _capabilities(fields: Fields | None) -> Capabilities:
     if fields is None:
-        return None
+        return Capabilities()
     sets, unknown = {}, []
     for kind in ("bounding", "effective", "inheritable", "permitted", "ambient"):
         mask = 0

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from runtime.options import Values
 
 _MAX_PROCESS = 16 << 20
+# What a process object that does not have it takes from the container's.
+_INHERITED = (
+    *("capabilities", "rlimits", "apparmorProfile", "selinuxLabel"),
+    *("ioPriority", "scheduler", "execCPUAffinity"),
+)
 FLAGS = {
     "exec": (
         Flag(("console-socket",), "str", "unix socket that is sent the terminal's master"),
@@ -86,14 +91,8 @@ def run(context: Context, _name: str, values: Values) -> int:
 
 def _process(bundle: str, words: list[str], values: Values) -> dict[str, object]:
     if values.text("process"):
-        raw = read_bounded(AT_FDCWD, values.text("process"), _MAX_PROCESS)
-        document = decode(raw, values.text("process"))
-        if not isinstance(document, dict):
-            raise RuntimeFailure(f"{values.text('process')}: expected a process object", code="invalid_argument")
-        return document
-    config = Fields(decode(read_bounded(AT_FDCWD, f"{bundle}/config.json", _MAX_PROCESS), "config.json"))
-    raw_process = config.raw("process")
-    process: dict[str, object] = dict(raw_process) if isinstance(raw_process, dict) else {"cwd": "/"}
+        return _from_file(values.text("process"), bundle)
+    process = _containers(bundle)
     process["args"] = words
     process["terminal"] = values.on("tty")
     process.pop("consoleSize", None)
@@ -112,6 +111,33 @@ def _process(bundle: str, words: list[str], values: Values) -> dict[str, object]
     if values.all("cap"):
         process["capabilities"] = _capabilities(process.get("capabilities"), values.all("cap"))
     return process
+
+
+def _containers(bundle: str) -> dict[str, object]:
+    """The process of config.json."""
+    config = Fields(decode(read_bounded(AT_FDCWD, f"{bundle}/config.json", _MAX_PROCESS), "config.json"))
+    found = config.raw("process")
+    return dict(found) if isinstance(found, dict) else {"cwd": "/"}
+
+
+def _from_file(path: str, bundle: str) -> dict[str, object]:
+    """A process object, which has of the container's own what it does not say itself, as with runc. The file may be a
+    pipe, as shells make them."""
+    with open(path, "rb") as file:
+        raw = file.read(_MAX_PROCESS + 1)
+    if len(raw) > _MAX_PROCESS:
+        raise RuntimeFailure(f"{path}: more than {_MAX_PROCESS} bytes", code="invalid_argument")
+    document = decode(raw, path)
+    if not isinstance(document, dict):
+        raise RuntimeFailure(f"{path}: expected a process object", code="invalid_argument")
+    try:
+        own = _containers(bundle)
+    except OSError:  # nobody has to keep a bundle: then it has no more than what it says
+        own = {}
+    for key in _INHERITED:
+        if document.get(key) in (None, "", []) and own.get(key):
+            document[key] = own[key]
+    return document
 
 
 def _user(before: object, values: Values) -> dict[str, object]:

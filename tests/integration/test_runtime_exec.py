@@ -100,6 +100,53 @@ def test_a_process_json_is_the_whole_process(home: Bundles) -> None:
     one.exec(flags=("--process", "/nowhere/process.json")).failed("no such file or directory", code=255)
 
 
+def test_what_a_process_json_does_not_say_is_the_containers(home: Bundles) -> None:
+    """Above all its capabilities: without any it would have those of the caller."""
+    one = home.make()
+    one.process["rlimits"] = [{"type": "RLIMIT_NOFILE", "soft": 100, "hard": 100}]
+    one.process["capabilities"] = {kind: ["CAP_KILL"] for kind in ("bounding", "permitted", "effective")}
+    one.up()
+    bare = {"args": ["sleep", "1000"], "cwd": "/", "env": ["PATH=/bin"]}
+    pid = detached(one, process=bare)
+    found = status(pid)
+    assert {int(found[key], 16) for key in ("CapBnd", "CapPrm", "CapEff")} == {bits("CAP_KILL")}
+    assert re.search(r"Max open files +100 +100 ", Path(f"/proc/{pid}/limits").read_text())
+    given = detached(one, process={**bare, "capabilities": {}})
+    assert int(status(given)["CapBnd"], 16) == 0
+    if not REFERENCE:  # which keeps them in its state
+        (one.path / "config.json").rename(one.path / "away")
+        assert int(status(detached(one, process=bare))["CapBnd"], 16) == 0
+
+
+def test_a_process_json_may_come_through_a_pipe(home: Bundles) -> None:
+    one = home.make().up()
+    reader, writer = os.pipe()
+    os.write(writer, json.dumps({"args": ["echo", "piped"], "cwd": "/", "env": ["PATH=/bin"]}).encode())
+    os.close(writer)
+    try:
+        assert one.exec(flags=("--process", f"/proc/self/fd/{reader}"), pass_fds=[reader]).ok() == "piped\n"
+    finally:
+        os.close(reader)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"args": []}, "args must not be empty"),
+        ({"cwd": ""}, "Cwd property must not be empty"),
+        ({"cwd": "tmp"}, "Cwd must be an absolute path"),
+        ({"env": ["A"]}, "invalid environment variable"),
+    ],
+)
+def test_a_process_json_that_is_none_is_refused_in_the_peers_words(
+    home: Bundles, changes: dict[str, object], words: str
+) -> None:
+    one = home.make().up()
+    path = one.path / "process.json"
+    path.write_text(json.dumps({"args": ["true"], "cwd": "/", "env": ["PATH=/bin"], **changes}))
+    one.exec(flags=("--process", str(path))).failed(words, code=255)
+
+
 @pytest.mark.parametrize("inheritable", [[], ["CAP_KILL"]])
 def test_s05_added_capabilities(home: Bundles, inheritable: list[str]) -> None:
     one = home.make()

@@ -138,6 +138,24 @@ def test_groups_umask_and_limits(home: Bundles) -> None:
         assert "Max open files            100                  200" in limits
 
 
+def test_few_files_are_enough_to_start(home: Bundles) -> None:
+    """The interpreter has more open than the command may have."""
+    one = home.sh("ulimit -Sn; ulimit -Hn; sleep 1000")
+    one.process["rlimits"] = [{"type": "RLIMIT_NOFILE", "soft": 10, "hard": 20}]
+    assert one.up().exec("sh", "-c", "ulimit -Sn; ulimit -Hn").ok().split() == ["10", "20"]
+    for pid in (one.pid(), _exec_detached(one)):
+        assert "Max open files            10                   20" in Path(f"/proc/{pid}/limits").read_text()
+
+
+def test_without_capabilities_in_the_config_there_are_none(home: Bundles) -> None:
+    one = home.make()
+    del one.process["capabilities"]
+    one.up()
+    for pid in (one.pid(), _exec_detached(one)):
+        text = Path(f"/proc/{pid}/status").read_text()
+        assert [line.split()[1] for line in text.splitlines() if line.startswith("Cap")] == ["0" * 16] * 5
+
+
 def _exec_detached(one: Bundle) -> int:
     file = one.path / "exec.pid"
     one.exec("sleep", "1000", flags=("--detach", "--pid-file", str(file))).ok()
