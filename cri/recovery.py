@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Awaitable, Sequence
 
+from cri import interrupted
 from cri.ends import end_orphan
 from cri.events import Events, keep_facts
 from cri.interfaces import ContainerError, ContainerFacts, NetworkError, Sandbox, ShimUnresponsive
@@ -41,6 +42,7 @@ async def recover(node: Node, events: Events) -> None:
     open_pods = [pod for pod in node.store.pods.values() if not pod.stopped_ns]
     await _all(node, [_reconnect(node, events, pod) for pod in open_pods])
     failpoint("recovery.reconnected")
+    await _all(node, [interrupted.take_away(node, pod) for pod in interrupted.without_container(node)])
     await _sweep(node)
     await node.store.settle()
     log.info("recovered %d pods and %d containers", len(node.store.pods), len(node.store.containers))
@@ -210,7 +212,7 @@ async def _sweep(node: Node) -> None:
     left = [key for key in snapshots if key.partition(".")[0] not in node.store.containers]
     await _all(node, [to_thread(node.parts.snapshots.remove, key) for key in left])
     valid = frozenset(pod.id for pod in node.store.pods.values() if not pod.stopped_ns)
-    await _all(node, [node.parts.network.collect(valid)])
+    await _all(node, [node.parts.network.collect(valid), interrupted.sweep_logs(node)])
 
 
 async def check_networks(node: Node) -> None:

@@ -9,10 +9,7 @@ from __future__ import annotations
 from cri.api import api_pb2 as pb
 from cri.cli.connect import Api
 from cri.cli.main import CommandError
-
-# Pods of `ocid run` live in this Kubernetes namespace, so that they never meet a kubelet's.
-NAMESPACE = "ocid"
-NAME_LABEL = "ocid.name"
+from cri.marks import NAME_LABEL
 
 
 async def find(api: Api, wanted: str, code: int = 1) -> pb.Container:

@@ -26,6 +26,7 @@ from cri.cli.pull import Wanted, pull
 from cri.cli.registry_options import given_keys, keys_argument, packed
 from cri.cli.rm import remove
 from cri.cli.watch import wait_exit
+from cri.marks import LOGS, NAME_LABEL, NAMESPACE
 from runtime.linux.files import remove_tree
 from runtime.shim.client import Shims
 from runtime.shim.model import Sandbox
@@ -119,7 +120,7 @@ async def _run(args: argparse.Namespace, name: str) -> int:
 async def _launch(api: Api, args: argparse.Namespace, name: str) -> tuple[str, str, Streams | None]:
     """Pod and container, started; streams where somebody watches. After a failure nothing of it is left."""
     listed = await api.call("ListContainers", pb.ListContainersRequest())
-    if any(c.labels.get(names.NAME_LABEL) == name for c in listed.containers):
+    if any(c.labels.get(NAME_LABEL) == name for c in listed.containers):
         raise CommandError(f"the name {name} is taken; ocid rm {name} frees it")
     sandbox_config = _sandbox_config(api, args, name)
     config = _container_config(args, name)  # before an image is fetched: what the options have wrong is told at once
@@ -200,9 +201,9 @@ async def _import(api: Api, source: str, path: str) -> str:
 
 def _sandbox_config(api: Api, args: argparse.Namespace, name: str) -> pb.PodSandboxConfig:
     config = pb.PodSandboxConfig(hostname=args.hostname or name.replace("_", "-"))
-    config.metadata.name, config.metadata.namespace, config.metadata.uid = name, names.NAMESPACE, secrets.token_hex(16)
-    config.labels[names.NAME_LABEL] = name
-    config.log_directory = f"{api.config.root}/logs/{config.metadata.uid}"
+    config.metadata.name, config.metadata.namespace, config.metadata.uid = name, NAMESPACE, secrets.token_hex(16)
+    config.labels[NAME_LABEL] = name
+    config.log_directory = f"{api.config.root}/{LOGS}/{config.metadata.uid}"
     config.port_mappings.extend(options.port(text) for text in args.publish)
     config.linux.security_context.privileged = args.privileged
     if args.net == "host":
@@ -217,7 +218,7 @@ def _container_config(args: argparse.Namespace, name: str) -> pb.ContainerConfig
         working_dir=args.workdir, tty=args.tty, stdin=args.interactive, stdin_once=args.interactive, log_path="0.log"
     )
     config.metadata.name = name
-    config.labels[names.NAME_LABEL] = name
+    config.labels[NAME_LABEL] = name
     words = args.command[1:] if args.command[:1] == ["--"] else args.command
     config.command.extend([args.entrypoint] if args.entrypoint else [])
     config.args.extend(words)

@@ -8,6 +8,7 @@ import asyncio
 from cri.api import api_pb2 as pb
 from cri.cli import names, output
 from cri.cli.connect import connect
+from cri.marks import NAME_LABEL
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +44,7 @@ async def _run(args: argparse.Namespace) -> int:
             [
                 (
                     s.attributes.id[:12],
-                    s.attributes.labels.get(names.NAME_LABEL) or s.attributes.metadata.name,
+                    s.attributes.labels.get(NAME_LABEL) or s.attributes.metadata.name,
                     f"{s.cpu.usage_core_nano_seconds.value / 1e9:.2f} s",
                     output.size(s.memory.working_set_bytes.value),
                     output.size(s.writable_layer.used_bytes.value),

@@ -3,8 +3,10 @@ same request succeeds (threats O3, O7, O8)."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,8 +14,10 @@ import grpc
 import pytest
 
 from conformance.cri_client import container
+from conformance.leaks import Machine
 from cri.api import api_pb2 as pb
-from tests.e2e import Node, seasoned, stocked
+from tests import warm
+from tests.e2e import Node, retired, seasoned, stocked
 from tests.fakes.registry import FakeRegistry
 from tests.support import SOON_S, eventually, needs
 
@@ -130,6 +134,66 @@ def test_o7_taking_away(here: Node, image: str) -> None:
         _killed_at(here, point, lambda pod=pod: here.client.remove_pod(pod))
         assert [one.state for one in here.client.list_pods()] == [pb.SANDBOX_NOTREADY], point
         here.client.remove_pod(pod)
+        _nothing_new(here, before, point)
+
+
+def _ocid(node: Node, *words: str, point: str = "") -> subprocess.CompletedProcess[bytes]:
+    """A command of `node`, which dies at the failpoint `point`."""
+    environment = {**os.environ, "OCID_FAILPOINTS": f"{point}=kill"} if point else None
+    return warm.run([*node.words, *words], env=environment, timeout=SOON_S)
+
+
+@pytest.fixture
+def alone(tmp_path: Path, registry: FakeRegistry) -> Iterator[Node]:
+    """A node without a daemon, which has the image and has run a container."""
+    made, before = Node(tmp_path / "n"), Machine.now()
+    made.image = f"{registry.name}/busybox:1"
+    try:
+        assert _ocid(made, "run", "--rm", made.image, "true").returncode == 0
+        yield made
+    finally:
+        retired(made, before)
+
+
+def test_o8_ocid_run_without_a_daemon(alone: Node) -> None:
+    """Whatever it was killed at, it leaves a container that can be seen and removed, or nothing."""
+    before = _held(alone)
+    points = ["network.recorded", *(point for verb in ("run_pod", "create_container") for point in _points(verb))]
+    for point in points:
+        done = _ocid(alone, "run", "-d", "--name", "one", alone.image, "sleep", "1000", point=point)
+        assert done.returncode == -9, (point, done)
+        if point == "create_container.made":
+            assert _ocid(alone, "rm", "one").returncode == 0
+        assert json.loads(_ocid(alone, "ps", "-a", "--format", "json").stdout) == [], point
+        _nothing_new(alone, before, point)
+
+
+def test_o7_ocid_rm_without_a_daemon(alone: Node) -> None:
+    before = _held(alone)
+    for point in ("remove_container.gone", "stop_pod.recorded", "stop_pod.disconnected", "remove_pod.directory"):
+        assert _ocid(alone, "run", "-d", "--name", "one", alone.image, "sleep", "1000").returncode == 0
+        done = _ocid(alone, "rm", "-f", "one", point=point)
+        assert done.returncode == -9, (point, done)
+        if json.loads(_ocid(alone, "ps", "-a", "--format", "json").stdout):
+            assert _ocid(alone, "rm", "-f", "one").returncode == 0, point
+        _nothing_new(alone, before, point)
+
+
+def test_o8_ocid_run_with_a_daemon_that_is_killed(here: Node, image: str) -> None:
+    assert _ocid(here, "run", "--rm", image, "true").returncode == 0
+    before = _held(here)
+    for point in ("run_pod.made", "create_container.recorded", "create_container.bundled"):
+        here.end()
+        os.environ["OCID_FAILPOINTS"] = f"{point}=kill"
+        try:
+            here.start()
+        finally:
+            del os.environ["OCID_FAILPOINTS"]
+        done = _ocid(here, "run", "-d", "--name", "one", image, "sleep", "1000")
+        assert done.returncode == 125 and done.stderr.startswith(b"ocid run: "), (point, done)
+        here.end()
+        here.start()
+        assert here.client.list_pods() == [], point
         _nothing_new(here, before, point)
 
 

@@ -1,0 +1,45 @@
+"""What a killed `ocid run` or `ocid rm` leaves: a pod of theirs without a container, a directory for the log of no pod.
+
+Such a pod would hold its address, its ports and a shim, and no command shows it, since all of them know containers.
+Looked for at a start alone, when nobody can be between the two calls that make pod and container: whoever was has lost
+its connection, or the root's lock with its life. Refuses to touch pods that are not of `ocid run`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from cri.marks import LOGS, NAME_LABEL, NAMESPACE
+from cri.node import Node
+from cri.records import Pod
+from cri.threads import to_thread
+from cri.verbs import remove_pod
+from runtime.linux.files import remove_tree
+
+log = logging.getLogger(__name__)
+
+
+def without_container(node: Node) -> list[Pod]:
+    """Pods that are of no use to anybody."""
+    return [pod for pod in node.store.pods.values() if _is_ours(pod) and not node.store.containers_of(pod.id)]
+
+
+async def take_away(node: Node, pod: Pod) -> None:
+    """Removes such a pod."""
+    log.warning("pod %s (%s) was left without its container: removing it", pod.label, pod.id[:13])
+    await remove_pod.remove(node, pod.id)
+
+
+async def sweep_logs(node: Node) -> None:
+    """Removes directories of logs whose pod is gone."""
+    known = {pod.uid for pod in node.store.pods.values()}
+    top = node.config.root / LOGS
+    names = await to_thread(os.listdir, top) if top.is_dir() else []
+    for uid in names:
+        if uid not in known:
+            await to_thread(remove_tree, top / uid)
+
+
+def _is_ours(pod: Pod) -> bool:
+    return pod.namespace == NAMESPACE and NAME_LABEL in pod.request.labels
