@@ -21,6 +21,19 @@ from runtime.linux.files import fd_path
 from snapshotter.tar_out import DIRECTORY, Item, TarOut
 
 _MODE = 0o600
+# What the archive of a pod is called in the directory that a kubelet has made for it.
+POD_FILE = "pod.tar"
+
+
+def check_output(field: str, text: str) -> Path:
+    """The path of a new archive of a pod: in the empty directory that a request names, as the CRI has it, or of a file
+    in one. Raises InvalidArgument, AlreadyExists."""
+    path = Path(text)
+    if not path.is_absolute() or ".." in path.parts or "\0" in text or path.is_symlink() or not path.is_dir():
+        return check_target(field, text)
+    if os.listdir(path):
+        raise InvalidArgument(f"{field}: {text[:200]} is not empty")
+    return path / POD_FILE
 
 
 def check_target(field: str, text: str) -> Path:

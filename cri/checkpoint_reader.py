@@ -17,6 +17,7 @@ from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 
+from cri.checkpoint_archive import POD_FILE
 from cri.errors import InvalidArgument, LimitExceeded, NotFound
 from runtime.linux.files import write_all
 from snapshotter import tar
@@ -26,6 +27,7 @@ from snapshotter.tar_feed import Feed
 MAX_ENTRIES = 200_000  # a dozen files for each process and thread
 _MAX_TOLD = 1 << 20  # bytes of what is read over
 _CHUNK = 1 << 20
+_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 LAYER = "rootfs-diff.tar"
 IMAGES = "checkpoint"
@@ -34,13 +36,20 @@ _LIMITS = Limits(entries=MAX_ENTRIES, path_bytes=1024, pax_bytes=16 << 10, xattr
 
 
 def open_archive(field: str, text: str) -> int:
-    """The file that a request names, for reading; the caller's. Raises InvalidArgument, NotFound."""
+    """The file that a request names, or the one in the directory that it names, for reading; the caller's. Raises
+    InvalidArgument, NotFound."""
     if not text.startswith("/") or "\0" in text or ".." in Path(text).parts:
         raise InvalidArgument(f"{field}: {text[:200]!r} is no absolute path of a file")
     try:
-        fd = os.open(text, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        fd = os.open(text, _OPEN)
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            place, fd = fd, -1
+            try:
+                fd = os.open(POD_FILE, _OPEN, dir_fd=place)
+            finally:
+                os.close(place)
     except FileNotFoundError:
-        raise NotFound(f"{field}: {text[:200]} is not there") from None
+        raise NotFound(f"{field}: {text[:200]} is not there, or has no {POD_FILE}") from None
     except OSError as error:
         raise InvalidArgument(f"{field}: {text[:200]}: {os.strerror(error.errno or 0).lower()}") from None
     if not stat.S_ISREG(os.fstat(fd).st_mode):

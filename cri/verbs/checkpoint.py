@@ -62,11 +62,11 @@ async def checkpoint_container(node: Node, request: pb.CheckpointContainerReques
 
 
 async def checkpoint_pod(node: Node, request: pb.CheckpointPodRequest) -> pb.CheckpointPodResponse:
-    """An archive at `output_path` of the containers that `container_ids` name, or of all that run."""
+    """An archive in the directory `output_path` of the containers that `container_ids` name, or of all that run."""
     section = enabled(node, "CheckpointPod")
     if request.options:
         raise InvalidArgument(f"options: {sorted(request.options)[0][:80]!r} is not known; there are none")
-    target = archive.check_target("output_path", request.output_path)
+    target = archive.check_output("output_path", request.output_path)
     pod = node.pod(request.pod_sandbox_id)
     if not pod.ready:
         raise FailedPrecondition(f"checkpoint pod {pod.label} ({pod.id[:13]}): it is not ready")
@@ -87,6 +87,8 @@ def _chosen(node: Node, pod: Pod, ids: Sequence[str]) -> list[Container]:
         container = node.running(node.container(id_), "checkpoint")
         if container.pod_id != pod.id:
             raise InvalidArgument(f"container_ids[{index}]: container {container.id} is of another pod")
+        if container.id in chosen:
+            raise InvalidArgument(f"container_ids[{index}]: container {container.id} is there twice")
         chosen[container.id] = container
     return list(chosen.values())
 

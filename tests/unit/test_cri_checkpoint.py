@@ -108,7 +108,15 @@ def test_all_of_a_pod_stands_still_before_the_first_is_dumped(tmp_path: Path) ->
             names = archive.getnames()
             assert {"pod.dump", "containers/one/config.dump", "containers/two/checkpoint/pages-1.img"} <= set(names)
             assert not [name for name in names if name.startswith(("/", "..")) or "created" in name]
-        await rig.call("CheckpointPod", _pod_request(pod, tmp_path / "one.tar", container_ids=[ids[0], ids[0]]))
+        with pytest.raises(CallFailed, match=r"container_ids\[1\]: .* is there twice"):
+            await rig.call("CheckpointPod", _pod_request(pod, tmp_path / "one.tar", container_ids=[ids[0], ids[0]]))
+        # As the CRI has it: an empty directory of the caller's.
+        place = tmp_path / "place"
+        place.mkdir()
+        await rig.call("CheckpointPod", _pod_request(pod, place, container_ids=[ids[0]]))
+        assert [path.name for path in place.iterdir()] == ["pod.tar"]
+        with pytest.raises(CallFailed, match="output_path: .* is not empty"):
+            await rig.call("CheckpointPod", _pod_request(pod, place))
         assert rig.shims.log.count(f"pause {ids[0]}") == 2 and rig.shims.log.count(f"pause {ids[1]}") == 1
         _still(rig)
 

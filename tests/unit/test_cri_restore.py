@@ -91,7 +91,8 @@ def test_what_was_checkpointed_comes_back_in_a_pod_of_the_request(tmp_path: Path
     async def body(rig: Rig) -> None:
         pod = await rig.run_pod()
         old = [await rig.run(pod, "one"), await rig.run(pod, "two")]
-        archive = tmp_path / "pod.tar"
+        archive = tmp_path / "place"
+        archive.mkdir()
         await rig.call("CheckpointPod", pb.CheckpointPodRequest(pod_sandbox_id=pod, output_path=str(archive)))
         answer = await rig.call("RestorePod", _request(rig, archive, "two", "one"))
         status = await rig.pod_status(answer.pod_sandbox_id)
@@ -197,7 +198,7 @@ def test_s71_an_archive_has_its_bound(tmp_path: Path) -> None:
     _on(tmp_path, body, archive_bytes=60_000)
 
 
-@pytest.mark.parametrize("kind", ["none", "link", "directory", "fifo", "relative", "dots"])
+@pytest.mark.parametrize("kind", ["none", "link", "directory", "link inside", "fifo", "relative", "dots"])
 def test_s71_the_archive_is_a_plain_file_at_its_own_path(tmp_path: Path, kind: str) -> None:
     async def body(rig: Rig) -> None:
         archive = _archive(rig, whole("one"))
@@ -206,6 +207,9 @@ def test_s71_the_archive_is_a_plain_file_at_its_own_path(tmp_path: Path, kind: s
             path.symlink_to(archive)
         elif kind == "directory":
             path.mkdir()
+        elif kind == "link inside":
+            path.mkdir()
+            (path / "pod.tar").symlink_to(archive)
         elif kind == "fifo":
             os.mkfifo(path)
         text = {"relative": "given", "dots": f"{tmp_path}/../{archive.name}"}.get(kind, str(path))
