@@ -23,7 +23,7 @@ from imagestore.growth import Growth
 from imagestore.model import ContentInvalid, Descriptor, ImageError
 from imagestore.reference import is_digest
 from runtime.linux.failpoint import failpoint
-from runtime.linux.files import AT_FDCWD, read_bounded, sync_directory, write_all, write_durable
+from runtime.linux.files import AT_FDCWD, read_bounded, remove_tree, sync_directory, write_all, write_durable
 from runtime.linux.libc import KernelError
 from runtime.linux.verity import NOT_HERE, enable_verity, measure_verity
 
@@ -67,7 +67,7 @@ class Blobs:
             return False
         if stat.S_ISREG(found.st_mode) and found.st_size == blob.size:
             return True
-        os.unlink(path)
+        _take_away(path)
         return False
 
     def is_sound(self, blob: Descriptor) -> bool:
@@ -82,7 +82,7 @@ class Blobs:
             except OSError as error:
                 if error.errno != errno.EIO:  # which a sealed one is damaged by
                     raise
-        os.unlink(path)
+        _take_away(path)
         return False
 
     def read(self, digest: str, limit: int) -> bytes:
@@ -162,7 +162,7 @@ class Blobs:
 
     def remove(self, digest: str) -> None:
         """Unlinks a blob; gone is gone."""
-        self.path(digest).unlink(missing_ok=True)
+        _take_away(self.path(digest))
 
     def remove_old_ingests(self, age_s: float) -> None:
         """Removes partial files that nobody writes and that nobody has touched for `age_s`, and stray temporaries."""
@@ -196,6 +196,14 @@ class Blobs:
                 os.close(fd)  # its writer renamed or removed it between open and flock
         except OSError as error:
             raise ImageError(f"write blob {blob.digest}: {errno_text(error)}") from error
+
+
+def _take_away(path: Path) -> None:
+    """Whatever has a blob's name: a directory is nothing of ours, and would be in the way for ever."""
+    try:
+        path.unlink(missing_ok=True)
+    except IsADirectoryError:
+        remove_tree(path)
 
 
 def _is_named(fd: int, path: Path) -> bool:

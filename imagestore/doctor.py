@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Sequence
 
 from imagestore.config import StoreConfig
@@ -52,12 +53,17 @@ class Doctor:
 
     def check(self) -> list[Problem]:
         """Everything that is wrong. Takes as long as reading the blobs does."""
-        found = [Problem("record", "database", what) for what in self._records.damage()]
+        found = self.records()
         seen: dict[str, str] = {}
         broken = dict(self._unpacker.damaged_layers())
         found += [Problem("snapshot", key, what) for key, what in self._unpacker.damaged_snapshots()]
         for record in self._records.images():
             found += self._image(record, seen, broken)
+        return found
+
+    def records(self) -> list[Problem]:
+        """What is wrong with the records themselves."""
+        found = [Problem("record", "database", what) for what in self._records.damage()]
         if not self._layout.is_published(self._records.entries()):
             found.append(Problem("record", "index.json", "does not tell what is recorded"))
         return found
@@ -103,8 +109,12 @@ class Doctor:
             return "is gone"
         except OSError as error:
             return errno_text(error)
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(fd)
+            return "is no regular file"
         with open(fd, "rb", buffering=0) as file:
-            size = os.fstat(fd).st_size
+            size = status.st_size
             if size != blob.size:
                 return f"has {size} bytes, expected {blob.size}"
             try:

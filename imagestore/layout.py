@@ -23,7 +23,7 @@ from imagestore.manifest import (
     parse_document,
 )
 from imagestore.model import ContentInvalid, Descriptor
-from runtime.linux.files import write_durable
+from runtime.linux.files import AT_FDCWD, read_bounded, remove_tree, write_durable
 
 REF_NAME = "org.opencontainers.image.ref.name"
 VERSION_FILE = b'{"imageLayoutVersion":"1.0.0"}'
@@ -56,10 +56,7 @@ class Layout:
 
     def is_published(self, entries: Iterable[tuple[str, Descriptor]]) -> bool:
         """True when index.json tells exactly these."""
-        try:
-            return (self._root / "index.json").read_bytes() == self._index(entries)
-        except OSError:
-            return False
+        return self._has("index.json", self._index(entries))
 
     def _index(self, entries: Iterable[tuple[str, Descriptor]]) -> bytes:
         manifests = []
@@ -109,13 +106,21 @@ class Layout:
         return json.dumps(document, separators=(",", ":")).encode()
 
     def _write(self, name: str, data: bytes) -> None:
+        if self._has(name, data):
+            return
         path = self._root / name
         try:
-            if path.read_bytes() == data:
-                return
-        except FileNotFoundError:
-            pass
-        write_durable(path, data, 0o644)
+            write_durable(path, data, 0o644)
+        except IsADirectoryError:  # nothing of ours, and in the way
+            remove_tree(path)
+            write_durable(path, data, 0o644)
+
+    def _has(self, name: str, data: bytes) -> bool:
+        """Nobody waits here for what may be a FIFO."""
+        try:
+            return read_bounded(AT_FDCWD, str(self._root / name), len(data)) == data
+        except OSError:
+            return False
 
 
 def _json(media_type: str, blob: Descriptor) -> dict[str, object]:

@@ -37,7 +37,7 @@ class Repair:
             if why:
                 left.append(Problem("image", image_id, why, image_id))
         await asyncio.to_thread(self._records.publish)
-        return left
+        return [*left, *await asyncio.to_thread(self._doctor.records)]
 
     async def _image(self, image_id: str, tell: ProgressFunction) -> str:
         """ "" or why it could not be fetched again."""

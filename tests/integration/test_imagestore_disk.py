@@ -142,7 +142,7 @@ def test_nothing_is_planned_while_another_process_pulls(bench: Bench, registry: 
 
 
 @pytest.mark.parametrize("which", ["manifest", "config", "layer"])
-@pytest.mark.parametrize("harm", ["gone", "short", "flipped"])
+@pytest.mark.parametrize("harm", ["gone", "short", "flipped", "directory", "fifo"])
 def test_every_blob_is_looked_at_and_repaired(bench: Bench, registry: FakeRegistry, which: str, harm: str) -> None:
     image = build_image([{"a": b"1" * 500}])
     reference = registry.add("app", "1", image)
@@ -150,8 +150,12 @@ def test_every_blob_is_looked_at_and_repaired(bench: Bench, registry: FakeRegist
     digest = {"manifest": image.digest, "config": image.config_digest, "layer": image.layer_digests[0]}[which]
     path = bench.root / "blobs/sha256" / digest[7:]
     data = path.read_bytes()
-    if harm == "gone":
+    if harm in ("gone", "directory", "fifo"):
         path.unlink()
+        if harm == "directory":
+            (path / "below").mkdir(parents=True)
+        elif harm == "fifo":
+            os.mkfifo(path)
     else:
         path.write_bytes(data[:-1] if harm == "short" else data[:30] + bytes([data[30] ^ 1]) + data[31:])
     bench.close()
@@ -201,11 +205,35 @@ def test_what_cannot_be_fetched_is_told(bench: Bench, registry: FakeRegistry, tm
 
 def test_index_json_that_says_something_else(bench: Bench, registry: FakeRegistry) -> None:
     bench.pull(registry.add("app", "1", build_image()))
-    (bench.root / "index.json").write_text("{}")
-    (problem,) = bench.store.check()
-    assert problem.name == "index.json"
-    run(bench.store.repair([problem]))
-    assert bench.store.check() == []
+    path = bench.root / "index.json"
+    told = path.read_bytes()
+
+    def fifo() -> None:
+        path.unlink()
+        os.mkfifo(path)  # which nobody may wait for
+
+    def directory() -> None:
+        path.unlink()
+        (path / "below").mkdir(parents=True)
+
+    for harm in (lambda: path.write_text("{}"), fifo, directory):
+        harm()
+        (problem,) = bench.store.check()
+        assert problem.name == "index.json"
+        assert run(bench.store.repair([problem])) == []
+        assert bench.store.check() == [] and path.read_bytes() == told
+
+
+def test_damaged_records_are_not_called_repaired(bench: Bench, registry: FakeRegistry) -> None:
+    bench.pull(registry.add("app", "1", build_image()))
+    with sqlite3.connect(bench.directory / "state.db", isolation_level=None) as other:
+        other.execute("PRAGMA foreign_keys=OFF")
+        other.execute("UPDATE image_name SET image_id = 'sha256:nothing' WHERE name LIKE '%@%' OR 1")
+    problems = bench.store.check()
+    assert ("record", "database", "image_name: a row refers to nothing") in {
+        (one.kind, one.name, one.what) for one in problems
+    }
+    assert "database" in {problem.name for problem in run(bench.store.repair(problems))}
 
 
 # ---------------------------------------------------------------------------------- formats that others fetch in parts
