@@ -191,7 +191,7 @@ class Blobs:
                 except BlockingIOError:
                     os.close(fd)
                     return None
-                if _is_named(fd, path):
+                if is_named(fd, path):
                     return Ingest(fd, path, self.path(blob.digest), blob)
                 os.close(fd)  # its writer renamed or removed it between open and flock
         except OSError as error:
@@ -206,7 +206,7 @@ def _take_away(path: Path) -> None:
         remove_tree(path)
 
 
-def _is_named(fd: int, path: Path) -> bool:
+def is_named(fd: int, path: Path) -> bool:
     try:
         named = os.lstat(path)
     except FileNotFoundError:
@@ -348,7 +348,7 @@ class Ingest:
             if fd < 0:
                 return
             try:
-                if self.offset == 0 and _is_named(fd, self._path):
+                if self.offset == 0 and is_named(fd, self._path):
                     self._path.unlink(missing_ok=True)
             finally:
                 os.close(fd)

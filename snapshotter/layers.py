@@ -262,9 +262,9 @@ class Layers:
             while more := {one.chain_id for one in self._records.layers.values() if one.parent in gone} - gone:
                 gone |= more
             others = frozenset(self._records.layers) - gone
-            free = {layer.chain_id for layer in self._beyond(others, held)}
+            stay = frozenset(self._records.layers) - {layer.chain_id for layer in self._beyond(others, held)}
         self.remove_except(others, held)
-        return [chain_id for chain_id in chain_ids if chain_id not in free]
+        return [chain_id for chain_id in chain_ids if chain_id in stay]
 
     def _beyond(self, keep: Iterable[str], held: Callable[[], Iterable[str | None]]) -> list[LayerRecord]:
         """With the lock held."""

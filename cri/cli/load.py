@@ -67,7 +67,7 @@ def _opened(name: str | None, limit: int) -> Iterator[tuple[Path, int]]:
     with contextlib.ExitStack() as held:
         source = held.enter_context(_reader(name)) if name is not None else sys.stdin.buffer
         path = Path(name).absolute() if name is not None else _STDIN
-        with tempfile.NamedTemporaryFile(prefix="ocid-load-", suffix=".tar", dir=_spacious()) as file:
+        with tempfile.TemporaryFile(dir=_spacious()) as file:  # without a name: nothing is left, whatever happens
             yield path, (file if plain_copy(source, file, limit) else source).fileno()
 
 

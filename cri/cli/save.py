@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 from cri.cli.bars import bars
@@ -18,7 +17,6 @@ from cri.cli.places import copying, store_root, stored_digest
 from imagestore.copying.copy import CopyOptions
 from imagestore.copying.docker_archive import DockerArchiveTarget
 from imagestore.copying.places import Place
-from imagestore.copying.session import beside
 from imagestore.model import ReferenceInvalid
 from imagestore.reference import parse
 
@@ -41,22 +39,18 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("an oci-archive is for one image; docker-archive takes several")
     if args.all_platforms and args.format != "oci-archive":
         raise CommandError("a docker-archive holds one platform; say --format oci-archive")
-    if args.output is not None:
-        asyncio.run(_save(args, Path(args.output)))
-        return 0
-    with tempfile.TemporaryDirectory(prefix="ocid-save-", dir="/var/tmp") as scratch:
-        file = Path(scratch) / "archive"
-        asyncio.run(_save(args, file))
-        with open(file, "rb") as made:
-            shutil.copyfileobj(made, sys.stdout.buffer, 1 << 20)
+    asyncio.run(_save(args))
     return 0
 
 
-async def _save(args: argparse.Namespace, file: Path) -> None:
+async def _save(args: argparse.Namespace) -> None:
     images = [(name, *await stored_digest(args, name, everything=args.all_platforms)) for name in args.image]
     name = _called(images[0][0], images[0][2])
-    place = Place(args.format, file, (name[0] if name else "") if args.format == "oci-archive" else "")
-    async with copying(args, beside(place)) as session:
+    called = (name[0] if name else "") if args.format == "oci-archive" else ""
+    output = Path(args.output) if args.output is not None else None
+    async with copying(args, output.absolute().parent if output is not None else None) as session:
+        file = output or session.scratch / "archive"
+        place = Place(args.format, file, called)
         target = await session.target(place, Place("ocid", Path(), args.image[0]))
         with bars() as show:
             for asked, digest, tags in images:
@@ -65,6 +59,9 @@ async def _save(args: argparse.Namespace, file: Path) -> None:
                 source = session.stored(store_root(args), digest)
                 await session.copy(source, target, CopyOptions(session.config.platform, all=args.all_platforms), show)
         await target.finish()
+        if output is None:
+            with open(file, "rb") as made:
+                shutil.copyfileobj(made, sys.stdout.buffer, 1 << 20)
 
 
 def _called(asked: str, tags: list[str]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from imagestore.copying.copy import Copy, CopyOptions
 from imagestore.copying.docker_archive import DockerArchiveTarget
 from imagestore.copying.local_sources import DirSource, StoredSource
 from imagestore.copying.places import Place
+from imagestore.copying.scratch import scratch
 from imagestore.copying.signatures import Carrying, InRegistry, Signable, Signed
 from imagestore.copying.targets import DirTarget, LayoutTarget, OciArchive, RegistryTarget, Target
 from imagestore.local import DirectoryFiles, DockerArchive, LocalSource, TarFiles
@@ -34,7 +35,6 @@ from imagestore.threads import Threads
 from imagestore.transport import Transport, preload
 from imagestore.trust import Finder, Finds, Gate, Trust
 from runtime.linux.dataclass import dataclass
-from runtime.linux.files import remove_tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,23 +163,22 @@ class Session:
 async def session(config: StoreConfig, beside: Path | None = None) -> AsyncIterator[Session]:
     """`beside` is where the staging directory is made: on the filesystem that the target is on, so that a blob can be
     renamed there; else where large temporary files go, since /tmp may be memory."""
-    try:
-        if beside is not None:
-            beside.mkdir(parents=True, exist_ok=True)
-        place = beside or Path(os.environ.get("TMPDIR") or "/var/tmp")
-        scratch = Path(tempfile.mkdtemp(prefix=".ocid-copy-", dir=place))
-    except OSError as error:
-        raise ImageError(f"make a staging directory: {errno_text(error)}") from error
-    threads = Threads(config.concurrent_downloads + 2, 1, 1)
-    threads.enter()
-    try:
-        await threads.io(preload)
-        transport = Transport(config)
-        async with transport.open():
-            yield Session(config, scratch, threads, transport)
-    finally:
-        threads.leave()
-        remove_tree(scratch)
+    with ExitStack() as held:
+        try:
+            if beside is not None:
+                beside.mkdir(parents=True, exist_ok=True)
+            staging = held.enter_context(scratch(beside or Path(os.environ.get("TMPDIR") or "/var/tmp")))
+        except OSError as error:
+            raise ImageError(f"make a staging directory: {errno_text(error)}") from error
+        threads = Threads(config.concurrent_downloads + 2, 1, 1)
+        threads.enter()
+        try:
+            await threads.io(preload)
+            transport = Transport(config)
+            async with transport.open():
+                yield Session(config, staging, threads, transport)
+        finally:
+            threads.leave()
 
 
 def beside(target: Place) -> Path | None:

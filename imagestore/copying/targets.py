@@ -11,6 +11,7 @@ changed, and after a failure what is left is garbage that no name leads to.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -141,10 +142,11 @@ class LayoutTarget:
         }
         if self._name:
             entry["annotations"] = {REF_NAME: self._name}
-        others = [item for item in self._entries() if not self._replaces(item)]
-        index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [*others, entry]}
-        _write(self._directory / "oci-layout", VERSION_FILE)
-        _write(self._directory / "index.json", encode(index))
+        with _alone(self._directory):
+            others = [item for item in self._entries() if not self._replaces(item)]
+            index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [*others, entry]}
+            _write(self._directory / "oci-layout", VERSION_FILE)
+            _write(self._directory / "index.json", encode(index))
 
     def _entries(self) -> list[dict[str, Any]]:
         """What index.json has already, as it stands there."""
@@ -237,6 +239,20 @@ def move(path: Path, to: Path) -> None:
         sync_directory(to.parent)
     except OSError as error:
         raise ImageError(f"write {to}: {errno_text(error)}") from error
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Of copies into one layout at the same time, one after the other adds its entry. Raises ImageError."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ImageError(f"open {directory}: {errno_text(error)}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _write(path: Path, data: bytes) -> None:

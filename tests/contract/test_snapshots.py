@@ -232,6 +232,18 @@ def test_collect_keeps_what_is_named_and_what_snapshots_stand_on(snapshots: Both
     assert not snapshots.has_layer(base.chain_id)
 
 
+def test_layers_are_forgotten_unless_a_snapshot_stands_on_them(snapshots: Both, tmp_path: Path, base: Blob) -> None:
+    free, unknown = blob(tmp_path, [file("free")]), "sha256:" + "0" * 64
+    for layer in (base, free):
+        snapshots.unpack_layer(*layer.arguments())
+    snapshots.prepare("c1", base.chain_id)
+    held = snapshots.forget_layers(frozenset({free.chain_id, unknown}))
+    assert list(held) == [], "what is not there is not held"
+    assert not snapshots.has_layer(free.chain_id)
+    assert list(snapshots.forget_layers(frozenset({base.chain_id}))) == [base.chain_id]
+    assert snapshots.has_layer(base.chain_id)
+
+
 def test_many_threads_prepare_and_remove(snapshots: Both, base: Blob) -> None:
     snapshots.unpack_layer(*base.arguments())
     barrier = threading.Barrier(8)

@@ -261,6 +261,14 @@ class MemorySnapshots:
                 del self._layers[chain]
             return len(gone)
 
+    def forget_layers(self, chain_ids: frozenset[str]) -> Sequence[str]:
+        with self._changed:
+            gone = set(chain_ids)
+            while more := {chain for chain, (parent, _) in self._layers.items() if parent in gone} - gone:
+                gone |= more
+            self.remove_layers_except(frozenset(self._layers) - gone)
+            return [chain for chain in chain_ids if chain in self._layers]
+
     def _mount(self, key: str) -> FsMount:
         parent = self._active[key].parent
         lowers: list[tuple[str, str | None]] = []

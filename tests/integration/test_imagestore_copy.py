@@ -17,6 +17,7 @@ from imagestore.config import StoreConfig
 from imagestore.copying.copy import CopyOptions
 from imagestore.copying.inspect import referrers, tags
 from imagestore.copying.places import parse_place
+from imagestore.copying.scratch import scratch
 from imagestore.copying.session import Access, beside, session
 from imagestore.model import AccessDenied, ContentInvalid, Credentials, ImageError, ImageNotFound, Progress
 from imagestore.platforms import Platform
@@ -121,6 +122,42 @@ def test_a_registry_that_has_answered_without_tls_is_not_asked_with_it(registry:
     anyhow = Access(verify=False)
     with pytest.raises(ImageNotFound):
         copy(f"docker://{registry.name}/team/app:missing", f"oci:{tmp_path}/layout", logins=(anyhow, Access()))
+
+
+def test_copies_into_one_layout_at_the_same_time(registry: FakeRegistry, tmp_path: Path) -> None:
+    source = registry.add("team/app", "1", build_image())
+
+    async def one(number: int) -> None:
+        start, end = parse_place(f"docker://{source}"), parse_place(f"oci:{tmp_path}/layout:{number}")
+        async with session(QUICK, beside(end)) as made:
+            target = await made.target(end, start)
+            await made.copy(await made.source(start), target, CopyOptions(AMD64))
+            await target.finish()
+
+    async def all_of_them() -> None:
+        async with asyncio.timeout(30):
+            await asyncio.gather(*(one(number) for number in range(12)))
+
+    asyncio.run(all_of_them())
+    entries = json.loads((tmp_path / "layout/index.json").read_bytes())["manifests"]
+    names = {item["annotations"]["org.opencontainers.image.ref.name"] for item in entries}
+    assert names == set(map(str, range(12)))
+
+
+def test_what_a_killed_copy_left_goes_with_the_next(registry: FakeRegistry, tmp_path: Path) -> None:
+    source = registry.add("team/app", "1", build_image())
+    with scratch(tmp_path) as living:
+        dead = tmp_path / ".ocid-copy-dead"
+        (dead / "staging").mkdir(parents=True)
+        (dead / "staging/blob").write_bytes(b"1")
+        (tmp_path / ".ocid-copy-file").write_bytes(b"1")
+        (tmp_path / ".ocid-copy-link").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere").mkdir()
+        copy(f"docker://{source}", f"oci-archive:{tmp_path}/archive:1")
+        assert living.exists() and not dead.exists() and (tmp_path / "elsewhere").exists()
+    assert not living.exists()
+    for name in ("file", "link"):
+        (tmp_path / f".ocid-copy-{name}").unlink()
 
 
 def test_a_mount_that_is_refused_becomes_an_upload(registry: FakeRegistry) -> None:
