@@ -273,7 +273,7 @@ class LimitSection:
     """[limits]"""
 
     exec_output_bytes: int = _key(
-        16 << 20, "Most output that ExecSync returns per stream; a command that prints more is an error.", least=1024
+        16_000_000, "Most output that ExecSync returns; what a command prints beyond it is dropped.", least=1024
     )
     message_bytes: int = _key(16 << 20, "Largest gRPC request accepted.", least=1 << 16)
     concurrent_calls: int = _key(

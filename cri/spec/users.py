@@ -76,6 +76,8 @@ def _lookup_name(field: str, name: str) -> str:
 def resolve(request: UserRequest, database: Callable[[], Database]) -> User:
     """The user that `request` describes. `database` is asked only when a name or a default is needed.
     Raises InvalidRequest."""
+    if request.uid is not None and request.username:
+        raise InvalidRequest("run_as_username: not beside run_as_user, of which one may be given")
     user_text, _, group_text = request.image_user.partition(":")
     if request.uid is not None or request.username:
         user_text, group_text = request.username, ""

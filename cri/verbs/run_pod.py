@@ -165,6 +165,8 @@ def _check_security(node: Node, context: pb.LinuxSandboxSecurityContext) -> None
     for field in ("run_as_user", "run_as_group"):
         if context.HasField(field) and not 0 <= getattr(context, field).value <= users.MAX_ID:
             raise InvalidArgument(f"security_context.{field}: not from 0 to {users.MAX_ID}")
+    if context.HasField("run_as_group") and not context.HasField("run_as_user"):
+        raise InvalidArgument("security_context.run_as_group: needs run_as_user")
     if any(not 0 <= group <= users.MAX_ID for group in context.supplemental_groups):
         raise InvalidArgument(f"security_context.supplemental_groups: not from 0 to {users.MAX_ID}")
 

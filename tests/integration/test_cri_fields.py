@@ -378,6 +378,11 @@ def test_the_stop_signal_of_the_request_wins(here: Node) -> None:
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
+def _two_users(config: Any) -> None:
+    context = config.linux.security_context
+    context.run_as_user.value, context.run_as_username = 5, "root"
+
+
 def _set(path: str, value: Any) -> Any:
     def change(config: Any) -> None:
         *parents, last = path.split(".")
@@ -413,6 +418,7 @@ LOCALHOST = pb.SecurityProfile(profile_type=pb.SecurityProfile.Localhost, localh
         (_set("linux.security_context.namespace_options.ipc", pb.NODE), "namespace_options.ipc"),
         (_set("linux.security_context.namespace_options.target_id", "x"), "target_id: needs pid TARGET"),
         (_set("linux.security_context.run_as_group", pb.Int64Value(value=1)), "run_as_group: needs run_as_user"),
+        (_two_users, "run_as_username: not beside run_as_user"),
         (_set("mounts", [pb.Mount(container_path="/x", host_path="/tmp", image_sub_path="y")]), "image_sub_path"),
         (_set("mounts", [pb.Mount(container_path="/x", host_path="/", mount_options=["bind"])]), "mount_options"),
         (_set("mounts", [pb.Mount(container_path="/x", host_path="/", uidMappings=[pb.IDMapping(length=1)])]),
@@ -434,6 +440,7 @@ def test_a_container_that_cannot_be_as_asked_is_refused_by_the_field(here: Node,
         (_set("linux.security_context.seccomp_profile_path", "x"), "seccomp_profile_path"),
         (_set("linux.security_context.seccomp", LOCALHOST), "localhost_ref"),
         (_set("linux.security_context.run_as_user", pb.Int64Value(value=-1)), "run_as_user"),
+        (_set("linux.security_context.run_as_group", pb.Int64Value(value=1)), "run_as_group: needs run_as_user"),
         (_set("linux.security_context.supplemental_groups", [1 << 40]), "supplemental_groups"),
         (_set("linux.resources.cpu_shares", -1), "linux.resources: resources.cpu_shares"),
         (_set("linux.overhead.memory_limit_in_bytes", -2), "linux.overhead: resources.memory_limit"),
