@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _misused(f"open {context.log}: {os.strerror(error.errno or 0).lower()}")
     name = context.command = values.words[0]
     if name not in COMMANDS:
-        return _misused(f"No help topic for '{name}'", 3)
+        return _misused(f"No help topic for '{name}'", 3, context)
     return _run(context, words, name, values.words[1:])
 
 
@@ -184,7 +184,7 @@ def _run(context: Context, words: list[str], name: str, rest: list[str]) -> int:
             return 0
         return int(commands.run(context, name, values))
     except UsageError as error:
-        return _misused(f"{name}: {error}")
+        return _misused(f"{name}: {error}", context=context)
     except (RuntimeFailure, OSError) as error:
         if context.debug:
             import traceback
@@ -195,7 +195,11 @@ def _run(context: Context, words: list[str], name: str, rest: list[str]) -> int:
         return 130
 
 
-def _misused(text: str, code: int = 1) -> int:
+def _misused(text: str, code: int = 1, context: Context | None = None) -> int:
+    if context is not None and (context.log or context.log_json):
+        context.write("error", text)
+        if not context.log:
+            return code
     os.write(2, f"ocirun: {text}\nsee ocirun --help\n".encode("utf-8", "surrogateescape"))
     return code
 
@@ -209,11 +213,12 @@ def _failed(context: Context, failure: RuntimeFailure) -> int:
     notes = "; ".join(getattr(failure, "__notes__", ()))
     message += f"; {notes}" if notes else ""
     said = {"exec": "exec failed: ", "create": "ocirun create failed: ", "run": "ocirun run failed: "}
-    if context.log:
+    if context.log or context.log_json:
         context.write("error", said.get(context.command, "") + message)
-    hint = f"\n  hint: {failure.hint}" if failure.hint else ""
-    began = f"ocirun {context.command}{' failed' if context.command in said else ''}"
-    os.write(2, f"{began}: {message}{hint}\n".encode("utf-8", "surrogateescape"))
+    if context.log or not context.log_json:  # who asks for json, and for no file, reads it on stderr
+        hint = f"\n  hint: {failure.hint}" if failure.hint else ""
+        began = f"ocirun {context.command}{' failed' if context.command in said else ''}"
+        os.write(2, f"{began}: {message}{hint}\n".encode("utf-8", "surrogateescape"))
     if context.command != "exec":
         return 1
     if context.shell_codes and failure.step in ("command", "exec"):

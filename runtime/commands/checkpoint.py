@@ -113,8 +113,10 @@ def _page_server(text: str) -> tuple[str, int] | None:
     if not text:
         return None
     address, _, port = text.rpartition(":")
-    if not address or not port.isdecimal() or not 0 < int(port) < 65536:
+    if not address or not port:
         raise RuntimeFailure("Use --page-server ADDRESS:PORT to specify page server", code="invalid_argument")
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise RuntimeFailure(f"Invalid port number: --page-server {text[:80]}", code="invalid_argument")
     return address, int(port)
 
 

@@ -190,6 +190,7 @@ def test_an_id_that_is_taken_is_not_restored_over(home: Bundles, fake: Fake) -> 
         (("--parent-path", "/abs"), "--parent-path must be relative"),
         (("--parent-path", "../none"), "invalid --parent-path"),
         (("--page-server", "here"), "Use --page-server ADDRESS:PORT"),
+        (("--page-server", "here:there"), "Invalid port number"),
     ],
 )
 def test_flags_are_checked_before_anything_is_done(

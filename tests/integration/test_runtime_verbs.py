@@ -232,6 +232,20 @@ def test_failures_go_to_the_log(home: Bundles) -> None:
     assert re.match(r'time="[^"]+" level=error msg="container does not exist"\n$', plain.read_text())
 
 
+def test_misuse_goes_to_the_log_too(home: Bundles) -> None:
+    log = home.directory / "log.json"
+    for words, said in ((("run", "--frob", "x"), "flag provided but not defined: -frob"), (("frob",), "No help topic")):
+        home.ocirun("--log", str(log), "--log-format", "json", *words).failed(said, code=3 if words[0] == "frob" else 1)
+        assert said in json.loads(log.read_text().splitlines()[-1])["msg"]
+
+
+def test_json_without_a_file_is_for_stderr(home: Bundles) -> None:
+    for words in (("state", "unknown"), ("run", "--frob", "x")):
+        result = home.ocirun("--log-format", "json", *words)
+        entry = json.loads(result.error)
+        assert result.code == 1 and entry["level"] == "error" and set(entry) == {"level", "msg", "time"}
+
+
 def test_misuse_is_said_in_one_line(home: Bundles) -> None:
     home.ocirun("nonsense").failed("No help topic for 'nonsense'", code=3)
     home.ocirun("--nonsense").failed("flag provided but not defined: -nonsense")
