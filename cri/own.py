@@ -40,6 +40,7 @@ SERVICE = "ocid.v1.Node"
 _MESSAGE = 1 << 20
 # What a reader of pulls may lag behind before it loses steps; the last one of each blob is sent again anyway.
 _LAG = 1000
+_OTHER = "has other files than its diff id stands for"
 
 Document = Mapping[str, Any]
 
@@ -140,6 +141,11 @@ class Own:
 
     async def _check(self, request: Document) -> Document:
         problems = await to_thread(self._images.check)
+        # What the caller has found in unpacked files: {chain id: an image that has the layer}.
+        layers = request.get("layers", {})
+        if not isinstance(layers, dict) or not all(isinstance(value, str) for value in layers.values()):
+            raise InvalidArgument("layers: expected an object of image ids")
+        problems = [*problems, *(Problem("layer", name, _OTHER, image) for name, image in layers.items())]
         left = await self._images.repair(problems) if request.get("repair") and problems else problems
         return {"problems": [asdict(one) for one in problems], "left": [asdict(one) for one in left]}
 

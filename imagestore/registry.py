@@ -276,6 +276,8 @@ class Repository:
             return AccessDenied(f"{text}: the credentials do not allow it")
         if status in (404, 410):
             return ImageNotFound(text)
+        if status == 407:
+            return RegistryUnavailable(f"{text}: that is the proxy, which wants a login, or another")
         if status == 429 or status in (408, 425) or status >= 500:
             return self._later(text, answer.header("Retry-After"))
         if status == 400 and self.host.base.startswith("http:"):

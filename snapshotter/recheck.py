@@ -51,10 +51,10 @@ def directories(database: Path, root: Path) -> dict[str, Path]:
     return {str(chain): root / "layers" / str(number) / "fs" for chain, number in rows}
 
 
-def recheck(scratch: Path, layers: Sequence[Checked], unpacked: dict[str, Path]) -> Iterator[str]:
-    """What differs, a sentence each: "layer sha256:…: etc/passwd: other content". `scratch` is a directory on a
-    filesystem that has what the snapshotter needs; it is made, and removed. Raises UnpackError for a blob that is not
-    what its diff id says, OSError."""
+def recheck(scratch: Path, layers: Sequence[Checked], unpacked: dict[str, Path]) -> Iterator[tuple[str, str]]:
+    """What differs, the chain id and a sentence each: "layer sha256:…: etc/passwd: other content". `scratch` is a
+    directory on a filesystem that has what the snapshotter needs; it is made, and removed. Raises UnpackError for a
+    blob that is not what its diff id says, OSError."""
     scratch.mkdir(mode=0o700)
     db = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
     anew = Overlay(scratch, db, Config(workers=1))
@@ -67,10 +67,10 @@ def recheck(scratch: Path, layers: Sequence[Checked], unpacked: dict[str, Path])
             name = f"layer {layer.diff_id}"
             there = unpacked.get(layer.chain_id)
             if there is None or not there.is_dir():
-                yield f"{name}: is not unpacked"
+                yield layer.chain_id, f"{name}: is not unpacked"
                 continue
             for path, difference in compare(_own(anew, layer.chain_id), there, since):
-                yield f"{name}: {path or '/'}: {difference}"
+                yield layer.chain_id, f"{name}: {path or '/'}: {difference}"
     finally:
         anew.close()
         db.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+from collections.abc import Mapping
 
 from cri import renewal
 from cri.api import api_pb2 as pb
@@ -35,12 +36,14 @@ async def _run(args: argparse.Namespace) -> int:
         answer = await api.own("Check", {"repair": args.repair})
         images = await _manifests(api) if args.deep else {}
     problems, left = answer["problems"], answer["left"]
-    for image, manifest in images.items():
-        found = [
-            {"kind": "files", "name": image, "what": what, "image": image}
-            for what in await asyncio.to_thread(_differences, api.config, manifest)
-        ]
-        problems, left = problems + found, left + found
+    if images:
+        found, layers = await _files(api.config, images)
+        problems, again = problems + found, found
+        if layers and args.repair:
+            async with connect(args) as api:
+                left += (await api.own("Check", {"repair": True, "layers": layers}))["left"]
+            again, _ = await _files(api.config, {image: images[image] for image in {one["image"] for one in found}})
+        left = left + again
     if why := made_of.stale(renewal.library()):
         name = str(renewal.library() / "ocirun")
         problems = [*problems, {"kind": "command", "name": name, "what": f"starts slowly: {why}", "image": ""}]
@@ -72,8 +75,16 @@ async def _manifests(api: Api) -> dict[str, str]:
     return found
 
 
-def _differences(config: Config, manifest: str) -> list[str]:
-    try:
-        return deep_differences(config, manifest, ())[0]
-    except CommandError as error:  # no key of this node opens it, perhaps: the others are looked at all the same
-        return [str(error)]
+async def _files(config: Config, images: Mapping[str, str]) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """What of unpacked files is not as it should be; and the layers that are concerned, each with an image."""
+    found: list[dict[str, str]] = []
+    layers: dict[str, str] = {}
+    for image, manifest in images.items():
+        try:
+            deep = await asyncio.to_thread(deep_differences, config, manifest, ())
+            told = deep.told
+            layers |= dict.fromkeys(deep.layers, image)
+        except CommandError as error:  # no key of this node opens it, perhaps: the others are looked at all the same
+            told = [str(error)]
+        found += [{"kind": "files", "name": image, "what": what, "image": image} for what in told]
+    return found, layers

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cri.cli import output
 from cri.cli.main import CommandError
 from cri.cli.registry_options import given_keys, keys_argument
+from runtime.linux.dataclass import dataclass
 
 if TYPE_CHECKING:
     from cri.config import Config
@@ -110,7 +111,8 @@ async def _deep(args: argparse.Namespace) -> int:
     if not answer.HasField("image"):
         raise CommandError(f"image {args.image!r} is not here; pull it first")
     manifest = json.loads(answer.info["info"])["manifestDigest"]
-    differences, seals = await asyncio.to_thread(deep_differences, api.config, manifest, given_keys(args))
+    found = await asyncio.to_thread(deep_differences, api.config, manifest, given_keys(args))
+    differences, seals = found.told, found.seals
     if args.format == "json":
         output.as_json(
             {"image": answer.image.id, "manifest": manifest, "differences": differences, "fsVerity": asdict(seals)}
@@ -124,7 +126,16 @@ async def _deep(args: argparse.Namespace) -> int:
     return 1 if differences else 0
 
 
-def deep_differences(config: Config, manifest: str, keys: tuple[KeyFile, ...]) -> tuple[list[str], Seals]:
+@dataclass(frozen=True, slots=True)
+class Deep:
+    """What differs, in sentences; the chain ids of the layers that do; which blobs the kernel checks."""
+
+    told: list[str]
+    layers: frozenset[str]
+    seals: Seals
+
+
+def deep_differences(config: Config, manifest: str, keys: tuple[KeyFile, ...]) -> Deep:
     """What of an image's unpacked layers is not as its diff ids say, and which of its blobs the kernel checks; blocks.
     Raises CommandError."""
     from cri.image_config import store_config
@@ -142,7 +153,7 @@ def deep_differences(config: Config, manifest: str, keys: tuple[KeyFile, ...]) -
         layers, damaged = layers_of(blobs, manifest)
         sealed = seals(blobs, (manifest, *(one.blob.digest for one in layers)))
         if damaged:
-            return damaged, sealed
+            return Deep(damaged, frozenset(), sealed)
         store = store_config(config)
         opened = Opener(store.decryption_keys, store.key_providers).open(layers, keys)
         checked = [
@@ -156,7 +167,7 @@ def deep_differences(config: Config, manifest: str, keys: tuple[KeyFile, ...]) -
             for one in layers
         ]
         found = list(recheck(_scratch(root), checked, directories(root / "ocid.db", root / "snapshots")))
-        return found, sealed
+        return Deep([what for _, what in found], frozenset(chain_id for chain_id, _ in found), sealed)
     except (ImageError, SnapshotError, OSError) as error:
         raise CommandError(str(error)) from None
 

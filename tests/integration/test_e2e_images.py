@@ -255,6 +255,15 @@ def test_doctor_finds_and_repairs(served: Node, registry: FakeRegistry) -> None:
     assert b"everything is as it is recorded" in said(served, "doctor")
     (found,) = (served.root / "snapshots/layers").glob("*/fs/well")
     assert found.read_bytes() == b"2"
+    # What only a look into the files tells.
+    found.write_bytes(b"3")
+    assert b"everything is as it is recorded" in said(served, "doctor")
+    assert b"well: has other content" in said(served, "doctor", "--deep", code=1)
+    assert found.read_bytes() == b"3", "looking changed something"
+    assert b"repaired" in said(served, "doctor", "--deep", "--repair")
+    (found,) = (served.root / "snapshots/layers").glob("*/fs/well")
+    assert found.read_bytes() == b"2"
+    assert b"everything is as it is recorded" in said(served, "doctor", "--deep")
     said(served, "rmi", reference)
 
 

@@ -71,7 +71,7 @@ class Image:
         self.lower, self.upper = (self.places[layer.chain_id] for layer in self.layers)
 
     def check(self) -> list[str]:
-        found = list(recheck(self.scratch, self.layers, self.places))
+        found = [what for _, what in recheck(self.scratch, self.layers, self.places)]
         assert not self.scratch.exists()
         return found
 
