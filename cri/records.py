@@ -92,7 +92,8 @@ class Pod:
 @dataclass(frozen=True)
 class Container:
     """A container. `config` is the ContainerConfig as it came, `resources` the LinuxContainerResources in force;
-    `image_name` is what people call its image, where the request had only the id; `image_ref` names it by digest."""
+    `image_name` is what people call its image, where the request had only the id; `image_ref` names it by digest,
+    `volume_images` are the ids of the images that its mounts show, in their order."""
 
     id: str
     pod_id: str
@@ -103,6 +104,7 @@ class Container:
     image_id: str = ""
     image_name: str = ""
     image_ref: str = ""
+    volume_images: str = ""
     log_path: str = ""
     cgroup: str = ""
     stop_signal: str = ""

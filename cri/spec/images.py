@@ -19,8 +19,9 @@ from runtime.linux.dataclass import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ImageMount:
-    """What `Mount.image` became: the layers as a mount, whose ids are `mapped` in a user namespace."""
+    """What `Mount.image` became: the image, and its layers as a mount, whose ids are `mapped` in a user namespace."""
 
+    id: str
     layers: FsMount
     mapped: bool
 

@@ -163,6 +163,7 @@ class Bundled:
     image: Image
     name: str
     ref: str
+    volumes: str
     user: users.User
     cgroup: str
     stop_signal: str
@@ -176,6 +177,7 @@ class Bundled:
             "image_id": self.image.id,
             "image_name": self.name,
             "image_ref": self.ref,
+            "volume_images": self.volumes,
             "cgroup": self.cgroup,
             "stop_signal": self.stop_signal,
             "uid": self.user.uid,
@@ -208,6 +210,7 @@ def bundle(node: Node, pod: Pod, container: Container, keys: tuple[KeyFile, ...]
     facts_of_pod = _pod_facts(node, pod, config)
     if node.config.runtime.missing_host_paths == "create":
         make_missing(config.mounts)
+    volumes = {} if handler else _image_mounts(node, container, pod.namespace, ids, keys)
     spec = build(
         SpecInputs(
             container_id=container.id,
@@ -224,7 +227,7 @@ def bundle(node: Node, pod: Pod, container: Container, keys: tuple[KeyFile, ...]
                 **validate.passed(pod.request.annotations, node.config.runtime.pod_annotations),
                 **validate.passed(config.annotations, node.config.runtime.container_annotations),
             },
-            image_mounts={} if handler else _image_mounts(node, container, pod.namespace, ids, keys),
+            image_mounts=volumes,
         )
     )
     rootfs = node.parts.snapshots.prepare(container.id, image.chain_id if image.layers else None, ids)
@@ -245,8 +248,13 @@ def bundle(node: Node, pod: Pod, container: Container, keys: tuple[KeyFile, ...]
         stdin_once=config.stdin_once,
         handler=handler,
     )
-    named, ref = image_name(config, image), image_ref(config, image)
-    return Bundled(image, named, ref, user, cgroup(facts_of_pod, container.id), stop_signal, spec["process"], wanted)
+    named, ref, shown = (
+        image_name(config, image),
+        image_ref(config, image),
+        ",".join(one.id for one in volumes.values()),
+    )
+    place = cgroup(facts_of_pod, container.id)
+    return Bundled(image, named, ref, shown, user, place, stop_signal, spec["process"], wanted)
 
 
 def _check_foreign(handler: str, config: pb.ContainerConfig) -> None:
@@ -269,7 +277,7 @@ def _image_mounts(
         node.parts.images.permit(image, mount.image.user_specified_image or mount.image.image, namespace, keys)
         key = volume_key(container.id, index)
         layers = node.parts.snapshots.prepare(key, image.chain_id if image.layers else None, ids)
-        found[index] = ImageMount(layers, ids is not None)
+        found[index] = ImageMount(image.id, layers, ids is not None)
     return found
 
 

@@ -95,6 +95,9 @@ def container_status(container: Container) -> pb.ContainerStatus:
         log_path=container.log_path,
         stop_signal=_signal(container.stop_signal),
     )
+    shown = (mount.image for mount in status.mounts if mount.HasField("image"))
+    for spec, id_ in zip(shown, filter(None, container.volume_images.split(",")), strict=False):
+        spec.image_ref = id_
     status.resources.linux.ParseFromString(container.resources)
     user = status.user.linux
     user.uid, user.gid = container.uid, container.gid

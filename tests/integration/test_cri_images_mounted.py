@@ -129,6 +129,24 @@ def test_layers_are_merged_and_read_only(here: Node, data: str) -> None:
     here.settles(before)
 
 
+def test_the_status_tells_which_image_a_mount_shows(here: Node, data: str, tmp_path: Path) -> None:
+    """By id, as PullImage has answered it (KEP 5365), whatever name it was asked for by."""
+    config = here.pod_config()
+    pod = here.client.run_pod(config)
+    one = container("main", here.image, ["sleep", "1000"])
+    one.mounts.add(container_path="/host", host_path=str(tmp_path))
+    for path, name in (("/data", data), ("/own", here.image)):
+        one.mounts.add(container_path=path, readonly=True, image=pb.ImageSpec(image=name))
+    made = here.client.create(pod, one, config)
+    ids = {
+        name: here.client.images.ImageStatus(pb.ImageStatusRequest(image=pb.ImageSpec(image=name))).image.id
+        for name in (data, here.image)
+    }
+    told = {mount.container_path: mount.image.image_ref for mount in here.client.status(made).mounts}
+    assert told == {"/host": "", "/data": ids[data], "/own": ids[here.image]}
+    here.drop(pod)
+
+
 def test_the_files_of_an_artifact(here: Node, registry: FakeRegistry) -> None:
     name = f"{registry.name}/model:1"
     here.client.pull(name)
