@@ -57,7 +57,10 @@ RECOVERING = "ocid is starting and recovers its pods; try again in a moment"
 STOPPING = "ocid is stopping"
 # How long calls under way may take once the daemon is to end; what they work on is recovered at the next start.
 GRACE_S = 10.0
+# How long one waits for who works in the root: a command for another, whose call may be a pull, and a daemon for a
+# command. Nobody waits for a daemon that answers.
 _LOCK_WAIT_S = 60.0
+_START_WAIT_S = 10.0
 
 
 class AlreadyServed(OSError):
@@ -107,27 +110,23 @@ def owned(config: Config, *, wait_s: float) -> Iterator[None]:
             directory.chmod(0o700)
             fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             held.callback(os.close, fd)
-            _lock(fd, directory, wait_s)
+            _lock(fd, directory, config.socket, wait_s)
         yield
 
 
-def _lock(fd: int, directory: Path, wait_s: float) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
-    except BlockingIOError:
-        if not wait_s:
-            raise AlreadyServed(f"another ocid works in {directory}; end it, or choose another directory") from None
+def _lock(fd: int, directory: Path, served: Path, wait_s: float) -> None:
     # flock(2) has no timeout; an alarm would be the process's, and a thread could not be ended.
     loop_until = os.times().elapsed + wait_s
     while True:
-        signal.sigtimedwait([], 0.01)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
+            if _answers(served):
+                raise AlreadyServed(f"another ocid serves {served}; end it, or choose another directory") from None
             if os.times().elapsed > loop_until:
                 raise AlreadyServed(f"another ocid works in {directory} for {wait_s:g} s already") from None
+        signal.sigtimedwait([], 0.01)
 
 
 def build(config: Config, *, direct: bool) -> Built:
@@ -199,7 +198,7 @@ def _lost(node: Node, pod_id: str) -> None:
 async def serve(config: Config) -> None:
     """Serves the CRI until SIGTERM or SIGINT. Raises AlreadyServed, and OSError when the socket cannot be made."""
     set_up_logs(config)
-    with owned(config, wait_s=0):
+    with owned(config, wait_s=_START_WAIT_S):
         built = build(config, direct=False)
         async with watched(config, built.service.intercept, built.node.store):
             await _serve(config, built)

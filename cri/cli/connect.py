@@ -167,13 +167,20 @@ def is_served(config: Config) -> bool:
 async def connect(args: argparse.Namespace) -> AsyncIterator[Api]:
     """The Api for `args`: closes the channel, or the parts, at the end."""
     config = configuration(args)
-    if is_served(config):
+    async with contextlib.AsyncExitStack() as held:
+        parts = None if is_served(config) else await _parts(config, held)
+        if parts is not None:
+            yield Api(config, local=parts)
+            return
         import grpc
 
         options: Sequence[tuple[str, int]] = (("grpc.max_receive_message_length", 64 << 20),)
-        async with grpc.aio.insecure_channel(f"unix://{socket_path(config)}", options=options) as channel:
-            yield Api(config, channel=channel)
-        return
+        channel = grpc.aio.insecure_channel(f"unix://{socket_path(config)}", options=options)
+        yield Api(config, channel=await held.enter_async_context(channel))
+
+
+async def _parts(config: Config, held: contextlib.AsyncExitStack) -> Any:
+    """The parts in this process; None where a daemon has begun to serve while they were waited for."""
     import logging
 
     from cri.daemon import AlreadyServed, local
@@ -181,7 +188,8 @@ async def connect(args: argparse.Namespace) -> AsyncIterator[Api]:
     # What went wrong is the command's to say, once: without a handler logging would print it, with a traceback, too.
     logging.getLogger().addHandler(logging.NullHandler())
     try:
-        async with local(config) as parts:
-            yield Api(config, local=parts)
+        return await held.enter_async_context(local(config))
     except AlreadyServed as error:
+        if is_served(config):
+            return None
         raise CommandError(str(error)) from None

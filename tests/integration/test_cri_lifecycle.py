@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -15,6 +17,7 @@ from conformance.cri_client import container
 from cri.api import api_pb2 as pb
 from cri.api import api_pb2_grpc
 from runtime.linux.process import is_running, start_time
+from tests import warm
 from tests.e2e import Node, borrowed, messages, node, seasoned, stocked
 from tests.fakes.registry import FakeRegistry
 from tests.support import SOON_S, eventually, needs
@@ -354,9 +357,45 @@ def test_s24_nothing_of_it_can_be_entered_by_others(tmp_path: Path, registry: Fa
 
 def test_a_second_daemon_is_refused(here: Node) -> None:
     result = subprocess.run([*here.words, "serve"], capture_output=True, text=True, timeout=SOON_S, check=False)
-    assert result.returncode != 0 and "another ocid works in" in result.stderr
+    assert result.returncode != 0 and f"another ocid serves {here.socket}" in result.stderr
     assert "Traceback" not in result.stderr
     assert here.client.version()[0] == "ocid"
+
+
+def test_a_command_that_waited_for_a_starting_daemon_goes_through_it(here: Node) -> None:
+    """While a daemon recovers it has the lock, and no socket yet."""
+    hidden = here.socket.with_name("hidden.sock")
+    here.socket.rename(hidden)
+    try:
+        command = warm.Command([*here.words, "ps"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        eventually(lambda: _waits(command.pid, here))
+    finally:
+        hidden.rename(here.socket)
+    out, error = command.communicate(timeout=SOON_S / 2)  # half of what it would wait for the lock
+    assert (command.returncode, error) == (0, b"") and out.startswith(b"ID ")
+
+
+def test_a_daemon_waits_for_a_command_that_is_there(alone: Node) -> None:
+    alone.end()
+    lock = os.open(alone.root / "lock", os.O_RDWR | os.O_CLOEXEC)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with ThreadPoolExecutor(1) as threads:
+        starting = threads.submit(alone.start)
+        try:
+            eventually(lambda: alone.process is not None and _waits(alone.process.pid, alone))
+        finally:
+            os.close(lock)
+        starting.result(SOON_S)
+    assert alone.client.version()[0] == "ocid"
+
+
+def _waits(pid: int, node: Node) -> bool:
+    """Whether the process has the root's lock open."""
+    held = f"/proc/{pid}/fd"
+    try:
+        return str(node.root / "lock") in {os.readlink(f"{held}/{name}") for name in os.listdir(held)}
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("handler", ["runc"])
