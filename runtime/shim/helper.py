@@ -13,11 +13,11 @@ from runtime.errors import RuntimeFailure
 from runtime.fields import encode
 from runtime.linux import progress, signals
 from runtime.linux.files import write_durable
-from runtime.linux.process import close_range, start_time
+from runtime.linux.process import close_range, setns, start_time
 from runtime.linux.sockets import FrameError, listen_unix, peer_uid, recv_frame, send_frame
 from runtime.shim import protocol
 from runtime.shim.channel import Channel
-from runtime.shim.lingering import linger
+from runtime.shim.lingering import IDLE, linger
 from runtime.shim.protocol import PodMessage, SweepMessage
 from runtime.shim.records import engine_for
 from runtime.shim.report import report
@@ -41,11 +41,7 @@ def serve(resident: Resident, connection_fd: int, end: Socket) -> NoReturn:
     try:
         become_helper(connection_fd, end.fileno(), *(held.stdio.console for held in resident.containers.values()))
         channel = Channel(end)
-        expected = _answer(resident, connection_fd, channel)
-        if expected == "create" and resident.make_ready is not None:
-            resident.make_ready()
-        while expected:
-            expected = linger(channel, expected, lambda taken: _answer(resident, taken, channel))
+        _linger(resident, channel, _answer(resident, connection_fd, channel))
     except (OSError, FrameError):  # whoever it was, it did not say what it wanted
         pass
     except BaseException as error:
@@ -68,6 +64,14 @@ def _answer(resident: Resident, take_connection: int, channel: Channel) -> str:
     return handler.expects
 
 
+def _linger(resident: Resident, channel: Channel, expected: str) -> None:
+    """Serves what is expected to follow, if it does, and what is expected after that."""
+    while expected:
+        if expected == "create" and resident.make_ready is not None:
+            resident.make_ready()
+        expected = linger(channel, expected, lambda taken: _answer(resident, taken, channel))
+
+
 def first_helper(state: str, zygote: int) -> Work:
     """The first helper of a new shim: reads the request that the shim was forked for, and brings its pod up. The
     zygote looks at nothing itself, so questions about it come here, too, and work on pods whose shim is gone."""
@@ -75,11 +79,14 @@ def first_helper(state: str, zygote: int) -> Work:
     def work(resident: Resident, connection_fd: int, end: Socket) -> NoReturn:
         try:
             become_helper(connection_fd, end.fileno())
+            channel, expected = Channel(end), ""
             with socket.socket(fileno=connection_fd) as connection:
                 connection.settimeout(_PATIENCE)
                 received = recv_frame(connection) if peer_uid(connection) == 0 else None
                 if received is not None:
-                    send_frame(connection, _first_answer(received[0], Channel(end), state, zygote))
+                    answer, expected = _first_answer(resident, received[0], channel, state, zygote)
+                    send_frame(connection, answer)
+            _linger(resident, channel, expected)
         except (OSError, FrameError):  # who asked has gone: it finds the shim, or its directory, when it is back
             pass
         except BaseException as error:
@@ -90,40 +97,46 @@ def first_helper(state: str, zygote: int) -> Work:
     return work
 
 
-def _first_answer(request: bytes, channel: Channel, state: str, zygote: int) -> bytes:
+def _first_answer(resident: Resident, request: bytes, channel: Channel, state: str, zygote: int) -> tuple[bytes, str]:
+    """The answer, and what is likely to follow, as `_answer`'s."""
     try:
         name, body = protocol.parse_request(request)
         if name == "timed":
             pod = protocol.parse(PodMessage, protocol.untimed(body, "start")[1])
             progress.begin()
-            made = _set_up(pod, channel, protocol.request("start", pod))
-            return protocol.reply({"value": made, "phases": progress.phases()})
+            made, expected = _set_up(resident, pod, channel, protocol.request("start", pod))
+            return protocol.reply({"value": made, "phases": progress.phases()}), expected
         if name == "start":
-            return protocol.reply(_set_up(protocol.parse(PodMessage, body), channel, request))
+            made, expected = _set_up(resident, protocol.parse(PodMessage, body), channel, request)
+            return protocol.reply(made), expected
         if name == "sweep":
-            return protocol.reply(Sweeper(protocol.parse(SweepMessage, body)).run())
+            return protocol.reply(Sweeper(protocol.parse(SweepMessage, body)).run()), ""
         if name == "quit" and zygote:
             os.unlink(f"{state}/zygote.sock")
             os.kill(zygote, signals.SIGKILL)  # our shim's maker: it has nothing to lose
         elif name != "hello":
             raise RuntimeFailure(f"unknown operation {name!r:.40}", code="invalid_argument")
-        return protocol.reply({"pid": zygote, "version": os.environ.get("OCID_VERSION", "")})
+        return protocol.reply({"pid": zygote, "version": os.environ.get("OCID_VERSION", "")}), ""
     except (OSError, RuntimeFailure) as error:
-        return protocol.failure(error)
+        return protocol.failure(error), ""
 
 
-def _set_up(pod: PodMessage, channel: Channel, request: bytes) -> dict[str, object]:
-    """Namespaces, pins, /dev/shm, pause; then the shim listens. Its and pause's pids. Raises OSError, RuntimeFailure;
-    then nothing is left."""
+def _set_up(resident: Resident, pod: PodMessage, channel: Channel, request: bytes) -> tuple[dict[str, object], str]:
+    """Namespaces, pins, /dev/shm, pause; then the shim listens. Its and pause's pids, and what is likely to follow.
+    Raises OSError, RuntimeFailure; then nothing is left."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     log = os.open(f"{pod.directory}/shim.log", flags, 0o600)
     os.dup2(log, 2, inheritable=False)
+    home = [os.open(f"/proc/self/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in ("ipc", "uts", "net")]
     pause_pid = set_up(pod)
     try:
         record = shim_record(os.getppid(), pause_pid)
         write_durable(f"{pod.directory}/shim.json", encode(record), sync=False)
         if pause_pid:
             channel.ask("pause", pause_pid)
+        for fd in home:  # what follows is not about the pod, but about containers
+            setns(fd)
+            os.close(fd)
         with listen_unix(f"{pod.directory}/shim.sock") as listener:
             listener.setblocking(False)
             channel.ask("listen", f"shim {pod.id}"[:15].encode(), request, fds=[listener.fileno(), log])
@@ -132,7 +145,11 @@ def _set_up(pod: PodMessage, channel: Channel, request: bytes) -> dict[str, obje
             end_process(pause_pid)
         tear_down(pod.directory)
         raise
-    return record
+    if pod.uids:  # few pods have a user namespace, and of those this process may be more than it should
+        return record, ""
+    resident.request = request  # as the shim has it
+    channel.tell(IDLE)  # before the answer, which the next request may follow at once
+    return record, "events"
 
 
 def pod_of(resident: Resident) -> PodMessage:

@@ -1,5 +1,5 @@
-"""A helper waits for a moment for what mostly follows its own request at once: after a subscription to the events of a
-pod that has no container yet the create of one, after a create the start.
+"""A helper waits for a moment for what mostly follows its own request at once: after a pod's start a subscription to
+its events, after that the create of a container, if it has none, and after a create the start.
 
     helper                             shim
       │ ── idle ───────────────────────▶ │ its locks are free; the next connection is handed to it
