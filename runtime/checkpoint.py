@@ -2,7 +2,8 @@
 
 Refuses a container that does not run, images that would end up nowhere, and `org.criu.config` annotations: an image
 does not choose how its dump is made (threats S60); the node's own /etc/criu/runc.conf is heeded, as with runc.
-Invariant: what fails leaves the container running as it was; what succeeds has left criu's files in the images'
+Invariant: what fails leaves the container running as it was, its network open and its connections alive even where criu
+was killed (criu_leftovers); what succeeds has left criu's files in the images'
 directory and descriptors.json (what fds 0, 1 and 2 of the init were): all that restore takes from there.
 """
 
@@ -13,6 +14,7 @@ import os
 from runtime import criu, lifecycle, state
 from runtime.errors import RuntimeFailure
 from runtime.fields import encode
+from runtime.linux.failpoint import failpoint
 from runtime.linux.files import AT_FDCWD, fd_path, path_in_root, read_bounded, write_durable
 from runtime.linux.process import CLONE_NEWNET
 from runtime.linux.record import Record
@@ -161,14 +163,36 @@ def checkpoint(request: CheckpointRequest) -> None:
             )
         if images.lazy_pages:
             program.require("lazy_pages")
-        program.request(
-            criu.PRE_DUMP if request.pre_dump else criu.DUMP,
-            criu.options(**opts),
-            log=images.log("dump.log"),
-            notified=lambda step, _pid, _fd: _notified(step, request.status_fd),
-        )
+        steps: list[str] = []
+        try:
+            program.request(
+                criu.PRE_DUMP if request.pre_dump else criu.DUMP,
+                criu.options(**opts),
+                log=images.log("dump.log"),
+                notified=lambda step, _pid, _fd: _notified(step, steps, request.status_fd),
+                # Whoever reads from a connection that is half dumped would be told of an error.
+                doomed=lambda: facts.manager().freezer().ask(),
+            )
+        except BaseException as error:
+            _as_before(facts, now == "paused", locked="network-lock" in steps, error=error)
+            raise
     if not request.leave_running and not request.pre_dump:
         lifecycle.delete(request.root, request.id, force=True)
+
+
+def _as_before(facts: State, paused: bool, *, locked: bool, error: BaseException) -> None:
+    """After a criu that may have been killed: any other has seen to it itself."""
+    manager = facts.manager()
+    try:
+        if locked:
+            from runtime import criu_leftovers
+
+            criu_leftovers.unlock(f"/proc/{facts.pid}/ns/net")
+            criu_leftovers.mend_connections(manager.pids())
+        if manager.frozen() != paused:
+            manager.freeze(paused)
+    except (OSError, RuntimeFailure) as second:
+        error.add_note(f"and could not leave the container as it was: {second}")
 
 
 def _spec_of(facts: State) -> Spec:
@@ -181,7 +205,10 @@ def _spec_of(facts: State) -> Spec:
         raise RuntimeFailure.of(error, what="read config.json", code="failed_precondition") from None
 
 
-def _notified(step: str, status_fd: int) -> None:
+def _notified(step: str, steps: list[str], status_fd: int) -> None:
+    steps.append(step)
+    if step == "post-dump":
+        failpoint("checkpoint.dumped")
     if step == "status-ready" and status_fd >= 0:
         os.write(status_fd, b"\0")
         os.close(status_fd)

@@ -63,7 +63,7 @@ def create(request: CreateRequest) -> Created:
     """See the module. Raises RuntimeFailure with the step of the init that failed."""
     spec = request.spec
     if spec.process is None:
-        raise RuntimeFailure("config.json: process: is required to create", code="invalid_argument")
+        raise RuntimeFailure("config.json: process: process property must not be empty", code="invalid_argument")
     rootfs.check(spec, no_pivot=request.no_pivot)
     labels.check(spec.process)
     bundle = os.path.abspath(request.bundle)

@@ -193,12 +193,13 @@ class Criu:
         adopt: Callable[[int], None] = lambda _pid: None,
         cgroup_fd: int = -1,
         late: Callable[[], object] = lambda: None,
+        doomed: Callable[[], object] = lambda: None,
     ) -> dict[int, int | bytes]:
         """Sends one request and answers notifications until it is done. `pass_fds` are criu's fds from
         criu_child.FIRST_FD on. `prepare` runs in the child before it becomes criu, `adopt` here with its pid before
-        that, `late` when criu is about to hear that its time is over. `log` is where criu writes. Raises
-        RuntimeFailure, "deadline" for that."""
-        child = Child(self._program, self._deadline, pass_fds, prepare, adopt, cgroup_fd)
+        that, `late` when criu is about to hear that its time is over, `doomed` when it has not heeded that and is about
+        to be killed. `log` is where criu writes. Raises RuntimeFailure, "deadline" for a time that is over."""
+        child = Child(self._program, self._deadline, pass_fds, prepare, adopt, cgroup_fd, doomed)
         try:
             wanted = opts(child.pid) if callable(opts) else opts
             child.send(message((1, kind), (2, wanted)))

@@ -47,8 +47,10 @@ class Child:
         prepare: Callable[[], None] = lambda: None,
         adopt: Callable[[int], None] = lambda _pid: None,
         cgroup_fd: int = -1,
+        doomed: Callable[[], object] = lambda: None,
     ) -> None:
         self.pid = self._pidfd = -1
+        self._doomed = doomed
         self._deadline = deadline
         self._socket, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         go, ready = os.pipe2(os.O_CLOEXEC)
@@ -130,6 +132,7 @@ class Child:
         started = list(_held(members(self.pid) - {self.pid})) if late else []
         self._socket.close()
         if left is not None and not self._ends_within(left + _PATIENCE_S):
+            self._doomed()
             kill_tree(self.pid)
         self._reaped()
         for pidfd in started:

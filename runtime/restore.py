@@ -139,6 +139,9 @@ class _Restoring:
                 namespaces: list[int] = []
                 try:
                     self._request_of(program, gate, namespaces)
+                except BaseException:
+                    self._open_network()
+                    raise
                 finally:
                     for fd in namespaces:
                         os.close(fd)
@@ -149,6 +152,14 @@ class _Restoring:
         made = Created(self._state(), self._pidfd, self._console, ())
         self._pidfd = self._console = -1
         return made
+
+    def _open_network(self) -> None:
+        """One that is joined is others' as well: criu closes it, and does not open it when it is killed."""
+        from runtime import criu_leftovers
+
+        for namespace in self._spec.namespaces:
+            if namespace.kind == "network" and namespace.path:
+                criu_leftovers.unlock(namespace.path)
 
     def _root_tree(self) -> int:
         """The root filesystem as a mount that nobody has yet."""

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from runtime.resources import Resources
 
 UNIT = "systemd"  # the key of the unit's name in note()
+# For the dying to be gone. A machine with ten times more to do than processors takes seconds for what is asked of it.
+PATIENCE_S = 10.0
 
 
 def manager_for(cgroups_path: str, container_id: str, *, rootless: bool = False) -> Manager:
@@ -171,7 +173,7 @@ class Manager:
     def adopt(self, pid: int) -> None:
         """For a cgroup that begins with its first process: makes it around `pid`, which waits. Here it is made."""
 
-    def destroy(self, deadline_s: float = 2.0) -> None:
+    def destroy(self, deadline_s: float = PATIENCE_S) -> None:
         """Removes the directories, children first; missing ones are fine. Waits at most `deadline_s` for processes
         that are just ending. Raises RuntimeFailure naming those that are not."""
         from runtime.cgroups.killer import wait_until_removable
@@ -233,7 +235,7 @@ class Manager:
             return -1
         return tree.open_place(self.v2, self.verify)
 
-    def kill(self, number: int = SIGKILL, deadline_s: float = 2.0) -> bool:
+    def kill(self, number: int = SIGKILL, deadline_s: float = PATIENCE_S) -> bool:
         """Signals every process in here. SIGKILL is repeated, against forks and freezers, until nobody is left or the
         deadline passes; True when the cgroup is empty then. A missing cgroup is an empty one."""
         from runtime.cgroups.killer import kill_all

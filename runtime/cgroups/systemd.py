@@ -27,7 +27,7 @@ from runtime.cgroups.buses import REPLY_S, connect_system, connect_user, is_user
 from runtime.cgroups.dbus import BusError, Variant
 from runtime.cgroups.hierarchy import Place, below_service, clean, detect
 from runtime.cgroups.killer import SIGKILL
-from runtime.cgroups.manager import UNIT, Gate, Manager
+from runtime.cgroups.manager import PATIENCE_S, UNIT, Gate, Manager
 from runtime.cgroups.plan import Now
 from runtime.cgroups.scope import USER_SLICE, annotated, properties, scope_for, start_properties
 from runtime.errors import RuntimeFailure
@@ -209,7 +209,7 @@ class SystemdManager(Manager):
         except BusError as error:
             raise self._failed(f"move {pid} into", error) from None
 
-    def destroy(self, deadline_s: float = 2.0) -> None:
+    def destroy(self, deadline_s: float = PATIENCE_S) -> None:
         """Stops the unit, and removes what of its cgroup is there still. No such unit is a stopped one, and one of
         that name elsewhere is somebody else's."""
         if self._foreign:
@@ -227,7 +227,7 @@ class SystemdManager(Manager):
         finally:
             super().destroy(deadline_s)
 
-    def kill(self, number: int = SIGKILL, deadline_s: float = 2.0) -> bool:
+    def kill(self, number: int = SIGKILL, deadline_s: float = PATIENCE_S) -> bool:
         return self._foreign or super().kill(number, deadline_s)
 
     def _reset(self, bus: Bus) -> None:

@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from runtime.tree import children
 from tests.bundles import Bundle, Bundles, Result
 from tests.shims import lab
 from tests.support import eventually
@@ -331,6 +334,47 @@ def test_an_open_connection_needs_its_flag(home: Bundles, talks: list[Talk]) -> 
     _restore(bundle, talk, "--tcp-established", images="connected").ok()
     talk.say("three")
     talk.hear("three")
+
+
+def test_a_criu_that_is_killed_leaves_the_network_open_and_connections_alive(home: Bundles, talks: list[Talk]) -> None:
+    talk = _talk(talks)
+    bundle = home.sh("nc -l -p 99 -e cat & sleep 1; { while read x; do echo $x; done; } | nc 127.0.0.1 99")
+    _up(bundle, talk)
+    talk.say("one")
+    talk.hear("one")
+    gate, images = bundle.path / "gate", bundle.path / "images"
+    os.mkfifo(gate)
+    home.ocirun("pause", bundle.id).ok()
+    words = ("checkpoint", "--leave-running", "--tcp-established", "--image-path", str(images), bundle.id)
+    with (bundle.path / "errors").open("wb") as errors:
+        dumping = home.popen(*words, stderr=errors, env={"OCID_FAILPOINTS": f"checkpoint.dumped=pause:{gate}"})
+    # Everything is dumped, and nothing undone yet.
+    eventually(lambda: dumping.poll() is not None or b"Running post-dump scripts" in _read(images / "dump.log"))
+    if dumping.poll() is not None:
+        _show_log(images / "dump.log")
+    assert dumping.poll() is None, (bundle.path / "errors").read_text()
+    assert "CRIU" in _rules(bundle)
+    (criu,) = [pid for pid in children(dumping.pid) if Path(f"/proc/{pid}/comm").read_text() == "criu\n"]
+    # As for one that is killed for its time is over: else a read would be told that the connection is being repaired.
+    Path("/sys/fs/cgroup", home.cgroup, bundle.id, "cgroup.freeze").write_text("1")
+    os.kill(criu, signal.SIGKILL)
+    with gate.open("wb"):
+        assert dumping.wait(60) == 1
+    assert "criu failed: type DUMP" in (bundle.path / "errors").read_text()
+    assert "CRIU" not in _rules(bundle) and bundle.status() == "paused"  # as it was
+    home.ocirun("resume", bundle.id).ok()
+    talk.say("two")
+    talk.hear("two")
+
+
+def _read(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def _rules(bundle: Bundle) -> str:
+    """What a container's network lets in."""
+    words = ["nsenter", "--target", str(bundle.pid()), "--net", "iptables", "-S"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
 def test_attached_it_ends_with_its_exit_code(home: Bundles, talks: list[Talk]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from runtime.linux import bpf
 from tests.bundles import Bundle
 from tests.support import SOON_S, eventually
-from tests.vm.units import CGROUPS, Units, cgroup_of, known_units, shown, systemctl, value
+from tests.vm.units import CGROUPS, Units, cgroup_of, known_units, reexecute, shown, systemctl, value
 
 MIB = 1 << 20
 
@@ -121,7 +121,7 @@ def test_systemd_knows_the_limits_and_its_reload_changes_none(managed: Units) ->
     assert shown(managed.unit(bundle), *TOLD) == TOLD
     systemctl("daemon-reload")
     _in_force(bundle, KERNEL)
-    systemctl("daemon-reexec")
+    reexecute()
     _in_force(bundle, KERNEL)
     assert shown(managed.unit(bundle), *TOLD) == TOLD
 

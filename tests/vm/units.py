@@ -9,6 +9,7 @@ from pathlib import Path
 
 from runtime.linux.process import set_child_subreaper
 from tests.bundles import Bundle, Bundles
+from tests.support import eventually
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -17,6 +18,22 @@ def systemctl(*words: str, check: bool = True) -> str:
     """What it printed."""
     done = subprocess.run(["systemctl", *words], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0 or not check, done
+    return done.stdout
+
+
+def reexecute() -> None:
+    """systemctl daemon-reexec, until the new systemd is on the bus: systemctl returns once the old one has left it."""
+    before = _owner()
+    systemctl("daemon-reexec")
+    eventually(lambda: _owner() not in ("", before), what="systemd on the bus")
+
+
+def _owner() -> str:
+    """Systemd's name on the bus of the moment; "" while it has none."""
+    words = ("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "GetNameOwner", "s")
+    done = subprocess.run(
+        ["busctl", "call", *words, "org.freedesktop.systemd1"], capture_output=True, text=True, timeout=60, check=False
+    )
     return done.stdout
 
 
