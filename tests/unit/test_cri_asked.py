@@ -6,11 +6,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cri.api import api_pb2 as pb
 from cri.api import api_pb2_grpc
 from cri.interfaces import PodNetwork, PortMapping
 from cri.streaming.sessions import Attach, Exec, PortForward
-from tests.fakes.node import Rig, connected_to, on_rig
+from imagestore.model import Credentials, Image
+from tests.fakes.node import IMAGE, Rig, connected_to, on_rig
 
 
 def _offered(rig: Rig, url: str) -> Any:
@@ -146,5 +149,47 @@ def test_streams_hold_what_their_filters_let_through(tmp_path: Path) -> None:
             assert await ids(runtime.StreamPodSandboxStats, request, "pod_sandbox_stats") == [two]
             request = pb.StreamPodSandboxesRequest(filter=pb.PodSandboxFilter(id=one))
             assert await ids(runtime.StreamPodSandboxes, request, "pod_sandboxes") == [one]
+            images = api_pb2_grpc.ImageServiceStub(channel)
+            for name, found in ((IMAGE, [rig.image.id]), ("registry.test/other", [])):
+                request = pb.StreamImagesRequest(filter=pb.ImageFilter(image=pb.ImageSpec(image=name)))
+                assert await ids(images.StreamImages, request, "images") == found
+
+    on_rig(tmp_path, body)
+
+
+def test_a_pulls_login_is_what_the_request_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(rig: Rig) -> None:
+        given: list[Credentials | None] = []
+
+        async def pull(reference: str, credentials: Credentials | None = None, *_: Any, **__: Any) -> Image:
+            given.append(credentials)
+            return rig.image
+
+        monkeypatch.setattr(rig.images, "pull", pull)
+        for auth in (
+            pb.AuthConfig(username="me", password="secret", server_address="registry.test"),
+            pb.AuthConfig(auth="bWU6c2VjcmV0", server_address="registry.test"),
+            pb.AuthConfig(identity_token="identity"),
+            pb.AuthConfig(registry_token="bearer"),
+            None,
+        ):
+            await rig.call("PullImage", pb.PullImageRequest(image=pb.ImageSpec(image=IMAGE), auth=auth))
+        mine = Credentials("me", "secret", "", "", "registry.test")
+        assert given == [
+            mine,
+            mine,
+            Credentials("", "", "identity", "", ""),
+            Credentials("", "", "", "bearer", ""),
+            None,
+        ]
+
+    on_rig(tmp_path, body)
+
+
+def test_what_is_verbose_is_told_to_who_asks(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        for verbose in (True, False):
+            request = pb.ImageStatusRequest(image=pb.ImageSpec(image=IMAGE), verbose=verbose)
+            assert bool((await rig.call("ImageStatus", request)).info) is verbose
 
     on_rig(tmp_path, body)
