@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from imagestore.attached import fallback_tag
 from imagestore.config import StoreConfig
 from imagestore.content import Blobs
 from imagestore.copying.contents import read
 from imagestore.manifest import OCI_INDEX
-from imagestore.model import Descriptor, ImageNotFound
+from imagestore.model import ContentInvalid, Descriptor, ImageNotFound
 from imagestore.registry import Repository
 from imagestore.resolve import resolve
 from imagestore.source import Source
@@ -88,16 +89,21 @@ async def referrers(repository: Repository, digest: str, kind: str, config: Stor
     distribution-spec 1.1, or by the tag that stands in for it. Raises ImageError and its kinds."""
     wanted = f"?artifactType={quote(kind, safe='')}" if kind else ""
     what = f"referrers of {digest}"
+    documents: list[Fields] = []
     try:
-        documents = await repository.pages(f"/referrers/{digest}{wanted}", what, OCI_INDEX)
-    except ImageNotFound:
+        pages = await repository.pages(f"/referrers/{digest}{wanted}", what, OCI_INDEX)
+        documents = [parse_object(data, what, config.json_values) for data in pages]
+    except (ImageNotFound, ContentInvalid):
+        pass  # a registry that knows no referrers may answer what it likes
+    if not documents or not documents[0].has("manifests"):
         try:
-            documents = [(await repository.manifest(digest.replace(":", "-"))).data]
+            data = (await repository.manifest(fallback_tag(digest))).data
         except ImageNotFound:
             return []
+        documents = [parse_object(data, what, config.json_values)]
     found: list[dict[str, Any]] = []
-    for data in documents:
-        for item in parse_object(data, what, config.json_values).objects("manifests", config.index_manifests):
+    for document in documents:
+        for item in document.objects("manifests", config.index_manifests):
             entry = {
                 "mediaType": item.string("mediaType"),
                 "digest": item.string("digest"),

@@ -502,6 +502,22 @@ def test_referrers_by_api_and_by_tag(registry: FakeRegistry) -> None:
     assert [item["artifactType"] for item in asked(registry, digest, "application/sig")] == ["application/sig"]
 
 
+@pytest.mark.parametrize("answer", [b"", b"<html>", b"[]", b"{}"])
+def test_a_registry_that_knows_no_referrers_may_answer_what_it_likes(registry: FakeRegistry, answer: bytes) -> None:
+    digest = build_image().digest
+    entry = {"mediaType": OCI_MANIFEST, "digest": sha256(b"1"), "size": 1, "artifactType": "application/x"}
+    index = as_json({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry]})
+    registry.put("team/app", digest.replace(":", "-"), index, OCI_INDEX)
+    registry.rule("GET", "/referrers/", Reply(200, body=answer))
+
+    async def ask() -> list[dict[str, Any]]:
+        async with session(QUICK) as made:
+            place = parse_place(f"docker://{registry.name}/team/app")
+            return await referrers(await made.repository(place, Access(), "pull"), digest, "", QUICK)
+
+    assert [item["artifactType"] for item in asyncio.run(ask())] == ["application/x"]
+
+
 def test_referrers_in_pages(registry: FakeRegistry) -> None:
     digest = build_image().digest
     entries = [{"mediaType": OCI_MANIFEST, "digest": sha256(b"%d" % number), "size": 7} for number in range(5)]
