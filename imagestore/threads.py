@@ -46,7 +46,9 @@ class Threads:
         """Runs a short disk call; the future may be abandoned, the call goes on."""
         if self._io is None:
             self._io = ThreadPoolExecutor(self._sizes[0], thread_name_prefix="image-io")
-        return asyncio.get_running_loop().run_in_executor(self._io, call, *args)
+        running = asyncio.get_running_loop().run_in_executor(self._io, call, *args)
+        running.add_done_callback(_seen)
+        return running
 
     async def io(self, call: Callable[..., T], *args: object) -> T:
         """Runs a short disk call to its end."""
@@ -80,7 +82,7 @@ class Threads:
             await asyncio.wait({asking})
         except asyncio.CancelledError:
             errand.end()
-            asking.add_done_callback(lambda done: done.cancelled() or done.exception())  # seen: nobody asks for it
+            asking.add_done_callback(_seen)
             await asyncio.wait({asking}, timeout=_ENDS_S)
             raise
         return asking.result()
@@ -90,3 +92,9 @@ class Threads:
         if self._unpack is None:
             self._unpack = ThreadPoolExecutor(self._sizes[1], thread_name_prefix="image-unpack")
         return self._unpack.submit(call, *args)
+
+
+def _seen(done: asyncio.Future[T]) -> None:
+    """Or asyncio prints the failure of what was abandoned: somebody else's has been told."""
+    if not done.cancelled():
+        done.exception()
