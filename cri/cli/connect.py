@@ -73,7 +73,15 @@ class Api:
         try:
             return await getattr(stub, name)(request, metadata=metadata)
         except grpc.aio.AioRpcError as error:
-            raise ApiError(error.code().name, error.details() or error.code().name) from None
+            raise self._failed(error) from None
+
+    def _failed(self, error: Any) -> ApiError:
+        """An error of gRPC's in our words. Those for a connection that broke are gRPC's own, and no sentence."""
+        code = error.code().name
+        if code in ("UNAVAILABLE", "UNKNOWN") and not is_served(self.config):
+            path = socket_path(self.config)
+            return ApiError(code, f"the daemon at {path} has ended; once it is started again, see what was done")
+        return ApiError(code, error.details() or code)
 
     async def stream(self, name: str, request: Any) -> AsyncIterator[Any]:
         """The answers of a streaming call of a daemon. Raises ApiError."""
@@ -84,7 +92,7 @@ class Api:
             async for message in getattr(self._stubs[1 if name == "StreamImages" else 0], name)(request):
                 yield message
         except grpc.aio.AioRpcError as error:
-            raise ApiError(error.code().name, error.details() or error.code().name) from None
+            raise self._failed(error) from None
 
     async def own(self, name: str, request: dict[str, Any]) -> Any:
         """One of our own calls (cri.own). Raises ApiError."""
@@ -102,7 +110,7 @@ class Api:
         try:
             return json.loads(await self._channel.unary_unary(f"/ocid.v1.Node/{name}")(json.dumps(request).encode()))
         except grpc.aio.AioRpcError as error:
-            raise ApiError(error.code().name, error.details() or error.code().name) from None
+            raise self._failed(error) from None
 
     async def load(self, fd: int, request: dict[str, Any]) -> Any:
         """Our own Load, of a file or a directory that is open here and stays the caller's. Raises ApiError."""
@@ -133,7 +141,7 @@ class Api:
             async for step in self._channel.unary_stream("/ocid.v1.Node/Pulls")(b"{}"):
                 yield json.loads(step)
         except grpc.aio.AioRpcError as error:
-            raise ApiError(error.code().name, error.details() or error.code().name) from None
+            raise self._failed(error) from None
 
 
 def configuration(args: argparse.Namespace) -> Config:

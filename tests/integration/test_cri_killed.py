@@ -190,7 +190,8 @@ def test_o8_ocid_run_with_a_daemon_that_is_killed(here: Node, image: str) -> Non
         finally:
             del os.environ["OCID_FAILPOINTS"]
         done = _ocid(here, "run", "-d", "--name", "one", image, "sleep", "1000")
-        assert done.returncode == 125 and done.stderr.startswith(b"ocid run: "), (point, done)
+        assert done.returncode == 125 and done.stderr.count(b"\n") == 1, (point, done)
+        assert f"the daemon at {here.socket} has ended".encode() in done.stderr
         here.end()
         here.start()
         assert here.client.list_pods() == [], point
