@@ -100,7 +100,7 @@ def test_a_process_json_is_the_whole_process(home: Bundles) -> None:
     one.exec(flags=("--process", "/nowhere/process.json")).failed("no such file or directory", code=255)
 
 
-def test_what_a_process_json_does_not_say_is_the_containers(home: Bundles) -> None:
+def test_s05_what_a_process_json_does_not_say_is_the_containers(home: Bundles) -> None:
     """Above all its capabilities: without any it would have those of the caller."""
     one = home.make()
     one.process["rlimits"] = [{"type": "RLIMIT_NOFILE", "soft": 100, "hard": 100}]

@@ -147,7 +147,7 @@ def test_few_files_are_enough_to_start(home: Bundles) -> None:
         assert "Max open files            10                   20" in Path(f"/proc/{pid}/limits").read_text()
 
 
-def test_without_capabilities_in_the_config_there_are_none(home: Bundles) -> None:
+def test_s05_without_capabilities_in_the_config_there_are_none(home: Bundles) -> None:
     one = home.make()
     del one.process["capabilities"]
     one.up()
