@@ -413,6 +413,7 @@ LOCALHOST = pb.SecurityProfile(profile_type=pb.SecurityProfile.Localhost, localh
         (_set("linux.security_context.apparmor_profile", "odd"), "apparmor_profile: 'odd' is none of"),
         (_set("linux.security_context.selinux_options.type", "spc_t"), "selinux_options: this kernel has no SELinux"),
         (_set("linux.security_context.selinux_options.role", "a:b"), "selinux_options.role: 'a:b'"),
+        (_set("linux.security_context.selinux_options.user", "a:b"), "selinux_options.user: 'a:b'"),
         (_set("linux.security_context.seccomp_profile_path", "x"), "seccomp_profile_path"),
         (_set("linux.security_context.namespace_options.network", pb.CONTAINER), "namespace_options.network"),
         (_set("linux.security_context.namespace_options.ipc", pb.NODE), "namespace_options.ipc"),

@@ -335,6 +335,7 @@ def test_limits_of_a_container_are_in_force_as_a_whole_or_not_at_all(here: Node)
             ("memory.limit_in_bytes", "memory.max"),
             ("memory.memsw.limit_in_bytes", "memory.swap.max"),
             ("cpu.cfs_quota_us", "cpu.max"),
+            ("cpu.cfs_period_us", "cpu.max"),
             ("cpu.shares", "cpu.weight"),
             ("cpuset.cpus",),
             ("hugetlb.2MB.limit_in_bytes", "hugetlb.2MB.max"),
@@ -346,21 +347,22 @@ def test_limits_of_a_container_are_in_force_as_a_whole_or_not_at_all(here: Node)
     update(
         memory_limit_in_bytes=64 * MIB,
         memory_swap_limit_in_bytes=96 * MIB,
-        cpu_period=100_000,
-        cpu_quota=50_000,
+        cpu_period=50_000,
+        cpu_quota=25_000,
         cpu_shares=256,
         cpuset_cpus="0",
         hugepage_limits=pages,
     )
     after = limits()
     assert after[0] == str(64 * MIB) and after[1] in (str(96 * MIB), str(32 * MIB))
-    assert after[2].split()[0] == "50000" and after[4:] == ["0", str(2 * MIB)]
-    assert all(old != new for old, new in zip(before[:4], after[:4], strict=True))
+    assert after[2].split()[0] == "25000" and after[3].split()[-1] == "50000"
+    assert after[5:] == ["0", str(2 * MIB)]
+    assert all(old != new for old, new in zip(before[:5], after[:5], strict=True))
     with pytest.raises(grpc.RpcError, match="cpus"):
         update(memory_limit_in_bytes=32 * MIB, cpu_quota=10_000, cpuset_cpus="4000")
     assert limits() == after
     shown = here.client.status(one).resources.linux
-    assert (shown.memory_limit_in_bytes, shown.cpu_quota, shown.cpuset_cpus) == (64 * MIB, 50_000, "0")
+    assert (shown.memory_limit_in_bytes, shown.cpu_quota, shown.cpuset_cpus) == (64 * MIB, 25_000, "0")
     here.drop(pod)
 
 

@@ -193,3 +193,32 @@ def test_what_is_verbose_is_told_to_who_asks(tmp_path: Path) -> None:
             assert bool((await rig.call("ImageStatus", request)).info) is verbose
 
     on_rig(tmp_path, body)
+
+
+def test_the_ids_of_a_user_namespace_are_those_of_the_request(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        config = rig.pod_config()
+        config.linux.security_context.namespace_options.network = pb.NODE  # the fake shim pins no namespace
+        options = config.linux.security_context.namespace_options.userns_options
+        options.mode = pb.POD
+        for ids in (options.uids, options.gids):
+            ids.add(host_id=200_000, container_id=0, length=1000)
+            ids.add(host_id=300_000, container_id=1000, length=64536)
+        pod = (await rig.call("RunPodSandbox", pb.RunPodSandboxRequest(config=config))).pod_sandbox_id
+        spec = rig.shims.pods[pod].spec
+        assert spec.uids == spec.gids == ((0, 200_000, 1000), (1000, 300_000, 64536))
+
+    on_rig(tmp_path, body)
+
+
+def test_a_container_has_an_input_where_it_is_asked_for(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        pod = await rig.run_pod()
+        asks: list[dict[str, Any]] = [{}, {"stdin": True}, {"stdin": True, "stdin_once": True}, {"tty": True}]
+        for asked in asks:
+            one = await rig.create(pod, "-".join(["c", *asked]).replace("_", "-"), **asked)
+            spec = rig.shims.pods[pod].containers[one].spec
+            told = {"stdin": spec.stdin, "stdin_once": spec.stdin_once, "tty": spec.terminal}
+            assert {name: value for name, value in told.items() if value} == asked
+
+    on_rig(tmp_path, body)
