@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from cri.config import NATIVE, Config, ConfigError, RuntimeSection
-from runtime.cgroups.scope import expand_slice
-from runtime.errors import RuntimeFailure
 
 DEFAULT_FILE = Path("/etc/ocid/config.toml")
 
@@ -48,6 +45,9 @@ def load(path: Path | None = None, **overrides: Any) -> Config:
 
 
 def _with_slice(section: RuntimeSection) -> RuntimeSection:
+    from runtime.cgroups.scope import expand_slice
+    from runtime.errors import RuntimeFailure
+
     parent = section.cgroup_parent
     if parent == RuntimeSection().cgroup_parent:
         parent += ".slice"
@@ -61,6 +61,8 @@ def _with_slice(section: RuntimeSection) -> RuntimeSection:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    import tomllib  # most nodes have no such file
+
     try:
         with file.open("rb") as stream:
             table = tomllib.load(stream)

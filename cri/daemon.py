@@ -61,6 +61,8 @@ GRACE_S = 10.0
 # command. Nobody waits for a daemon that answers.
 _LOCK_WAIT_S = 60.0
 _START_WAIT_S = 10.0
+# New objects between two looks of the collector, once those of the start are frozen.
+_OBJECTS = 50_000
 
 
 class AlreadyServed(OSError):
@@ -243,6 +245,7 @@ async def _become_ready(built: Built) -> None:
     # What is there now stays: the collector need not look at it again and again.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(_OBJECTS)
     built.service.intercept.why_not = ""
     built.node.tasks.background(check_networks(built.node), "check networks")
     built.node.tasks.background(renew_if_stale(), "renew ocirun")

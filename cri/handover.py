@@ -17,7 +17,6 @@ import array
 import asyncio
 import contextlib
 import os
-import secrets
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,7 +88,7 @@ class Handover:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 fds.frombytes(content[: len(content) - len(content) % _FD])
         if data and len(fds) == 1 and not self._peers[peer]:
-            ticket = secrets.token_hex(_TICKET // 2)
+            ticket = os.urandom(_TICKET // 2).hex()
             self._peers[peer], self._fds[ticket] = ticket, fds[0]
             with contextlib.suppress(OSError):
                 peer.send(ticket.encode())

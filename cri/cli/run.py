@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import os
 import re
-import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _make_name(image: str) -> str:
     base = re.sub(r"[^A-Za-z0-9]+", "-", image.rpartition("/")[2].partition("@")[0].partition(":")[0]).strip("-")
-    return f"{base[:40] or 'container'}-{secrets.token_hex(3)}"
+    return f"{base[:40] or 'container'}-{os.urandom(3).hex()}"
 
 
 async def _run(args: argparse.Namespace, name: str) -> int:
@@ -201,7 +200,7 @@ async def _import(api: Api, source: str, path: str) -> str:
 
 def _sandbox_config(api: Api, args: argparse.Namespace, name: str) -> pb.PodSandboxConfig:
     config = pb.PodSandboxConfig(hostname=args.hostname or name.replace("_", "-"))
-    config.metadata.name, config.metadata.namespace, config.metadata.uid = name, NAMESPACE, secrets.token_hex(16)
+    config.metadata.name, config.metadata.namespace, config.metadata.uid = name, NAMESPACE, os.urandom(16).hex()
     config.labels[NAME_LABEL] = name
     config.log_directory = f"{api.config.root}/{LOGS}/{config.metadata.uid}"
     config.port_mappings.extend(options.port(text) for text in args.publish)

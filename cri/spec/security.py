@@ -11,7 +11,6 @@ import functools
 import json
 import os
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from typing import Any
 
 from cri.spec.validate import InvalidRequest
@@ -152,6 +151,8 @@ def capabilities(
 
 @functools.cache
 def _default_profile() -> dict[str, Any]:
+    from importlib import resources
+
     text = resources.files("cri.spec").joinpath("seccomp_default.json").read_text(encoding="utf-8")
     profile: dict[str, Any] = json.loads(text)
     return profile

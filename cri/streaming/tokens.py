@@ -7,7 +7,6 @@ how long a wrong guess takes says nothing about any token. Refuses more than MAX
 from __future__ import annotations
 
 import hashlib
-import secrets
 import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -32,6 +31,8 @@ class Tokens(Generic[T]):
         self._expire()
         if len(self._waiting) >= MAX_WAITING:
             raise LimitExceeded(f"{MAX_WAITING} exec, attach and port-forward URLs wait to be used; try again later")
+        import secrets  # which brings random and hmac along
+
         token = secrets.token_urlsafe(24)
         self._waiting[_digest(token)] = (self._now() + TTL_S, request)
         return token

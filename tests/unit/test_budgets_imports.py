@@ -28,19 +28,21 @@ print(took / min(unit() for _ in range(20)), *names)
 COSTLY = frozenset(
     ("argparse", "asyncio", "dataclasses", "inspect", "logging", "pathlib", "re", "subprocess", "typing")
 )
+# These for a file that few nodes have, for a stream's URL, for a profile.
+ONCE = frozenset(("importlib.resources", "secrets", "tomllib"))
 # These are for single subcommands, for tracing, or for nobody.
 HEAVY = frozenset(
     ("aiohttp", "cryptography", "grpc", "opentelemetry", "prometheus_client", "pyroute2", "rich", "yaml", "zstandard")
 )
 
 
-def _imports(module: str, *flags: str) -> tuple[float, set[str]]:
+def _imports(module: str, *flags: str, whole: bool = False) -> tuple[float, set[str]]:
     # The venv's interpreter with -S has no site-packages at all: what runtime imports, it must find without.
     command = [sys.executable, *flags, "-c", PROBE.format(root=str(ROOT), module=module)]
     shortest, names = 1e9, set[str]()
     for _ in range(3):
         took, *found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        shortest, names = min(shortest, float(took)), {name.split(".")[0] for name in found}
+        shortest, names = min(shortest, float(took)), {name if whole else name.split(".")[0] for name in found}
     return shortest, names
 
 
@@ -56,6 +58,22 @@ def test_the_command_line_waits_for_nothing_heavy(module: str) -> None:
     names = _imports(module, "-I")[1]
     refused = HEAVY - ({"grpc"} if module != "cri.cli.main" else set())
     assert not names & refused, f"{module} imports {sorted(names & refused)} at its start"
+
+
+@pytest.mark.parametrize("module", ["cri.cli.main", "cri.cli.ps", "cri.cli.run", "cri.daemon"])
+def test_what_few_calls_need_is_imported_by_those(module: str) -> None:
+    found = _imports(module, "-I", whole=True)[1] & ONCE
+    assert not found, f"{module} imports {sorted(found)} at its start"
+
+
+def test_no_command_that_starts_is_held_up_by_the_collector() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import gc; from cri.cli.main import OBJECTS_OF_A_START; "
+        "gc.collect(); gc.set_threshold(OBJECTS_OF_A_START); before = gc.get_stats()[0]['collections']; "
+        "import cri.cli.ps, cri.daemon; print(gc.get_stats()[0]['collections'] - before)"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
 
 
 def test_the_daemon_is_not_heavier_than_it_must_be() -> None:
