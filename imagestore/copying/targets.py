@@ -218,9 +218,12 @@ class DirTarget:
     def _publish(self) -> None:
         assert self._top is not None
         # In between the manifest of before has the signatures of another, which no policy takes for its own.
-        for old in self._directory.iterdir():
-            if _SIGNATURE.fullmatch(old.name):
-                old.unlink()
+        try:
+            for old in self._directory.iterdir():
+                if _SIGNATURE.fullmatch(old.name):
+                    old.unlink()
+        except OSError as error:
+            raise ImageError(f"remove old signatures in {self._directory}: {errno_text(error)}") from error
         for name, data in self._signatures.items():
             _write(self._directory / name, data)
         _write(self._directory / "version", b"Directory Transport Version: 1.1\n")
