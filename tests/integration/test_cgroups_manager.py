@@ -448,13 +448,14 @@ def test_io_figures(manager: Manager, tmp_path: Path) -> None:
     assert sum(one.write_bytes for one in found) >= MIB and sum(one.writes for one in found) >= 1
 
 
-def test_figures_of_one_container_are_eighteen_files_and_little_else(manager: Manager) -> None:
+def test_figures_of_one_container_are_nineteen_files_and_little_else(manager: Manager) -> None:
     """A tenth of a millisecond or so; a node asks for each of its containers every ten seconds."""
     manager.create(wish(memory={"limit": 64 * MIB}))
     child = sleeper(manager)
     try:
         asked = calls(manager.stats)
-        assert asked["open"] == asked["read"] == asked["close"] <= 18 and asked.total() <= 55, asked
+        assert asked["read"] == asked["close"] <= 19 and asked.total() <= 60, asked
+        assert asked["open"] - asked["read"] <= 2, asked  # what an I/O scheduler would count, for which there is no file
         assert waits(manager.stats) == 0
         assert work(manager.stats) < 2.5
     finally:
