@@ -455,7 +455,7 @@ def test_figures_of_one_container_are_nineteen_files_and_little_else(manager: Ma
     try:
         asked = calls(manager.stats)
         assert asked["read"] == asked["close"] <= 19 and asked.total() <= 60, asked
-        assert asked["open"] - asked["read"] <= 2, asked  # what an I/O scheduler would count, for which there is no file
+        assert asked["open"] - asked["read"] <= 2, asked  # no file of an I/O scheduler
         assert waits(manager.stats) == 0
         assert work(manager.stats) < 2.5
     finally:
