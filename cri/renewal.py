@@ -58,7 +58,8 @@ async def renew() -> str:
 
 async def _run(output: int) -> int | None:
     """The exit code of the installation; None where it did not end in time. It is gone afterwards in any case."""
-    words = [sys.executable, "-m", "runtime.install", "--if-stale", sys.prefix]
+    # -P: the directory that the daemon was started in has no say in what a root process imports.
+    words = [sys.executable, "-P", "-m", "runtime.install", "--if-stale", sys.prefix]
     tree = str(Path(runtime.__file__).parents[1])
     # The daemon never forks. A group of its own, so that what it started can be ended with it.
     pid = os.posix_spawn(

@@ -249,8 +249,9 @@ def test_terminal(cli: Node) -> None:
     terminal.send(b"tty\n")
     terminal.expect("/dev/(pts/0|console)")
     termios.tcsetwinsize(terminal.fd, (33, 77))
-    terminal.send(b"stty size\n")
-    terminal.expect("33 77")
+    # The signal that tells of the size comes beside what is typed.
+    terminal.send(b"until [ \"$(stty size)\" = '33 77' ]; do usleep 10000; done; echo re''sized\n")
+    terminal.expect("resized")
     # The empty quotes tell what is printed from what is typed.
     terminal.send(b'sh -c \'trap "exit 3" INT; echo r""eady; while :; do usleep 10000; done\'\n')
     terminal.expect("ready\r\n")

@@ -97,7 +97,8 @@ def test_the_runtimes_own_tool_sees_the_containers(pods: Lab) -> None:
 
 def test_a_signalled_death_is_128_and_the_signal(pods: Lab) -> None:
     pod = pods.pod()
-    container = pod.run("c", ["sh", "-c", "trap 'exit 9' TERM; while :; do sleep 0.01; done"])
+    container = pod.run("c", ["sh", "-c", "trap 'exit 9' TERM; echo ready; while :; do sleep 0.01; done"])
+    eventually(lambda: pod.lines("c"), what="the trap")
     pods.shims.signal(pod.sandbox, container, signal.SIGTERM)
     assert (pod.ended(container).exit_code, pod.ended(container).signal) == (9, 0)
     second = pod.run("d", ["sleep", "100"])
