@@ -219,16 +219,15 @@ class Bus:
 
     def open(self) -> None:
         """Who we are, and on a bus our name there. The kernel vouches for the uid (EXTERNAL), and we name none: in a
-        user namespace we may not know by which number the other side knows us."""
+        user namespace we may not know by which number the other side knows us. All of it at once: systemd looks at what
+        it has read when more comes, so a message that came together with BEGIN would wait there for the next one."""
         end = time.monotonic() + self._timeout_s
-        self._send(b"\0AUTH EXTERNAL\r\n", end)
-        answer = self._line(end)
-        if answer.rstrip() == b"DATA":
-            self._send(b"DATA\r\n", end)
+        self._send(b"\0AUTH EXTERNAL\r\nDATA\r\nBEGIN\r\n", end)
+        # "DATA" and "OK", or of systemd before 253 "OK" to each of the two lines.
+        for expected in (b"DATA\r\n", b"OK "), (b"OK ",):
             answer = self._line(end)
-        if not answer.startswith(b"OK "):
-            raise RuntimeFailure(f"{self._what} refuses uid {os.geteuid()}: {answer[:80]!r}", step="cgroup")
-        self._send(b"BEGIN\r\n", end)
+            if not answer.startswith(expected):
+                raise RuntimeFailure(f"{self._what} refuses uid {os.geteuid()}: {answer[:80]!r}", step="cgroup")
         if not self._peer:
             (self.name,) = map(str, self.ask_bus("Hello"))
 
