@@ -47,14 +47,19 @@ def image(registry: FakeRegistry) -> str:
     return f"{registry.name}/busybox:1"
 
 
-def _killed_at(here: Node, point: str, call: Callable[[], object]) -> None:
-    """Restarts the daemon so that it dies at `point`, makes the call, and starts it again."""
+def _to_die_at(here: Node, point: str) -> None:
+    """Restarts the daemon so that it dies at `point`."""
     here.end()
     os.environ["OCID_FAILPOINTS"] = f"{point}=kill"
     try:
         here.start()
     finally:
         del os.environ["OCID_FAILPOINTS"]
+
+
+def _killed_at(here: Node, point: str, call: Callable[[], object]) -> None:
+    """Restarts the daemon so that it dies at `point`, makes the call, and starts it again."""
+    _to_die_at(here, point)
     with pytest.raises(grpc.RpcError):
         call()
     assert here.process is not None
@@ -183,12 +188,7 @@ def test_o8_ocid_run_with_a_daemon_that_is_killed(here: Node, image: str) -> Non
     assert _ocid(here, "run", "--rm", image, "true").returncode == 0
     before = _held(here)
     for point in ("run_pod.made", "create_container.recorded", "create_container.bundled"):
-        here.end()
-        os.environ["OCID_FAILPOINTS"] = f"{point}=kill"
-        try:
-            here.start()
-        finally:
-            del os.environ["OCID_FAILPOINTS"]
+        _to_die_at(here, point)
         done = _ocid(here, "run", "-d", "--name", "one", image, "sleep", "1000")
         assert done.returncode == 125 and done.stderr.count(b"\n") == 1, (point, done)
         assert f"the daemon at {here.socket} has ended".encode() in done.stderr

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+from collections.abc import Coroutine
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,16 @@ def test_o9_a_failed_start_is_reported_and_can_be_removed(tmp_path: Path) -> Non
     on_rig(tmp_path, body)
 
 
+async def _given_up(rig: Rig, call: Coroutine[object, object, str]) -> None:
+    """Its caller leaves once there is a record of the pod."""
+    task = asyncio.create_task(call)
+    while not rig.node.store.pods:
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 def test_o6_a_retry_joins_the_work_or_takes_its_result(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         gate = asyncio.Event()
@@ -255,12 +266,7 @@ def test_o6_a_retry_joins_the_work_or_takes_its_result(tmp_path: Path) -> None:
         await rig.remove_pod(joined)
         # Everybody leaves: whoever asks the same next gets what was made for them.
         gate.clear()
-        alone = asyncio.create_task(rig.run_pod())
-        while not rig.node.store.pods:
-            await asyncio.sleep(0)
-        alone.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await alone
+        await _given_up(rig, rig.run_pod())
         gate.set()
         async with asyncio.timeout(SOON_S):
             while not any(pod.made_ns for pod in rig.node.store.pods.values()):
@@ -317,12 +323,7 @@ def test_o6_a_kubelet_that_restarts_while_a_pod_is_made_gets_the_pod_it_asks_for
         # One that was found in a list, and has a container by now, is nobody's to take away.
         await rig.remove_pod(second)
         gate.clear()
-        before = asyncio.create_task(run("monday"))
-        while not rig.node.store.pods:
-            await asyncio.sleep(0)
-        before.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await before
+        await _given_up(rig, run("monday"))
         gate.set()
         await rig.create(await made())
         with pytest.raises(CallFailed, match="the name is taken"):
