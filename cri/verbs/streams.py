@@ -6,19 +6,15 @@ there when the call began, and no message is longer than CHUNK_BYTES unless a si
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Iterable
+from typing import Any
 
 from cri.api import api_pb2 as pb
 from cri.node import Begun, Node
 from cri.verbs import container_stats, images, pod_metrics, pod_stats, query
 
-T = TypeVar("T")
-
 CHUNK_ITEMS = 256
 CHUNK_BYTES = 256 << 10
-# How many pods or containers are looked at in one go, before what was seen is passed on.
-LOOK_ITEMS = 64
 
 
 def chunks(kind: type[Any], field: str, items: Iterable[Any]) -> Iterable[bytes]:
@@ -61,8 +57,8 @@ async def stream_container_stats(
     node: Node, request: pb.StreamContainerStatsRequest, begun: Begun
 ) -> AsyncGenerator[bytes, None]:
     """ListContainerStats in pieces."""
-    for some in batched(container_stats.matching(node, request.filter)):
-        for chunk in chunks(pb.StreamContainerStatsResponse, "container_stats", await node.statistics.of(some)):
+    async for some in node.statistics.some_of(container_stats.matching(node, request.filter)):
+        for chunk in chunks(pb.StreamContainerStatsResponse, "container_stats", some):
             yield chunk
 
 
@@ -70,8 +66,8 @@ async def stream_pod_stats(
     node: Node, request: pb.StreamPodSandboxStatsRequest, begun: Begun
 ) -> AsyncGenerator[bytes, None]:
     """ListPodSandboxStats in pieces."""
-    for some in batched(pod_stats.matching(node, request.filter)):
-        for chunk in chunks(pb.StreamPodSandboxStatsResponse, "pod_sandbox_stats", await node.statistics.of_pods(some)):
+    async for some in node.statistics.some_of_pods(pod_stats.matching(node, request.filter)):
+        for chunk in chunks(pb.StreamPodSandboxStatsResponse, "pod_sandbox_stats", some):
             yield chunk
 
 
@@ -82,8 +78,3 @@ async def stream_pod_metrics(
     async for some in pod_metrics.pod_metrics(node):
         for chunk in chunks(pb.StreamPodSandboxMetricsResponse, "pod_sandbox_metrics", some):
             yield chunk
-
-
-def batched(items: list[T]) -> Iterator[list[T]]:
-    """`items` in lists of at most LOOK_ITEMS."""
-    return (items[start : start + LOOK_ITEMS] for start in range(0, len(items), LOOK_ITEMS))

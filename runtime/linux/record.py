@@ -22,10 +22,12 @@ class Record:
     """Base of the runtime's values. Fields are read-only; `changed` gives a copy with some of them replaced."""
 
     _fields: ClassVar[tuple[str, ...]] = ()
+    _names: ClassVar[frozenset[str]] = frozenset()
     _defaults: ClassVar[dict[str, Any]] = {}
 
     def __init_subclass__(cls) -> None:
         cls._fields = (*cls._fields, *(name for name in cls.__annotations__ if name not in cls._fields))
+        cls._names = frozenset(cls._fields)
         cls._defaults = {name: getattr(cls, name) for name in cls._fields if hasattr(cls, name)}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -40,7 +42,7 @@ class Record:
         for name in kwargs:
             if name in given:
                 raise TypeError(f"{kind.__name__}: field {name!r} is given twice")
-        if len(values) != len(fields) or any(name not in values for name in fields):
+        if values.keys() != kind._names:
             odd = next((name for name in values if name not in fields), "")
             problem = f"{odd!r} is unknown" if odd else f"{next(n for n in fields if n not in values)!r} is missing"
             raise TypeError(f"{kind.__name__}: field {problem}")

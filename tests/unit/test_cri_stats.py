@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from cri.api import api_pb2 as pb
 from cri.api import api_pb2_grpc
 from cri.interfaces import InterfaceCounters
 from cri.records import Container, Pod
-from cri.verbs import streams
 from runtime.cgroups.stats import DeviceIo, HugePages, Pressure, Stall, Stats
 from tests.fakes.node import IMAGE, Rig, connected_to, on_rig
 
@@ -133,7 +133,7 @@ def test_o42_a_container_whose_cgroup_is_gone_already_is_named_and_has_no_figure
 
 
 def test_stats_stream_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "LOOK_ITEMS", 2)
+    monkeypatch.setattr("cri.stats.LOOK_ITEMS", 2)
 
     async def body(rig: Rig) -> None:
         pods = [await rig.run_pod(f"p{n}") for n in range(3)]
@@ -144,6 +144,37 @@ def test_stats_stream_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             assert [[one.attributes.id for one in piece.pod_sandbox_stats] for piece in pieces] == [pods[:2], pods[2:]]
             pieces = [piece async for piece in stub.StreamContainerStats(pb.StreamContainerStatsRequest())]
             assert [[one.attributes.id for one in piece.container_stats] for piece in pieces] == [made[:2], made[2:]]
+
+    on_rig(tmp_path, body)
+
+
+def test_a_list_of_many_holds_the_loop_for_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cri.stats.LOOK_ITEMS", 2)
+    turns = ""
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += "."
+            await asyncio.sleep(0)
+
+    async def body(rig: Rig) -> None:
+        worded = rig.statistics._container
+
+        def counted(container: Container, stats: Stats | None) -> pb.ContainerStats:
+            nonlocal turns
+            turns += "c"
+            return worded(container, stats)
+
+        made = [await rig.run(await rig.run_pod(f"p{n}"), "c", "sleep 1000") for n in range(5)]
+        rig.statistics._read = lambda groups, full=False: dict.fromkeys(groups, Stats(1))  # type: ignore[method-assign]
+        rig.statistics._container = counted  # type: ignore[method-assign]
+        task = asyncio.create_task(others())
+        listed = (await rig.call("ListContainerStats", pb.ListContainerStatsRequest())).stats
+        of_pods = (await rig.call("ListPodSandboxStats", pb.ListPodSandboxStatsRequest())).stats
+        task.cancel()
+        assert [one.attributes.id for one in listed] == made and len(of_pods) == 5
+        assert turns.count("c") == 10 and "ccc" not in turns
 
     on_rig(tmp_path, body)
 
