@@ -113,8 +113,16 @@ class Reader(Protocol):
         """The use of each container, in the same order."""
         ...
 
+    def some_of(self, containers: list[Container]) -> AsyncGenerator[list[pb.ContainerStats], None]:
+        """The same, in lists of a few."""
+        ...
+
     async def of_pods(self, pods: list[Pod]) -> list[pb.PodSandboxStats]:
         """The use of each pod, in the same order."""
+        ...
+
+    def some_of_pods(self, pods: list[Pod]) -> AsyncGenerator[list[pb.PodSandboxStats], None]:
+        """The same, in lists of a few."""
         ...
 
     async def look(self, pods: list[Pod], *, full: bool = False) -> list[PodLook]:
