@@ -3,8 +3,9 @@
 Bytes pass as they are; a line over MAX_LINE is cut into P pieces and an F one, and a last line without its newline is
 one F line at the end (threats O22-O24). Refuses anything but regular files, and never fails a container over a log:
 what cannot be written is dropped whole line by whole line and counted, and the next write is tried again (O26).
+Of a line whose pieces are written only in part, the rest is dropped, too, and what is there gets its F.
 Invariant: the file ends with a newline after every `write`, so a reader, a rotation or a full disk never sees half a
-line.
+line, and no two lines are ever read as one.
 
 Speed comes from the shape: one time stamp a chunk, one bytes.replace for all newlines of a run of lines that were
 probed to be short, one writev.
@@ -81,16 +82,17 @@ class LogFile:
             os.close(self.fd)
             self.fd = -1
 
-    def write(self, buffers: Sequence[Buffer]) -> None:
-        """Appends whole lines. Never raises: what does not fit is dropped and counted."""
+    def write(self, buffers: Sequence[Buffer]) -> bytes | None:
+        """Appends whole lines. Never raises: what does not fit is dropped and counted. None when all is written, else
+        the lines that were."""
         size = sum(map(len, buffers))
         try:
             written = os.writev(self.fd, buffers)
         except OSError as error:
             self._lost(size, error)
-            return
+            return b""
         if written == size:
-            return
+            return None
         whole = b"".join(buffers)
         try:
             while written < size:
@@ -99,6 +101,8 @@ class LogFile:
             kept = whole.rfind(b"\n", 0, written) + 1
             self._cut(written - kept)
             self._lost(size - kept, error)
+            return whole[:kept]
+        return None
 
     def _cut(self, torn: int) -> None:
         """Takes the torn end of the last write off, so that the file ends with a newline again."""
@@ -115,7 +119,7 @@ class LogFile:
 class Lines:
     """One stream on its way to a log: keeps the unfinished line between chunks."""
 
-    __slots__ = ("_carry", "_held", "_next", "_partial", "_tag", "log")
+    __slots__ = ("_carry", "_held", "_next", "_partial", "_skipping", "_tag", "_torn", "log")
 
     def __init__(self, log: LogFile, stream: str) -> None:
         self.log = log
@@ -123,22 +127,27 @@ class Lines:
         self._tag = stream
         self._carry = b""
         self._partial = False  # P pieces of the current line were written
+        self._skipping = False  # what comes up to the next newline is of a line that was dropped
+        self._torn = False  # the last of ours in the file is a P piece whose line was dropped
         self._next: LogFile | None = None
         self._held = 0
 
     def feed(self, data: bytes) -> None:
         """Writes the lines that `data` completes; keeps the rest."""
+        if self._skipping:
+            data = self._skip(data)
         if self._next is not None:
             data = self._finish_line_in_old(data)
-        buffers = self._cut(data)
-        if buffers:
-            self.log.write(buffers)
+        self._put(data)
 
     def end(self) -> None:
         """The stream has ended: a line without newline is written as it is."""
         if self._carry or self._partial:
-            self.log.write([f"{timestamp()} {self._tag} F ".encode(), self._carry, b"\n"])
-            self._carry, self._partial = b"", False
+            begun, self._partial = self._partial, False
+            self._write([f"{timestamp()} {self._tag} F ".encode(), self._carry, b"\n"], begun)
+            self._carry = b""
+        elif self._torn:
+            self._write([], begun=False)
         if self._next is not None:
             self._switch()
         self.log.release()
@@ -154,7 +163,42 @@ class Lines:
         if not self._partial:
             self._switch()
 
+    def _put(self, data: bytes) -> None:
+        begun = self._partial
+        buffers = self._cut(data)
+        if buffers:
+            self._write(buffers, begun)
+
+    def _write(self, buffers: list[Buffer], begun: bool) -> None:
+        """Appends lines and pieces; `begun`: the first of them goes on with a line of which pieces are in the file."""
+        if self._torn:
+            buffers.insert(0, f"{timestamp()} {self._tag} F \n".encode())
+        kept = self.log.write(buffers)
+        if kept is None:
+            self._torn = False
+            return
+        if kept:
+            last = kept.rfind(b"\n", 0, len(kept) - 1) + 1
+            self._torn = kept[last:].split(b" ", 3)[2] == b"P"
+        else:
+            self._torn = self._torn or begun
+        if self._partial:  # the last piece was lost: what follows would be read as of another line
+            self.log.dropped += len(self._carry)
+            self._carry, self._partial, self._skipping = b"", False, True
+            if self._next is not None:
+                self._switch()
+
+    def _skip(self, data: bytes) -> bytes:
+        """Drops the rest of a line; what is behind it, if it has come."""
+        end = data.find(b"\n") + 1
+        self._skipping = not end
+        self.log.dropped += end or len(data)
+        return data[end:] if end else b""
+
     def _switch(self) -> None:
+        if self._torn:
+            self._write([], begun=False)
+            self._torn = False  # of the new file nothing is known to be
         old = self.log
         if self._next is not None:
             self.log, self._next = self._next, None
@@ -166,9 +210,7 @@ class Lines:
         """Feeds the old log up to the end of the current line; the rest of `data` is for the new one."""
         end = data.find(b"\n") + 1
         mine, rest = (data[:end], data[end:]) if end else (data, b"")
-        buffers = self._cut(mine)
-        if buffers:
-            self.log.write(buffers)
+        self._put(mine)
         self._held += len(mine)
         if end or self._held > _SWITCH_AFTER:
             self._switch()

@@ -169,6 +169,54 @@ def test_o26_a_torn_write_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest
     assert log.dropped
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_o26_no_two_lines_are_read_as_one_however_full_the_disk_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    rng = random.Random(seed)
+    room = 0
+    write = os.write
+
+    def scarce(fd: int, data: bytes) -> int:
+        nonlocal room
+        if room <= 0:
+            raise OSError(28, "No space left on device")
+        written = write(fd, bytes(data)[:room])
+        room -= written
+        return written
+
+    monkeypatch.setattr(os, "write", scarce)
+    monkeypatch.setattr(os, "writev", lambda fd, buffers: scarce(fd, b"".join(buffers)))
+    sizes = [rng.choice([10, 300, MAX_LINE, 3 * MAX_LINE, 5 * MAX_LINE]) for _ in range(60)]
+    sent = [b"%04d " % number + rng.randbytes(size).hex().encode()[:size] for number, size in enumerate(sizes)]
+    raw = b"\n".join(sent) + b"\n"
+    files = [tmp_path / "log0"]
+    logs = [LogFile(str(files[0]))]
+    stream = Lines(logs[0], "stdout")
+    position = 0
+    while position < len(raw):
+        chunk = rng.choice([1000, 65536])
+        room = rng.choice([0, 0, 700, 20000, 1 << 20, 1 << 20])
+        stream.feed(raw[position : position + chunk])
+        position += chunk
+        if rng.random() < 0.1:
+            files.append(tmp_path / f"log{len(files)}")
+            logs.append(LogFile(str(files[-1])))
+            stream.reopen(logs[-1])
+    room = 1 << 30
+    stream.feed(b"the last\n")
+    stream.end()
+    assert all(log.fd == -1 for log in logs) and logs[-1].dropped
+    for path in files[:-1]:  # a file that was left while the disk was full may end with a piece
+        if (entries := read(path)) and entries[-1][1] == b"P":
+            path.write_bytes(path.read_bytes() + b"2020-01-01T00:00:00.000000000Z stdout F \n")
+    found = [line for path in files for line in reassemble(read(path))]
+    assert found.pop() == b"the last"
+    numbers = [int(line[:4]) for line in found if line]
+    assert numbers == sorted(set(numbers))
+    assert all(sent[int(line[:4])].startswith(line) for line in found if line)
+
+
 def test_a_link_a_fifo_and_a_directory_are_no_logs(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     os.mkfifo(tmp_path / "fifo")
