@@ -1,4 +1,5 @@
-"""How pods of `ocid run` are told from a kubelet's. Imports nothing: every command needs it."""
+"""How pods of `ocid run` are told from a kubelet's, and what our command line asks for that the CRI has no word for.
+Imports nothing: every command needs it."""
 
 from __future__ import annotations
 
@@ -7,3 +8,5 @@ NAMESPACE = "ocid"
 NAME_LABEL = "ocid.name"
 # Below ROOT, a directory for each pod's uid.
 LOGS = "logs"
+# Annotations of a container. "true": a PID 1 that reaps is put before its command (runtime/reaper.py).
+INIT = "ocid.init"

@@ -143,6 +143,7 @@ class Birth:
                 memory_policy=self._memory_policy(),
                 state=self._hook_state,
                 progress=progress,
+                stays_behind=self._stays_behind(),
             )
             self._pid, self._pidfd = clone_init(spec, joins, gate, mine, its, lambda: init.main(setup, its))
             its.close()
@@ -155,6 +156,13 @@ class Birth:
             for fd in self._open:
                 os.close(fd)
             self._open = []
+
+    def _stays_behind(self) -> bool:
+        if not any(key == "ocid.init" for key, _ in self._spec.annotations):
+            return False
+        from runtime import reaper  # for the few that ask for it; the init imports nothing
+
+        return reaper.is_wanted(self._spec)
 
     def _filter(self) -> Callable[[], int] | None:
         profile, program = self._spec.seccomp, self._program

@@ -22,7 +22,7 @@ import subprocess
 from pathlib import Path
 
 from runtime import sealed
-from runtime.linux import dumped
+from runtime.linux import dumped, elf
 from runtime.linux.memory import MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE
 
 TYPE_CHECKING = False
@@ -57,7 +57,6 @@ _HOLE = 256 << 10  # bytes of zeros that are worth a mapping of their own
 # The launcher lies below the interpreter, which is linked to 4 MiB.
 _BASE = 0x200000
 _SHT_DYNSYM, _STT_FUNC = 11, 2
-_ET_EXEC, _EM_X86_64, _PT_LOAD, _PT_GNU_STACK = 2, 62, 1, 0x6474E551
 _CHILD = "import sys; sys.path.append(sys.argv[1]); from runtime.resumable import main; main(sys.argv[2:])"
 
 
@@ -124,11 +123,10 @@ class Dump:
         self.content = bytes(content)
 
     def launcher(self, path: Path, slow: Path) -> bytes:
-        """An ELF program without a section; see elf(5)."""
+        """The program in front of the table."""
         said = f"ocirun: cannot execute {slow}\n".encode()
         texts = [os.fsencode(path) + b"\0", os.fsencode(slow) + b"\0", said]
-        headers = 64 + 3 * 56
-        entry = _BASE + headers
+        entry = _BASE + elf.headers_size(heap=True)
         address = entry + len(dumped.LAUNCHER) + dumped.DATA.size + len(self._rows) * dumped.ROW.size
         addresses = [address, address + len(texts[0]), address + len(texts[0]) + len(texts[1])]
         known = self._known
@@ -137,14 +135,7 @@ class Dump:
             *(*addresses, len(said), len(self.content), len(self._rows)),
         )
         body = dumped.LAUNCHER + data + b"".join(self._rows) + b"".join(texts)
-        size = headers + len(body)
-        ident = b"\x7fELF\x02\x01\x01" + bytes(9)
-        header = struct.pack("<HHIQQQIHHHHHH", _ET_EXEC, _EM_X86_64, 1, entry, 64, 0, 0, 64, 56, 3, 0, 0, 0)
-        load = struct.pack("<IIQQQQQQ", _PT_LOAD, 4 | 1, 0, _BASE, _BASE, size, size, 4096)
-        # A page of nothing behind the heap: the kernel lets the heap grow (brk(2)) from behind the last segment on.
-        heap = struct.pack("<IIQQQQQQ", _PT_LOAD, 4 | 2, 0, self._heap_end, self._heap_end, 0, 4096, 4096)
-        stack = struct.pack("<IIQQQQQQ", _PT_GNU_STACK, 4 | 2, 0, 0, 0, 0, 0, 16)
-        return ident + header + load + heap + stack + body
+        return elf.program(_BASE, body, self._heap_end)
 
 
 def _mappings(pid: int) -> Iterator[tuple[int, int, int, str]]:

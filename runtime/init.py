@@ -429,4 +429,8 @@ def start(init: Init) -> None:
     load_filter(init)
     if init.identity is not None:
         init.identity.finish()
+    if init.setup.stays_behind:
+        from runtime import reaper  # the caller of the init has imported it
+
+        reaper.stay_behind(terminal=init.process.terminal)
     process.execute(init.command, init.process.args, init.env)

@@ -49,6 +49,7 @@ class Setup:
         memory_policy: Callable[[], None] | None,
         state: Callable[[int, str], bytes],
         progress: Progress,
+        stays_behind: bool,
     ) -> None:
         self.id = id
         self.spec = spec
@@ -74,6 +75,8 @@ class Setup:
         self.memory_policy = memory_policy
         self.state = state
         self.progress = progress
+        # The init is PID 1 for the command, which it forks, runtime/reaper.py.
+        self.stays_behind = stays_behind
 
 
 class Init:

@@ -25,7 +25,7 @@ from cri.cli.pull import Wanted, pull
 from cri.cli.registry_options import given_keys, keys_argument, packed
 from cri.cli.rm import remove
 from cri.cli.watch import wait_exit
-from cri.marks import LOGS, NAME_LABEL, NAMESPACE
+from cri.marks import INIT, LOGS, NAME_LABEL, NAMESPACE
 from runtime.linux.files import remove_tree
 from runtime.shim.client import Shims
 from runtime.shim.model import Sandbox
@@ -69,6 +69,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("-w", "--workdir", metavar="DIR", default="", help="start in this directory")
     add("-m", "--memory", metavar="SIZE", help="memory limit, such as 256m; swap is within it")
     add("--cpus", type=float, metavar="N", help="CPU limit, such as 1.5")
+    add("--init", action="store_true", help="run a tiny init as process 1, which reaps and passes signals on")
     add("--read-only", action="store_true", help="a root filesystem that cannot be written to")
     add("--privileged", action="store_true", help="all capabilities and devices of this node, no seccomp")
     add("--hostname", default="", help="its host name (default: its name)")
@@ -164,7 +165,7 @@ async def _command(api: Api, name: str, request: Any, keys: bytes = b"") -> Any:
 
 
 def _exit_code(message: str) -> int:
-    if "step command:" not in message:
+    if "step command:" not in message and "step exec:" not in message:
         return 125
     return 127 if "not found" in message or "no such file" in message else 126
 
@@ -218,6 +219,8 @@ def _container_config(args: argparse.Namespace, name: str) -> pb.ContainerConfig
     )
     config.metadata.name = name
     config.labels[NAME_LABEL] = name
+    if args.init:
+        config.annotations[INIT] = "true"
     words = args.command[1:] if args.command[:1] == ["--"] else args.command
     config.command.extend([args.entrypoint] if args.entrypoint else [])
     config.args.extend(words)

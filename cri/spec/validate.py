@@ -83,7 +83,8 @@ def passed(annotations: Mapping[str, str], patterns: Sequence[str]) -> dict[str,
     return {
         key: value
         for key, value in annotations.items()
-        if not key.startswith("io.kubernetes.cri.") and any(fnmatch.fnmatchcase(key, one) for one in patterns)
+        if not key.startswith(("io.kubernetes.cri.", "ocid."))
+        and any(fnmatch.fnmatchcase(key, one) for one in patterns)
     }
 
 

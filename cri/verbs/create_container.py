@@ -18,6 +18,7 @@ from cri import trace
 from cri.api import api_pb2 as pb
 from cri.errors import AlreadyExists, FailedPrecondition, InvalidArgument, LimitExceeded, NotFound
 from cri.interfaces import ContainerError, ContainerFacts, ContainerSpec, IdMap
+from cri.marks import INIT
 from cri.mount_sources import make_missing
 from cri.node import Node, new_id, now_ns, volume_key
 from cri.records import Container, Pod, facts_of
@@ -226,6 +227,7 @@ def bundle(node: Node, pod: Pod, container: Container, keys: tuple[KeyFile, ...]
             annotations={
                 **validate.passed(pod.request.annotations, node.config.runtime.pod_annotations),
                 **validate.passed(config.annotations, node.config.runtime.container_annotations),
+                **{key: value for key, value in config.annotations.items() if key == INIT},
             },
             image_mounts=volumes,
         )
@@ -263,6 +265,8 @@ def _check_foreign(handler: str, config: pb.ContainerConfig) -> None:
         for field in ("uidMappings", "gidMappings", "image"):
             if mount.HasField("image") if field == "image" else getattr(mount, field):
                 raise InvalidArgument(f"mounts[{index}].{field}: not with runtime handler {handler!r}; native has it")
+    if INIT in config.annotations:
+        raise InvalidArgument(f"annotations[{INIT}]: not with runtime handler {handler!r}; native has it")
 
 
 def _image_mounts(

@@ -57,9 +57,9 @@ def features() -> dict[str, object]:
             "netDevices": {"enabled": True},
         },
         "annotations": _annotations(),
-        # No other annotation of a config.json changes what this runtime does (threats R7), and these only with
-        # --systemd-cgroup, and only those in the list of runtime/cgroups/scope.py.
-        "potentiallyUnsafeConfigAnnotations": ["org.systemd.property."],
+        # No other annotation of a config.json changes what this runtime does (threats R7): runtime/reaper.py has the
+        # first; the others do with --systemd-cgroup only, and only those in the list of runtime/cgroups/scope.py.
+        "potentiallyUnsafeConfigAnnotations": ["ocid.init", "org.systemd.property."],
     }
 
 

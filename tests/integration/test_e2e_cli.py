@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
-import select
 import signal
 import socket
-import subprocess
 import termios
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from conformance.leaks import CGROUPS, Machine
-from tests import warm
-from tests.e2e import Node, busybox_layout, node, retired, stocked
+from conformance.leaks import CGROUPS
+from tests.commands import COMMAND_S, Terminal, end, line, ocid, once, prepared, said, start
+from tests.e2e import Node, busybox_layout, stocked
 from tests.fakes.registry import FakeRegistry, build_image
-from tests.support import eventually, needs
-
-COMMAND_S = 10.0
+from tests.support import eventually
 
 
 @pytest.fixture(scope="module")
@@ -37,23 +31,8 @@ def cli(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry
 ) -> Iterator[Node]:
     """A node without a daemon, and one with; both have the image and have run a container."""
-    needs("root", "overlay")
-    directory = tmp_path_factory.mktemp("cli")
-    if request.param == "served":
-        with node(directory) as made:
-            made.image = f"{registry.name}/busybox:1"
-            said(made, "run", "--rm", made.image, "true")
-            yield made
-        return
-    made, before = Node(directory), Machine.now()
-    made.image = f"{registry.name}/busybox:1"
-    try:
-        said(made, "run", "--rm", made.image, "true")
+    with prepared(request.param == "served", tmp_path_factory.mktemp("cli"), registry) as made:
         yield made
-    finally:
-        for one in json.loads(said(made, "ps", "-a", "--format", "json")):
-            said(made, "rm", "-f", one["id"])
-        retired(made, before)
 
 
 @pytest.fixture(autouse=True)
@@ -62,46 +41,6 @@ def as_before(cli: Node) -> Iterator[None]:
     before = cli.held()
     yield
     cli.settles(before)
-
-
-def ocid(cli: Node, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
-    done = warm.run([*cli.words, *words], input=stdin, timeout=COMMAND_S)
-    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
-
-
-def said(cli: Node, *words: str, code: int = 0, stdin: bytes = b"") -> str:
-    """What the command prints; it must end with `code`."""
-    done = ocid(cli, *words, stdin=stdin)
-    assert done.returncode == code, f"{words}: {done.returncode}, not {code}: {done.stderr}{done.stdout}"
-    return done.stdout
-
-
-def once(cli: Node, *words: str, code: int = 0, stdin: bytes = b"") -> str:
-    """`ocid run --rm OPTIONS… IMAGE COMMAND…`, the image being written as "IMAGE"."""
-    return said(cli, "run", "--rm", *(cli.image if word == "IMAGE" else word for word in words), code=code, stdin=stdin)
-
-
-def start(cli: Node, *words: str, **options: Any) -> subprocess.Popen[bytes]:
-    return warm.Command(
-        [*cli.words, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options
-    )
-
-
-def line(process: subprocess.Popen[bytes]) -> str:
-    assert process.stdout is not None
-    assert select.select([process.stdout], [], [], COMMAND_S)[0], "nothing is printed"
-    return process.stdout.readline().decode().rstrip("\n")
-
-
-def end(process: subprocess.Popen[bytes]) -> tuple[int, str]:
-    """Exit code and the rest of the output."""
-    try:
-        out, _ = process.communicate(timeout=COMMAND_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        raise
-    return process.returncode, out.decode()
 
 
 # -------------------------------------------------------------------------------------------------------------- images
@@ -196,50 +135,6 @@ def test_interactive_takes_piped_input_to_its_end(cli: Node) -> None:
     data = os.urandom(300_000).hex().encode()
     assert once(cli, "-i", "IMAGE", "cat", stdin=data) == data.decode()
     assert once(cli, "IMAGE", "cat", stdin=b"not passed on") == ""
-
-
-class Terminal:
-    """A pty with a command on it."""
-
-    def __init__(self, command: list[str]) -> None:
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.execv(command[0], command)
-        self.seen = b""
-
-    def expect(self, pattern: str) -> str:
-        def found() -> re.Match[bytes] | None:
-            if select.select([self.fd], [], [], 0.02)[0]:
-                try:
-                    self.seen += os.read(self.fd, 4096)
-                except OSError:  # EIO: the other end is closed
-                    pass
-            return re.search(pattern.encode(), self.seen)
-
-        match = eventually(found, COMMAND_S, f"{pattern!r} on the terminal")
-        assert match is not None
-        text = match[0].decode()
-        self.seen = self.seen[match.end() :]
-        return text
-
-    def send(self, data: bytes) -> None:
-        os.write(self.fd, data)
-
-    def end(self) -> int:
-        """The exit code; what is printed meanwhile is thrown away."""
-        handle = os.pidfd_open(self.pid)
-        try:
-            while not select.select([handle], [], [], 0)[0]:
-                if select.select([handle, self.fd], [], [], COMMAND_S)[0] == []:
-                    os.kill(self.pid, signal.SIGKILL)
-                try:
-                    self.seen += os.read(self.fd, 4096) if select.select([self.fd], [], [], 0)[0] else b""
-                except OSError:
-                    select.select([handle], [], [], COMMAND_S)
-        finally:
-            os.close(handle)
-        os.close(self.fd)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 def test_terminal(cli: Node) -> None:
