@@ -5,7 +5,8 @@
 
 Listens on loopback unless told otherwise, with TLS where a certificate is configured. Refuses a token that is wrong,
 used, too old or of another kind, all with the same 404 (threats S56); a head that takes longer than HEAD_S; and more
-than stream.sessions at once. Invariant: a session ends with its connection, and its connection with it.
+than stream.sessions at once. Invariant: a session ends with its connection, and its connection with it, also where a
+command takes nothing of what its client has sent before it went.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 from cri import trace
 from cri.config import StreamSection
@@ -32,7 +34,12 @@ log = logging.getLogger(__name__)
 
 HEAD_S = 10.0
 LINGER_S = 10.0
-_SPARE = 64  # connections that are no sessions yet
+# How often a session is asked whether its client is still there, and how long what a client sent that is not may still
+# be on its way to the command.
+LOOK_S, GONE_S = 5.0, 10.0
+# Connections that are no sessions yet: one more takes the place of the oldest. More than are accepted in one turn of
+# the loop, or some of those that come together would be taken for idlers.
+_SPARE = 256
 _KINDS: dict[str, type[Request]] = {"exec": Exec, "attach": Attach, "portforward": PortForward}
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 _VERSION = "X-Stream-Protocol-Version"
@@ -49,29 +56,25 @@ class Server:
         self._tokens: Tokens[tuple[Request, object]] = Tokens()
         self._server: asyncio.Server | None = None
         self._base = ""
+        self._context: ssl.SSLContext | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        self._waiting: dict[asyncio.Task[None], None] = {}  # those that are no session yet, oldest first
         self._running = 0
 
     async def start(self) -> None:
         """Listens. Raises OSError that names address and port, or the certificate."""
         section = self._config
-        context = _tls(section)
+        self._context = _tls(section)
         where = f"{section.address} port {section.port or 'any'}"
         try:
-            self._server = await asyncio.start_server(
-                self._connected,
-                section.address,
-                section.port,
-                limit=MAX_HEAD,
-                ssl=context,
-                ssl_handshake_timeout=HEAD_S if context else None,
-            )
+            loop = asyncio.get_running_loop()
+            self._server = await loop.create_server(lambda: _Door(self._arrived), section.address, section.port)
         except OSError as error:
             raise OSError(f"listen for streams on {where}: {error.strerror or error}") from error
         host, port = self._server.sockets[0].getsockname()[:2]
         # Whoever listens everywhere is reached at loopback, too, and the kubelet is on this machine.
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound to
-        self._base = f"{'https' if context else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+        self._base = f"{'https' if self._context else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
         log.info("streams are served on %s", self._base)
 
     def offer(self, request: Request) -> str:
@@ -90,24 +93,39 @@ class Server:
 
     # -------------------------------------------------------------------------------------------------- connections
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        connection = Connection(reader, writer)
-        if len(self._connections) >= self._config.sessions + _SPARE:
-            connection.abort()
-            return
+    def _arrived(self, transport: asyncio.Transport) -> None:
+        """Somebody has connected: counted before a handshake, which costs most of what a silent client can."""
+        if len(self._waiting) >= _SPARE:
+            oldest = next(iter(self._waiting))
+            del self._waiting[oldest]
+            oldest.cancel()
+        task = asyncio.ensure_future(self._connected(transport))
         self._connections.add(task)
+        self._waiting[task] = None
+        task.add_done_callback(self._left)
+
+    def _left(self, task: asyncio.Task[None]) -> None:
+        self._connections.discard(task)
+        self._waiting.pop(task, None)
+
+    async def _connected(self, transport: asyncio.Transport) -> None:
+        try:
+            connection = await _entered(transport, self._context)
+        except (OSError, EOFError) as error:
+            log.debug("stream: %s", error or type(error).__name__)
+            return
+        except asyncio.CancelledError:
+            transport.abort()
+            return
         try:
             await self._answer(connection)
         except (OSError, EOFError, ProtocolError, TimeoutError, asyncio.LimitOverrunError) as error:
             log.debug("stream: %s", error or type(error).__name__)
         except asyncio.CancelledError:
-            connection.abort()  # the server ends: asyncio wants no cancelled connection task (it would log it)
+            connection.abort()  # the server ends, or needs the place
         except Exception:
             log.exception("stream: unexpected")
         finally:
-            self._connections.discard(task)
             connection.close()
 
     async def _answer(self, connection: Connection) -> None:
@@ -136,25 +154,30 @@ class Server:
         if self._running >= self._config.sessions:
             raise BadRequest(503, f"{self._running} sessions are open (stream.sessions)")
         self._running += 1
+        self._waiting.pop(cast("asyncio.Task[None]", asyncio.current_task()), None)
         try:
             session = asyncio.ensure_future(self._upgrade(connection, head, request))
-            idle = asyncio.ensure_future(self._until_idle(connection))
+            still = asyncio.ensure_future(self._until_still(connection))
             try:
-                await asyncio.wait((session, idle), return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait((session, still), return_when=asyncio.FIRST_COMPLETED)
                 if not session.done():
-                    raise ProtocolError(f"nothing moved for {self._config.idle_s:g} s (stream.idle_s)")
+                    raise ProtocolError(still.result())
                 session.result()
             finally:
                 session.cancel()
-                idle.cancel()
-                await asyncio.gather(session, idle, return_exceptions=True)
+                still.cancel()
+                await asyncio.gather(session, still, return_exceptions=True)
         finally:
             self._running -= 1
 
-    async def _until_idle(self, connection: Connection) -> None:
+    async def _until_still(self, connection: Connection) -> str:
+        """Until nothing moves any more, for which the reason is returned."""
         now = asyncio.get_running_loop().time
         while (left := connection.touched + self._config.idle_s - now()) > 0:
-            await asyncio.sleep(left)
+            if connection.touched + GONE_S <= now() and connection.hung_up():
+                return "the client has gone, and nobody reads what it has sent"
+            await asyncio.sleep(min(left, LOOK_S))
+        return f"nothing moved for {self._config.idle_s:g} s (stream.idle_s)"
 
     async def _upgrade(self, connection: Connection, head: Head, request: Request) -> None:
         wanted = head.upgrade()
@@ -191,6 +214,36 @@ class Server:
             await exchange.forward_over_websocket(self._sessions, request, connection, protocol)
         else:
             await exchange.remote_over_websocket(self._sessions, request, connection, protocol)
+
+
+class _Door(asyncio.Protocol):
+    """Who has just connected; nothing is read until it is known how."""
+
+    def __init__(self, arrived: Callable[[asyncio.Transport], None]) -> None:
+        self._arrived = arrived
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        taken = cast(asyncio.Transport, transport)
+        taken.pause_reading()
+        self._arrived(taken)
+
+
+async def _entered(transport: asyncio.Transport, context: ssl.SSLContext | None) -> Connection:
+    """The connection, after the handshake where there is one. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(limit=MAX_HEAD)
+    protocol = asyncio.StreamReaderProtocol(reader)
+    inner: asyncio.Transport | None = transport
+    if context is None:
+        transport.set_protocol(protocol)
+    else:
+        inner = await loop.start_tls(transport, protocol, context, server_side=True, ssl_handshake_timeout=HEAD_S)
+    if inner is None:
+        raise ConnectionResetError("the client has gone during the handshake")
+    protocol.connection_made(inner)
+    if context is None:
+        transport.resume_reading()
+    return Connection(reader, asyncio.StreamWriter(inner, protocol, reader, loop))
 
 
 def _agreed(offered: list[str], known: tuple[str, ...]) -> str:

@@ -116,6 +116,10 @@ class SpdyConnection:
                 stream.gone = True
                 stream.inbox.end()
                 self._close(stream.number)
+            # They know this connection: what knows each other waits for the collector, with all that it holds.
+            self._streams.clear()
+            while not self._opened.empty():
+                self._opened.get_nowait()
 
     async def _frame(self) -> None:
         head = await self._wire.read_exactly(8)

@@ -7,12 +7,14 @@ the peer has taken what it was sent. Invariant: bytes leave in the order they we
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import deque
 from typing import Protocol
 
 # What one stream may have waiting for whoever reads it; one piece more may come on top.
 INBOX_BYTES = 64 << 10
 WRITE_BUFFER_BYTES = 256 << 10
+_CLOSE, _CLOSE_WAIT = 7, 8  # states in the first byte of struct tcp_info (linux/tcp.h, include/net/tcp_states.h)
 
 
 class ProtocolError(Exception):
@@ -78,6 +80,14 @@ class Connection:
         self._writer.write(data)
         await self._writer.drain()
         self.touched = self._time()
+
+    def hung_up(self) -> bool:
+        """True once the peer has closed its end, also while nothing is read that would tell so, as there is no room."""
+        try:
+            state = self._writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        except OSError:
+            return True
+        return state in (_CLOSE, _CLOSE_WAIT)
 
     def post(self, data: bytes) -> bool:
         """Wire.post."""

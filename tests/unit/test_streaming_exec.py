@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import json
 import os
+import socket
 import struct
 import subprocess
 import threading
@@ -14,7 +17,9 @@ from typing import Any
 
 import pytest
 
-from cri.streaming import websocket
+from cri.streaming import server, websocket
+from cri.streaming.spdy import SpdyConnection, SpdyStream
+from cri.streaming.spdy_frames import Deflater, Inflater
 from tests.costs import SOON_S, soon
 from tests.streaming import Site, Spdy, Ws, code, on_site
 
@@ -192,6 +197,59 @@ def test_s53_o64_clients_that_drop_at_any_time_leave_nothing() -> None:
             await asyncio.gather(*(one(turn) for turn in range(start, start + 8)))
 
     on_site(body)  # which compares fds and tasks
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_s53_a_client_that_goes_while_its_input_is_not_taken_is_missed(
+    monkeypatch: pytest.MonkeyPatch, reset: bool
+) -> None:
+    monkeypatch.setattr(server, "LOOK_S", 0.05)
+    monkeypatch.setattr(server, "GONE_S", 0.1)
+
+    async def body(site: Site) -> None:
+        async with Spdy.open(site.exec("sleep", "1000", stdin=True)) as client:
+            client.streams("error", "stdin", "stdout", "stderr")
+            client.send("stdin", b"x" * (1 << 20))
+            writer = client.writer  # type: ignore[attr-defined]
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.3):  # it does not go: nobody takes it
+                    await writer.drain()
+                    await asyncio.Event().wait()
+            assert site.server._running == 1
+            if reset:
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+            async with asyncio.timeout(SOON_S):
+                while site.server._running:
+                    await asyncio.sleep(0.01)
+
+    on_site(body)
+
+
+def test_o32_a_session_leaves_nothing_for_the_collector_to_find() -> None:
+    async def body(site: Site) -> None:
+        kinds = (SpdyConnection, SpdyStream, Deflater, Inflater)
+
+        def there() -> list[object]:
+            return [found for found in gc.get_objects() if isinstance(found, kinds)]
+
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(3):
+                async with Spdy.open(site.exec("true")) as client:
+                    client.streams("error", "stdout", "stderr")
+                    assert code(await client.status()) == 0
+                    await client.to_end()
+            del client
+            async with asyncio.timeout(SOON_S):
+                while site.server._running or site.server._connections:
+                    await asyncio.sleep(0.01)
+            assert not there()
+        finally:
+            gc.enable()
+
+    on_site(body)
 
 
 @pytest.mark.parametrize("verb", ["exec", "attach"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import ssl
 import struct
 import subprocess
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from cri.streaming import exchange
+from cri.streaming import exchange, server
 from cri.streaming import spdy_frames as frames
-from tests.streaming import Site, Spdy, Ws, ask, code, on_site
+from tests.costs import SOON_S
+from tests.streaming import Site, Spdy, Ws, ask, code, dial, on_site
 
 
 class Upper:
@@ -146,21 +148,50 @@ def test_channels_need_ports_in_the_request() -> None:
     on_site(body)
 
 
-def test_tls(tmp_path: Path) -> None:
+def _certified(directory: Path) -> dict[str, str]:
+    """[stream] with a certificate of its own."""
     words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
-    files = ["-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem")]
-    subprocess.run(
-        ["openssl", *words.split(), "-addext", "subjectAltName=IP:127.0.0.1", *files], check=True, capture_output=True
-    )
+    files = {"tls_key": str(directory / "key.pem"), "tls_cert": str(directory / "cert.pem")}
+    options = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", files["tls_key"], "-out", files["tls_cert"]]
+    subprocess.run(["openssl", *words.split(), *options], check=True, capture_output=True)
+    return files
+
+
+def test_tls(tmp_path: Path) -> None:
+    files = _certified(tmp_path)
 
     async def body(site: Site) -> None:
         url = site.exec("sh", "-c", "head -c 3000000 /dev/zero; exit 9")
         assert url.startswith("https://127.0.0.1:")
-        context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
+        context = ssl.create_default_context(cafile=files["tls_cert"])
         async with Spdy.open(url, ssl=context) as client:
             client.streams("error", "stdout", "stderr")
             assert code(await client.status()) == 9
             assert len(client.said("stdout")) == 3_000_000
             await client.to_end()
 
-    on_site(body, tls_cert=str(tmp_path / "cert.pem"), tls_key=str(tmp_path / "key.pem"))
+    on_site(body, **files)
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_s54_silent_connections_are_bounded_and_give_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tls: bool
+) -> None:
+    monkeypatch.setattr(server, "HEAD_S", 10 * SOON_S)
+    monkeypatch.setattr(server, "_SPARE", 3)
+    files = _certified(tmp_path) if tls else {}
+
+    async def body(site: Site) -> None:
+        silent = [await dial(site.exec("true")) for _ in range(5)]
+        options = {"ssl": ssl.create_default_context(cafile=files["tls_cert"])} if tls else {}
+        async with asyncio.timeout(SOON_S), Spdy.open(site.exec("echo", "hi"), **options) as client:
+            client.streams("error", "stdout", "stderr")
+            assert code(await client.status()) == 0 and client.said("stdout") == b"hi\n"
+            for reader, _, _ in silent[:3]:
+                with contextlib.suppress(ConnectionResetError):
+                    assert await reader.read() == b""
+        assert not any(reader.at_eof() for reader, _, _ in silent[3:])
+        for _, writer, _ in silent:
+            writer.close()
+
+    on_site(body, **files)
