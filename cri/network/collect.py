@@ -66,6 +66,7 @@ def release(allocator: HostLocal, kept: frozenset[str]) -> None:
     if not store.exists():
         return
     with store.locked(_LOCK_S):
+        store.sweep()
         for lease in store.leases():
             if lease.container in kept or is_alive(store.record(lease)):
                 continue

@@ -28,15 +28,19 @@ _SUBSYS, _GET, _DELETE = 1, 1, 2  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_*
 _CTA_TUPLE_ORIG, _CTA_ID, _CTA_ZONE, _CTA_FILTER = 1, 12, 18, 25
 _CTA_TUPLE_PROTO, _CTA_PROTO_NUM, _CTA_PROTO_DST_PORT = 2, 1, 3
 _CTA_FILTER_ORIG_FLAGS, _BY_PROTO_NUM, _BY_DST_PORT = 1, 1 << 3, 1 << 5
+# Each look walks the kernel's whole table, some 5 ms for its buckets alone: for more ports than these it is one look.
+_FEW = 3
 
 
-def _udp_entries(port: int) -> Iterator[bytes]:
-    """The bodies of messages that delete the UDP entries with this original destination port. The kernel picks them
-    out (Linux 5.8): a node tracks hundreds of thousands of flows."""
+def _udp_entries(ports: frozenset[int], only: int = 0) -> Iterator[bytes]:
+    """The bodies of messages that delete the UDP entries with these original destination ports. The kernel picks out
+    those of `only` (Linux 5.8), or of all ports: a node tracks hundreds of thousands of flows."""
     udp = bytes([socket.IPPROTO_UDP])
-    proto = [attribute(_CTA_PROTO_NUM, udp), attribute(_CTA_PROTO_DST_PORT, port.to_bytes(2, "big"))]
+    proto, by = [attribute(_CTA_PROTO_NUM, udp)], _BY_PROTO_NUM
+    if only:
+        proto, by = [*proto, attribute(_CTA_PROTO_DST_PORT, only.to_bytes(2, "big"))], by | _BY_DST_PORT
     wanted = nested(_CTA_TUPLE_ORIG, nested(_CTA_TUPLE_PROTO, *proto))
-    chosen = nested(_CTA_FILTER, u32(_CTA_FILTER_ORIG_FLAGS, _BY_PROTO_NUM | _BY_DST_PORT))
+    chosen = nested(_CTA_FILTER, u32(_CTA_FILTER_ORIG_FLAGS, by))
     with Netlink(NETLINK_NETFILTER) as netlink:
         for family in (socket.AF_INET, socket.AF_INET6):
             head = struct.pack(">BBH", family, 0, 0)
@@ -46,7 +50,7 @@ def _udp_entries(port: int) -> Iterator[bytes]:
                 original = values.get(_CTA_TUPLE_ORIG, b"")
                 protocol = attributes(attributes(original).get(_CTA_TUPLE_PROTO, b""))
                 there = int.from_bytes(protocol.get(_CTA_PROTO_DST_PORT, b""), "big")
-                if protocol.get(_CTA_PROTO_NUM) != udp or there != port:
+                if protocol.get(_CTA_PROTO_NUM) != udp or there not in ports:
                     continue
                 same = [attribute(key, values[key]) for key in (_CTA_ID, _CTA_ZONE) if key in values]
                 yield head + nested(_CTA_TUPLE_ORIG, original) + b"".join(same)
@@ -55,7 +59,10 @@ def _udp_entries(port: int) -> Iterator[bytes]:
 def forget_udp(ports: frozenset[int]) -> None:
     """Deletes tracked UDP flows to `ports`. A kernel without ctnetlink keeps them. Raises NetlinkError."""
     try:
-        bodies = [body for port in sorted(ports) for body in _udp_entries(port)]
+        if len(ports) <= _FEW:
+            bodies = [body for port in sorted(ports) for body in _udp_entries(frozenset({port}), port)]
+        else:
+            bodies = list(_udp_entries(ports))
     except NetlinkError as error:
         if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
             return

@@ -32,6 +32,9 @@ _PREROUTING, _OUTPUT, _POSTROUTING = 0, 3, 4  # NF_INET_*
 _DSTNAT, _SRCNAT = -100, 100
 _PROTOCOLS: Final = {"tcp": 6, "udp": 17, "sctp": 132}
 _LOOPBACK = ipaddress.ip_network("127.0.0.0/8")
+_LOOPBACK6 = ipaddress.ip_address("::1")
+# How many entries of a map one message takes out: an attribute holds 64 KiB.
+_ENTRIES = 256
 _MULTICAST: Final[dict[int, IPNetwork]] = {
     4: ipaddress.ip_network("224.0.0.0/4"),
     6: ipaddress.ip_network("ff00::/8"),
@@ -106,6 +109,10 @@ class Firewall:
                 name, value = _map_name(version, with_address), [address, nft.TYPE_PORT]
                 messages.append(nft.new_map(table, name, key, value, identity))
                 rule = nft.translate_by_port(version, name, with_address=with_address)
+                if version == 6 and not with_address:
+                    # From ::1 no packet leaves the host (there is no route_localnet of IPv6): a client that tries it
+                    # before 127.0.0.1 is to be refused at once, and who listens there keeps his port.
+                    rule = nft.not_to(6, _LOOPBACK6.packed) + rule
                 messages.append(nft.new_rule(table, "ports", nft.family(version), rule))
         for chain in ("prerouting", "output"):
             messages.append(nft.new_rule(table, chain, nft.is_local_destination(), nft.jump("ports")))
@@ -216,7 +223,8 @@ class Firewall:
                 name = _map_name(version, with_address)
                 found = [item for item in nft.list_elements(self._table, name) if condition(item)]
                 if found:
-                    messages.append(nft.delete_elements(self._table, name, found))
+                    parts = (found[start : start + _ENTRIES] for start in range(0, len(found), _ENTRIES))
+                    messages += [nft.delete_elements(self._table, name, part) for part in parts]
                     removed += [_forward(version, with_address, item) for item in found]
         if messages:
             nft.commit(messages)

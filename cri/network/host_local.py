@@ -236,15 +236,21 @@ class Store:
         except FileNotFoundError:
             return []
         found = []
-        for name in names:
-            try:
-                address = ipaddress.ip_address(name)
-            except ValueError:
-                continue
-            lease = self.lease(address)
+        for name in filter(_is_address, names):
+            lease = self.lease(ipaddress.ip_address(name))
             if lease is not None:
                 found.append(lease)
         return found
+
+    def sweep(self) -> None:
+        """Under the lock: addresses that nobody has. Who takes one holds the lock until his name is in the file, so
+        whoever left it empty was killed in between, or the machine was."""
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._directory) as entries:
+            for entry in entries:
+                if not _is_address(entry.name) or not entry.is_file(follow_symlinks=False):
+                    continue
+                if entry.stat(follow_symlinks=False).st_size == 0:
+                    os.unlink(entry.path)
 
     def remove(self, lease: Lease) -> None:
         """Under the lock. Gone: no-op."""
@@ -253,6 +259,14 @@ class Store:
 
     def exists(self) -> bool:
         return self._directory.is_dir()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _candidates(ranges: tuple[Range, ...], last: IPAddress | None) -> Iterator[tuple[IPAddress, Range]]:

@@ -23,6 +23,8 @@ IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 IPInterface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 
 TIMEOUT_S = 30.0
+_SMALL = 1 << 15  # fits into any socket's send buffer
+SO_SNDBUFFORCE = 32  # asm-generic/socket.h
 _BUFFER = 1 << 17  # a dump's datagrams are at most 32 KiB (NLMSG_GOODSIZE), leave room
 
 # linux/netlink.h
@@ -155,6 +157,9 @@ class Netlink:
             raise failure
 
     def send_raw(self, data: bytes) -> None:
+        """One datagram, however long: the kernel takes none that is longer than the socket's buffer."""
+        if len(data) > _SMALL:
+            self._socket.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 2 * len(data))
         self._socket.send(data)
 
     def dump(self, kind: int, body: bytes, what: str, *, flags: int = NLM_F_DUMP) -> Iterator[tuple[int, bytes]]:

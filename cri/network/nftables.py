@@ -202,6 +202,11 @@ def in_subnet(version: int, source: bool, network: bytes, mask: bytes) -> bytes:
     return _address(version, source, REG_1) + masked + _equals(network)
 
 
+def not_to(version: int, address: bytes) -> bytes:
+    """ip daddr != ADDRESS"""
+    return _address(version, False, REG_1) + _differs(address)
+
+
 def is_translated() -> bytes:
     """ct status dnat"""
     bit = struct.pack("=I", IPS_DST_NAT)

@@ -47,7 +47,7 @@ def forwards(ports: Sequence[PortMapping], addresses: Sequence[IPAddress]) -> li
     first: dict[int, IPAddress] = {}
     for address in addresses:
         first.setdefault(address.version, address)
-    found: list[Forward] = []
+    found: dict[tuple[object, ...], Forward] = {}
     for port in ports:
         if port.host_port == 0:  # a kubelet lists a container's other ports, too
             continue
@@ -66,8 +66,12 @@ def forwards(ports: Sequence[PortMapping], addresses: Sequence[IPAddress]) -> li
             if host is not None and host.version != version:
                 continue
             everywhere = host is None or int(host) == 0  # 0.0.0.0 and :: are all addresses of that family
-            found.append(Forward(protocol, port.host_port, None if everywhere else host, address, port.container_port))
-    return found
+            one = Forward(protocol, port.host_port, None if everywhere else host, address, port.container_port)
+            known = found.setdefault((protocol, one.host_port, one.host_ip, version), one)
+            if known != one:
+                ports_asked = f"ports {known.pod_port} and {one.pod_port} of the pod"
+                raise PluginError(f"host {one.describe()} is asked for twice, for {ports_asked}", code=_ASKED)
+    return list(found.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,3 +217,17 @@ def test_each_protocol_and_family_has_its_entry_and_it_goes_with_the_pod(corner:
         assert f". {port} " not in _table(corner)
 
     asyncio.run(scenario())
+
+
+def test_a_pod_with_thousands_of_host_ports(corner: Corner) -> None:
+    """More than a netlink socket takes at once, and than one attribute can name."""
+    corner.conflist("net", [corner.bridge_plugin(), PORTMAP])
+    first = 30000
+    ports = tuple(PortMapping(first + number, 80, "udp") for number in range(2200))
+
+    async def scenario() -> None:
+        async with running_pod(corner, ports=ports):
+            assert _table(corner).count("udp . 3") == len(ports)
+        assert "udp . 3" not in _table(corner)
+
+    asyncio.run(scenario())

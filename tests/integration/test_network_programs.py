@@ -534,7 +534,8 @@ def _refused(port: int) -> None:
     connect(None, "127.0.0.1", port, 2).close()
 
 
-def test_o59_a_host_port_leads_to_the_new_pod_at_once_even_for_a_running_udp_flow(corner: Corner) -> None:
+@pytest.mark.parametrize("others", [0, 20])  # few ports and many are looked for in different ways
+def test_o59_a_host_port_leads_to_the_new_pod_at_once_even_for_a_running_udp_flow(corner: Corner, others: int) -> None:
     port = _free_port()
     gateway = corner.subnet.replace(".0/24", ".1")
 
@@ -547,7 +548,7 @@ def test_o59_a_host_port_leads_to_the_new_pod_at_once_even_for_a_running_udp_flo
     async def scenario() -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
             for number in range(3):
-                ports = (PortMapping(port, 53, "udp"),)
+                ports = tuple(PortMapping(port + other, 53, "udp") for other in range(1 + others))
                 pod = await make_pod(corner, ports=ports)
                 await corner.cni.add(pod)
                 with in_pod(pod, bound) as server:
@@ -577,6 +578,9 @@ def test_host_ports_of_an_address_and_of_ipv6(corner: Corner) -> None:
             with pytest.raises(ConnectionRefusedError):
                 _refused(port)
             with listen(pod, "::", 81) as listener, connect(None, f"{six}1", port + 1):
+                listener.accept()[0].close()
+            # Nothing leaves the host from ::1, so what listens there is reached, as 127.0.0.1 would be otherwise.
+            with listen(None, "::1", port + 1) as listener, connect(None, "::1", port + 1):
                 listener.accept()[0].close()
             assert len(result.ips) == 2
 

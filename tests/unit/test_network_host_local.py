@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cri.interfaces import PodNetwork
+from cri.network import collect
 from cri.network.conflist import ConfigError
 from cri.network.host_local import HostLocal, parse_settings
 from cri.network.values import Call, PluginError, make_result
@@ -45,6 +46,17 @@ def test_files_are_the_reference_plugins(tmp_path: Path) -> None:
     (tmp_path / "net" / "10.1.2.3").write_bytes(b"another\r\neth0")
     (tmp_path / "net" / "10.1.2.4").write_bytes(b"")  # somebody else's, half made
     assert _give(plugin, "c2") == ["10.1.2.5/24"]
+
+
+def test_o3_a_lease_without_an_owner_is_of_somebody_who_was_killed(tmp_path: Path) -> None:
+    plugin = _plugin(tmp_path, subnet="10.1.2.0/24")
+    _give(plugin, "c1")
+    (tmp_path / "net" / "10.1.2.3").write_bytes(b"")
+    (tmp_path / "net" / "notes").write_bytes(b"")
+    (tmp_path / "net" / "10.1.2.4").symlink_to(tmp_path / "net" / "notes")
+    collect.release(plugin, frozenset({"c1"}))
+    left = {path.name for path in (tmp_path / "net").iterdir()}
+    assert left == {"10.1.2.2", "10.1.2.4", "last_reserved_ip.0", "lock", "notes"}
 
 
 def test_the_search_goes_on_behind_the_last_and_comes_round(tmp_path: Path) -> None:

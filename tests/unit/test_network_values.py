@@ -149,6 +149,16 @@ def test_forwards_of_each_family() -> None:
     ]
 
 
+def test_a_port_that_is_asked_for_twice_is_one_or_a_mistake() -> None:
+    four = [ipaddress.ip_address("10.0.0.2")]
+    twice = [PortMapping(80, 8080), PortMapping(80, 8080), PortMapping(80, 8080, "udp"), PortMapping(80, 1, "sctp")]
+    assert len(portmap.forwards(twice, four)) == 3
+    assert len(portmap.forwards([PortMapping(80, 1), PortMapping(80, 2, host_ip="10.9.9.9")], four)) == 2
+    with pytest.raises(PluginError, match="host port 80/tcp is asked for twice, for ports 8080 and 81 of the pod") as e:
+        portmap.forwards([PortMapping(80, 8080), PortMapping(80, 81, host_ip="0.0.0.0")], four)
+    assert e.value.code == "invalid_argument"
+
+
 @pytest.mark.parametrize(
     "bad",
     [
