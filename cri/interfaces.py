@@ -182,8 +182,8 @@ class Sandboxes(Protocol):
         ...
 
     def events(self, sandbox: Sandbox) -> int:
-        """A CLOEXEC fd the caller owns: frames (runtime.linux.sockets) of JSON {"event":"exit"|"oom","facts":{…}},
-        from now on, EOF when the shim ends. Exits that happened before are in `reconnect`."""
+        """A CLOEXEC fd the caller owns: frames (runtime.linux.sockets) of JSON {"event":…,"facts":{…}} from now on, of
+        the kinds exit, oom and restart; EOF when the shim ends. Exits that happened before are in `reconnect`."""
         ...
 
 
@@ -201,6 +201,11 @@ class Containers(Protocol):
 
     def signal(self, sandbox: Sandbox, container_id: str, number: int, *, everyone: bool = False) -> None:
         """Signals the init, or with `everyone` every process of the container's cgroup. Gone: no-op."""
+        ...
+
+    def retire(self, sandbox: Sandbox, container_id: str) -> None:
+        """From now on the container is not started again after it has ended; one that waits for that has ended for
+        good, and its exit is told. Idempotent; gone: no-op."""
         ...
 
     def delete(self, sandbox: Sandbox, container_id: str) -> None:

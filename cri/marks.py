@@ -10,3 +10,5 @@ NAME_LABEL = "ocid.name"
 LOGS = "logs"
 # Annotations of a container. "true": a PID 1 that reaps is put before its command (runtime/reaper.py).
 INIT = "ocid.init"
+# no, on-failure[:N] or always: whether its shim starts it again after it has ended (runtime/shim/restarts.py).
+RESTART = "ocid.restart"

@@ -120,6 +120,7 @@ class Container:
     exit_code: int = NO_EXIT
     signal: int = 0
     oom_killed: int = 0
+    restarts: int = 0
     reason: str = ""
     message: str = ""
 
@@ -132,6 +133,11 @@ class Container:
     def running(self) -> bool:
         """Started and not ended."""
         return bool(self.started_ns) and not self.finished_ns
+
+    @property
+    def is_due(self) -> bool:
+        """It has ended, and its shim is about to start it again: it is running, without a process."""
+        return self.running and not self.pid
 
     @property
     def state(self) -> pb.ContainerState:
@@ -170,6 +176,7 @@ def facts_of(facts: ContainerFacts) -> dict[str, int | str]:
     changed: dict[str, int | str] = {
         "pid": facts.pid,
         "started_ticks": facts.started_ticks,
+        "restarts": facts.restarts,
     }
     if facts.started_ns:  # an exit may be told before its start: that does not undo what is known of it
         changed["started_ns"] = facts.started_ns

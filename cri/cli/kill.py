@@ -1,17 +1,25 @@
-"""`ocid kill`: a signal for a container's first process; becomes `ocirun kill` on the runtime's own state."""
+"""`ocid kill`: a signal for a container's first process; becomes `ocirun kill` on the runtime's own state.
+
+KILL and TERM mean that it is to end, and so they end its restarts, too (`ocid run --restart`), as with docker.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import os
+import signal
 import sys
 
 from cri.cli import names
 from cri.cli.connect import connect
 from cri.cli.main import CommandError
+from cri.cli.names import sandbox
+from cri.cli.watch import look
+from cri.marks import RESTART
 from runtime.commands.change import signal_number
 from runtime.options import UsageError
+from runtime.shim.client import Shims
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +29,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        signal_number(args.signal)
+        number = signal_number(args.signal)
     except UsageError as error:
         raise CommandError(f"-s: {error}") from None
-    state, container_id = asyncio.run(_find(args))
+    state, container_id = asyncio.run(_find(args, ends=number in (signal.SIGKILL, signal.SIGTERM)))
+    if not container_id:
+        return 0
     command = [
         sys.executable,
         "-I",
@@ -40,7 +50,14 @@ def run(args: argparse.Namespace) -> int:
     return 127
 
 
-async def _find(args: argparse.Namespace) -> tuple[str, str]:
+async def _find(args: argparse.Namespace, *, ends: bool) -> tuple[str, str]:
+    """State directory and id; no id where there is nothing left to kill."""
     async with connect(args) as api:
         container = await names.find(api, args.container)
-        return str(api.config.state), container.id
+        state = api.config.state
+        if not ends or not container.annotations.get(RESTART):
+            return str(state), container.id
+        before = await look(api, container.id)
+        Shims(state, direct=api.local is not None).retire(sandbox(state, container.pod_sandbox_id), container.id)
+        was_due = before == (None, 0)
+        return str(state), "" if was_due else container.id

@@ -1,8 +1,9 @@
 """`ocid run`: an image reference to a running, supervised process, with or without a daemon.
 
 One pod with one container, through the same CRI verbs that a kubelet uses; attached, its streams go between the
-terminal and the shim. Refuses --rm with --detach: nobody would be there to do it. Invariant: a start that fails leaves
-nothing behind, and the exit code is the container's.
+terminal and the shim. Refuses --rm with --detach: nobody would be there to do it; and --restart without it: what is
+attached to one run would not be to the next. Invariant: a start that fails leaves nothing behind, and the exit code is
+the container's.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from cri.cli.pull import Wanted, pull
 from cri.cli.registry_options import given_keys, keys_argument, packed
 from cri.cli.rm import remove
 from cri.cli.watch import wait_exit
-from cri.marks import INIT, LOGS, NAME_LABEL, NAMESPACE
+from cri.marks import INIT, LOGS, NAME_LABEL, NAMESPACE, RESTART
+from runtime.errors import RuntimeFailure
 from runtime.linux.files import remove_tree
 from runtime.shim.client import Shims
-from runtime.shim.model import Sandbox
+from runtime.shim.restarts import most_restarts
 
 _LOCAL_SOURCES = ("oci", "oci-archive", "docker-archive")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
@@ -69,6 +71,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("-w", "--workdir", metavar="DIR", default="", help="start in this directory")
     add("-m", "--memory", metavar="SIZE", help="memory limit, such as 256m; swap is within it")
     add("--cpus", type=float, metavar="N", help="CPU limit, such as 1.5")
+    add(
+        "--restart",
+        metavar="no|on-failure[:N]|always",
+        default="no",
+        help="with -d: start it again when it has ended, until it is stopped; not after this machine has started anew",
+    )
     add("--init", action="store_true", help="run a tiny init as process 1, which reaps and passes signals on")
     add("--read-only", action="store_true", help="a root filesystem that cannot be written to")
     add("--privileged", action="store_true", help="all capabilities and devices of this node, no seccomp")
@@ -83,6 +91,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.rm and args.detach:
         raise CommandError("--rm needs somebody to wait for the end: leave out --detach")
+    if (policy := _policy(args.restart)) and not args.detach:
+        raise CommandError(f"--restart {policy} needs --detach; ocid logs -f shows what each run prints")
     if args.tty and args.interactive and not os.isatty(0):
         raise CommandError("-t: standard input is not a terminal")
     if args.publish and args.net in ("host", "none"):
@@ -91,6 +101,15 @@ def run(args: argparse.Namespace) -> int:
     if not _NAME.fullmatch(name):
         raise CommandError(f"--name: {name!r} is not made of letters, digits, '.', '_' and '-' (at most 63)")
     return asyncio.run(_run(args, name))
+
+
+def _policy(text: str) -> str:
+    """What --restart says, "" for no."""
+    try:
+        most_restarts(text)
+    except RuntimeFailure as error:
+        raise CommandError(f"--restart: {error}") from None
+    return "" if text == "no" else text
 
 
 def _make_name(image: str) -> str:
@@ -106,7 +125,7 @@ async def _run(args: argparse.Namespace, name: str) -> int:
     if streams is None:
         print(container)
         return 0
-    shims, sandbox = Shims(state, direct=direct), _sandbox(state, pod)
+    shims, sandbox = Shims(state, direct=direct), names.sandbox(state, pod)
     await streams.copy(lambda number: shims.signal(sandbox, container, number))
     async with connect(args) as api:
         code = await wait_exit(api, container)
@@ -142,16 +161,11 @@ async def _launch(api: Api, args: argparse.Namespace, name: str) -> tuple[str, s
     return pod, container, streams
 
 
-def _sandbox(state: Path, pod: str) -> Sandbox:
-    return Sandbox(pod, state / "pods" / pod, 0, 0)
-
-
 def _attach(api: Api, args: argparse.Namespace, pod: str, container: str) -> Streams:
     streams = Streams(stdin=args.interactive, terminal=args.tty)
-    shims = Shims(Path(api.config.state), direct=api.local is not None)
-    control = shims.attach(
-        _sandbox(Path(api.config.state), pod), container, streams.for_shim, stdin=args.interactive, terminal=args.tty
-    )
+    state = api.config.state
+    shims, sandbox = Shims(state, direct=api.local is not None), names.sandbox(state, pod)
+    control = shims.attach(sandbox, container, streams.for_shim, stdin=args.interactive, terminal=args.tty)
     streams.attached(control)
     return streams
 
@@ -221,6 +235,8 @@ def _container_config(args: argparse.Namespace, name: str) -> pb.ContainerConfig
     config.labels[NAME_LABEL] = name
     if args.init:
         config.annotations[INIT] = "true"
+    if policy := _policy(args.restart):
+        config.annotations[RESTART] = policy
     words = args.command[1:] if args.command[:1] == ["--"] else args.command
     config.command.extend([args.entrypoint] if args.entrypoint else [])
     config.args.extend(words)

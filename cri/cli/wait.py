@@ -29,10 +29,11 @@ async def _run(args: argparse.Namespace) -> int:
         if container.state == pb.CONTAINER_CREATED:
             print(f"{wanted} was never started")
             return 1
-        code, pid = None, 0
-        while code is None:
-            await wait_pid(pid)
+        while True:
             async with connect(args) as api:
                 code, pid = await look(api, container.id)
+            if code is not None:
+                break
+            await wait_pid(pid)
         print(code, flush=True)
     return 0

@@ -16,15 +16,17 @@ from runtime.linux.process import pidfd_open
 
 # The record follows the exit by the time it takes the shim to tell.
 _SHIM_S = 0.005
+# Without a process there is none until the shim starts it again, which it leaves a while for.
+_DUE_S = 0.2
 
 
 async def wait_exit(api: Api, container_id: str) -> int:
     """The exit code of the container, once it has one."""
-    code, pid = await look(api, container_id)
-    while code is None:
-        await wait_pid(pid)
+    while True:
         code, pid = await look(api, container_id)
-    return code
+        if code is not None:
+            return code
+        await wait_pid(pid)
 
 
 async def look(api: Api, container_id: str) -> tuple[int | None, int]:
@@ -36,9 +38,12 @@ async def look(api: Api, container_id: str) -> tuple[int | None, int]:
 
 
 async def wait_pid(pid: int) -> None:
-    """Until the process has ended; then, or for pid 0 at once, a moment for the shim to tell."""
+    """Until the process has ended, and then a moment for the shim to tell. Pid 0: it is about to be started again."""
+    if not pid:
+        await asyncio.sleep(_DUE_S)
+        return
     try:
-        fd = pidfd_open(pid) if pid else -1
+        fd = pidfd_open(pid)
     except KernelError:
         fd = -1
     if fd >= 0:

@@ -18,7 +18,7 @@ from cri import trace
 from cri.api import api_pb2 as pb
 from cri.errors import AlreadyExists, FailedPrecondition, InvalidArgument, LimitExceeded, NotFound
 from cri.interfaces import ContainerError, ContainerFacts, ContainerSpec, IdMap
-from cri.marks import INIT
+from cri.marks import INIT, RESTART
 from cri.mount_sources import make_missing
 from cri.node import Node, new_id, now_ns, volume_key
 from cri.records import Container, Pod, facts_of
@@ -33,9 +33,11 @@ from cri.verbs.run_pod import cgroup_parent, check_labels, hostname, namespaces
 from cri.verbs.stop_container import signal_number
 from imagestore.model import Image, KeyFile, ReferenceInvalid
 from imagestore.reference import parse
+from runtime.errors import RuntimeFailure
 from runtime.linux.dataclass import dataclass
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import write_durable
+from runtime.shim.restarts import most_restarts
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,10 @@ def check(node: Node, config: pb.ContainerConfig) -> None:
     validate.name("metadata.name", config.metadata.name)
     validate.log_path(config.log_path)
     check_labels(config)
+    try:
+        most_restarts(config.annotations.get(RESTART, ""))
+    except RuntimeFailure as error:
+        raise InvalidArgument(f"annotations[{RESTART}]: {error}") from None
     if config.HasField("windows"):
         raise InvalidArgument("windows: this node runs Linux")
     if config.image.runtime_handler:
@@ -227,7 +233,7 @@ def bundle(node: Node, pod: Pod, container: Container, keys: tuple[KeyFile, ...]
             annotations={
                 **validate.passed(pod.request.annotations, node.config.runtime.pod_annotations),
                 **validate.passed(config.annotations, node.config.runtime.container_annotations),
-                **{key: value for key, value in config.annotations.items() if key == INIT},
+                **{key: value for key, value in config.annotations.items() if key in (INIT, RESTART)},
             },
             image_mounts=volumes,
         )

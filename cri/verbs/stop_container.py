@@ -16,6 +16,7 @@ from cri.api import api_pb2 as pb
 from cri.errors import DeadlineExceeded, InvalidArgument, NotFound
 from cri.events import keep_facts
 from cri.interfaces import ContainerError, ShimUnresponsive
+from cri.marks import RESTART
 from cri.node import Node
 from cri.records import Container
 from cri.threads import to_thread
@@ -93,6 +94,7 @@ async def stop(node: Node, container: Container, grace_s: float) -> None:
 
 async def _stop(node: Node, container: Container, stopping: Stopping, ask_first: bool) -> None:
     loop = asyncio.get_running_loop()
+    await _retire(node, container)
     if ask_first:
         await _signal(node, container, signal_number(container.stop_signal or "SIGTERM"), everyone=False)
         while not _ended(node, container.id) and loop.time() < stopping.deadline:
@@ -106,6 +108,7 @@ async def _stop(node: Node, container: Container, stopping: Stopping, ask_first:
 async def kill(node: Node, container: Container) -> None:
     """SIGKILL to everything in the container, and waits for its end. Raises DeadlineExceeded."""
     loop = asyncio.get_running_loop()
+    await _retire(node, container)
     give_up = loop.time() + node.config.limits.stop_s
     await _signal(node, container, signal.SIGKILL, everyone=True)
     while not _ended(node, container.id):
@@ -117,6 +120,19 @@ async def kill(node: Node, container: Container) -> None:
             )
         await _wait(node, container.id, give_up - loop.time(), None)
         await _resync(node, container.id)
+
+
+async def _retire(node: Node, container: Container) -> None:
+    """Nobody starts it again. What is not known of its end by now is told, and found out as any other."""
+    pod = node.store.pods.get(container.pod_id)
+    if pod is None or not container.request.annotations.get(RESTART):
+        return
+    try:
+        await to_thread(node.parts.containers.retire, node.sandbox(pod), container.id)
+    except ShimUnresponsive:
+        raise
+    except ContainerError as error:
+        log.warning("end the restarts of %s (%s): %s", container.name, container.id[:13], error)
 
 
 def _state(pid: int) -> str:

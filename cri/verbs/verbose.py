@@ -92,6 +92,7 @@ def container_info(node: Node, container: Container) -> dict[str, str]:
     info = {
         "sandboxID": container.pod_id,
         "pid": container.pid if container.running else 0,
+        "restarts": container.restarts,
         "snapshotKey": container.id,
         "snapshotter": SNAPSHOTTER,
         "runtimeHandler": handler,

@@ -156,6 +156,14 @@ class Shims:
             except _ShimGone:
                 self._sweep(sandbox, "delete", container_id)
 
+    def retire(self, sandbox: Sandbox, container_id: str) -> None:
+        """Containers.retire."""
+        with sentences(f"retire container {container_id}"):
+            try:
+                self._call(sandbox, "retire", protocol.IdMessage(container_id))
+            except _ShimGone:
+                return  # then nobody starts anything again
+
     def exec_sync(self, sandbox: Sandbox, container_id: str, spec: ExecSpec) -> ExecResult:
         """Containers.exec_sync."""
         with sentences(f"exec in container {container_id}"), self._living(sandbox):

@@ -200,22 +200,27 @@ def names_unit(cgroups_path: str) -> bool:
     return cgroups_path.count(":") == 2 and not cgroups_path.startswith("/")
 
 
-def cgroups_path_of(bundle: str) -> str:
-    """linux.cgroupsPath of a bundle's config.json, "" for none."""
+def config_of(bundle: str) -> Any:
+    """A bundle's config.json; None where it cannot be read: the runtime itself will say what is wrong with it."""
     try:
         with open(f"{bundle}/config.json", "rb") as file:
-            config: Any = decode(file.read())
+            return decode(file.read())
+    except (OSError, RuntimeFailure):
+        return None
+
+
+def cgroups_path_of(config: Any) -> str:
+    """linux.cgroupsPath of a config.json, "" for none."""
+    try:
         return str(config["linux"]["cgroupsPath"])
-    except (OSError, RuntimeFailure, KeyError, TypeError, AttributeError):
-        return ""  # as below
+    except (KeyError, TypeError):
+        return ""
 
 
-def shares_pids(bundle: str) -> bool:
+def shares_pids(config: Any) -> bool:
     """True unless config.json asks for a new PID namespace."""
     try:
-        with open(f"{bundle}/config.json", "rb") as file:
-            config: Any = decode(file.read())
         namespaces = config["linux"]["namespaces"]
         return not any(item["type"] == "pid" and not item.get("path") for item in namespaces)
-    except (OSError, RuntimeFailure, KeyError, TypeError, AttributeError):
-        return True  # the runtime itself will say what is wrong with it
+    except (KeyError, TypeError, AttributeError):
+        return True

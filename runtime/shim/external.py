@@ -17,7 +17,7 @@ from runtime.linux import signals
 from runtime.linux.files import AT_FDCWD, open_beneath, read_bounded
 from runtime.linux.mount import move_mount
 from runtime.linux.process import pidfd_open
-from runtime.shim.engine import Made, cgroups_path_of, names_unit, root_mount
+from runtime.shim.engine import Made, cgroups_path_of, config_of, names_unit, root_mount
 from runtime.shim.protocol import CheckpointMessage, ContainerMessage, RestoreMessage
 from runtime.shim.reaper import exit_code
 from runtime.shim.sandbox import unmount
@@ -49,7 +49,7 @@ class ExternalEngine:
         mount_rootfs(message)
         try:
             words = ["create", "--bundle", message.bundle]
-            driver = ["--systemd-cgroup"] if names_unit(cgroups_path_of(message.bundle)) else []
+            driver = ["--systemd-cgroup"] if names_unit(cgroups_path_of(config_of(message.bundle))) else []
             return self._make([*driver, *words], [message.id], stdio, terminal=message.terminal)
         except BaseException:
             self.delete(message.id)

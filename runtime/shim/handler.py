@@ -15,7 +15,7 @@ from runtime.errors import RuntimeFailure
 from runtime.linux import progress, signals
 from runtime.linux.sockets import send_frame
 from runtime.shim import protocol
-from runtime.shim.engine import shares_pids
+from runtime.shim.engine import config_of, shares_pids
 from runtime.shim.lingering import IDLE
 from runtime.shim.logfile import LogFile
 from runtime.shim.oom import OomSource
@@ -31,6 +31,7 @@ from runtime.shim.records import (
     ticks,
 )
 from runtime.shim.report import report
+from runtime.shim.restarts import policy_of
 from runtime.shim.sandbox import end_process, tear_down, unmount
 from runtime.tree import children, kill_tree
 
@@ -164,18 +165,29 @@ class Handler:
         if os.path.exists(record):  # of a create that was killed half-way
             engine.delete(message.id)
         facts = Facts(message.id)
-        save_record(record, message.bundle, message.handler, facts)
         try:
-            pipes = Pipes(message)
-            try:
-                self._make(lambda stdio: make(engine, stdio), engine, message, pipes, facts)
-            finally:
-                pipes.close()
+            self._make_recorded(message, engine, lambda stdio: make(engine, stdio), facts)
         except BaseException:
             os.unlink(record)
             raise
-        save_record(record, message.bundle, message.handler, facts)
         return facts.to_json()
+
+    def _make_recorded(
+        self,
+        message: protocol.ContainerMessage,
+        engine: Engine,
+        make: Callable[[Sequence[int]], Made],
+        facts: Facts,
+    ) -> None:
+        """The process, the shim's adoption of it, and the record of both."""
+        record = self._record(message.id)
+        save_record(record, message.bundle, message.handler, facts)
+        pipes = Pipes(message)
+        try:
+            self._make(make, engine, message, pipes, facts)
+        finally:
+            pipes.close()
+        save_record(record, message.bundle, message.handler, facts)
 
     def _make(
         self,
@@ -198,12 +210,16 @@ class Handler:
             facts.created_ns = time.time_ns()
             oom = OomSource(made.pid)
             fds = {**pipes.ours, **oom.fds}
+            config = config_of(message.bundle)
+            policy = policy_of(config)
             told = {
                 "facts": facts.to_json(),
                 "bundle": message.bundle,
                 "handler": message.handler,
                 "log_path": message.log_path,
-                "shares_pids": shares_pids(message.bundle),
+                "shares_pids": shares_pids(config),
+                "restart": policy,
+                "message": {name: getattr(message, name) for name in message._fields} if policy else {},
                 "stdin_once": message.stdin_once,
                 "oom": oom.before,
                 "fds": list(fds),
@@ -264,6 +280,7 @@ class Handler:
             return
         bundle, handler = ("", "") if left is None else left
         engine = self._engine(handler)
+        self._channel.ask("retire", container_id)
         engine.delete(container_id)
         if facts is not None:
             self._await_exit(container_id, facts["pid"])
@@ -284,6 +301,13 @@ class Handler:
                 hint="it is stuck in the kernel: see /proc/PID/stack",
             ) from None
         self._channel.set_timeout(None)
+
+    def _do_retire(self, body: object) -> object:
+        """What is being started again runs when this is answered, so that a signal finds it."""
+        container_id = protocol.parse(protocol.IdMessage, body).id
+        self._lock(container_id)
+        self._channel.ask("retire", container_id)
+        return {}
 
     def _do_update(self, body: object) -> object:
         message = protocol.parse(protocol.UpdateMessage, body)

@@ -1,6 +1,7 @@
 """One container as the shim holds it, from adopted to forgotten.
 
     adopted ── started ──▶ ended: reaped, exit.json written ──▶ drained ──▶ told ── forgotten
+                                                                   └─ or to be started again: runtime.shim.restarts
 
 The order at the end is the promise: the exit is on disk before anybody hears of it (threats O15), it is told after a
 start that was under way, and the log is whole before that, too (O22), except that a process outside of the container
@@ -18,6 +19,7 @@ from runtime.shim.loop import Loop
 from runtime.shim.oom import OomWatch
 from runtime.shim.protocol import Facts
 from runtime.shim.reaper import exit_code
+from runtime.shim.restarts import Restarts
 from runtime.shim.stdio import Stdio
 
 TYPE_CHECKING = False
@@ -30,7 +32,8 @@ DRAIN = 1.0  # seconds that an exit waits for the end of output that somebody el
 
 class Held:
     """A container's facts, streams and watches. `tell(kind, facts)` goes to the subscribers; `kill_rest` ends what
-    shares its PID namespace with others and calls back; while `is_starting(id)`, who starts it has yet to say when."""
+    shares its PID namespace with others and calls back; while `is_starting(id)`, who starts it has yet to say when;
+    `start_again` makes the next run of one that has ended. `before` is the run before this one."""
 
     def __init__(
         self,
@@ -40,11 +43,14 @@ class Held:
         tell: Callable[[str, Facts], None],
         kill_rest: Callable[[Held, Callable[[], None]], None],
         is_starting: Callable[[str], bool],
+        start_again: Callable[[Held], None],
+        before: Held | None = None,
     ) -> None:
         self._loop = loop
         self._tell = tell
         self._kill_rest = kill_rest
         self._is_starting = is_starting
+        self._start_again = start_again
         self._waiting: list[Callable[[], None]] = []
         self._drained = False
         self._over = False
@@ -56,6 +62,12 @@ class Held:
         self.log_path: str = made["log_path"]
         self.shares_pids: bool = made["shares_pids"]
         self.told = False
+        self.due = False  # it has ended, and is to be started again
+        self._since = time.monotonic()
+        self.restarts: Restarts = Restarts(made["restart"], made["message"]) if before is None else before.restarts
+        if before is not None:
+            facts.restarts = self.restarts.count
+            self._waiting, before._waiting = before._waiting, []
         self._oom = OomWatch(loop, take_fds.pop("oom", -1), take_fds.pop("oom_event", -1), made["oom"], self._oom_seen)
         self.stdio = Stdio(loop, take_fds, self.log_path, made["stdin_once"], self._output_ended)
 
@@ -64,6 +76,8 @@ class Held:
         facts = self.facts.to_json()
         if not self.told:
             facts.update(finished_ns=0, exit_code=-1, signal=0)
+        if self.due:
+            facts.update(pid=0, started_ticks=0)
         return facts
 
     def ended(self, status: int) -> None:
@@ -94,7 +108,10 @@ class Held:
         self._over = True
         if self.told or (not self.facts.started_ns and self._is_starting(self.facts.id)):
             return
-        self.told = True
+        if self.facts.started_ns and self.restarts.wanted(self.facts.exit_code):
+            self._be_due()
+            return
+        self.due, self.told = False, True
         dropped = self.stdio.dropped()
         if dropped:
             self.note(dropped)
@@ -103,6 +120,23 @@ class Held:
         waiting, self._waiting = self._waiting, []
         for callback in waiting:
             callback()
+
+    def _be_due(self) -> None:
+        if self.due:
+            return
+        self.due = True
+        self.tell_visible()
+        self.restarts.begin(self._loop, time.monotonic() - self._since, lambda: self._start_again(self))
+
+    def tell_visible(self) -> None:
+        """That it is to be started again, or was."""
+        self._tell("restart", Facts.from_json(self.visible()))
+
+    def retire(self) -> None:
+        """It is not started again: its end, which may have been, is its last."""
+        self.restarts.retire()
+        if self.due:
+            self._finish()
 
     def go_on(self) -> None:
         """Its start was told, or failed: what has waited for that happens."""

@@ -194,6 +194,24 @@ def kill_command(pid: int) -> Work:
     return work
 
 
+def start_again(container_id: str) -> Work:
+    """Work for a helper: the next run of a container that has ended."""
+
+    def work(resident: Resident, _connection: int, end: Socket) -> NoReturn:
+        try:
+            become_helper(end.fileno(), *(held.stdio.console for held in resident.containers.values()))
+            from runtime.shim.next_run import NextRun  # few containers are started again
+
+            with socket.socket(socket.AF_UNIX) as nobody:
+                NextRun(pod_of(resident), resident, Channel(end), nobody, []).begin(container_id)
+        except BaseException as error:
+            report("start a container again", error)
+        finally:
+            os._exit(0)
+
+    return work
+
+
 def become_helper(*keep: int) -> None:
     """A fork of the shim as a process of its own: no handlers, no fds but `keep`, and the umask that a runtime is used
     to (the shim's own would make directories in a root filesystem private)."""

@@ -76,6 +76,7 @@ class ContainerSpec:
 class ContainerFacts:
     """What the shim knows of a container: facts only. Times are ns since the epoch, 0 where it has not happened.
 
+    `restarts` counts how often the shim has started it again; until it has, and is to, `pid` is 0 and there is no exit.
     `exit_code` is 128 + signal for a signalled death, and -1 while there is none; `oom_killed` iff the cgroup's
     oom_kill counter rose. The shim writes them to `bundle`/exit.json before it tells anybody."""
 
@@ -89,6 +90,7 @@ class ContainerFacts:
     signal: int
     oom_killed: bool
     message: str = ""
+    restarts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

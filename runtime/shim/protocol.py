@@ -178,6 +178,7 @@ class Facts:
         "message",
         "oom_killed",
         "pid",
+        "restarts",
         "signal",
         "started_ns",
         "started_ticks",
@@ -194,6 +195,7 @@ class Facts:
         self.signal = 0
         self.oom_killed = False
         self.message = ""
+        self.restarts = 0
 
     def to_json(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -273,7 +275,7 @@ def parse_reply(payload: bytes) -> Any:
 
 
 def event(kind: str, facts: Facts) -> bytes:
-    """The frame body of an event: `kind` is "exit" or "oom"."""
+    """The frame body of an event: `kind` is "exit", "oom" or "restart"."""
     return encode({"event": kind, "facts": facts.to_json()})
 
 

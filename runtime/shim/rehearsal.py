@@ -21,7 +21,7 @@ from runtime.linux.sockets import connect_unix, listen_unix
 from runtime.shim import protocol
 from runtime.shim.channel import Channel
 from runtime.shim.handover import Handover
-from runtime.shim.helper import become_helper, kill_command, kill_rest
+from runtime.shim.helper import become_helper, kill_command, kill_rest, start_again
 from runtime.shim.lingering import IDLE
 from runtime.shim.pipes import Pipes
 from runtime.shim.protocol import ContainerMessage, ExecMessage, Facts
@@ -58,7 +58,7 @@ def rehearse(state: str) -> None:
     try:
         for _ in range(_ROUNDS):
             os.makedirs(directory, mode=0o700, exist_ok=True)
-            resident = Resident(_served, kill_rest, kill_command)
+            resident = Resident(_served, kill_rest, kill_command, start_again)
             null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
             try:
                 # A helper that fails half-way must not leave the zygote waiting for an "end" that never comes.
@@ -141,6 +141,8 @@ def _contain(channel: Channel, directory: str) -> None:
         "handler": "",
         "log_path": message.log_path,
         "shares_pids": False,
+        "restart": "",
+        "message": {},
         "stdin_once": False,
         "oom": 0,
         "fds": list(pipes.ours),

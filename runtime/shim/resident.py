@@ -43,10 +43,14 @@ _LATER = object()  # an answer that comes when it is due
 class Resident:
     """The pod's supervisor. `serve` is what a helper does for a connection; `rest_killer(id, handler)` gives one that
     kills what a container with a shared PID namespace has left, `tree_killer(pid)` one that kills a command and what it
-    has started."""
+    has started, `starter(id)` one that starts a container again."""
 
     def __init__(
-        self, serve: Work, rest_killer: Callable[[str, str], Work], tree_killer: Callable[[int], Work]
+        self,
+        serve: Work,
+        rest_killer: Callable[[str, str], Work],
+        tree_killer: Callable[[int], Work],
+        starter: Callable[[str], Work],
     ) -> None:
         self.request = b""
         self.containers: dict[str, Held] = {}
@@ -54,6 +58,7 @@ class Resident:
         self.stopping = False
         self._serve = serve
         self._rest_killer = rest_killer
+        self._starter = starter
         self._loop = Loop(report)
         self.make_ready: Callable[[], object] | None = None  # what a helper does that waits, if anything
         self.rest = Rest(self._loop, lambda: bool(self._helpers))
@@ -62,11 +67,12 @@ class Resident:
         self._idle: Helper | None = None  # see runtime.shim.lingering
         self._locks = Locks(self._granted, self._freed)
         self._early: dict[int, int] = {}
-        self._waiting = Waiting(self._loop, lambda pid: self._kill(tree_killer(pid)))
+        self._waiting = Waiting(self._loop, lambda pid: self._fork_for(tree_killer(pid)))
         self._subscribers = Subscribers(self._loop)
         self._wake = self._wake_writer = -1
         self._actions: dict[str, Callable[..., object]] = {
             "adopt": self._adopt,
+            "again": self._again,
             "attach": self._attach,
             "decline": self._decline,
             "end": self._end,
@@ -80,6 +86,7 @@ class Resident:
             "note": self._note,
             "pause": self._pause,
             "reopen": self._reopen,
+            "retire": self._retire,
             "started": self._started,
             "stop": self._stop,
             "subscribe": self._subscribe,
@@ -282,6 +289,7 @@ class Resident:
         return None if held is None else held.facts.to_json()
 
     def _adopt(self, _helper: Helper, fds: list[int], made: dict[str, Any]) -> bool:
+        before = self.containers.get(made["facts"]["id"])
         held = Held(
             self._loop,
             made,
@@ -289,7 +297,11 @@ class Resident:
             self._subscribers.tell,
             self._kill_rest,
             self._is_starting,
+            self._start_again,
+            before,
         )
+        if before is not None:
+            before.close()
         facts = held.facts
         self.containers[facts.id] = held
         status = self._early_status(facts.pid)
@@ -308,12 +320,38 @@ class Resident:
         if held.facts.finished_ns:  # it was over before its start could be told: exit.json knows no start yet
             held.record()
         answer = held.visible()
+        if held.facts.restarts:
+            held.tell_visible()
         held.go_on()
         return answer
 
     def _is_starting(self, container_id: str) -> bool:
         holder = self._locks.holder(container_id)
         return holder is not None and holder.starts
+
+    def _start_again(self, held: Held) -> None:
+        """A helper makes the next run; where none can, or it fails without a word, this was the last."""
+
+        def gone() -> None:
+            if self.containers.get(held.facts.id) is held:
+                held.retire()
+
+        if self.stopping or not self._fork_for(self._starter(held.facts.id), gone):
+            gone()
+
+    def _again(self, _helper: Helper, _fds: list[int], container_id: str) -> object:
+        """What a container that is due was created with, which from now on counts as started again; else None."""
+        held = self.containers.get(container_id)
+        if held is None or not held.due or self.stopping:
+            return None
+        held.restarts.count += 1
+        return held.restarts.message
+
+    def _retire(self, _helper: Helper, _fds: list[int], container_id: str) -> bool:
+        held = self.containers.get(container_id)
+        if held is not None:
+            held.retire()
+        return True
 
     def _hand_over(self, helper: Helper, fds: list[int], pid: int, says_pid: bool, watched: bool) -> object:
         """A command that this helper leaves to us, or is about to become, and the connection of who waits for it. It
@@ -400,15 +438,15 @@ class Resident:
 
     def _kill_rest(self, held: Held, then: Callable[[], None]) -> None:
         # Without one, delete kills them later, and the exit is told all the same.
-        if not self._kill(self._rest_killer(held.facts.id, held.handler), then):
+        if not self._fork_for(self._rest_killer(held.facts.id, held.handler), then):
             then()
 
-    def _kill(self, killer: Work, then: Callable[[], None] | None = None) -> bool:
-        """A helper that kills; False without the memory or pids for one."""
+    def _fork_for(self, work: Work, then: Callable[[], None] | None = None) -> bool:
+        """A helper that nobody has asked for; False without the memory or pids for one."""
         try:
-            self.fork(killer, on_gone=then)
+            self.fork(work, on_gone=then)
         except OSError as error:
-            report("kill", error)
+            report("fork", error)
             return False
         return True
 

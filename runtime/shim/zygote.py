@@ -23,7 +23,7 @@ from runtime.linux.process import close_range, set_child_subreaper, set_comm
 from runtime.linux.sockets import listen_unix
 from runtime.process import bounding_set
 from runtime.shim.cgroup import ZYGOTE, leave_daemon
-from runtime.shim.helper import first_helper, kill_command, kill_rest, serve
+from runtime.shim.helper import first_helper, kill_command, kill_rest, serve, start_again
 from runtime.shim.rehearsal import rehearse
 from runtime.shim.report import report
 from runtime.shim.resident import Resident
@@ -77,7 +77,7 @@ def _zygote(state: str) -> None:
         rehearse(state)
     except (OSError, RuntimeFailure) as error:
         report("rehearse", error)
-    resident = Resident(serve, kill_rest, kill_command)
+    resident = Resident(serve, kill_rest, kill_command, start_again)
     first = first_helper(state, os.getpid())
     bounding_set()
     _settle()
@@ -137,7 +137,7 @@ def _direct() -> None:
     leave_daemon(always=False)
     _protect_from_oom()
     _settle()
-    _become_shim(Resident(serve, kill_rest, kill_command), first_helper("", 0))
+    _become_shim(Resident(serve, kill_rest, kill_command, start_again), first_helper("", 0))
 
 
 def _detach(name: str) -> None:

@@ -236,6 +236,10 @@ class MemoryContainers:
                 container.signals.append(number)
                 self._end(pod, container, 128 + number, number)
 
+    def retire(self, sandbox: Sandbox, container_id: str) -> None:
+        with self._lock:
+            self._called("retire", container_id)  # nothing is ever started again here
+
     def delete(self, sandbox: Sandbox, container_id: str) -> None:
         with self._lock:
             self._called("delete", container_id)

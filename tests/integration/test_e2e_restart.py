@@ -79,6 +79,29 @@ def pid_of(served: Node, one: str) -> int:
     return int(json.loads(status.info["info"])["pid"])
 
 
+def test_what_is_to_be_started_again_is_so_without_a_daemon(clean: Node) -> None:
+    """`ocid run --restart`: its shim does it, and a daemon that comes back knows."""
+    config = clean.pod_config()
+    pod = clean.client.run_pod(config)
+    wanted = container("main", clean.image, ["sh", "-c", "echo up; exec sleep 1000"])
+    wanted.annotations["ocid.restart"] = "always"
+    one = clean.client.create(pod, wanted, config)
+    clean.client.start(one)
+    log = Path(config.log_directory) / "main.log"
+    first = pid_of(clean, one)
+    clean.end(signal.SIGKILL)
+    kill(first)
+    eventually(lambda: len(messages(log)) == 2, what="the next run")
+    clean.start()
+    second = pid_of(clean, one)
+    assert second not in (0, first) and clean.client.status(one).state == pb.CONTAINER_RUNNING
+    kill(second)
+    eventually(lambda: pid_of(clean, one) not in (0, second), what="one more run, beside a daemon")
+    clean.client.stop(one)
+    assert clean.client.status(one).state == pb.CONTAINER_EXITED and len(messages(log)) == 3
+    clean.drop(pod)
+
+
 @pytest.mark.parametrize("what", ["daemon", "zygote", "both"])
 def test_kill_9_and_containers_run_on(clean: Node, what: str) -> None:
     config = clean.pod_config(network=True)

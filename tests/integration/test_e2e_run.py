@@ -1,14 +1,19 @@
-"""What `ocid run` does for a container beyond its command: a PID 1 that reaps (--init)."""
+"""What `ocid run` does for a container beyond its command: a PID 1 that reaps (--init), another run after its end
+(--restart)."""
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from conformance.leaks import CGROUPS
 from tests.commands import Terminal, end, line, ocid, once, prepared, said, start
 from tests.e2e import Node, stocked
 from tests.fakes.registry import FakeRegistry
@@ -112,3 +117,115 @@ def test_init_is_small_and_cannot_be_written_to(cli: Node) -> None:
     refused = ocid(cli, "exec", "s", "sh", "-c", "echo >/proc/1/exe")
     assert refused.returncode != 0
     said(cli, "rm", "-f", one)
+
+
+# ---------------------------------------------------------------------------------------------------------- --restart
+
+
+def shown(cli: Node, name: str) -> dict[str, Any]:
+    """What `ocid ps` says of a container."""
+    found = [one for one in json.loads(said(cli, "ps", "-a", "--format", "json")) if one["name"] == name]
+    assert len(found) == 1, found
+    return dict(found[0])
+
+
+def main_pid(cli: Node, name: str) -> int:
+    """The process that runs now, 0 between two runs."""
+    return int(said(cli, "inspect", "--format", "{{.info.pid}}", name))
+
+
+def next_run(cli: Node, name: str, before: int) -> int:
+    """The pid of a later run than that of `before`."""
+    eventually(lambda: main_pid(cli, name) not in (0, before), what="the next run")
+    return main_pid(cli, name)
+
+
+def test_on_failure_starts_the_same_container_so_often(cli: Node) -> None:
+    """One id, one writable layer, one log; then the exit code of the last run."""
+    script = "echo x >>/runs; wc -l </runs; exit 3"
+    one = said(cli, "run", "-d", "--name", "f", "--restart", "on-failure:2", cli.image, "sh", "-c", script).strip()
+    assert said(cli, "wait", "f") == "3\n"
+    assert said(cli, "logs", "f").split() == ["1", "2", "3"]
+    known = shown(cli, "f")
+    assert (known["id"], known["state"], known["restarts"]) == (one, "exited", 2)
+    said(cli, "rm", "f")
+
+
+def test_a_success_is_no_failure(cli: Node) -> None:
+    said(cli, "run", "-d", "--name", "g", "--restart", "on-failure", cli.image, "echo", "once")
+    assert said(cli, "wait", "g") == "0\n"
+    assert (said(cli, "logs", "g"), shown(cli, "g")["restarts"]) == ("once\n", 0)
+    said(cli, "rm", "g")
+
+
+def test_always_goes_on_until_it_is_stopped(cli: Node) -> None:
+    """The next run is as the first: its limits, its PID 1, its name; and what a stop ends is not started again."""
+    words = ["--restart", "always", "--init", "-m", "64m"]
+    one = said(cli, "run", "-d", "--name", "a", *words, cli.image, "sleep", "1000").strip()
+    pid = main_pid(cli, "a")
+    for count in (1, 2):
+        os.kill(pid, signal.SIGKILL)
+        pid = next_run(cli, "a", pid)
+        known = shown(cli, "a")
+        assert (known["state"], known["restarts"]) == ("running", count)
+        assert said(cli, "exec", "a", "cat", "/proc/1/comm", "/etc/hostname") == "ocid-init\na\n"
+        limits = [int(path.read_text()) for path in CGROUPS.glob(f"memory/{cli.tag}/{one}/memory.limit_in_bytes")]
+        limits += [int(path.read_text()) for path in CGROUPS.glob(f"{cli.tag}/{one}/memory.max")]
+        assert limits == [64 << 20]
+    said(cli, "stop", "-t", "5", "a")
+    assert (shown(cli, "a")["state"], said(cli, "wait", "a")) == ("exited", "143\n")
+    assert shown(cli, "a")["restarts"] == 2
+    said(cli, "rm", "a")
+
+
+@pytest.mark.parametrize("words", [["stop"], ["kill"], ["kill", "-s", "TERM"], ["rm", "-f"]])
+def test_what_ends_one_that_waits_for_its_next_run(cli: Node, words: list[str]) -> None:
+    """It has failed often enough for a pause of seconds: nothing runs, and nothing is started again."""
+    said(cli, "run", "-d", "--name", "w", "--restart", "always", cli.image, "sh", "-c", "exit 9")
+    eventually(lambda: shown(cli, "w")["restarts"] >= 3 and shown(cli, "w")["state"] == "restarting", what="a pause")
+    said(cli, *words, "w")
+    if words[0] == "rm":
+        assert "w" not in said(cli, "ps", "-a", "-q")
+        return
+    known = shown(cli, "w")
+    assert (known["state"], said(cli, "wait", "w")) == ("exited", "9\n")
+    assert shown(cli, "w")["restarts"] == known["restarts"]
+    said(cli, "rm", "w")
+
+
+def test_a_kill_ends_one_that_runs(cli: Node) -> None:
+    said(cli, "run", "-d", "--name", "k", "--restart", "always", cli.image, "sleep", "1000")
+    said(cli, "kill", "k")
+    assert said(cli, "wait", "k") == "137\n"
+    assert (shown(cli, "k")["state"], shown(cli, "k")["restarts"]) == ("exited", 0)
+    said(cli, "rm", "k")
+
+
+def test_what_cannot_be_started_at_all_is_not_started_again(cli: Node) -> None:
+    before = cli.held()
+    assert ocid(cli, "run", "-d", "--name", "n", "--restart", "always", cli.image, "nosuch").returncode == 127
+    cli.settles(before)
+
+
+def test_a_start_that_fails_later_is_the_end_and_says_why(cli: Node, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/bin/sh\nexit 4\n")
+    script.chmod(0o755)
+    name, volume = "l", f"{script}:/script"
+    said(cli, "run", "-d", "--name", name, "--restart", "always", "-v", volume, cli.image, "/script")
+    script.write_text("#!/no/such/interpreter\n")
+    eventually(lambda: shown(cli, name)["state"] == "exited", what="the end")
+    assert "start it again:" in said(cli, "inspect", "--format", "{{.status.message}}", name)
+    said(cli, "rm", name)
+
+
+@pytest.mark.parametrize(
+    ("words", "word"),
+    [
+        (["-d", "--restart", "sometimes"], "--restart: 'sometimes' is not no, on-failure"),
+        (["--restart", "always"], "needs --detach"),
+    ],
+)
+def test_wrong_policies_are_refused(cli: Node, words: list[str], word: str) -> None:
+    done = ocid(cli, "run", *words, cli.image, "true")
+    assert done.returncode == 125 and word in done.stderr

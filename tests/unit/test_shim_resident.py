@@ -84,7 +84,7 @@ def run(tmp_path: Path, *scripts: Script) -> Resident:
     """A resident whose first helper runs the first script; those of connections run the second."""
     nothing = work(lambda _channel, _directory: None, tmp_path)
     serve = work(scripts[1], tmp_path) if len(scripts) > 1 else nothing
-    resident = Resident(serve, lambda _id, _handler: nothing, killer)
+    resident = Resident(serve, lambda _id, _handler: nothing, killer, lambda _id: nothing)
     resident.run(work(scripts[0], tmp_path), os.open("/dev/null", os.O_RDONLY))
     resident.close()
     failed = tmp_path / "failed"
@@ -123,6 +123,8 @@ def adopt(channel: Channel, directory: Path, pid: int, pipes: Pipes | None = Non
         "handler": "",
         "log_path": str(directory / "log"),
         "shares_pids": False,
+        "restart": "",
+        "message": {},
         "stdin_once": False,
         "oom": 0,
         "fds": list(ours),
@@ -212,6 +214,8 @@ def test_o16_many_exits_in_one_moment_are_all_told_right(tmp_path: Path) -> None
                 "handler": "",
                 "log_path": "",
                 "shares_pids": False,
+                "restart": "",
+                "message": {},
                 "stdin_once": False,
                 "oom": 0,
                 "fds": [],
@@ -467,7 +471,7 @@ def test_o55_a_subscriber_that_does_not_read_is_let_go(tmp_path: Path) -> None:
         finally:
             os._exit(0)
 
-    resident = Resident(helper, lambda _id, _handler: helper, killer)  # type: ignore[arg-type,return-value]
+    resident = Resident(helper, lambda _id, _handler: helper, killer, killer)  # type: ignore[arg-type,return-value]
     resident.run(helper, os.open("/dev/null", os.O_RDONLY))  # type: ignore[arg-type]
     assert len(resident._subscribers) == 3  # behind, but not too far
     resident._subscribers.tell("exit", _large_facts())
