@@ -279,9 +279,10 @@ class Checkpoints(Protocol):
     def restore(
         self, sandbox: Sandbox, spec: ContainerSpec, images: Path, work: Path, program: str, seconds: float
     ) -> ContainerFacts:
-        """After: the container runs with what its processes had in memory, and with no right, mount, namespace or
-        cgroup but those of config.json in its bundle: `images` are anybody's. criu's logs are in `work`. On failure
-        nothing is left. Raises ContainerError; "deadline" after `seconds`."""
+        """After: as after `create`, but that `start_container` lets processes go on with what they had in memory. They
+        have no right, mount, namespace or cgroup but those of config.json in the bundle: `images` are anybody's, and
+        nothing of them has run. criu's logs are in `work`. On failure nothing is left. Raises ContainerError;
+        "deadline" after `seconds`."""
         ...
 
 

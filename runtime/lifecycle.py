@@ -30,7 +30,8 @@ KILL_WAIT_S = 10.0
 
 
 def start(root: str, container_id: str) -> None:
-    """Releases execve; returns once it has succeeded. Raises RuntimeFailure with the init's step when it has not."""
+    """Releases execve, or what was restored; returns once that has succeeded. Raises RuntimeFailure with the init's
+    step when it has not."""
     facts = state.load(root, container_id)
     now = state.status(root, facts)
     if now == "stopped":
@@ -40,6 +41,11 @@ def start(root: str, container_id: str) -> None:
     if now != "created":
         raise _wrong("cannot start an already running container")
     directory = state.directory(root, container_id)
+    if state.is_held(root, container_id):
+        from runtime import unstarted
+
+        unstarted.release(directory, facts.manager())
+        return
     channel = sync.connect(directory, state.START_SOCKET)
     if channel is None:
         raise _wrong("cannot start a container that has stopped")
@@ -87,7 +93,7 @@ def kill(root: str, container_id: str, number: int, *, everyone: bool = False) -
     """Signals the init, or with `everyone` all of the container. SIGKILL ends all of it in any case: in a PID namespace
     of others nobody does that for us. Raises RuntimeFailure when it is not running."""
     facts = state.load(root, container_id)
-    if everyone:
+    if everyone or (number == _SIGKILL and state.is_held(root, container_id)):
         if number == _SIGKILL and facts.cgroup_paths:
             facts.manager().kill(number)
         else:
@@ -181,8 +187,10 @@ def delete(root: str, container_id: str, *, force: bool = False, warn: Callable[
     now = state.status(root, facts)
     if now not in ("stopped", "created") and not force:
         raise _wrong(f"cannot delete container {container_id} that is not stopped: {now}")
-    _end(facts)
     manager = facts.manager()
+    if state.is_held(root, container_id):
+        manager.kill(_SIGKILL)  # all at once: who is thawed for his end only must not run
+    _end(facts)
     manager.kill(_SIGKILL)  # with a shared PID namespace the rest lives on after the init
     manager.destroy()
     if facts.intel_rdt is not None:

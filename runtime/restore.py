@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 
-from runtime import checkpoint, criu, criu_images, restored, seccomp, state
+from runtime import checkpoint, criu, criu_images, restored, seccomp, state, unstarted
 from runtime.birth import Created, now
 from runtime.checkpoint import Directories, Images
 from runtime.create import SECCOMP_CACHE, make_manager, note_cgroups, root_path_of, unwind
@@ -43,6 +43,7 @@ class RestoreRequest(Record):
     """What restore is asked for; `console_socket` gets the terminal's master, "" leaves it to the caller. `rootfs` is
     the root filesystem where it is not at root.path already. `untrusted`: the images are anybody's, so what criu would
     do to the host's cgroups by their word is replaced, and filters and mounts must be those of config.json exactly.
+    `held`: what is restored stands still, as created, until lifecycle.start (runtime.unstarted).
     """
 
     root: str
@@ -58,6 +59,7 @@ class RestoreRequest(Record):
     lsm_mount_context: str = ""
     rootfs: FsMount | None = None
     untrusted: bool = False
+    held: bool = False
 
 
 def restore(request: RestoreRequest) -> Created:
@@ -130,6 +132,7 @@ class _Restoring:
         self._descriptors = descriptors
         self._created = now()
         self._pid = self._pidfd = self._console = self._criu = -1
+        self._held = False
 
     def run(self, program: criu.Criu) -> Created:
         tree = self._root_tree()
@@ -260,9 +263,13 @@ class _Restoring:
                 restored.verify(self._spec, self._pid, members, within)
                 if self._request.untrusted:
                     sources = dict(self._sources(self._mounts.null))
+                    self._verify_terminal()
                     verify_mounts(self._spec, self._pid, os.stat(self._mounts.root), sources)
                 if self._spec.root_readonly:
                     self._mounts.protect_root(self._pid)  # criu 3.17 forgets that it was
+                if self._request.held:
+                    self._held = True
+                    unstarted.hold(self._directory, self._manager, set(within) - set(members))
             except BaseException:
                 # Before criu hears of it: it would let them go. And criu after them, or it would wait for an init that
                 # waits for its children, whose ends only their tracer can take: criu.
@@ -271,12 +278,21 @@ class _Restoring:
         elif step == "orphan-pts-master" and fd >= 0:
             self._take_console(fd)
 
+    def _verify_terminal(self) -> None:
+        assert self._spec.process is not None  # restore looked
+        if self._spec.process.terminal != (self._console >= 0):
+            theirs = "have one" if self._console >= 0 else "have none"
+            raise RuntimeFailure(
+                f"process.terminal: {str(self._spec.process.terminal).lower()}, and the images {theirs}",
+                code="failed_precondition",
+            )
+
     def _take_console(self, master: int) -> None:
         from runtime.terminal import name_of, send_master
 
         if self._request.console_socket:
             send_master(self._request.console_socket, master, name_of(master))
-        else:
+        elif self._console < 0:  # more than the one of its init are its own affair
             self._console = os.dup(master)
 
     def _run_hooks(self, pid: int) -> None:
@@ -294,6 +310,8 @@ class _Restoring:
             os.close(self._console)
         if self._pidfd < 0:
             return
+        if self._held:
+            self._manager.kill(_SIGKILL)  # cgroup v1 keeps it from the frozen
         end_child(self._pid, self._pidfd)  # unless criu was faster
         work = self._request.images.work_path or self._request.images.image_path
         for name in os.listdir(work):  # which it removes itself, unless it was killed; its mount went with its mounts

@@ -7,6 +7,7 @@
         intel_rdt.json     the same for the class of service, with linux.intelRdt
         seccomp.bpf        the filter that confines the init, and every process that joins it
         start.sock         the init waits here; gone once it was started
+        held               a restored container that stands still until it is started (runtime/unstarted.py)
         notify/            only with NOTIFY_SOCKET: what the container sees at /run/notify (runtime/notify.py)
 
 Refuses an id that could be a path. Invariant: facts only; what a container *is* (`status`) is asked of the kernel each
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 SPEC_VERSION = "1.3.0"  # of runtime-spec's "State", which `describe` follows
 START_SOCKET = "start.sock"
+HELD = "held"
 NOTIFY = "notify"
 FILTER = "seccomp.bpf"
 NO_FILTER = -1
@@ -340,6 +342,8 @@ def status(root: str, state: State) -> str:
     """runtime-spec's status: "created", "running" or "stopped"; and runc's "paused"."""
     if not is_running(state.pid, state.started):
         return "stopped"
+    if is_held(root, state.id):
+        return "created"
     try:
         if state.cgroup_paths and is_frozen(state, state.manager()):
             return "paused"
@@ -362,6 +366,11 @@ def waits(root: str, container_id: str) -> bool:
         return stat.S_ISSOCK(os.lstat(f"{directory(root, container_id)}/{START_SOCKET}").st_mode)
     except FileNotFoundError:
         return False
+
+
+def is_held(root: str, container_id: str) -> bool:
+    """True while a restored container has not been started (runtime.unstarted)."""
+    return os.path.lexists(f"{directory(root, container_id)}/{HELD}")
 
 
 def ids(root: str) -> Iterator[str]:

@@ -1,4 +1,5 @@
-"""RestorePod: a pod like any other out of the caller's request, whose containers go on where an archive has them.
+"""RestorePod: a pod like any other out of the caller's request, whose containers go on where an archive has them, once
+they are started.
 
 The archive gives memory and files; names, images, commands, users, rights, mounts, limits and networks are those of the
 request alone, and what the processes bring along is compared with them before they run (runtime.restored, threats
@@ -38,7 +39,8 @@ MAX_CONTAINERS = 256
 
 
 async def restore_pod(node: Node, request: pb.RestorePodRequest) -> pb.RestorePodResponse:
-    """The pod runs when this answers, with all of `container_configs`, each of which is in the archive."""
+    """The pod is ready when this answers, with all of `container_configs`, each of which is in the archive: created,
+    and for StartContainer to let go on."""
     section = restoring(node, "RestorePod")
     configs = _check(node, request)
     pod = run_pod.new_record(request.config, node.handler(request.runtime_handler)[0])

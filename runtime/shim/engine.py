@@ -36,7 +36,7 @@ if TYPE_CHECKING:
             ...
 
         def start(self, container_id: str) -> None:
-            """Releases execve; its failure is raised."""
+            """Releases execve, or what was restored; its failure is raised."""
             ...
 
         def kill(self, container_id: str, number: int, everyone: bool) -> None:
@@ -70,7 +70,8 @@ if TYPE_CHECKING:
             ...
 
         def restore(self, message: ContainerMessage, images: RestoreMessage, stdio: Sequence[int]) -> Made:
-            """The container out of criu's images: it runs. `stdio` stays the caller's."""
+            """The container out of criu's images, as after `create`: `start` lets it go on. `stdio` stays the
+            caller's."""
             ...
 
 
@@ -174,6 +175,7 @@ class NativeEngine:
                 lsm_profile=profile,
                 rootfs=root_mount(message),
                 untrusted=True,
+                held=True,
             )
         )
         os.close(made.pidfd)

@@ -149,11 +149,9 @@ class Handler:
         self._channel.tell(IDLE)
 
     def _do_restore(self, body: object) -> object:
-        """Made and running in one: nothing of it waits to be started."""
         images = protocol.parse(protocol.RestoreMessage, body)
         message = protocol.parse(protocol.ContainerMessage, images.container)
-        self._create(message, lambda engine, stdio: engine.restore(message, images, stdio))
-        return self._started(message.id, message.bundle, message.handler, time.time_ns())
+        return self._create(message, lambda engine, stdio: engine.restore(message, images, stdio))
 
     def _create(self, message: protocol.ContainerMessage, make: Callable[[Engine, Sequence[int]], Made]) -> object:
         check_id(message.id)

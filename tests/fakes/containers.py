@@ -345,8 +345,7 @@ class MemoryContainers:
             if not (images / "descriptors.json").exists():
                 raise ContainerError(f"restore container {spec.id}: no images", code="invalid_argument")
             self.restored[spec.id] = {path.name: path.read_bytes() for path in images.iterdir()}
-            self.create(sandbox, spec)
-            return self.start_container(sandbox, spec.id)
+            return self.create(sandbox, spec)
 
     def reopen_log(self, sandbox: Sandbox, container_id: str) -> None:
         with self._lock:

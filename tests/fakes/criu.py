@@ -5,7 +5,9 @@
 Writes the options it got to DIRECTORY/options, as JSON of number to text or number. DIRECTORY/plan says what it does:
 "ok", "fail" (an answer that says so, and a log), "die" (no answer), "hang" (no end before its caller hangs up, which
 it notes as DIRECTORY/let-go), "deaf" (nor then, nor by SIGTERM), "outside" (a restore that puts a process of the host's
-forward as the container's). Those that hang write a log, start somebody, and leave both pids in DIRECTORY/pids.
+forward as the container's), "restore" (a container made of the bundle's config.json stands for what was in the images,
+and waits for a line as all wait for criu to let them go). Those that hang write a log, start somebody, and leave both
+pids in DIRECTORY/pids.
 """
 
 from __future__ import annotations
@@ -18,8 +20,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from runtime import criu
+from runtime import create, criu, lifecycle, spec
+from runtime import state as runtime_state
 from runtime.linux.process import CLONE_PARENT, clone3
+
+_ROOT = 13  # criu's images/rpc.proto: the option "root"
 
 
 def main(directory: Path) -> None:
@@ -43,6 +48,8 @@ def main(directory: Path) -> None:
         _log(found, "(00.1) Error (criu/x.c:1): first: cause\n(00.2) Error (criu/y.c:2): Dumping FAILED.\n")
         channel.send(criu.message((1, kind), (2, False), (7, 22)))
         return
+    if plan == "restore":
+        _restore(channel, str(found[_ROOT]))
     if plan == "outside":
         pid, _ = clone3(CLONE_PARENT)
         if pid == 0:
@@ -54,6 +61,32 @@ def main(directory: Path) -> None:
                 (directory / "let-go").touch()  # here criu would, as it does when its caller hangs up
                 return
     channel.send(criu.message((1, kind), (2, True)))
+
+
+def _restore(channel: socket.socket, root: str) -> None:
+    state, container_id = Path(root).parents[2], Path(root).parent.name
+    bundle = state / "bundles" / container_id
+    wanted = spec.parse((bundle / "config.json").read_bytes())
+    assert wanted.process is not None
+    waiting = ("sh", "-c", 'read x; exec "$@"', "sh", *wanted.process.args)
+    # Below the cgroups that this process is in, which are the container's.
+    wanted = wanted.changed(root_path=root, cgroups_path="", process=wanted.process.changed(args=waiting))
+    gate, go = os.pipe()
+    ours = f"{bundle}/criu"
+    maker = os.fork()  # which leaves an orphan: what criu restores is no child of its own either
+    if maker == 0:
+        os.close(go)
+        create.create(create.CreateRequest(ours, container_id, str(bundle), wanted, stdio=(gate, 1, 2)))
+        lifecycle.start(ours, container_id)
+        os._exit(0)
+    if os.waitpid(maker, 0)[1]:
+        os._exit(1)
+    init = runtime_state.load(ours, container_id).pid
+    for step in ("post-restore", "pre-resume"):
+        channel.send(criu.message((1, criu.NOTIFY), (2, True), (5, criu.message((1, step), (2, init)))))
+        if not channel.recv(1 << 16):
+            os._exit(1)
+    os.write(go, b"\n")
 
 
 def _log(options: dict[int, int | str], text: str) -> None:

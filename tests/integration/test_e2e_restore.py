@@ -5,9 +5,10 @@ missing, or when the daemon is killed in the middle. The real criu is in tests/v
 from __future__ import annotations
 
 import contextlib
+import signal
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ import pytest
 
 from conformance.cri_client import container
 from cri.api import api_pb2 as pb
-from runtime import criu as messages
+from runtime import criu as wire
+from runtime import lifecycle
+from runtime.errors import RuntimeFailure
 from tests.costs import SOON_S
-from tests.e2e import Node, named_log, node, stocked
+from tests.e2e import Node, messages, named_log, node, stocked
 from tests.fakes.snapshots import Member, directory, file, tarball
 from tests.support import eventually, needs
 
 CLONE = Path(__file__).parents[2]
+ON = ("sh", "-c", "echo on; exec sleep 1000")
 
 
 class Criu:
@@ -81,8 +85,8 @@ def _archive(place: Path, *more: Member) -> Path:
     return path
 
 
-def _restore(node: Node, archive: Path, **security: Any) -> Any:
-    one = container("main", node.image, ["sleep", "1000"])
+def _restore(node: Node, archive: Path, command: Sequence[str] = ("sleep", "1000"), **security: Any) -> Any:
+    one = container("main", node.image, command)
     one.linux.security_context.MergeFrom(pb.LinuxContainerSecurityContext(**security))
     request = pb.RestorePodRequest(
         config=node.pod_config(network=True), checkpoint_path=str(archive), container_configs=[one]
@@ -140,7 +144,7 @@ def test_s71_a_filter_of_the_archives_own_is_refused_before_criu_is_asked(
     made, criu = bench
     criu.plan("ok")
     (criu.directory / "options").unlink(missing_ok=True)
-    allow = messages.message((1, [messages.message((1, b"\x06\0\0\0\0\0\xff\x7f"))]))
+    allow = wire.message((1, [wire.message((1, b"\x06\0\0\0\0\0\xff\x7f"))]))
     image = b"IMG1kind" + struct.pack("<I", len(allow)) + allow
     archive = _archive(tmp_path, file("containers/main/checkpoint/seccomp.img", image))
     default = pb.SecurityProfile(profile_type=pb.SecurityProfile.RuntimeDefault)
@@ -156,6 +160,103 @@ def test_without_criu_it_says_what_to_install(bench: tuple[Node, Criu], tmp_path
     finally:
         hidden.rename(criu.program)
     assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+@pytest.fixture
+def restored(bench: tuple[Node, Criu], tmp_path: Path) -> Iterator[Restored]:
+    made, criu = bench
+    criu.plan("restore")
+    one = Restored(made, _restore(made, _archive(tmp_path), ON))
+    yield one
+    made.drop(one.pod)
+
+
+class Restored:
+    """A pod of one container that was restored."""
+
+    def __init__(self, made: Node, answer: Any) -> None:
+        self.node = made
+        self.client = made.client
+        self.pod = answer.pod_sandbox_id
+        self.id = answer.restored_containers[0].container_id
+        self.log = Path(self.client.status(self.id).log_path)
+
+    def stands(self) -> None:
+        """It is created, and has not run."""
+        told = self.client.status(self.id)
+        assert (told.state, told.started_at) == (pb.CONTAINER_CREATED, 0)
+        assert [one.state for one in self.client.list_containers() if one.id == self.id] == [pb.CONTAINER_CREATED]
+        assert self.status() == "created"
+        assert messages(self.log) == []
+
+    def status(self) -> str:
+        """What the runtime says."""
+        return str(lifecycle.describe(str(self.node.state / "runtime"), self.id)["status"])
+
+    def goes_on(self) -> None:
+        self.client.start(self.id)
+        told = self.client.status(self.id)
+        assert (told.state, told.started_at > told.created_at) == (pb.CONTAINER_RUNNING, True)
+        assert self.status() == "running"
+        eventually(lambda: messages(self.log) == ["on"], what="it to go on")
+
+    def refuses(self, call: Callable[[], object], words: str) -> None:
+        with pytest.raises(grpc.RpcError) as caught:
+            call()
+        assert words in str(caught.value.details())
+        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+def test_what_is_restored_stands_still_until_it_is_started(restored: Restored) -> None:
+    restored.stands()
+    restored.refuses(lambda: restored.client.exec_sync(restored.id, ["true"]), "was not started")
+    restored.client.stop(restored.id, 0)
+    restored.stands()
+    restored.goes_on()
+    restored.refuses(lambda: restored.client.start(restored.id), "is running already")
+    assert restored.client.exec_sync(restored.id, ["true"])[0] == 0
+    restored.client.stop(restored.id, 0)
+    assert restored.client.status(restored.id).exit_code == 137
+
+
+def test_it_stands_still_while_the_daemon_is_killed_and_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    with _enabled(tmp_path_factory) as (made, criu):
+        criu.plan("restore")
+        restored = Restored(made, _restore(made, _archive(tmp_path), ON))
+        made.end(signal.SIGKILL)
+        assert restored.status() == "created"
+        made.start()
+        restored.client = made.client
+        restored.stands()
+        restored.goes_on()
+        made.drop(restored.pod)
+
+
+def test_runtimes_own_commands_neither_thaw_nor_freeze_it(restored: Restored) -> None:
+    root = str(restored.node.state / "runtime")
+    lifecycle.pause(root, restored.id)  # as of any that is created
+    with pytest.raises(RuntimeFailure, match="container not paused"):
+        lifecycle.resume(root, restored.id)
+    restored.stands()
+    restored.goes_on()
+
+
+@pytest.mark.parametrize("call", ["remove", "remove_pod", "kill"])
+def test_it_goes_without_having_run(bench: tuple[Node, Criu], tmp_path: Path, call: str) -> None:
+    made, criu = bench
+    criu.plan("restore")
+    before = made.held()
+    one = Restored(made, _restore(made, _archive(tmp_path), ["sh", "-c", "while :; do echo on; done"]))
+    if call == "remove":
+        made.client.remove(one.id)
+    elif call == "kill":
+        lifecycle.kill(str(made.state / "runtime"), one.id, signal.SIGKILL)
+        eventually(lambda: made.client.status(one.id).state == pb.CONTAINER_EXITED, what="its end to be told")
+    made.drop(one.pod)
+    assert not one.log.exists() or messages(one.log) == []
+    made.settles(before)
 
 
 def test_a_daemon_killed_in_the_middle_leaves_nothing(

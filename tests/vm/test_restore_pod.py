@@ -5,6 +5,7 @@ Here and not under tests/integration: criu must know the kernel's vdso, and Debi
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,33 @@ def _numbers(config: Any, one: Any) -> list[int]:
 
 
 def _goes_on(saved: Saved, *changed: Any) -> tuple[Any, Any]:
+    """Restored, and started; the pod's config and the answer."""
     config, answer = saved.restore(*changed)
+    for restored in answer.restored_containers:
+        saved.node.client.start(restored.container_id)
+    _count_on(saved, config)
+    return config, answer
+
+
+def _count_on(saved: Saved, config: Any) -> None:
     for one, last in zip(saved.configs, saved.last, strict=True):
         eventually(lambda one=one: len(_numbers(config, one)) > 3, what="the container to count on")  # type: ignore[misc]
         numbers = _numbers(config, one)
         # The dump stood between two lines that may both have been read before this test looked at the log.
         assert 3 < numbers[0] <= last + 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-    return config, answer
+
+
+def _stand(bench: Node, config: Any, answer: Any) -> list[str]:
+    """The containers of an answer, each of which is created, and has not run a moment since it was dumped."""
+    ids = [restored.container_id for restored in answer.restored_containers]
+    for id_ in ids:
+        told = bench.client.status(id_)
+        assert (told.state, told.started_at) == (pb.CONTAINER_CREATED, 0)
+        (events,) = [path / "cgroup.events" for path in Path("/sys/fs/cgroup").rglob(id_)]
+        assert events.read_text().split() == ["populated", "1", "frozen", "1"]
+    written = [path for path in Path(config.log_directory).rglob("*") if path.is_file() and path.read_bytes()]
+    assert written == []
+    return ids
 
 
 def test_a_pod_goes_on_as_another_one(bench: Node, tmp_path: Path) -> None:
@@ -184,4 +205,69 @@ def test_s71_an_archive_has_no_right_that_the_request_does_not_give(
     with pytest.raises(grpc.RpcError) as caught:
         saved.restore(changed)
     assert words in str(caught.value.details())
+    assert unlike(bench, before) == []
+
+
+def test_what_is_restored_stands_still_until_it_is_started(bench: Node, tmp_path: Path) -> None:
+    before = kept(bench)
+    one, two = (container(name, bench.image, ["sh", "-c", COUNT]) for name in ("one", "two"))
+    saved = Saved(bench, tmp_path / "pod.tar", one, two)
+    config, answer = saved.restore()
+    ids = _stand(bench, config, answer)
+    with pytest.raises(grpc.RpcError) as caught:
+        bench.client.exec_sync(ids[0], ["true"])
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    bench.client.stop(ids[0], 0)  # as of any that is created: nothing
+    bench.end(signal.SIGKILL)
+    bench.start()
+    assert _stand(bench, config, answer) == ids, "after a daemon that was killed"
+    for id_ in ids:
+        bench.client.start(id_)
+        assert bench.client.status(id_).state == pb.CONTAINER_RUNNING
+    _count_on(saved, config)
+    with pytest.raises(grpc.RpcError) as caught:
+        bench.client.start(ids[0])
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    bench.drop(answer.pod_sandbox_id)
+    assert unlike(bench, before) == []
+
+
+def test_what_is_restored_goes_without_having_run(bench: Node, tmp_path: Path) -> None:
+    before = kept(bench)
+    saved = Saved(bench, tmp_path / "pod.tar", container("one", bench.image, ["sh", "-c", COUNT]))
+    config, answer = saved.restore()
+    (one,) = _stand(bench, config, answer)
+    bench.client.remove(one)
+    bench.drop(answer.pod_sandbox_id)
+    config, answer = saved.restore()
+    _stand(bench, config, answer)
+    bench.drop(answer.pod_sandbox_id)
+    assert unlike(bench, before) == []
+
+
+def test_a_terminal_comes_back(bench: Node, tmp_path: Path) -> None:
+    one = container("one", bench.image, ["sh", "-c", COUNT])
+    one.tty = True
+    saved = Saved(bench, tmp_path / "pod.tar", one)
+    _, answer = _goes_on(saved)
+    id_ = answer.restored_containers[0].container_id
+    assert bench.client.exec_sync(id_, ["sh", "-c", "readlink /proc/1/fd/1; test -c /dev/console"]) == (
+        0,
+        b"/dev/pts/0\n",
+        b"",
+    )
+    bench.drop(answer.pod_sandbox_id)
+
+
+@pytest.mark.parametrize("had", [True, False])
+def test_a_terminal_that_only_one_of_both_has_is_refused(bench: Node, tmp_path: Path, had: bool) -> None:
+    one = container("one", bench.image, ["sh", "-c", COUNT])
+    one.tty = had
+    saved = Saved(bench, tmp_path / "pod.tar", one)
+    changed = pb.ContainerConfig.FromString(one.SerializeToString())
+    changed.tty = not had
+    before = kept(bench)
+    with pytest.raises(grpc.RpcError) as caught:
+        saved.restore(changed)
+    assert "process.terminal" in str(caught.value.details())
     assert unlike(bench, before) == []
