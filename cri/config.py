@@ -281,7 +281,9 @@ class LimitSection:
     )
     containers: int = _key(4096, "Most containers that are kept, running or not.", least=1)
     stop_s: float = _key(30.0, "Seconds a process may take to die after SIGKILL before the call gives up.", least=1)
-    recovery_s: float = _key(2.0, "Seconds a shim may take to answer when the daemon starts.", least=0.1)
+    recovery_s: float = _key(
+        2.0, "Seconds a shim, or a half-made pod's network, may take when the daemon starts.", least=0.1
+    )
     stats_s: float = _key(10.0, "Seconds between two measurements of layers, and two looks at tasks.", least=1)
 
 

@@ -57,6 +57,7 @@ RECOVERING = "ocid is starting and recovers its pods; try again in a moment"
 STOPPING = "ocid is stopping"
 # How long calls under way may take once the daemon is to end; what they work on is recovered at the next start.
 GRACE_S = 10.0
+_PLUGIN_GRACE_S = 2.0
 # How long one waits for who works in the root: a command for another, whose call may be a pull, and a daemon for a
 # command. Nobody waits for a daemon that answers.
 _LOCK_WAIT_S = 60.0
@@ -228,6 +229,8 @@ async def _serve(config: Config, built: Built) -> None:
     finally:
         built.service.intercept.why_not = STOPPING
         log.info("stopping; pods run on")
+        # Or one that hangs would be waited for, by its call or by the interpreter's end.
+        asyncio.get_running_loop().call_later(_PLUGIN_GRACE_S, built.network.interrupt)
         built.feed.close()
         discovery.close()
         built.files.close()

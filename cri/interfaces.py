@@ -350,7 +350,8 @@ class Network(Protocol):
         ...
 
     async def add(self, pod: PodNetwork) -> NetworkResult:
-        """CNI ADD of every plugin; on failure DEL was called for all of them. Raises NetworkError naming the plugin."""
+        """CNI ADD of every plugin; on failure DEL was called for all of them. Raises NetworkError naming the plugin,
+        and telling by `left` that a DEL has failed, so that `delete` is to be called until it works."""
         ...
 
     async def delete(self, pod: PodNetwork) -> None:
@@ -380,6 +381,8 @@ class NetworkError(Exception):
 
     `code` tells who is to blame: "invalid_argument", "failed_precondition" (the node's configuration), "unknown" (a
     plugin's own failure, passed on as other runtimes do), "unavailable", "deadline", "exhausted", "internal"."""
+
+    left = False
 
     def __init__(self, message: str, *, code: str = "internal") -> None:
         super().__init__(message)

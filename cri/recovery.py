@@ -56,7 +56,9 @@ async def _all(node: Node, works: list[Awaitable[None]]) -> None:
             try:
                 await work
             except Exception as error:
-                log.error("recovery: %s", error, exc_info=not isinstance(error, OSError | ContainerError))
+                log.error(
+                    "recovery: %s", error, exc_info=not isinstance(error, OSError | ContainerError | NetworkError)
+                )
 
     await asyncio.gather(*(one(work) for work in works))
 
@@ -68,7 +70,7 @@ async def _undo_pod(node: Node, pod: Pod) -> None:
         await to_thread(node.parts.sandboxes.stop, node.sandbox(pod))
         if pod.netns:
             if pod.network != LOOPBACK_ONLY:
-                await node.parts.network.delete(pod.pod_network())
+                await _disconnect(node, pod)
             await node.parts.network.remove_netns(pod.pod_network().netns)
         await to_thread(remove_tree, node.paths.pod(pod.id))
         for container in node.store.containers_of(pod.id):  # those of a RestorePod
@@ -78,6 +80,17 @@ async def _undo_pod(node: Node, pod: Pod) -> None:
         raise
     leave_cgroup(node, pod)
     await node.store.remove(pod)
+
+
+async def _disconnect(node: Node, pod: Pod) -> None:
+    """A plugin that hangs, or waits for an agent that is a pod itself, does not keep the node from starting."""
+    limit = node.config.limits.recovery_s
+    try:
+        async with asyncio.timeout(limit):
+            await node.parts.network.delete(pod.pod_network())
+    except TimeoutError:
+        words = f"pod {pod.label} ({pod.id[:13]}): its network has not gone within {limit:g} s (limits.recovery_s)"
+        raise NetworkError(f"{words}; it is tried again when the pod is removed", code="deadline") from None
 
 
 async def _undo_container(node: Node, container: Container) -> None:

@@ -16,10 +16,9 @@ import asyncio
 import contextlib
 import logging
 import os
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from cri.network.netns import Namespaces, open_netns
 from cri.network.networks import Networks
 from cri.network.plan import Plan, Tools
 from cri.network.records import Record, Records
+from cri.network.underway import UnderWay
 from cri.network.values import Call, Cancel, PluginError, Result
 from cri.threads import Threads
 from runtime.linux.dataclass import dataclass
@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 
 _CALLS_AT_ONCE = 32
 _RETIRING_AT_ONCE = 4
+# How long a start waits for the plugins of pods that are gone: one that hangs, or waits for an agent that is a pod
+# itself, must not keep the node from starting.
+_LEFT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +83,17 @@ class Cni:
         self._namespaces = Namespaces(config.netns_dir or config.state_dir / "netns", config.pool_size)
         self._threads = Threads("network", _CALLS_AT_ONCE)
         self._retiring = ThreadPoolExecutor(_RETIRING_AT_ONCE, thread_name_prefix="network-retire")
-        self._busy: set[str] = set()
-        self._free = threading.Condition()
+        self._later = ThreadPoolExecutor(_RETIRING_AT_ONCE, thread_name_prefix="network-left")
+        self._under_way = UnderWay(config.plugin_timeout_s)
+
+    def interrupt(self) -> None:
+        """Kills the plugin programs that run: the process is about to end. What they leave undone has its record."""
+        self._under_way.interrupt()
 
     def close(self) -> None:
         """Lets go of threads and spare namespaces; pods keep their network."""
+        self.interrupt()
+        self._later.shutdown(wait=False, cancel_futures=True)
         self._threads.close()
         self._retiring.shutdown(wait=True)
         self._namespaces.close()
@@ -116,26 +125,24 @@ class Cni:
     # ------------------------------------------------------------------------------------------------------------ ADD
 
     async def add(self, pod: PodNetwork) -> NetworkResult:
-        cancel = Cancel()
-        work = asyncio.ensure_future(self._threads.run(self._add, pod, cancel))
-        try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            # The thread goes on (threats O1): tell it, and let it undo what it did before the caller's own undo.
-            cancel.set()
-            await _settled(work)
-            if not work.cancelled() and work.exception() is None:
-                undo = asyncio.ensure_future(self._threads.run(self._delete, pod))
-                await _settled(undo)
-                if not undo.cancelled() and (failure := undo.exception()) is not None:
-                    log.warning("%s; it is tried again when the pod is removed", failure)
-            raise
-        finally:
-            cancel.close()
+        with self._under_way.cancellable() as cancel:
+            work = asyncio.ensure_future(self._threads.run(self._add, pod, cancel))
+            try:
+                return await asyncio.shield(work)
+            except asyncio.CancelledError:
+                # The thread goes on (threats O1): tell it, and let it undo what it did before the caller's own undo.
+                cancel.set()
+                await _settled(work)
+                if not work.cancelled() and work.exception() is None:
+                    undo = asyncio.ensure_future(self._threads.run(self._delete, pod))
+                    await _settled(undo)
+                    if not undo.cancelled() and (failure := undo.exception()) is not None:
+                        log.warning("%s; it is tried again when the pod is removed", failure)
+                raise
 
     def _add(self, pod: PodNetwork, cancel: Cancel) -> NetworkResult:
         _check(pod)
-        with self._only_one(pod.id):
+        with self._under_way.one(pod.id):
             namespace = _identity(pod.netns)
             before = self._records.read(pod.id)
             if before is not None:
@@ -177,6 +184,7 @@ class Cni:
                 self._undo(record, "after that failure")
             except NetworkError as second:
                 failure.add_note(f"{second}; it is tried again when the pod is removed")
+                failure.left = True
             raise failure from error
 
     def _undo(self, record: Record, when: str) -> None:
@@ -196,7 +204,7 @@ class Cni:
     def _delete(self, pod: PodNetwork) -> None:
         if not is_name(pod.id):
             raise NetworkError(f"{pod.id[:64]!r} is not a pod's id")
-        with self._only_one(pod.id):
+        with self._under_way.one(pod.id):
             record = self._records.read(pod.id)
             if record is None:
                 # After a reboot /run is empty, while leases on disk are not (threats O4).
@@ -223,13 +231,13 @@ class Cni:
         for step in reversed(plan.steps):
             try:
                 failpoint("network.plugin.delete")
-                with trace.span(f"cni.delete {step.describe}"):
-                    step.delete(self._call(record, netns, None), record.result)
+                with trace.span(f"cni.delete {step.describe}"), self._under_way.cancellable() as cancel:
+                    step.delete(self._call(record, netns, cancel), record.result)
             except Exception as error:
                 words = f"{step.describe}: delete pod {_shown(record.pod)}: {_cause(error)}"
                 raise PluginError(words, code=_blame(error)) from error
 
-    def _call(self, record: Record, netns: Path | None, cancel: Cancel | None) -> Call:
+    def _call(self, record: Record, netns: Path | None, cancel: Cancel) -> Call:
         deadline = time.monotonic() + self._config.plugin_timeout_s
         conflist = record.conflist
         path = self._records.path(record.pod.id)
@@ -242,7 +250,7 @@ class Cni:
 
     def _check(self, pod: PodNetwork) -> str | None:
         doing = "no plugin"
-        with self._only_one(pod.id):
+        with self._under_way.one(pod.id):
             record = self._records.read(pod.id)
             if record is None or record.result is None:
                 return f"pod {_shown(pod)}: nothing is recorded of its network"
@@ -250,7 +258,8 @@ class Cni:
             try:
                 for step in self._plan(record.conflist).steps:
                     doing = step.describe
-                    step.check(self._call(record, netns, None), record.result)
+                    with self._under_way.cancellable() as cancel:
+                        step.check(self._call(record, netns, cancel), record.result)
             except Exception as error:
                 return f"network {record.conflist.name}: {doing}: check pod {_shown(record.pod)}: {_cause(error)}"
         return None
@@ -281,14 +290,12 @@ class Cni:
         from cri.network import collect  # of use once in a daemon's life
 
         self._records.sweep()
-        for pod in self._records.pods():
-            if pod in valid or pod in self._busy:
-                continue
-            try:
-                self._delete(PodNetwork(pod, "", "", "", self._namespaces.path(pod)))
-            except NetworkError as error:
-                log.warning("%s; it is tried again at the next start", error)
-        kept = valid | frozenset(self._records.pods()) | frozenset(self._busy)
+        busy = self._under_way.pods
+        left = [pod for pod in self._records.pods() if pod not in valid and pod not in busy]
+        late = wait([self._later.submit(self._delete_left, pod) for pod in left], _LEFT_S).not_done
+        if late:
+            log.warning("the plugins of %d pods that are gone take longer; they are not waited for", len(late))
+        kept = valid | frozenset(self._records.pods()) | self._under_way.pods
         for name in self._namespaces.names():
             if name not in kept:
                 try:
@@ -299,6 +306,14 @@ class Cni:
         plans = [self._plan(conflist) for conflist in self._networks.all()]
         in_use = [self._plan(record.conflist) for record in records]
         collect.leftovers(kept, self._config, plans, in_use, records, self._firewall)
+
+    def _delete_left(self, pod: str) -> None:
+        namespace = self._namespaces.path(pod)
+        try:
+            self._delete(PodNetwork(pod, "", "", "", namespace))
+            self._namespaces.remove(namespace)
+        except (NetworkError, OSError) as error:
+            log.warning("%s; it is tried again at the next start", error)
 
     # --------------------------------------------------------------------------------------------------------- helpers
 
@@ -316,22 +331,6 @@ class Cni:
             self._records.remove(pod)
         except OSError as error:
             raise NetworkError(f"remove the network record of pod {pod}: {error}") from error
-
-    @contextlib.contextmanager
-    def _only_one(self, pod: str) -> Iterator[None]:
-        """One ADD or DEL of a pod at a time; pods do not wait for each other (threats R14)."""
-        with self._free:
-            limit = self._config.plugin_timeout_s
-            if not self._free.wait_for(lambda: pod not in self._busy, limit):
-                words = f"another call for the network of pod {pod} has not ended within {limit:.0f} s"
-                raise NetworkError(words, code="deadline")
-            self._busy.add(pod)
-        try:
-            yield
-        finally:
-            with self._free:
-                self._busy.discard(pod)
-                self._free.notify_all()
 
     def _retire(self, index: int, name: str) -> None:
         """Removes a pod's interface that is down already, in the background: the kernel takes 40 ms for it."""

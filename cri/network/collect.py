@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LOCK_S = 10.0
-_GC_TIMEOUT_S = 30.0
+_GC_TIMEOUT_S = 5.0  # the node's start waits for it, since nobody may be added meanwhile (CNI 1.1, section 2, GC)
 
 
 def leftovers(

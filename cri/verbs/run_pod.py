@@ -19,7 +19,7 @@ from cri.api import api_pb2 as pb
 from cri.capabilities import capabilities
 from cri.cgroups import first_missing, is_within, remove_made
 from cri.errors import AlreadyExists, InvalidArgument
-from cri.interfaces import IdMap, NetworkResult, Sandbox, Sandboxes, SandboxSpec
+from cri.interfaces import IdMap, NetworkError, NetworkResult, Sandbox, Sandboxes, SandboxSpec
 from cri.node import Node, new_id, now_ns
 from cri.records import Pod
 from cri.spec import confine, etc, limits, security, userns, users, validate
@@ -350,8 +350,17 @@ def _start_watched(sandboxes: Sandboxes, spec: SandboxSpec) -> tuple[Sandbox, in
 async def _connect(node: Node, pod: Pod, undo: Undo, own: Namespaces) -> NetworkResult:
     result = NetworkResult((), {})
     if own.network and pod.network != LOOPBACK_ONLY:
-        result = await node.parts.network.add(pod.pod_network())
-        undo.did("release the pod's addresses", lambda: node.parts.network.delete(pod.pod_network()))
+
+        def release() -> Awaitable[None]:
+            return node.parts.network.delete(pod.pod_network())
+
+        try:
+            result = await node.parts.network.add(pod.pod_network())
+        except NetworkError as error:
+            if error.left:  # if it cannot be released now either, the pod stays to be removed by whoever lists it
+                undo.did("release the pod's addresses", release)
+            raise
+        undo.did("release the pod's addresses", release)
     await to_thread(_write_files, node.paths.pod(pod.id), pod.request, own, result.ips)
     return result
 

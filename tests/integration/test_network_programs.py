@@ -392,6 +392,22 @@ def test_o2_collect_goes_on_after_a_failing_plugin(corner: Corner) -> None:
     asyncio.run(scenario())
 
 
+def test_o2_an_add_tells_whether_its_undoing_failed_too(corner: Corner) -> None:
+    corner.program("sick", 'test "$CNI_COMMAND" = DEL -a -e "$0.well" && exit 0; exit 1')
+    corner.conflist("sick", [{"type": "sick"}])
+
+    async def scenario() -> None:
+        pod = await make_pod(corner)
+        for left in (True, False):
+            with pytest.raises(NetworkError, match="plugin sick: add pod") as caught:
+                await corner.cni.add(pod)
+            assert caught.value.left == left == bool(list(corner.records.iterdir()))
+            (corner.config.bin_dirs[0] / "sick.well").touch()
+        await remove_pod(corner, pod)
+
+    asyncio.run(scenario())
+
+
 def test_r14_a_hanging_plugin_holds_up_no_other_pod(corner: Corner) -> None:
     corner.program("slow", 'echo >> "$0.began"; exec sleep 1000')
     corner.conflist("good", [corner.bridge_plugin()], file="10-a.conflist")
@@ -413,6 +429,60 @@ def test_r14_a_hanging_plugin_holds_up_no_other_pod(corner: Corner) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
         for pod in stuck:
             await remove_pod(corner, pod)
+
+    asyncio.run(scenario())
+
+
+# A plugin whose DEL does not end before there is FILE.well.
+STUCK = """\
+test "$CNI_COMMAND" = DEL || exec echo '{"cniVersion":"1.0.0","ips":[{"address":"192.0.2.77/24"}]}'
+echo "$CNI_CONTAINERID" >> "$0.began"
+until test -e "$0.well"; do sleep 0.02; done"""
+
+
+def test_r14_a_start_does_not_wait_for_the_plugins_of_pods_that_are_gone(
+    corner: Corner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cri.network.cni._LEFT_S", 0.1)
+    program = corner.program("stuck", STUCK)
+    corner.conflist("stuck", [{"type": "stuck"}])
+
+    async def scenario() -> None:
+        gone = [await make_pod(corner) for _ in range(3)]
+        for pod in gone:
+            await corner.cni.add(pod)
+        corner.restart()
+        await corner.cni.collect(frozenset())
+        assert {path.stem for path in corner.records.iterdir()} == {pod.id for pod in gone}
+        Path(f"{program}.well").touch()
+        eventually(lambda: not list(corner.records.iterdir()) and not list(corner.netns.iterdir()))
+
+    asyncio.run(scenario())
+
+
+def test_r14_the_end_of_the_daemon_waits_for_no_plugin(corner: Corner) -> None:
+    program = corner.program("stuck", STUCK)
+    corner.conflist("stuck", [{"type": "stuck"}])
+
+    async def scenario() -> None:
+        pods = [await make_pod(corner) for _ in range(2)]
+        for pod in pods:
+            await corner.cni.add(pod)
+        task = asyncio.create_task(corner.cni.delete(pods[0]))
+        while not (began := Path(f"{program}.began")).exists():
+            await asyncio.sleep(0.005)
+        with soon():
+            corner.cni.interrupt()
+            with pytest.raises(NetworkError, match="plugin stuck: delete pod .*killed"):
+                await task
+            with pytest.raises(NetworkError, match="plugin stuck: delete pod .*killed"):
+                await corner.cni.delete(pods[1])  # one that comes meanwhile
+        assert {path.stem for path in corner.records.iterdir()} == {pod.id for pod in pods}
+        corner.restart()
+        Path(f"{program}.well").touch()
+        for pod in pods:
+            await remove_pod(corner, pod)
+        assert set(began.read_text().split()) == {pod.id for pod in pods}
 
     asyncio.run(scenario())
 

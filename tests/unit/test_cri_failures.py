@@ -14,7 +14,7 @@ from grpc import StatusCode
 
 from cri.api import api_pb2 as pb
 from cri.errors import CallFailed
-from cri.interfaces import ContainerError
+from cri.interfaces import ContainerError, NetworkError, NetworkResult, PodNetwork
 from imagestore.model import SignatureRefused
 from runtime.linux import failpoint as failpoints
 from tests.fakes.node import IMAGE, Rig, on_rig
@@ -190,6 +190,28 @@ def test_o2_what_cannot_be_undone_stays_listed_until_it_can(tmp_path: Path) -> N
         assert (await rig.pod_status(pod)).state == pb.SANDBOX_NOTREADY and pod in rig.network.pods
         await rig.remove_pod(pod)
         assert rig.leftovers() == []
+
+    on_rig(tmp_path, body)
+
+
+@pytest.mark.parametrize("works_again", [False, True])
+def test_o2_a_pod_whose_network_failed_both_ways_stays(tmp_path: Path, works_again: bool) -> None:
+    async def body(rig: Rig) -> None:
+        async def fails(_pod: PodNetwork) -> NetworkResult:
+            error = NetworkError("network fake: plugin fake: add and delete: told to fail")
+            error.left = True
+            raise error
+
+        add, rig.network.add = rig.network.add, fails  # type: ignore[method-assign]
+        rig.network.failures["delete"] = 0 if works_again else 1
+        with pytest.raises(CallFailed, match="told to fail"):
+            await rig.run_pod()
+        rig.network.add = add  # type: ignore[method-assign]
+        left = (await rig.call("ListPodSandbox", pb.ListPodSandboxRequest())).items
+        assert [one.state for one in left] == [] if works_again else [pb.SANDBOX_NOTREADY]
+        for one in left:
+            await rig.remove_pod(one.id)
+        assert rig.leftovers() == [] and rig.network.calls.count("delete") == (1 if works_again else 2)
 
     on_rig(tmp_path, body)
 

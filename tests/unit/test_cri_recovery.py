@@ -13,7 +13,7 @@ from grpc import StatusCode
 
 from cri.api import api_pb2 as pb
 from cri.errors import CallFailed
-from cri.interfaces import ContainerError, Sandbox, SandboxSpec, ShimUnresponsive
+from cri.interfaces import ContainerError, PodNetwork, Sandbox, SandboxSpec, ShimUnresponsive
 from cri.node import now_ns
 from cri.records import Container, Pod
 from cri.recovery import check_networks
@@ -48,6 +48,30 @@ def test_what_ran_is_known_and_goes_on(tmp_path: Path) -> None:
         with pytest.raises(CallFailed, match="the name is taken"):
             await rig.run_pod()
         await rig.remove_pod(pod)
+        assert rig.leftovers() == []
+
+    on_rig(tmp_path, body)
+
+
+def test_r14_a_half_made_pod_whose_network_does_not_go_stays_and_keeps_nobody(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        whole = await rig.run_pod("whole")
+        netns = await rig.network.new_netns("ab" * 32)
+        await rig.node.store.add(_pod_record(rig, netns=str(netns)))
+        stuck = asyncio.Event()
+        delete = rig.network.delete
+
+        async def hangs(_pod: PodNetwork) -> None:
+            await stuck.wait()
+
+        rig.network.delete = hangs  # type: ignore[method-assign]
+        rig.config = replace(rig.config, limits=replace(rig.config.limits, recovery_s=0.05))
+        await rig.restart()
+        assert (await rig.pod_status(whole)).state == pb.SANDBOX_READY
+        assert (await rig.pod_status("ab" * 32)).state == pb.SANDBOX_NOTREADY
+        rig.network.delete = delete  # type: ignore[method-assign]
+        for pod in (whole, "ab" * 32):
+            await rig.remove_pod(pod)
         assert rig.leftovers() == []
 
     on_rig(tmp_path, body)
