@@ -1,6 +1,7 @@
 """Mounts of images (image volumes): the layers of an image, read-only, at a path of the container.
 
-Refuses what would not be an image alone: a host path beside it, a mount that is not read-only, propagation to the host.
+Refuses what would not be an image alone: a host path beside it, a mount that is not read-only, propagation to the host
+or ids that are not the pod's.
 Invariant: nothing is mounted on the host; the container's own mount namespace has the overlay, and a snapshot keeps its
 layers for as long as the container is there. Set-user-id and devices of a foreign image mean nothing unless
 mount_options says so.
@@ -12,18 +13,20 @@ import posixpath
 from typing import Any
 
 from cri.api import api_pb2 as pb
-from cri.interfaces import FsMount
+from cri.interfaces import FsMount, IdMap
+from cri.spec import userns
 from cri.spec.validate import InvalidRequest
 from runtime.linux.dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class ImageMount:
-    """What `Mount.image` became: the image, and its layers as a mount, whose ids are `mapped` in a user namespace."""
+    """What `Mount.image` became: the image, and its layers as a mount, whose files have the `ids` of the pod's user
+    namespace."""
 
     id: str
     layers: FsMount
-    mapped: bool
+    ids: IdMap | None
 
 
 def check(field: str, mount: pb.Mount) -> str:
@@ -54,8 +57,13 @@ def build(field: str, mount: pb.Mount, target: str, options: list[str], found: I
     """runtime-spec's mount; `options` are those of mount_options."""
     layers = [_escaped(key if value is None else f"{key}={value}") for key, value in found.layers.options]
     below = sub_path(field, mount.image_sub_path)
+    asked = userns.of_mount(field, mount)
+    if asked not in (None, found.ids):
+        raise InvalidRequest(
+            f"{field}.uidMappings: an image's files have the ids of the pod's user namespace, no others"
+        )
     words = ["ro", "nosuid", "nodev", *options]
-    words += ["idmap"] if found.mapped else []
+    words += ["idmap"] if found.ids else []
     words += [f"X-mount.subdir={below}"] if below else []
     return {"destination": target, "type": "overlay", "source": "overlay", "options": [*words, *layers]}
 

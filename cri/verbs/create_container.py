@@ -287,7 +287,7 @@ def _image_mounts(
         node.parts.images.permit(image, mount.image.user_specified_image or mount.image.image, namespace, keys)
         key = volume_key(container.id, index)
         layers = node.parts.snapshots.prepare(key, image.chain_id if image.layers else None, ids)
-        found[index] = ImageMount(image.id, layers, ids is not None)
+        found[index] = ImageMount(image.id, layers, ids)
     return found
 
 
