@@ -369,7 +369,7 @@ def test_the_stop_signal_of_the_request_wins(here: Node) -> None:
     one = here.client.create(pod, wanted, config)
     here.client.start(one)
     eventually(lambda: messages(Path(config.log_directory) / "main.log") == ["up"], what="the trap")
-    here.client.stop(one, 30)
+    here.client.stop(one, 10)
     status = here.client.status(one)
     assert (status.exit_code, status.stop_signal) == (33, pb.SIGNAL_SIGUSR1)
     here.drop(pod)

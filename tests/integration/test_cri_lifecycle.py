@@ -57,6 +57,7 @@ def image(registry: FakeRegistry) -> str:
 def test_pods_live_and_leave_nothing(here: Node, image: str) -> None:
     before = here.held()
     config = here.pod_config(network=True)
+    config.hostname = "asked-for"  # not the pod's name, which is what it has without a word
     pod = here.client.run_pod(config)
     address = here.client.pod_status(pod).network.ip
     assert address.startswith("10.")

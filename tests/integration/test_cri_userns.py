@@ -138,8 +138,8 @@ def test_streams_can_be_reopened_by_who_owns_them(here: Node) -> None:
     here.drop(pod)
 
 
-def test_volumes_with_mappings_are_the_containers_and_without_nobodys(here: Node) -> None:
-    volume = here.directory / "volume"
+def test_volumes_with_mappings_are_the_containers_and_without_nobodys(here: Node, tmp_path: Path) -> None:
+    volume = tmp_path / "volume"
     volume.mkdir()
     for owner in (0, 1000):
         (volume / f"f{owner}").touch()
