@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from cri.errors import AlreadyExists, InvalidArgument, LimitExceeded
@@ -48,14 +49,16 @@ def check_target(field: str, text: str) -> Path:
     return path
 
 
-def write(source: Path, target: Path, most: int) -> None:
-    """All that is in the directory `source` becomes the archive `target`. Raises CriError, OSError."""
+def write(source: Path, target: Path, most: int, check: Callable[[], object] = lambda: None) -> None:
+    """All that is in the directory `source` becomes the archive `target`, unless `check` raises meanwhile. Raises
+    CriError, OSError."""
     directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fd = os.open(".", os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, _MODE, dir_fd=directory)
         try:
-            _fill(TarOut(fd), source, most)
+            _fill(TarOut(fd, check), source, most)
             os.fsync(fd)
+            check()
             os.link(fd_path(fd), target.name, dst_dir_fd=directory, follow_symlinks=True)
         except FileExistsError:
             raise AlreadyExists(f"{target} has come to be meanwhile; it is not replaced") from None

@@ -8,7 +8,7 @@ again, ends the same way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Protocol
@@ -140,9 +140,10 @@ class Snapshots(Protocol):
         """Blocks and inodes of the writable layer of `key`. Raises NotFound."""
         ...
 
-    def pack(self, key: str, fd: int) -> None:
+    def pack(self, key: str, fd: int, check: Callable[[], object] = lambda: None) -> None:
         """Writes the writable layer of `key` to `fd` as a layer's tar, whiteouts in the image spec's words. The files
-        may be changing: who wants one moment of them holds their users still. Raises NotFound, OSError."""
+        may be changing: who wants one moment of them holds their users still. `check` is called now and then, and ends
+        it by raising. Raises NotFound, OSError."""
         ...
 
     def unpack(self, key: str, fd: int) -> None:

@@ -16,6 +16,7 @@ from cri.api import api_pb2 as pb
 from cri.errors import CallFailed
 from cri.intercept import Call, Intercept
 from cri.node import Begun, Node
+from cri.patience import Patience
 from cri.verbs import (
     attach,
     checkpoint,
@@ -53,6 +54,8 @@ KEYS_KEY = "ocid-decryption-keys-bin"
 ALL_PLATFORMS_KEY = "ocid-all-platforms"
 PLATFORM_KEY = "ocid-platform"
 _CARRYING = frozenset({"RunPodSandbox", "PullImage", "CreateContainer"})
+# Calls that must be over when their caller's deadline passes, with everything as it was.
+_TIMED = frozenset({"CheckpointPod", "RestorePod"})
 
 Verb = Callable[..., Awaitable[Any]]
 Stream = Callable[[Node, Any, Begun], AsyncGenerator[bytes, None]]
@@ -134,13 +137,15 @@ class Service:
         self.node = node
         self.intercept = intercept
 
-    async def call(self, name: str, request: Any, metadata: Metadata = ()) -> Any:
-        """The answer to a call. Raises CallFailed."""
+    async def call(self, name: str, request: Any, metadata: Metadata = (), left_s: float | None = None) -> Any:
+        """The answer to a call, whose caller waits for so long. Raises CallFailed."""
         call = Call(_service(name), name, request, metadata)
-        return await self.intercept.run(call, self._dispatch(name, request, metadata))
+        return await self.intercept.run(call, self._dispatch(name, request, metadata, left_s))
 
-    async def _dispatch(self, name: str, request: Any, metadata: Metadata) -> Any:
+    async def _dispatch(self, name: str, request: Any, metadata: Metadata, left_s: float | None) -> Any:
         verb = VERBS[name]
+        if name in _TIMED:
+            return await verb(self.node, request, Patience(left_s))
         if name == "RunPodSandbox":
             network = next((str(value) for key, value in metadata if key == NETWORK_KEY), "")
             return await run_pod.run_pod(self.node, request, network)
@@ -175,7 +180,8 @@ class Service:
             try:
                 wanted = name in _CARRYING or self.intercept.watched
                 metadata = context.invocation_metadata() or () if wanted else ()
-                answer: bytes = (await self.call(name, request, metadata)).SerializeToString()
+                left_s = context.time_remaining() if name in _TIMED else None
+                answer: bytes = (await self.call(name, request, metadata, left_s)).SerializeToString()
                 return answer
             except CallFailed as error:
                 await context.abort(error.code, str(error))

@@ -11,7 +11,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from runtime.linux.failpoint import failpoint
@@ -118,7 +118,7 @@ class Overlay:
         finally:
             os.close(fd)
 
-    def pack(self, key: str, fd: int) -> None:
+    def pack(self, key: str, fd: int, check: Callable[[], object] = lambda: None) -> None:
         """See cri.interfaces.Snapshots.pack."""
         record = self._active(key)
         try:
@@ -126,7 +126,7 @@ class Overlay:
         except FileNotFoundError:
             raise NotFound(f"snapshot {key} does not exist") from None
         try:
-            pack(upper, fd)
+            pack(upper, fd, check)
         finally:
             os.close(upper)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 
 from runtime.linux.files import RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_XDEV, fd_path, openat2
 from snapshotter.tar_out import BLOCK, CHARACTER, DIRECTORY, FIFO, LINK, REGULAR, SYMLINK, Item, TarOut
@@ -111,6 +112,7 @@ def _kept(fd: int) -> dict[bytes, bytes]:
     return {key: value for key, value in _xattrs(fd).items() if os.fsdecode(key).startswith(_KEPT_XATTRS)}
 
 
-def pack(top: int, fd: int) -> None:
-    """The directory `top`, an upper of overlayfs, as a tar at `fd`; both stay the caller's. Raises OSError."""
-    Pack(TarOut(fd)).run(top)
+def pack(top: int, fd: int, check: Callable[[], object] = lambda: None) -> None:
+    """The directory `top`, an upper of overlayfs, as a tar at `fd`; both stay the caller's. `check` may end it by
+    raising. Raises OSError."""
+    Pack(TarOut(fd, check)).run(top)

@@ -7,7 +7,7 @@ what follows it: a file that shrinks meanwhile is filled with zeros, one that gr
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import field
 
 from runtime.linux.dataclass import dataclass
@@ -36,13 +36,16 @@ class Item:
 
 
 class TarOut:
-    """The archive at `fd`, which stays the caller's."""
+    """The archive at `fd`, which stays the caller's. `check` is called before each piece that is written, and may end
+    it by raising."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, check: Callable[[], object] = lambda: None) -> None:
         self._fd = fd
+        self._check = check
 
     def add(self, item: Item) -> None:
         """An entry without content."""
+        self._check()
         write_all(self._fd, headers(item))
 
     def add_bytes(self, item: Item, content: bytes) -> None:
@@ -54,6 +57,7 @@ class TarOut:
         write_all(self._fd, headers(item))
         left = item.size
         while left:
+            self._check()
             piece = os.read(source, min(left, _CHUNK))
             if not piece:
                 break
@@ -66,6 +70,7 @@ class TarOut:
 
     def end(self) -> None:
         """Two blocks of zeros."""
+        self._check()
         write_all(self._fd, bytes(2 * _BLOCK))
 
 

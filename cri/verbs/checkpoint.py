@@ -20,6 +20,7 @@ from cri.api import api_pb2 as pb
 from cri.config import CheckpointSection
 from cri.errors import FailedPrecondition, InvalidArgument, Unimplemented
 from cri.node import Node, new_id, now_ns
+from cri.patience import FOREVER, Patience
 from cri.paused import paused
 from cri.records import Container, Pod
 from cri.threads import to_thread
@@ -61,8 +62,11 @@ async def checkpoint_container(node: Node, request: pb.CheckpointContainerReques
     return pb.CheckpointContainerResponse()
 
 
-async def checkpoint_pod(node: Node, request: pb.CheckpointPodRequest) -> pb.CheckpointPodResponse:
-    """An archive in the directory `output_path` of the containers that `container_ids` name, or of all that run."""
+async def checkpoint_pod(
+    node: Node, request: pb.CheckpointPodRequest, patience: Patience = FOREVER
+) -> pb.CheckpointPodResponse:
+    """An archive in the directory `output_path` of the containers that `container_ids` name, or of all that run; or, by
+    the caller's deadline, none, and all of them go on."""
     section = enabled(node, "CheckpointPod")
     if request.options:
         raise InvalidArgument(f"options: {sorted(request.options)[0][:80]!r} is not known; there are none")
@@ -71,7 +75,7 @@ async def checkpoint_pod(node: Node, request: pb.CheckpointPodRequest) -> pb.Che
     if not pod.ready:
         raise FailedPrecondition(f"checkpoint pod {pod.label} ({pod.id[:13]}): it is not ready")
     chosen = _chosen(node, pod, request.container_ids)
-    work = _Work(node, pod, section)
+    work = _Work(node, pod, section, patience=patience)
     await node.tasks.finish(work.pod(chosen, target), f"checkpoint pod {pod.label}")
     return pb.CheckpointPodResponse()
 
@@ -96,12 +100,15 @@ def _chosen(node: Node, pod: Pod, ids: Sequence[str]) -> list[Container]:
 class _Work:
     """One checkpoint, in a directory of its own under the root: criu's images are as large as memory is."""
 
-    def __init__(self, node: Node, pod: Pod, section: CheckpointSection, seconds: int = 0) -> None:
+    def __init__(
+        self, node: Node, pod: Pod, section: CheckpointSection, seconds: int = 0, patience: Patience = FOREVER
+    ) -> None:
         self._node = node
         self._pod = pod
         self._section = section
         self._seconds = float(seconds) or section.timeout_s
         self._limit = "the request's timeout" if seconds else "checkpoint.timeout_s in the configuration"
+        self._patience = patience
         self._directory = directory(node) / new_id()
 
     async def container(self, container: Container, target: Path) -> None:
@@ -121,7 +128,7 @@ class _Work:
             failpoint("checkpoint.dumped")
             if pod:
                 await to_thread((self._directory / "pod.dump").write_bytes, pod)
-            await to_thread(archive.write, self._directory, target, self._section.archive_bytes)
+            await to_thread(archive.write, self._directory, target, self._section.archive_bytes, self._patience.check)
         finally:
             await to_thread(remove_tree, self._directory)
         names = ", ".join(container.name for container in places)
@@ -133,12 +140,13 @@ class _Work:
         images = place / "checkpoint"
         os.makedirs(images, 0o700)
         log_file = place / "dump.log"
-        with criu_logs.kept(node.config.root, container.id, log_file, limit=self._limit):
-            node.parts.checkpoints.checkpoint(sandbox, container.id, images, place, self._section.criu, self._seconds)
+        seconds, limit = self._patience.within(self._seconds, self._limit)
+        with criu_logs.kept(node.config.root, container.id, log_file, limit=limit):
+            node.parts.checkpoints.checkpoint(sandbox, container.id, images, place, self._section.criu, seconds)
         failpoint("checkpoint.imaged")
         fd = os.open(place / "rootfs-diff.tar", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            node.parts.snapshots.pack(container.id, fd)
+            node.parts.snapshots.pack(container.id, fd, self._patience.check)
         finally:
             os.close(fd)
         spec = read_bounded(AT_FDCWD, str(node.paths.bundle(container.id) / "config.json"), MAX_CONFIG)

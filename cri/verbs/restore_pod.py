@@ -23,6 +23,7 @@ from cri.errors import AlreadyExists, InvalidArgument
 from cri.events import keep_facts
 from cri.interfaces import ContainerFacts
 from cri.node import Node, new_id, now_ns
+from cri.patience import FOREVER, Patience
 from cri.records import Container, Pod, facts_of
 from cri.threads import to_thread
 from cri.undo import Undo
@@ -38,9 +39,9 @@ log = logging.getLogger(__name__)
 MAX_CONTAINERS = 256
 
 
-async def restore_pod(node: Node, request: pb.RestorePodRequest) -> pb.RestorePodResponse:
+async def restore_pod(node: Node, request: pb.RestorePodRequest, patience: Patience = FOREVER) -> pb.RestorePodResponse:
     """The pod is ready when this answers, with all of `container_configs`, each of which is in the archive: created,
-    and for StartContainer to let go on."""
+    and for StartContainer to let go on. Or, once the caller's deadline has passed, nothing of it is there."""
     section = restoring(node, "RestorePod")
     configs = _check(node, request)
     pod = run_pod.new_record(request.config, node.handler(request.runtime_handler)[0])
@@ -50,7 +51,7 @@ async def restore_pod(node: Node, request: pb.RestorePodRequest) -> pb.RestorePo
         raise AlreadyExists(f"{what}: the name is taken by pod sandbox {existing}; remove that first")
     archive = reader.open_archive("checkpoint_path", request.checkpoint_path)
     # Two restores are never the same request: what the archive's path names may change between them.
-    work = _Work(node, section, archive, configs, directory(node) / new_id())
+    work = _Work(node, section, archive, configs, directory(node) / new_id(), patience)
     try:
         pod_id = await node.pod_names.once(pod.key, os.urandom(16), what, lambda: work.run(pod))
     finally:
@@ -102,12 +103,14 @@ class _Work:
         take_archive: int,
         configs: Sequence[pb.ContainerConfig],
         place: Path,
+        patience: Patience,
     ) -> None:
         self._node = node
         self._section = section
         self._archive = take_archive
         self._configs = configs
         self._place = place
+        self._patience = patience
         self._done: list[_One] = []
         self._begun = False
 
@@ -142,6 +145,7 @@ class _Work:
             for config in self._configs:
                 await self._restore(create_container.new_record(node.store.pods[pod_id], config), undo)
             failpoint("restore_pod.restored")
+            self._patience.check()  # nobody has heard of it yet, and its caller will not
             # One turn of the loop, and so one transaction.
             node.store.note_pod(pod_id, made_ns=now_ns())
             for one in self._done:
@@ -180,8 +184,7 @@ class _Work:
             os.close(layer)
         failpoint("restore_pod.unpacked")
         images, program = place / reader.IMAGES, self._section.criu
-        seconds = self._section.timeout_s
-        limit = "checkpoint.timeout_s in the configuration"
+        seconds, limit = self._patience.within(self._section.timeout_s, "checkpoint.timeout_s in the configuration")
         with criu_logs.kept(node.config.root, record.id, place / "restore.log", limit=limit):
             facts = node.parts.checkpoints.restore(node.sandbox(pod), bundled.spec, images, place, program, seconds)
         return bundled, facts

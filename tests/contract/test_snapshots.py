@@ -106,6 +106,12 @@ def test_a_packed_layer_is_a_tar_and_an_unknown_one_is_refused(snapshots: Both, 
             assert archive.getnames() == []
         with pytest.raises(NotFound):
             snapshots.pack("nosuch", file.fileno())
+        with pytest.raises(TimeoutError):
+            snapshots.pack("c1", file.fileno(), _late)
+
+
+def _late() -> None:
+    raise TimeoutError
 
 
 def test_a_writable_layer_is_filled_from_a_layers_tar(snapshots: Both, tmp_path: Path, base: Blob) -> None:

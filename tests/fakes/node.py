@@ -22,6 +22,7 @@ from cri.events import Events
 from cri.feed import Feed
 from cri.intercept import Intercept
 from cri.node import Node, Parts
+from cri.patience import Patience
 from cri.recovery import lost, recover
 from cri.service import Metadata, Service
 from cri.stats import Statistics
@@ -105,9 +106,9 @@ class Rig:
         await self.node.store.close()
         self.node.exec_threads.close()
 
-    async def call(self, name: str, request: Any, metadata: Metadata = ()) -> Any:
+    async def call(self, name: str, request: Any, metadata: Metadata = (), left_s: float | None = None) -> Any:
         """Raises cri.errors.CallFailed."""
-        return await self.service.call(name, request, metadata)
+        return await self.service.call(name, request, metadata, left_s)
 
     # ---------------------------------------------------------------------------------------------------- shorthands
 
@@ -232,3 +233,17 @@ def on_rig(directory: Path, body: Callable[[Rig], Coroutine[Any, Any, None]], se
             await body(built)
 
     asyncio.run(bounded())
+
+
+class GoneAt(Patience):
+    """That of a caller who has gone when it is looked for the time `looks`."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self._looks = looks
+
+    def check(self) -> None:
+        self._looks -= 1
+        if self._looks == 0:
+            self._until = 0.0
+        super().check()

@@ -14,7 +14,7 @@ import os
 import tarfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,9 +177,10 @@ class MemorySnapshots:
                 raise NotFound(f"snapshot {key} does not exist")
         return Usage(4096, 1)
 
-    def pack(self, key: str, fd: int) -> None:
+    def pack(self, key: str, fd: int, check: Callable[[], object] = lambda: None) -> None:
         if key not in self._active:
             raise NotFound(f"snapshot {key} does not exist")
+        check()
         os.write(fd, tarball([]))
 
     def unpack(self, key: str, fd: int) -> None:

@@ -205,6 +205,21 @@ def test_a_criu_that_does_not_end_in_its_time_is_ended_and_everybody_goes_on(
     node.drop(pod)
 
 
+def test_when_its_callers_deadline_passes_a_pod_goes_on(bench: tuple[Node, Criu], tmp_path: Path) -> None:
+    node, criu = bench
+    pod, ids = _pod(node)
+    before = node.held()
+    request = pb.CheckpointPodRequest(pod_sandbox_id=pod, output_path=str(tmp_path))
+    with criu.planned("hang"), pytest.raises(grpc.RpcError) as caught:
+        node.client.runtime.CheckpointPod(request, timeout=2)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
+    node.settles(before)
+    assert not criu.alive() and list(tmp_path.iterdir()) == []
+    for one in ids:
+        node.goes_on(one)
+    node.drop(pod)
+
+
 @pytest.mark.parametrize("how", ["stop_pod", "stop"])
 def test_a_pod_ends_although_its_criu_hangs(bench: tuple[Node, Criu], tmp_path: Path, how: str) -> None:
     node, criu = bench

@@ -17,9 +17,11 @@ from cri import criu_logs
 from cri.api import api_pb2 as pb
 from cri.checkpoint_archive import write
 from cri.config import CheckpointSection
-from cri.errors import AlreadyExists, CallFailed, LimitExceeded
+from cri.errors import AlreadyExists, CallFailed, DeadlineExceeded, LimitExceeded
 from cri.interfaces import ContainerError
-from tests.fakes.node import Rig, on_rig
+from cri.patience import Patience
+from cri.verbs.checkpoint import checkpoint_pod
+from tests.fakes.node import GoneAt, Rig, on_rig
 
 
 def _on(tmp_path: Path, body: Callable[[Rig], Coroutine[Any, Any, None]]) -> None:
@@ -44,6 +46,53 @@ def _still(rig: Rig) -> None:
     assert rig.shims.frozen() == []
     assert not list(rig.config.state.glob("pods/*/paused"))
     assert not list((rig.config.root / "checkpoints").glob("*"))
+
+
+def test_a_callers_deadline_is_criu_s_and_a_part_of_it_is_left_to_answer() -> None:
+    assert Patience().within(600, "the limit") == (600, "the limit")
+    assert Patience(1000).within(600, "the limit") == (600, "the limit")
+    seconds, whose = Patience(100).within(600, "the limit")
+    assert 90 < seconds <= 98 and whose == "the caller's deadline"
+    for ask in (Patience(0).check, lambda: Patience(0).within(600, "the limit")):
+        with pytest.raises(DeadlineExceeded, match="the caller's deadline has passed"):
+            ask()
+
+
+def test_a_pods_deadline_goes_into_the_time_of_criu(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        pod = await rig.run_pod()
+        await rig.run(pod)
+        await rig.call("CheckpointPod", _pod_request(pod, tmp_path / "pod.tar"), left_s=50)
+        with tarfile.open(tmp_path / "pod.tar") as archive:
+            (log,) = [name for name in archive.getnames() if name.endswith("/dump.log")]
+            said = archive.extractfile(log)
+            assert said is not None and 30 < float(said.read().split()[-2]) <= 48
+
+    _on(tmp_path, body)
+
+
+def test_whenever_its_caller_goes_a_checkpoint_lets_the_pod_go_on_and_leaves_nothing(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        pod = await rig.run_pod()
+        for name in ("one", "two"):
+            await rig.run(pod, name)
+        target = tmp_path / "out"
+        target.mkdir()
+        looks = 0
+        while True:
+            looks += 1
+            gone = GoneAt(looks)
+            try:
+                await checkpoint_pod(rig.node, _pod_request(pod, target), gone)
+            except DeadlineExceeded:
+                assert list(target.iterdir()) == []
+                _still(rig)
+                continue
+            break
+        assert looks > 10 and [path.name for path in target.iterdir()] == ["pod.tar"]
+        _still(rig)
+
+    _on(tmp_path, body)
 
 
 def test_s71_off_unless_the_configuration_says_otherwise(tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ from grpc import StatusCode
 
 from cri.api import api_pb2 as pb
 from cri.config import CheckpointSection
-from cri.errors import CallFailed
+from cri.errors import CallFailed, DeadlineExceeded
 from cri.interfaces import ContainerError
+from cri.verbs.restore_pod import restore_pod
 from runtime.linux import failpoint as failpoints
-from tests.fakes.node import IMAGE, Rig, on_rig
+from tests.fakes.node import IMAGE, GoneAt, Rig, on_rig
 from tests.fakes.snapshots import Member, device, directory, fifo, file, hardlink, symlink, tarball, xattrs
 
 LAYER = tarball([file("written", b"1")])
@@ -285,6 +286,18 @@ def test_o8_restore_pod_broken_at_each_step(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.delitem(failpoints._ARMED, point)
         await rig.remove_pod((await rig.call("RestorePod", request)).pod_sandbox_id)
         _nothing_left(rig)
+
+    _on(tmp_path, body)
+
+
+def test_whenever_its_caller_goes_nothing_is_left(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        request = _request(rig, _archive(rig, whole("one", "two")), "one", "two")
+        for looks in (1, 2, 3):  # before criu is asked for each of them, and before they become visible
+            with pytest.raises(DeadlineExceeded, match="the caller's deadline has passed"):
+                await restore_pod(rig.node, request, GoneAt(looks))
+            _nothing_left(rig)
+        assert len((await restore_pod(rig.node, request, GoneAt(4))).restored_containers) == 2
 
     _on(tmp_path, body)
 

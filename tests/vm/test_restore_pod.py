@@ -245,6 +245,35 @@ def test_what_is_restored_goes_without_having_run(bench: Node, tmp_path: Path) -
     assert unlike(bench, before) == []
 
 
+def test_whenever_its_callers_deadline_passes_a_pod_that_is_being_dumped_goes_on(bench: Node, tmp_path: Path) -> None:
+    config = bench.pod_config(network=True)
+    pod = bench.client.run_pod(config)
+    one = container("one", bench.image, ["sh", "-c", COUNT])
+    bench.client.start(bench.client.create(pod, one, config))
+    log = Path(config.log_directory) / one.log_path
+    before = kept(bench)
+    ends = []
+    for step in range(1, 13):
+        target = tmp_path / f"{step}"
+        target.mkdir()
+        request = pb.CheckpointPodRequest(pod_sandbox_id=pod, output_path=str(target))
+        try:
+            bench.client.runtime.CheckpointPod(request, timeout=0.05 * step)
+            ends.append("whole")
+        except grpc.RpcError as error:
+            assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED, error
+            ends.append("late")
+        assert unlike(bench, before) == []
+        seen = len(messages(log))
+        eventually(lambda seen=seen: len(messages(log)) > seen, what="the container to count on")  # type: ignore[misc]
+    whole = [end for step, end in enumerate(ends, 1) if list((tmp_path / f"{step}").iterdir())]
+    # The one whose archive was just whole when its caller left: gRPC has told him otherwise.
+    assert "late" in ends and whole.count("late") <= 1 and whole.count("whole") == ends.count("whole")
+    numbers = [int(line) for line in messages(log)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    bench.drop(pod)
+
+
 def test_a_terminal_comes_back(bench: Node, tmp_path: Path) -> None:
     one = container("one", bench.image, ["sh", "-c", COUNT])
     one.tty = True
