@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 
-from cri.marks import LOGS, NAME_LABEL, NAMESPACE
+from cri.marks import LOGS, NAME_LABEL, NAMESPACE, POD_LABEL, VOLUMES
 from cri.node import Node
 from cri.records import Pod
 from cri.threads import to_thread
@@ -32,14 +32,14 @@ async def take_away(node: Node, pod: Pod) -> None:
 
 
 async def sweep_logs(node: Node) -> None:
-    """Removes directories of logs whose pod is gone."""
+    """Removes directories of logs and volumes whose pod is gone."""
     known = {pod.uid for pod in node.store.pods.values()}
-    top = node.config.root / LOGS
-    names = await to_thread(os.listdir, top) if top.is_dir() else []
-    for uid in names:
-        if uid not in known:
-            await to_thread(remove_tree, top / uid)
+    for top in (node.config.root / LOGS, node.config.root / VOLUMES):
+        names = await to_thread(os.listdir, top) if top.is_dir() else []
+        for uid in names:
+            if uid not in known:
+                await to_thread(remove_tree, top / uid)
 
 
 def _is_ours(pod: Pod) -> bool:
-    return pod.namespace == NAMESPACE and NAME_LABEL in pod.request.labels
+    return pod.namespace == NAMESPACE and not pod.request.labels.keys().isdisjoint((NAME_LABEL, POD_LABEL))

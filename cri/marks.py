@@ -6,8 +6,13 @@ from __future__ import annotations
 # They live in this Kubernetes namespace, so that they never meet a kubelet's.
 NAMESPACE = "ocid"
 NAME_LABEL = "ocid.name"
+# On pods of `ocid pod play` and their containers: the pod's name.
+POD_LABEL = "ocid.pod"
+# Annotation of such a pod: seconds that its containers have to end, when it is taken down.
+GRACE = "ocid.grace"
 # Below ROOT, a directory for each pod's uid.
 LOGS = "logs"
+VOLUMES = "volumes"
 # Annotations of a container. "true": a PID 1 that reaps is put before its command (runtime/reaper.py).
 INIT = "ocid.init"
 # no, on-failure[:N] or always: whether its shim starts it again after it has ended (runtime/shim/restarts.py).

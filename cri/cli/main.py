@@ -24,6 +24,7 @@ OBJECTS_OF_A_START = 200_000
 COMMANDS = {
     "serve": "serve the CRI for a kubelet or crictl",
     "run": "run a command in a new container",
+    "pod": "play the pods of a Kubernetes file, list them, and take them down",
     "ps": "list containers",
     "logs": "print what a container wrote",
     "exec": "run a command in a running container",

@@ -11,7 +11,7 @@ from pathlib import Path
 from cri.api import api_pb2 as pb
 from cri.cli.connect import Api
 from cri.cli.main import CommandError
-from cri.marks import NAME_LABEL
+from cri.marks import NAME_LABEL, POD_LABEL
 from runtime.shim.model import Sandbox
 
 
@@ -19,7 +19,7 @@ async def find(api: Api, wanted: str, code: int = 1) -> pb.Container:
     """The container that `wanted` names. Raises CommandError, with that exit code, when there is none or more than
     one."""
     listed = await api.call("ListContainers", pb.ListContainersRequest())
-    found = [c for c in listed.containers if c.labels.get(NAME_LABEL) == wanted or c.id == wanted]
+    found = [c for c in listed.containers if wanted in (c.labels.get(NAME_LABEL), _name_in_pod(c), c.id)]
     if not found and len(wanted) >= 3:
         found = [c for c in listed.containers if c.id.startswith(wanted)]
     if not found:
@@ -35,7 +35,13 @@ async def find(api: Api, wanted: str, code: int = 1) -> pb.Container:
 
 def display_name(container: pb.Container) -> str:
     """What a person calls it."""
-    return str(container.labels.get(NAME_LABEL) or container.metadata.name)
+    return str(container.labels.get(NAME_LABEL) or _name_in_pod(container) or container.metadata.name)
+
+
+def _name_in_pod(container: pb.Container) -> str:
+    """What a container of `ocid pod play` is called: its pod's name and its own."""
+    pod = container.labels.get(POD_LABEL)
+    return f"{pod}-{container.metadata.name}" if pod else ""
 
 
 def is_ours(container: pb.Container) -> bool:

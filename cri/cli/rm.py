@@ -10,6 +10,7 @@ from cri.api import api_pb2 as pb
 from cri.cli import names
 from cri.cli.connect import Api, connect
 from cri.cli.main import CommandError
+from cri.marks import LOGS, VOLUMES
 from runtime.linux.files import remove_tree
 
 
@@ -38,8 +39,20 @@ async def remove(api: Api, container: pb.Container) -> None:
     status = await api.call("ContainerStatus", pb.ContainerStatusRequest(container_id=container.id))
     await api.call("RemoveContainer", pb.RemoveContainerRequest(container_id=container.id))
     if names.is_ours(container):
-        pod = container.pod_sandbox_id
-        await api.call("StopPodSandbox", pb.StopPodSandboxRequest(pod_sandbox_id=pod))
-        await api.call("RemovePodSandbox", pb.RemovePodSandboxRequest(pod_sandbox_id=pod))
+        await drop_pod(api, container.pod_sandbox_id)
         if status.status.log_path:
             remove_tree(os.path.dirname(status.status.log_path))
+
+
+async def remove_pod(api: Api, pod: str, root: str, uid: str) -> None:
+    """Takes the pod away ("" for none), and what lies on disk for its uid."""
+    if pod:
+        await drop_pod(api, pod)
+    for kind in (LOGS, VOLUMES):
+        remove_tree(f"{root}/{kind}/{uid}")
+
+
+async def drop_pod(api: Api, pod: str) -> None:
+    """Stops and removes the pod, with what is in it."""
+    await api.call("StopPodSandbox", pb.StopPodSandboxRequest(pod_sandbox_id=pod))
+    await api.call("RemovePodSandbox", pb.RemovePodSandboxRequest(pod_sandbox_id=pod))

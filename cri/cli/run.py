@@ -24,7 +24,7 @@ from cri.cli.connect import Api, ApiError, connect
 from cri.cli.main import CommandError
 from cri.cli.pull import Wanted, pull
 from cri.cli.registry_options import given_keys, keys_argument, packed
-from cri.cli.rm import remove
+from cri.cli.rm import drop_pod, remove
 from cri.cli.watch import wait_exit
 from cri.marks import INIT, LOGS, NAME_LABEL, NAMESPACE, RESTART
 from runtime.errors import RuntimeFailure
@@ -151,7 +151,7 @@ async def _launch(api: Api, args: argparse.Namespace, name: str) -> tuple[str, s
         network = "" if args.net == "host" else args.net
         request = pb.RunPodSandboxRequest(config=sandbox_config)
         pod = str((await api.call("RunPodSandbox", request, network=network)).pod_sandbox_id)
-        undo.push_async_callback(_drop_pod, api, pod)
+        undo.push_async_callback(drop_pod, api, pod)
         create = pb.CreateContainerRequest(pod_sandbox_id=pod, config=config, sandbox_config=sandbox_config)
         made = await _command(api, "CreateContainer", create, packed(given_keys(args)))
         container = str(made.container_id)
@@ -182,11 +182,6 @@ def _exit_code(message: str) -> int:
     if "step command:" not in message and "step exec:" not in message:
         return 125
     return 127 if "not found" in message or "no such file" in message else 126
-
-
-async def _drop_pod(api: Api, pod: str) -> None:
-    await api.call("StopPodSandbox", pb.StopPodSandboxRequest(pod_sandbox_id=pod))
-    await api.call("RemovePodSandbox", pb.RemovePodSandboxRequest(pod_sandbox_id=pod))
 
 
 async def _image(api: Api, args: argparse.Namespace) -> str:
