@@ -30,6 +30,7 @@ from cri.feed import Feed
 from cri.handover import FILES_SOCKET, Handover
 from cri.image_config import store_config
 from cri.intercept import Intercept
+from cri.marks import RECOVERING
 from cri.network.cni import Cni, NetworkConfig
 from cri.node import Node, Parts
 from cri.observe.setup import set_up_logs, watched
@@ -53,7 +54,6 @@ from snapshotter.overlay import Overlay
 
 log = logging.getLogger(__name__)
 
-RECOVERING = "ocid is starting and recovers its pods; try again in a moment"
 STOPPING = "ocid is stopping"
 # How long calls under way may take once the daemon is to end; what they work on is recovered at the next start.
 GRACE_S = 10.0
@@ -62,6 +62,7 @@ _PLUGIN_GRACE_S = 2.0
 # command. Nobody waits for a daemon that answers.
 _LOCK_WAIT_S = 60.0
 _START_WAIT_S = 10.0
+_PATH_MAX = 4096
 # New objects between two looks of the collector, once those of the start are frozen.
 _OBJECTS = 50_000
 
@@ -103,9 +104,10 @@ class Built:
 
 
 @contextlib.contextmanager
-def owned(config: Config, *, wait_s: float) -> Iterator[None]:
+def owned(config: Config, *, wait_s: float, serving: bool = False) -> Iterator[None]:
     """Holds the lock of the root and of the state directory, both made 0700 whatever they were and whatever the
-    umask is: images hold set-uid programs of strangers (CVE-2021-41103). Raises AlreadyServed."""
+    umask is: images hold set-uid programs of strangers (CVE-2021-41103). A daemon's says where it is `serving`. Raises
+    AlreadyServed."""
     os.umask(0o022)
     with contextlib.ExitStack() as held:
         for directory in (config.root, config.state):
@@ -114,6 +116,9 @@ def owned(config: Config, *, wait_s: float) -> Iterator[None]:
             fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             held.callback(os.close, fd)
             _lock(fd, directory, config.socket, wait_s)
+            os.truncate(fd, 0)
+            if serving:
+                os.pwrite(fd, os.fsencode(f"{config.socket}\n{config.state}"), 0)
         yield
 
 
@@ -127,6 +132,11 @@ def _lock(fd: int, directory: Path, served: Path, wait_s: float) -> None:
         except BlockingIOError:
             if _answers(served):
                 raise AlreadyServed(f"another ocid serves {served}; end it, or choose another directory") from None
+            other, _, state = os.fsdecode(os.pread(fd, 2 * _PATH_MAX, 0)).partition("\n")
+            if other and _answers(Path(other)):  # a daemon with another state directory
+                raise AlreadyServed(
+                    f"a daemon works in {directory} and serves {other}: say --state {state}, or another --root"
+                ) from None
             if os.times().elapsed > loop_until:
                 raise AlreadyServed(f"another ocid works in {directory} for {wait_s:g} s already") from None
         signal.sigtimedwait([], 0.01)
@@ -201,7 +211,7 @@ def _lost(node: Node, pod_id: str) -> None:
 async def serve(config: Config) -> None:
     """Serves the CRI until SIGTERM or SIGINT. Raises AlreadyServed, and OSError when the socket cannot be made."""
     set_up_logs(config)
-    with owned(config, wait_s=_START_WAIT_S):
+    with owned(config, wait_s=_START_WAIT_S, serving=True):
         built = build(config, direct=False)
         async with watched(config, built.service.intercept, built.node.store):
             await _serve(config, built)

@@ -6,6 +6,8 @@ from __future__ import annotations
 # They live in this Kubernetes namespace, so that they never meet a kubelet's.
 NAMESPACE = "ocid"
 NAME_LABEL = "ocid.name"
+# What a daemon answers that has begun to serve and still recovers; our own commands wait for it.
+RECOVERING = "ocid is starting and recovers its pods; try again in a moment"
 # On pods of `ocid pod play` and their containers: the pod's name.
 POD_LABEL = "ocid.pod"
 # Annotation of such a pod: seconds that its containers have to end, when it is taken down.

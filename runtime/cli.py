@@ -33,7 +33,11 @@ GLOBAL = (
     Flag(("systemd-cgroup",), "bool", "cgroups are units of systemd's: cgroupsPath is slice:prefix:name"),
     Flag(("criu",), "str", "criu's program (default: criu on PATH)"),
     Flag(("rootless",), "str", "true, false or auto (default): whether cgroups that may not be made are left out"),
-    Flag(("shell-codes",), "bool", "exec: as a shell, exit with 126 or 127 when the command cannot be executed"),
+    Flag(
+        ("shell-codes",),
+        "bool",
+        "exec: speak and exit as ocid exec: 126 or 127 for what cannot be executed",
+    ),
     Flag(("version", "v"), "bool", "print the version"),
     Flag(("help", "h"), "bool", "print this"),
 )
@@ -215,15 +219,16 @@ def _failed(context: Context, failure: RuntimeFailure) -> int:
     said = {"exec": "exec failed: ", "create": "ocirun create failed: ", "run": "ocirun run failed: "}
     if context.log or context.log_json:
         context.write("error", said.get(context.command, "") + message)
+    hint = f"\n  hint: {failure.hint}" if failure.hint else ""
+    if context.shell_codes:  # for `ocid exec`, in whose place this process is
+        os.write(2, f"ocid exec: {failure.message}{hint}\n".encode("utf-8", "surrogateescape"))
+        if failure.step in ("command", "exec"):
+            return 127 if failure.errno == errno.ENOENT else 126
+        return 125
     if context.log or not context.log_json:  # who asks for json, and for no file, reads it on stderr
-        hint = f"\n  hint: {failure.hint}" if failure.hint else ""
         began = f"ocirun {context.command}{' failed' if context.command in said else ''}"
         os.write(2, f"{began}: {message}{hint}\n".encode("utf-8", "surrogateescape"))
-    if context.command != "exec":
-        return 1
-    if context.shell_codes and failure.step in ("command", "exec"):
-        return 127 if failure.errno == errno.ENOENT else 126
-    return 255  # what an exec itself exits with is the command's
+    return 255 if context.command == "exec" else 1  # what an exec itself exits with is the command's
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ whichever way it came.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import stat
-from collections.abc import AsyncIterator, Sequence
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from cri.cli.main import CommandError
 from cri.config import Config
 from cri.config import ConfigError as _ConfigError
 from cri.config_read import load
+from cri.marks import RECOVERING
 
+_READY_S, _AGAIN_S = 30.0, 0.05
 _IMAGE_CALLS = frozenset({"ListImages", "ImageStatus", "PullImage", "RemoveImage", "ImageFsInfo"})
 
 
@@ -71,7 +75,7 @@ class Api:
 
         stub = self._stubs[1 if name in _IMAGE_CALLS else 0]
         try:
-            return await getattr(stub, name)(request, metadata=metadata)
+            return await _once_ready(lambda: getattr(stub, name)(request, metadata=metadata))
         except grpc.aio.AioRpcError as error:
             raise self._failed(error) from None
 
@@ -107,8 +111,9 @@ class Api:
 
         import grpc
 
+        call, sent = self._channel.unary_unary(f"/ocid.v1.Node/{name}"), json.dumps(request).encode()
         try:
-            return json.loads(await self._channel.unary_unary(f"/ocid.v1.Node/{name}")(json.dumps(request).encode()))
+            return json.loads(await _once_ready(lambda: call(sent)))
         except grpc.aio.AioRpcError as error:
             raise self._failed(error) from None
 
@@ -142,6 +147,21 @@ class Api:
                 yield json.loads(step)
         except grpc.aio.AioRpcError as error:
             raise self._failed(error) from None
+
+
+async def _once_ready(call: Callable[[], Awaitable[Any]]) -> Any:
+    """The answer of a daemon, which may have begun to serve just now. Raises grpc.aio.AioRpcError."""
+    import grpc
+
+    loop = asyncio.get_running_loop()
+    until = loop.time() + _READY_S
+    while True:
+        try:
+            return await call()
+        except grpc.aio.AioRpcError as error:
+            if RECOVERING not in (error.details() or "") or loop.time() > until:
+                raise
+        await asyncio.sleep(_AGAIN_S)
 
 
 def configuration(args: argparse.Namespace) -> Config:
@@ -195,6 +215,10 @@ async def _parts(config: Config, held: contextlib.AsyncExitStack) -> Any:
 
     # What went wrong is the command's to say, once: without a handler logging would print it, with a traceback, too.
     logging.getLogger().addHandler(logging.NullHandler())
+    # But that records were lost is no failure of the command, and nobody else is there to say it.
+    told = logging.StreamHandler(sys.stderr)
+    told.setFormatter(logging.Formatter("ocid: %(message)s"))
+    logging.getLogger("cri.store").addHandler(told)
     try:
         return await held.enter_async_context(local(config))
     except AlreadyServed as error:

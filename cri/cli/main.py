@@ -127,6 +127,7 @@ def ocid(words: Sequence[str]) -> int:
     module.arguments(parser)
     merged = argparse.Namespace(
         **{
+            "subcommand": command,
             "config": None,
             "root": None,
             "state": None,

@@ -6,6 +6,9 @@ names; here they are only read.
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from cri.api import api_pb2 as pb
@@ -52,3 +55,20 @@ def is_ours(container: pb.Container) -> bool:
 def sandbox(state: Path, pod: str) -> Sandbox:
     """A pod's shim for who asks it without a daemon between: whoever answers in its directory."""
     return Sandbox(pod, state / "pods" / pod, 0, 0)
+
+
+async def each(args: argparse.Namespace, wanted: list[str], act: Callable[[str], Awaitable[None]]) -> int:
+    """`act` on every one of them, whatever becomes of the others; a failure is said at once. The exit code: 1 where one
+    of several has failed. Raises the CommandError of an only one."""
+    if len(wanted) == 1:
+        await act(wanted[0])
+        return 0
+    failed = 0
+    for name in wanted:
+        try:
+            await act(name)
+        except CommandError as error:
+            sys.stdout.flush()
+            print(f"ocid {args.subcommand}: {error}", file=sys.stderr)
+            failed = 1
+    return failed

@@ -17,7 +17,7 @@ import asyncio
 import sys
 
 from cri.api import api_pb2 as pb
-from cri.cli import output
+from cri.cli import names, output
 from cri.cli.connect import Api, connect
 from cri.cli.main import CommandError
 from cri.cli.rm import remove_pod
@@ -76,38 +76,29 @@ async def _play(args: argparse.Namespace) -> int:
 
 
 async def _down(args: argparse.Namespace) -> int:
-    from cri.podfile.pod import names
+    from cri.podfile.pod import names as pods_of
 
-    wanted = names(_text(args.file), args.file)
-    missing = 0
-    async with connect(args) as api:
-        for name in wanted:
-            pods = await found(api, name)
-            if not pods:
-                print(f"ocid pod: there is no pod {name!r}; see ocid pod ps", file=sys.stderr)
-                missing = 1
-            for pod in pods:
-                await take_down(api, pod)
-                print(name)
-    return missing
+    return await _take_away(args, pods_of(_text(args.file), args.file), force=True)
 
 
 async def _rm(args: argparse.Namespace) -> int:
-    failed = 0
+    return await _take_away(args, args.name, force=args.force)
+
+
+async def _take_away(args: argparse.Namespace, wanted: list[str], *, force: bool) -> int:
     async with connect(args) as api:
-        for name in args.name:
+
+        async def one(name: str) -> None:
             pods = await found(api, name)
-            problem = "" if pods else f"there is no pod {name!r}; see ocid pod ps"
-            if not args.force and any([await _running(api, pod) for pod in pods]):
-                problem = f"{name} is running; ocid pod rm --force {name} ends it first"
-            if problem:
-                print(f"ocid pod: {problem}", file=sys.stderr)
-                failed = 1
-                continue
+            if not pods:
+                raise CommandError(f"there is no pod {name!r}; see ocid pod ps", 1)
+            if not force and any([await _running(api, pod) for pod in pods]):
+                raise CommandError(f"{name} is running; ocid pod rm --force {name} ends it first", 1)
             for pod in pods:
                 await take_down(api, pod)
-                print(name)
-    return failed
+            print(name)
+
+        return await names.each(args, wanted, one)
 
 
 async def found(api: Api, name: str) -> list[pb.PodSandbox]:

@@ -25,13 +25,15 @@ def run(args: argparse.Namespace) -> int:
 
 async def _run(args: argparse.Namespace) -> int:
     async with connect(args) as api:
-        for wanted in args.container:
+
+        async def one(wanted: str) -> None:
             container = await names.find(api, wanted)
             if container.state == pb.CONTAINER_RUNNING and not args.force:
                 raise CommandError(f"{wanted} is running; stop it first, or rm --force", 1)
             await remove(api, container)
             print(wanted)
-    return 0
+
+        return await names.each(args, args.container, one)
 
 
 async def remove(api: Api, container: pb.Container) -> None:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 
 from cri.api import api_pb2 as pb
+from cri.cli import names
 from cri.cli.connect import Api, connect
 from cri.cli.main import CommandError
 
@@ -20,7 +21,8 @@ def run(args: argparse.Namespace) -> int:
 
 async def _run(args: argparse.Namespace) -> int:
     async with connect(args) as api:
-        for name in args.image:
+
+        async def one(name: str) -> None:
             spec = pb.ImageSpec(image=name)
             status = await api.call("ImageStatus", pb.ImageStatusRequest(image=spec))
             if not status.HasField("image"):
@@ -31,7 +33,8 @@ async def _run(args: argparse.Namespace) -> int:
             else:
                 await _remove(api, spec, status.image.id)
             print(name)
-    return 0
+
+        return await names.each(args, args.image, one)
 
 
 async def _remove(api: Api, spec: pb.ImageSpec, id_: str) -> None:

@@ -21,10 +21,12 @@ def run(args: argparse.Namespace) -> int:
 
 async def _run(args: argparse.Namespace) -> int:
     async with connect(args) as api:
-        for wanted in args.container:
+
+        async def one(wanted: str) -> None:
             container = await names.find(api, wanted)
             await api.call("StopContainer", pb.StopContainerRequest(container_id=container.id, timeout=args.time))
             if names.is_ours(container):
                 await api.call("StopPodSandbox", pb.StopPodSandboxRequest(pod_sandbox_id=container.pod_sandbox_id))
             print(wanted)
-    return 0
+
+        return await names.each(args, args.container, one)

@@ -11,6 +11,7 @@ import asyncio
 from cri.api import api_pb2 as pb
 from cri.cli import names
 from cri.cli.connect import connect
+from cri.cli.main import CommandError
 from cri.cli.watch import look, wait_pid
 
 
@@ -23,12 +24,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _run(args: argparse.Namespace) -> int:
-    for wanted in args.container:
+    async def one(wanted: str) -> None:
         async with connect(args) as api:
             container = await names.find(api, wanted)
         if container.state == pb.CONTAINER_CREATED:
-            print(f"{wanted} was never started")
-            return 1
+            raise CommandError(f"{wanted} was never started", 1)
         while True:
             async with connect(args) as api:
                 code, pid = await look(api, container.id)
@@ -36,4 +36,5 @@ async def _run(args: argparse.Namespace) -> int:
                 break
             await wait_pid(pid)
         print(code, flush=True)
-    return 0
+
+    return await names.each(args, args.container, one)

@@ -334,3 +334,31 @@ def test_stats_info_version_and_config(cli: Node) -> None:
         assert json.loads(said(cli, *words, "--format", "json"))
     assert "default_bridge" in said(cli, "config")
     said(cli, "rm", "-f", "s")
+
+
+def test_one_name_that_is_wrong_keeps_no_other_from_its_turn(cli: Node) -> None:
+    """rm, stop, wait and rmi: each failure is said, and the exit code is 1."""
+    for name in ("a", "b"):
+        said(cli, "run", "-d", "--name", name, cli.image, "sleep", "1000")
+    for words, printed in (
+        (["stop", "-t", "0"], "a\nb\n"),
+        (["wait"], "137\n137\n"),
+        (["rm"], "a\nb\n"),
+    ):
+        done = ocid(cli, *words, "no", "a", "none", "b")
+        assert (done.returncode, done.stdout) == (1, printed), done.stderr
+        assert "container 'no';" in done.stderr and "container 'none';" in done.stderr
+    said(cli, "tag", cli.image, "localhost/other:1")
+    done = ocid(cli, "rmi", "localhost/no:1", "localhost/other:1")
+    assert (done.returncode, done.stdout) == (1, "localhost/other:1\n") and "'localhost/no:1'" in done.stderr
+
+
+def test_a_command_that_cannot_be_executed_is_said_by_its_name(cli: Node) -> None:
+    """As docker has it: 127 for what is not there, 126 for what is no program."""
+    said(cli, "run", "-d", "--name", "x", cli.image, "sleep", "1000")
+    for command, code, words in (("nosuch", 127, 'exec: "nosuch": executable file not found'), ("/etc", 126, '"/etc"')):
+        done = ocid(cli, "exec", "x", command)
+        assert done.returncode == code and done.stderr.startswith("ocid exec: ") and words in done.stderr, done.stderr
+        assert "ocirun" not in done.stderr
+    assert ocid(cli, "exec", "-w", "/nosuch", "x", "true").returncode == 125
+    said(cli, "rm", "-f", "x")
