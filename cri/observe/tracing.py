@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, cast
@@ -21,10 +22,13 @@ from cri.version import NAME, VERSION
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span
 
 _QUEUE = 4096
 _EXPORT_S = 5.0
+# How long the daemon's end waits for the collector: of a full queue each of eight batches has _EXPORT_S otherwise.
+_LAST_S = 2.0
 _DELAY_MS = 1000
 _CARRIED = frozenset({"traceparent", "tracestate"})
 # rpc.grpc.status_code as OpenTelemetry's conventions have it.
@@ -34,12 +38,13 @@ _CANCELLED = 1
 class Tracing:
     """cri.trace.Tracer and cri.intercept.Observer."""
 
-    def __init__(self, provider: TracerProvider) -> None:
+    def __init__(self, provider: TracerProvider, exporter: SpanExporter) -> None:
         from opentelemetry import trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._trace = trace
         self._provider = provider
+        self._exporter = exporter
         self._tracer = provider.get_tracer(NAME, VERSION)
         self._propagator = TraceContextTextMapPropagator()
 
@@ -101,7 +106,12 @@ class Tracing:
 
     def close(self) -> None:
         """Sends what is left, for a bounded time; blocks."""
-        self._provider.shutdown()
+        enough = threading.Timer(_LAST_S, self._exporter.shutdown)  # what is under way then, and what waits, is dropped
+        enough.start()
+        try:
+            self._provider.shutdown()
+        finally:
+            enough.cancel()
 
 
 def open_tracing(section: TracingSection) -> Tracing:
@@ -120,4 +130,4 @@ def open_tracing(section: TracingSection) -> Tracing:
         endpoint=section.endpoint, insecure=not section.endpoint.startswith("https://"), timeout=_EXPORT_S
     )
     provider.add_span_processor(BatchSpanProcessor(exporter, max_queue_size=_QUEUE, schedule_delay_millis=_DELAY_MS))
-    return Tracing(provider)
+    return Tracing(provider, exporter)

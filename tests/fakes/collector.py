@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,14 +16,20 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 
 @dataclass
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):  # type: ignore[misc]  # generated, without types
-    """`endpoint` is what a node is configured with; `resources` are what the spans say they are of."""
+    """`endpoint` is what a node is configured with; `resources` are what the spans say they are of. One that is `stuck`
+    takes calls, which are counted, and answers none."""
 
     endpoint: str = ""
     spans: list[Any] = field(default_factory=list)
     resources: list[dict[str, str]] = field(default_factory=list)
+    stuck: bool = False
+    calls: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def Export(self, request: Any, context: grpc.ServicerContext) -> Any:
+        self.calls += 1
+        while self.stuck and context.is_active():
+            time.sleep(0.01)
         with self._lock:
             for one in request.resource_spans:
                 self.resources.append({item.key: item.value.string_value for item in one.resource.attributes})

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -22,10 +23,12 @@ from cri.config_write import as_toml
 from cri.daemon import RECOVERING, _server
 from cri.discovery import Discovery
 from cri.intercept import Call, Intercept
+from cri.observe import tracing
 from cri.observe.logs import JsonFormatter
 from cri.observe.pulls import PullTimes
 from cri.threads import to_thread
 from imagestore.model import Progress
+from tests.fakes.collector import collecting
 from tests.fakes.node import Rig, on_rig
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +104,20 @@ def test_threads_and_tasks_know_what_a_call_is_about_and_tell_it_more() -> None:
     assert asyncio.run(call()) == {"pod": "p", "container": "c", "image": "i"}
     trace.about(pod="x")  # in no call
     assert trace.subject() == {}
+
+
+def test_a_full_queue_and_a_collector_that_answers_nothing_delay_the_end_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "_LAST_S", 0.1)
+    monkeypatch.setattr(tracing, "_EXPORT_S", 0.5)
+    with collecting() as collector:
+        collector.stuck = True
+        spans = tracing.open_tracing(replace(Config().tracing, endpoint=collector.endpoint))
+        for _ in range(tracing._QUEUE):
+            with spans.call(Call("s", "c", None)):
+                pass
+        before = collector.calls
+        spans.close()
+        assert collector.calls - before <= 1  # not one for each batch that waits
 
 
 def test_a_log_line_is_one_object_whatever_is_in_it() -> None:
