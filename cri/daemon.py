@@ -30,6 +30,7 @@ from cri.feed import Feed
 from cri.handover import FILES_SOCKET, Handover
 from cri.image_config import store_config
 from cri.intercept import Intercept
+from cri.interrupted import forsaken
 from cri.marks import RECOVERING
 from cri.network.cni import Cni, NetworkConfig
 from cri.node import Node, Parts
@@ -188,7 +189,7 @@ def build(config: Config, *, direct: bool) -> Built:
     node.feed = feed = Feed(records)
     intercept = Intercept(RECOVERING)
     files = Handover(config.state / FILES_SOCKET)
-    service, own = Service(node, intercept), Own(images, intercept, files)
+    service, own = Service(node, intercept), Own(images, intercept, files, functools.partial(_forsaken, node))
     streams = StreamServer(config.stream, Sessions(shims, node.exec_threads))
     return Built(node, events, feed, statistics, service, own, files, streams, network, snapshots, images, databases)
 
@@ -199,6 +200,10 @@ def _layers_usage(snapshots: Overlay) -> Callable[[], Usage]:
         return Usage(usage.bytes, usage.inodes)
 
     return measure
+
+
+def _forsaken(node: Node, uid: str) -> None:
+    node.tasks.background(forsaken(node, uid), f"take away what the maker of {uid[:13]} has left")
 
 
 def _lost(node: Node, pod_id: str) -> None:

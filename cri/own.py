@@ -8,10 +8,14 @@
     ocid.v1.Node/Check    {"repair"}                                        {"problems": [...], "left": [...]}
     ocid.v1.Node/Sharing  {}                                                {"images": [{"image", …}], "bytes"}
     ocid.v1.Node/Pulls    {}                                                a stream of {"image", "digest", "phase", …}
+    ocid.v1.Node/Launch   {"uid"}                                           a stream of nothing, see below
+    ocid.v1.Node/Launched {"uid"}                                           {}
 
 `file` is a ticket of cri.handover: what is read is what the command has opened. `path` is what it is called, in
-messages and in the signature policy. Whoever may connect to the daemon's socket is root and may do all of it. Refuses
-fields of the wrong type by name. Invariant: the same functions serve a daemon's socket and a command's own process.
+messages and in the signature policy. Who makes a pod holds Launch open meanwhile, and says Launched before letting go:
+if it is gone without a word, so is what it had made. Whoever may connect to the daemon's socket is root and may do all
+of it. Refuses fields of the wrong type by name. Invariant: the same functions serve a daemon's socket and a command's
+own process.
 """
 
 from __future__ import annotations
@@ -74,8 +78,13 @@ class Images(Protocol):
 class Own:
     """Our own calls over one store."""
 
-    def __init__(self, images: Images, intercept: Intercept, files: Handover) -> None:
+    def __init__(
+        self, images: Images, intercept: Intercept, files: Handover, forsaken: Callable[[str], None] = lambda _uid: None
+    ) -> None:
+        """`forsaken` is called with the uid of a pod whose maker has gone."""
         self._images = images
+        self._forsaken = forsaken
+        self._whole: set[str] = set()
         self._files = files
         self._intercept = intercept
         self._calls: dict[str, Callable[[Document], Awaitable[Document]]] = {
@@ -86,6 +95,7 @@ class Own:
             "Collect": self._collect,
             "Check": self._check,
             "Sharing": self._sharing,
+            "Launched": self._launched,
         }
 
     async def call(self, name: str, request: Document) -> Document:
@@ -153,6 +163,25 @@ class Own:
         shares, together = await to_thread(self._images.sharing)
         return {"images": [asdict(one) for one in shares], "bytes": together}
 
+    async def _launched(self, request: Document) -> Document:
+        self._whole.add(_text(request, "uid"))
+        return {}
+
+    async def launch(self, request: Document) -> AsyncGenerator[Document, None]:
+        """Nothing, until the caller leaves."""
+        uid = _text(request, "uid")
+        if not uid.isalnum():  # it is the name of directories
+            raise InvalidArgument("uid: expected letters and digits")
+        self._whole.discard(uid)
+        try:
+            await asyncio.Event().wait()
+            yield {}
+        finally:
+            # A daemon that stops ends these, too: then the next start looks (cri.interrupted).
+            if uid not in self._whole and not self._intercept.why_not:
+                self._forsaken(uid)
+            self._whole.discard(uid)
+
     async def pulls(self) -> AsyncGenerator[Document, None]:
         """Every step of every pull from now on, until the caller leaves."""
         steps: asyncio.Queue[Document] = asyncio.Queue(_LAG)
@@ -170,7 +199,8 @@ class Own:
     def handler(self) -> grpc.GenericRpcHandler:
         """The service for a grpc.aio server."""
         methods = {name: self._method(name) for name in self._calls}
-        methods["Pulls"] = grpc.unary_stream_rpc_method_handler(self._stream)
+        methods["Pulls"] = self._streaming("Pulls", lambda _request: self.pulls())
+        methods["Launch"] = self._streaming("Launch", self.launch)
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     def _method(self, name: str) -> grpc.RpcMethodHandler:
@@ -183,14 +213,20 @@ class Own:
 
         return grpc.unary_unary_rpc_method_handler(unary)
 
-    async def _stream(self, request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
-        try:
-            async with aclosing(self._intercept.stream(Call(SERVICE, "Pulls", streaming=True), self.pulls())) as steps:
-                await context.send_initial_metadata(())
-                async for step in steps:
-                    yield json.dumps(step).encode()
-        except CallFailed as error:
-            await context.abort(error.code, str(error))
+    def _streaming(
+        self, name: str, begin: Callable[[Document], AsyncGenerator[Document, None]]
+    ) -> grpc.RpcMethodHandler:
+        async def stream(request: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+            try:
+                items = begin(_parse(request))
+                async with aclosing(self._intercept.stream(Call(SERVICE, name, streaming=True), items)) as steps:
+                    await context.send_initial_metadata(())
+                    async for step in steps:
+                        yield json.dumps(step).encode()
+            except CallFailed as error:
+                await context.abort(error.code, str(error))
+
+        return grpc.unary_stream_rpc_method_handler(stream)
 
 
 def _parse(data: bytes) -> Document:

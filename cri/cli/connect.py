@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import stat
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from cri.config import ConfigError as _ConfigError
 from cri.config_read import load
 from cri.marks import RECOVERING
 
-_READY_S, _AGAIN_S = 30.0, 0.05
+_READY_S, _DYING_S, _AGAIN_S = 30.0, 1.0, 0.05
+# gRPC's words for a connection that broke.
+_BROKEN = ("Stream removed", "Socket closed", "sendmsg", "recvmsg", "Connection reset")
 _IMAGE_CALLS = frozenset({"ListImages", "ImageStatus", "PullImage", "RemoveImage", "ImageFsInfo"})
 
 
@@ -81,11 +84,21 @@ class Api:
 
     def _failed(self, error: Any) -> ApiError:
         """An error of gRPC's in our words. Those for a connection that broke are gRPC's own, and no sentence."""
-        code = error.code().name
-        if code in ("UNAVAILABLE", "UNKNOWN") and not is_served(self.config):
+        code, said = error.code().name, error.details() or ""
+        if code in ("UNAVAILABLE", "UNKNOWN") and self._has_ended(broken=any(word in said for word in _BROKEN)):
             path = socket_path(self.config)
             return ApiError(code, f"the daemon at {path} has ended; once it is started again, see what was done")
         return ApiError(code, error.details() or code)
+
+    def _has_ended(self, *, broken: bool) -> bool:
+        """True when nobody serves any more. Of a process that is killed the `broken` connection ends a moment before
+        the socket that it listens on."""
+        until = time.monotonic() + (_DYING_S if broken else 0)
+        while is_served(self.config):
+            if time.monotonic() >= until:
+                return False
+            time.sleep(_AGAIN_S)
+        return True
 
     async def stream(self, name: str, request: Any) -> AsyncIterator[Any]:
         """The answers of a streaming call of a daemon. Raises ApiError."""
@@ -133,6 +146,23 @@ class Api:
                 return await self.own("Load", {**request, "file": ticket})
         except OSError as error:
             raise CommandError(f"hand {request['path']} to the daemon: {error}") from None
+
+    @contextlib.asynccontextmanager
+    async def launching(self, uid: str) -> AsyncIterator[None]:
+        """While a pod of this uid is made: a daemon takes it away if this process is gone before that is over. Without
+        a daemon the next command does (cri.interrupted)."""
+        if self._channel is None:
+            yield
+            return
+        import json
+
+        held = self._channel.unary_stream("/ocid.v1.Node/Launch")(json.dumps({"uid": uid}).encode())
+        try:
+            await held.initial_metadata()
+            yield
+            await self.own("Launched", {"uid": uid})
+        finally:
+            held.cancel()
 
     async def pulls(self) -> AsyncIterator[Any]:
         """The steps of all pulls from now on. Raises ApiError."""

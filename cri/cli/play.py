@@ -22,6 +22,7 @@ from cri.marks import LOGS, VOLUMES
 from cri.podfile.containers import Planned
 from cri.podfile.pod import PlannedPod, pods
 from cri.podfile.volumes import Volume
+from runtime.linux.failpoint import failpoint
 from runtime.linux.files import write_all
 
 _LAST = 2000  # bytes of a log that an error shows
@@ -40,8 +41,8 @@ async def play(api: Api, pod: PlannedPod) -> str:
     if await found(api, pod.name):
         raise CommandError(f"the name {pod.name} is taken; ocid pod rm {pod.name} frees it, or say --replace")
     images = {one.name: await _image(api, one) for one in (*pod.init, *pod.containers)}
-    async with contextlib.AsyncExitStack() as undo:
-        root, uid = str(api.config.root), pod.config.metadata.uid
+    root, uid = str(api.config.root), pod.config.metadata.uid
+    async with api.launching(uid), contextlib.AsyncExitStack() as undo:
         undo.push_async_callback(remove_pod, api, "", root, uid)
         os.makedirs(pod.config.log_directory, 0o700)
         _make_volumes(pod)
@@ -50,6 +51,7 @@ async def play(api: Api, pod: PlannedPod) -> str:
         undo.push_async_callback(remove_pod, api, id_, root, uid)
         for one in pod.init:
             await _run_to_end(api, pod, id_, one, images[one.name])
+        failpoint("ocid_play.init")
         for one in pod.containers:
             await _start(api, pod, id_, one, images[one.name])
         undo.pop_all()

@@ -28,6 +28,7 @@ from cri.cli.rm import drop_pod, remove
 from cri.cli.watch import wait_exit
 from cri.marks import INIT, LOGS, NAME_LABEL, NAMESPACE, RESTART
 from runtime.errors import RuntimeFailure
+from runtime.linux.failpoint import failpoint
 from runtime.linux.files import remove_tree
 from runtime.shim.client import Shims
 from runtime.shim.restarts import most_restarts
@@ -145,18 +146,21 @@ async def _launch(api: Api, args: argparse.Namespace, name: str) -> tuple[str, s
     config = _container_config(args, name)  # before an image is fetched: what the options have wrong is told at once
     config.image.image = await _image(api, args)
     config.image.user_specified_image = args.image
-    async with contextlib.AsyncExitStack() as undo:
+    async with api.launching(sandbox_config.metadata.uid), contextlib.AsyncExitStack() as undo:
         Path(sandbox_config.log_directory).mkdir(mode=0o700, parents=True)
         undo.callback(remove_tree, sandbox_config.log_directory)
         network = "" if args.net == "host" else args.net
         request = pb.RunPodSandboxRequest(config=sandbox_config)
         pod = str((await api.call("RunPodSandbox", request, network=network)).pod_sandbox_id)
         undo.push_async_callback(drop_pod, api, pod)
+        failpoint("ocid_run.pod")
         create = pb.CreateContainerRequest(pod_sandbox_id=pod, config=config, sandbox_config=sandbox_config)
         made = await _command(api, "CreateContainer", create, packed(given_keys(args)))
         container = str(made.container_id)
+        failpoint("ocid_run.created")
         streams = None if args.detach else _attach(api, args, pod, container)
         await _command(api, "StartContainer", pb.StartContainerRequest(container_id=container))
+        failpoint("ocid_run.started")
         undo.pop_all()
     return pod, container, streams
 

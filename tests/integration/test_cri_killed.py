@@ -198,6 +198,28 @@ def test_o8_ocid_run_with_a_daemon_that_is_killed(here: Node, image: str) -> Non
         _nothing_new(here, before, point)
 
 
+def test_o8_what_a_killed_command_had_made_goes_with_it(here: Node, image: str, tmp_path: Path) -> None:
+    """Beside a daemon, which goes on: no pod that no command shows, no address, no directory of its logs."""
+    assert _ocid(here, "run", "--rm", image, "true").returncode == 0
+    (here.root / "volumes").mkdir()
+    before = _held(here)
+    spec = {"hostNetwork": True, "volumes": [{"name": "v", "emptyDir": {}}]}
+    spec["initContainers"] = [{"name": "first", "image": image, "command": ["true"]}]
+    spec["containers"] = [{"name": "main", "image": image, "command": ["sleep", "1000"]}]
+    played = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "played"}, "spec": spec}
+    (tmp_path / "pod.yaml").write_text(json.dumps(played))
+    run = ("run", "-d", "--name", "one", image, "sleep", "1000")
+    play = ("pod", "play", str(tmp_path / "pod.yaml"))
+    cases = [("ocid_run.pod", run), ("ocid_run.created", run), ("ocid_run.started", run), ("ocid_play.init", play)]
+    for point, words in cases:
+        assert _ocid(here, *words, point=point).returncode == -9, point
+        eventually(lambda: here.client.list_pods() == [], what=f"what was made before {point} to go")
+        _nothing_new(here, before, point)
+    assert _ocid(here, *run).returncode == 0
+    assert [one.state for one in here.client.list_pods()] == [pb.SANDBOX_READY]
+    assert _ocid(here, "rm", "-f", "one").returncode == 0
+
+
 def test_o44_a_database_that_is_garbled_costs_its_pods_and_not_the_node(here: Node, image: str) -> None:
     here.run(image, ["sleep", "1000"], network=True)
     here.end(9)
