@@ -84,6 +84,8 @@ def cgroup(pod: PodFacts, container_id: str) -> str:
 def user_request(config: pb.ContainerConfig, image: ImageConfig) -> UserRequest:
     """Who the container is to run as, before names are looked up. Raises InvalidRequest."""
     context = config.linux.security_context
+    if context.supplemental_groups_policy not in (pb.Merge, pb.Strict):
+        raise InvalidRequest(f"supplemental_groups_policy: unknown value {context.supplemental_groups_policy}")
     return UserRequest(
         image_user=image.user,
         uid=context.run_as_user.value if context.HasField("run_as_user") else None,
@@ -102,6 +104,8 @@ def build(inputs: SpecInputs) -> dict[str, Any]:
         raise InvalidRequest("security_context.privileged: the pod sandbox is not privileged")
     _check_namespaces(inputs)
     mounts.check_volumes(inputs.image.volumes)
+    if inputs.pod.ids is not None:
+        mounts.check_inside_user_namespace(config.mounts)
     all_mounts, propagation = mounts.build(
         config.mounts,
         inputs.pod.files,

@@ -246,6 +246,14 @@ def _propagation(field: str, mount: pb.Mount, source: str) -> str:
     return _PROPAGATION[mount.propagation]
 
 
+def check_inside_user_namespace(requested: Sequence[pb.Mount]) -> None:
+    """The mounts of a user namespace get what the host mounts, and never give it any: see mount_namespaces(7)."""
+    for index, mount in enumerate(requested):
+        if mount.propagation == pb.PROPAGATION_BIDIRECTIONAL:
+            words = "bidirectional is not possible in a pod with a user namespace"
+            raise InvalidRequest(f"mounts[{index}].propagation: {words}")
+
+
 def _mount_of(path: str) -> MountPoint | None:
     best: MountPoint | None = None
     for point in mountinfo():

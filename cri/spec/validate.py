@@ -17,6 +17,7 @@ MAX_SYSCTLS = 256
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?", re.ASCII)
 _UID = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?", re.ASCII)
 _HOSTNAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?", re.ASCII)
+_OF_INTERFACE = re.compile(r"net\.ipv[46]\.(?:conf|neigh)\.([^.]+)\.")
 _SYSCTL_KEY = re.compile(r"[a-z0-9_-]+(?:[./][A-Za-z0-9_:@-]+)+", re.ASCII)
 _SYSCTL_VALUE = re.compile(r"[A-Za-z0-9 \t._:,/@-]{0,4096}", re.ASCII)
 _IPC_SYSCTLS = frozenset(
@@ -86,6 +87,12 @@ def passed(annotations: Mapping[str, str], patterns: Sequence[str]) -> dict[str,
         if not key.startswith(("io.kubernetes.cri.", "ocid."))
         and any(fnmatch.fnmatchcase(key, one) for one in patterns)
     }
+
+
+def names_interface(key: str) -> bool:
+    """Whether a sysctl of `sysctls` is there only once its interface is."""
+    match = _OF_INTERFACE.match(key)
+    return match is not None and match[1] not in ("all", "default", "lo")
 
 
 def sysctls(values: Mapping[str, str], *, private_network: bool, private_ipc: bool) -> dict[str, str]:

@@ -258,7 +258,10 @@ async def make(node: Node, pod: Pod, fill: Callable[[Undo], Awaitable[None]] | N
             uids=own.ids.uids if own.ids else (),
             gids=own.ids.gids if own.ids else (),
         )
-        if own.ids is None:
+        if own.ids is None and any(map(validate.names_interface, spec.sysctls)):
+            network = await _connect(node, pod, undo, own)
+            sandbox = await _start(node, spec, undo)
+        elif own.ids is None:
             sandbox, network = await both(_start(node, spec, undo), _connect(node, pod, undo, own))
         else:
             # The network namespace belongs to the user namespace, so the shim makes both before anything is connected.

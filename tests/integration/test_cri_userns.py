@@ -260,6 +260,17 @@ def test_a_container_says_what_its_pod_says(here: Node) -> None:
     here.drop(pod)
 
 
+def test_a_mount_that_the_host_is_to_see_is_refused_by_its_field(here: Node, tmp_path: Path) -> None:
+    pod = here.client.run_pod(config := mapped(here.pod_config()))
+    wanted = container("main", here.image, ["true"])
+    wanted.linux.security_context.namespace_options.CopyFrom(config.linux.security_context.namespace_options)
+    wanted.mounts.add(host_path=str(tmp_path), container_path="/v", propagation=pb.PROPAGATION_BIDIRECTIONAL)
+    with pytest.raises(grpc.RpcError, match=r"mounts\[0\].propagation: .* in a pod with a user namespace") as refused:
+        here.client.create(pod, wanted, config)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    here.drop(pod)
+
+
 def test_it_costs_little_more_than_a_pod_without(here: Node) -> None:
     def took(config: Any) -> float:
         began = time.monotonic()

@@ -14,7 +14,7 @@ from grpc import StatusCode
 
 from cri.api import api_pb2 as pb
 from cri.errors import CallFailed
-from cri.interfaces import ContainerError, NetworkError, NetworkResult, PodNetwork
+from cri.interfaces import ContainerError, NetworkError, NetworkResult, PodNetwork, Sandbox, SandboxSpec
 from imagestore.model import SignatureRefused
 from runtime.linux import failpoint as failpoints
 from tests.fakes.node import IMAGE, Rig, on_rig
@@ -176,6 +176,39 @@ def test_a_shim_that_does_not_start_is_the_pods_failure(tmp_path: Path) -> None:
         with pytest.raises(CallFailed, match=r"step namespaces: unshare: EPERM \(hint: see dmesg\)"):
             await rig.run_pod()
         assert rig.leftovers() == []
+
+    on_rig(tmp_path, body)
+
+
+@pytest.mark.parametrize("key", ["net.ipv4.conf.eth0.arp_filter", "net/ipv6/neigh/eth0.7/retrans_time_ms"])
+def test_sysctls_of_an_interface_wait_for_it(tmp_path: Path, key: str) -> None:
+    async def body(rig: Rig) -> None:
+        started = threading.Event()
+        start = rig.shims.start
+
+        def starting(spec: SandboxSpec) -> Sandbox:
+            started.set()
+            assert spec.id in rig.network.pods
+            return start(spec)
+
+        async def before(_pod: PodNetwork) -> None:
+            await asyncio.to_thread(started.wait, 0.2)  # it must not come
+
+        rig.shims.start = starting  # type: ignore[method-assign]
+        rig.network.before = before
+        await rig.run_pod(linux=pb.LinuxPodSandboxConfig(sysctls={key: "1"}))
+
+    on_rig(tmp_path, body)
+
+
+def test_what_is_asked_for_groups_and_nobody_knows_is_refused(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        pod = await rig.run_pod()
+        linux = pb.LinuxContainerConfig()
+        linux.security_context.supplemental_groups_policy = 5  # type: ignore[assignment]
+        with pytest.raises(CallFailed, match="supplemental_groups_policy: unknown value 5") as refused:
+            await rig.create(pod, linux=linux)
+        assert refused.value.code == StatusCode.INVALID_ARGUMENT
 
     on_rig(tmp_path, body)
 
