@@ -303,7 +303,8 @@ class PortMapping:
 @dataclass(frozen=True, slots=True)
 class PodNetwork:
     """A pod as CNI sees it. `network` is "" for the default conflist or the name of one; `capabilities` are what a
-    plugin may ask to be told besides ports, by the names of CNI's conventions (dns, bandwidth …)."""
+    plugin may ask to be told besides ports, by the names of CNI's conventions (dns, bandwidth …); `sysctls` are those
+    of its interfaces, which are there only now (cri.spec.validate has their keys)."""
 
     id: str
     name: str
@@ -313,6 +314,7 @@ class PodNetwork:
     ports: tuple[PortMapping, ...] = ()
     network: str = ""
     capabilities: Mapping[str, object] = field(default_factory=dict, hash=False)
+    sysctls: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)

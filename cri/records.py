@@ -12,6 +12,7 @@ from pathlib import Path
 from cri.api import api_pb2 as pb
 from cri.capabilities import capabilities
 from cri.interfaces import ContainerFacts, PodNetwork, PortMapping, Sandbox
+from cri.spec import validate
 from runtime.linux.dataclass import dataclass
 
 NO_EXIT = -1
@@ -77,6 +78,7 @@ class Pod:
             for port in self.request.port_mappings
             if port.host_port
         )
+        sysctls = validate.sysctls(self.request.linux.sysctls, private_network=True, private_ipc=True)
         return PodNetwork(
             self.id,
             self.name,
@@ -86,6 +88,7 @@ class Pod:
             ports,
             self.network,
             capabilities(self.request),
+            {key: value for key, value in sysctls.items() if validate.names_interface(key)},
         )
 
 

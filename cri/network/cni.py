@@ -36,6 +36,7 @@ from cri.network.netns import Namespaces, open_netns
 from cri.network.networks import Networks
 from cri.network.plan import Plan, Tools
 from cri.network.records import Record, Records
+from cri.network.sysctl import set_sysctls
 from cri.network.underway import UnderWay
 from cri.network.values import Call, Cancel, PluginError, Result
 from cri.threads import Threads
@@ -175,6 +176,8 @@ class Cni:
                 failpoint("network.plugin.added")
             assert result is not None  # a list has at least one plugin
             cancel.check()
+            doing = "sysctls"
+            set_sysctls(record.pod)
             self._write(replace(record, result=result))
             return _answer(result)
         except Exception as error:  # a mistake of ours in the middle must not leak an address either

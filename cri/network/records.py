@@ -43,7 +43,7 @@ class Record:
 def _encode(record: Record) -> bytes:
     pod = asdict(record.pod)
     pod["netns"] = str(record.pod.netns)
-    pod["capabilities"] = dict(record.pod.capabilities)
+    pod["capabilities"], pod["sysctls"] = dict(record.pod.capabilities), dict(record.pod.sysctls)
     document = {
         "version": _VERSION,
         "pod": pod,
@@ -68,7 +68,8 @@ def _pod(document: dict[str, Any]) -> PodNetwork:
     )
     capabilities = field(document, "capabilities", dict, {}, "pod.")
     netns = Path(field(document, "netns", str, "", "pod."))
-    return PodNetwork(**words, netns=netns, ports=ports, capabilities=capabilities)
+    sysctls = field(document, "sysctls", dict, {}, "pod.")
+    return PodNetwork(**words, netns=netns, ports=ports, capabilities=capabilities, sysctls=sysctls)
 
 
 def _decode(data: bytes, source: str) -> Record:

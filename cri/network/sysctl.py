@@ -1,4 +1,4 @@
-"""Network sysctls of the calling thread's namespace, written to nothing but procfs.
+"""Network sysctls of the calling thread's namespace, or a pod's, written to nothing but procfs.
 
 Refuses a /proc that is not proc, links and mounts on the way (threats R2). Invariant: a value that is there already is
 not written again.
@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 
+from cri.interfaces import PodNetwork
+from cri.network.netns import inside, open_netns
+from cri.network.values import PluginError
 from runtime.linux.files import (
     PROC_SUPER_MAGIC,
     RESOLVE_BENEATH,
@@ -20,6 +24,24 @@ from runtime.linux.files import (
 from runtime.linux.libc import KernelError
 
 _RESOLVE = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV
+
+
+def set_sysctls(pod: PodNetwork) -> None:
+    """What a pod asked for of its interfaces. Raises PluginError."""
+    if not pod.sysctls:
+        return
+    netns = open_netns(pod.netns)
+    if netns is None:
+        raise PluginError(f"{pod.netns} is no pinned network namespace")
+    try:
+        for key, value in pod.sysctls.items():
+            # In a key of ours the dots separate, and a slash stands for a dot in a name.
+            name = key.removeprefix("net.").translate({ord("."): "/", ord("/"): "."})
+            inside(netns, partial(write_net, name, value))
+    except OSError as error:
+        raise PluginError(str(error), code="invalid_argument") from error
+    finally:
+        os.close(netns)
 
 
 def write_net(name: str, value: str, *, missing_ok: bool = False) -> None:

@@ -253,15 +253,12 @@ async def make(node: Node, pod: Pod, fill: Callable[[Undo], Awaitable[None]] | N
             private_uts=own.network,
             shared_pid=own.pid,
             shm_bytes=node.config.runtime.shm_bytes if own.ipc else 0,
-            sysctls=validate.sysctls(config.linux.sysctls, private_network=own.network, private_ipc=own.ipc),
+            sysctls=_early_sysctls(pod, own),
             cgroup_parent=parent,
             uids=own.ids.uids if own.ids else (),
             gids=own.ids.gids if own.ids else (),
         )
-        if own.ids is None and any(map(validate.names_interface, spec.sysctls)):
-            network = await _connect(node, pod, undo, own)
-            sandbox = await _start(node, spec, undo)
-        elif own.ids is None:
+        if own.ids is None:
             sandbox, network = await both(_start(node, spec, undo), _connect(node, pod, undo, own))
         else:
             # The network namespace belongs to the user namespace, so the shim makes both before anything is connected.
@@ -299,6 +296,13 @@ def leave_cgroup(node: Node, pod: Pod) -> None:
     heir = next((node.store.pods[id_] for id_, path in others.items() if is_within(path, made)), None)
     if heir is not None and (not heir.cgroup_made or len(made) < len(heir.cgroup_made)):
         node.store.note_pod(heir.id, cgroup_made=made)
+
+
+def _early_sysctls(pod: Pod, own: Namespaces) -> dict[str, str]:
+    """What the shim sets; those of interfaces, which it comes before, are the network's."""
+    found = validate.sysctls(pod.request.linux.sysctls, private_network=own.network, private_ipc=own.ipc)
+    late = pod.network != LOOPBACK_ONLY
+    return {key: value for key, value in found.items() if not (late and validate.names_interface(key))}
 
 
 def _prepare(node: Node, directory: Path, parent: str) -> str:

@@ -271,6 +271,14 @@ def test_a_mount_that_the_host_is_to_see_is_refused_by_its_field(here: Node, tmp
     here.drop(pod)
 
 
+def test_a_sysctl_of_an_interface(here: Node) -> None:
+    config = mapped(here.pod_config(network=True))
+    config.linux.sysctls["net.ipv4.conf.eth0.arp_filter"] = "1"
+    pod, one = in_pod(here, config, ["sleep", "1000"])
+    assert here.client.exec_sync(one, ["cat", "/proc/sys/net/ipv4/conf/eth0/arp_filter"])[1] == b"1\n"
+    here.drop(pod)
+
+
 def test_it_costs_little_more_than_a_pod_without(here: Node) -> None:
     def took(config: Any) -> float:
         began = time.monotonic()

@@ -8,15 +8,16 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cri.interfaces import PodNetwork, PortMapping
+from cri.interfaces import NetworkError, PodNetwork, PortMapping
 from cri.network import netlink as nl
 from cri.network import routes as rt
 from cri.network.bridge import host_name
-from tests.fakes.network import Corner, connect, in_pod, listen, network_corner, running_pod
+from tests.fakes.network import Corner, connect, in_pod, listen, make_pod, network_corner, remove_pod, running_pod
 from tests.support import needs
 
 PORTMAP: dict[str, object] = {"type": "portmap", "capabilities": {"portMappings": True}}
@@ -229,5 +230,24 @@ def test_a_pod_with_thousands_of_host_ports(corner: Corner) -> None:
         async with running_pod(corner, ports=ports):
             assert _table(corner).count("udp . 3") == len(ports)
         assert "udp . 3" not in _table(corner)
+
+    asyncio.run(scenario())
+
+
+def test_sysctls_of_the_pods_interfaces_are_set_once_they_are_there(corner: Corner) -> None:
+    corner.conflist("net", [corner.bridge_plugin()])
+
+    async def scenario() -> None:
+        sysctls = {"net.ipv4.conf.eth0.arp_filter": "1", "net.ipv4.neigh.eth0.app_solicit": "5"}
+        pod = replace(await make_pod(corner), sysctls=sysctls)
+        await corner.cni.add(pod)
+        files = [f"/proc/sys/net/ipv4/{name}" for name in ("conf/eth0/arp_filter", "neigh/eth0/app_solicit")]
+        assert in_pod(pod, lambda: [Path(file).read_text() for file in files]) == ["1\n", "5\n"]
+        await remove_pod(corner, pod)
+        bad = replace(await make_pod(corner), sysctls={"net.ipv4.conf.eth7.arp_filter": "1"})
+        with pytest.raises(NetworkError, match="sysctls: add pod .*net/ipv4/conf/eth7/arp_filter") as refused:
+            await corner.cni.add(bad)
+        assert refused.value.code == "invalid_argument" and not list(corner.records.iterdir()) and not corner.leased()
+        await remove_pod(corner, bad)
 
     asyncio.run(scenario())

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 
 import pytest
@@ -180,23 +180,25 @@ def test_a_shim_that_does_not_start_is_the_pods_failure(tmp_path: Path) -> None:
     on_rig(tmp_path, body)
 
 
-@pytest.mark.parametrize("key", ["net.ipv4.conf.eth0.arp_filter", "net/ipv6/neigh/eth0.7/retrans_time_ms"])
-def test_sysctls_of_an_interface_wait_for_it(tmp_path: Path, key: str) -> None:
+def test_sysctls_of_interfaces_are_the_networks_to_set_and_others_the_shims(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
-        started = threading.Event()
+        early, late = {"net.core.somaxconn": "9", "net.ipv4.conf.all.rp_filter": "2"}, {"net.ipv6.neigh.eth0/7.x": "1"}
         start = rig.shims.start
+        seen: list[Mapping[str, str]] = []
 
         def starting(spec: SandboxSpec) -> Sandbox:
-            started.set()
-            assert spec.id in rig.network.pods
+            seen.append(spec.sysctls)
             return start(spec)
 
-        async def before(_pod: PodNetwork) -> None:
-            await asyncio.to_thread(started.wait, 0.2)  # it must not come
+        async def before(pod: PodNetwork) -> None:
+            assert pod.sysctls == late
 
         rig.shims.start = starting  # type: ignore[method-assign]
         rig.network.before = before
-        await rig.run_pod(linux=pb.LinuxPodSandboxConfig(sysctls={key: "1"}))
+        linux = pb.LinuxPodSandboxConfig(sysctls=early | {"net/ipv6/neigh/eth0.7/x": "1"})
+        await rig.run_pod(linux=linux)
+        await rig.run_pod("alone", metadata=(("ocid-network", "none"),), linux=linux)  # there the shim says no
+        assert seen == [early, early | late]
 
     on_rig(tmp_path, body)
 
