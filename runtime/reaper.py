@@ -40,12 +40,15 @@ def is_wanted(spec: Spec) -> bool:
 
 
 def stay_behind(*, terminal: bool) -> None:
-    """Returns in a child of this process, which has become its PID 1 by then. Raises OSError in this one."""
-    gone, held = os.pipe2(os.O_CLOEXEC)
-    signals.block_all()
-    pid = os.fork()
-    if pid:
-        tiny_init.become(pid)
+    """Returns in a child of this process, which has become its PID 1 by then. Raises RuntimeFailure in this one."""
+    try:
+        gone, held = os.pipe2(os.O_CLOEXEC)
+        signals.block_all()
+        pid = os.fork()
+        if pid:
+            tiny_init.become(pid)
+    except OSError as error:
+        raise RuntimeFailure.of(error, step="init", what="put an init before the command") from None
     os.close(held)
     os.read(gone, 1)  # nothing comes, but its end: by the execve, or by a death that takes this process along
     os.close(gone)

@@ -107,6 +107,42 @@ def test_io_priority(home: Bundles, name: str, priority: int, expected: tuple[in
 
 
 @ours
+def test_an_init_before_the_command(home: Bundles) -> None:
+    """The annotation `ocid.init`: PID 1 is small, reaps, and ends as the command does."""
+    one = home.make()
+    one.config["annotations"] = {"ocid.init": "true"}
+    one.process["args"] = ["sh", "-c", "cat /proc/1/comm; ls -l /proc/1/exe; echo $$; exit 7"]
+    result = one.run()
+    name, link, pid = result.text.splitlines()
+    assert (result.code, name, pid) == (7, "ocid-init", "2") and "memfd:ocid-init" in link
+
+
+@ours
+def test_no_command_without_its_init(home: Bundles) -> None:
+    """A filter keeps PID 1 from being made: the start says so, and the command has not run."""
+    one = home.make()
+    one.config["annotations"] = {"ocid.init": "true"}
+    forbidden = {"names": ["memfd_create"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1}
+    one.linux["seccomp"] = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [forbidden]}
+    one.process["args"] = ["sh", "-c", "echo ran"]
+    result = one.run()
+    result.failed("put an init before the command")
+    assert result.text == ""
+    one.gone()
+
+
+@ours
+@pytest.mark.parametrize(("value", "words"), [("yes", 'expected "true" or "false"'), ("true", "no PID namespace")])
+def test_an_init_that_cannot_be_is_said(home: Bundles, value: str, words: str) -> None:
+    one = home.make()
+    one.config["annotations"] = {"ocid.init": value}
+    if value == "true":
+        one.linux["namespaces"] = [kind for kind in one.linux["namespaces"] if kind["type"] != "pid"]
+    one.run().failed(words)
+    one.gone()
+
+
+@ours
 def test_personality_of_the_container_and_its_execs(home: Bundles) -> None:
     one = home.sh("uname -m > /tmp/machine; sleep 1000")
     (one.rootfs / "bin/uname").symlink_to("busybox")
