@@ -41,6 +41,7 @@ def is_wanted(spec: Spec) -> bool:
 
 def stay_behind(*, terminal: bool) -> None:
     """Returns in a child of this process, which has become its PID 1 by then. Raises RuntimeFailure in this one."""
+    pid = -1
     try:
         gone, held = os.pipe2(os.O_CLOEXEC)
         signals.block_all()
@@ -48,6 +49,8 @@ def stay_behind(*, terminal: bool) -> None:
         if pid:
             tiny_init.become(pid)
     except OSError as error:
+        if pid > 0:  # before the end of this process, which it would take for the execve
+            os.kill(pid, signals.SIGKILL)
         raise RuntimeFailure.of(error, step="init", what="put an init before the command") from None
     os.close(held)
     os.read(gone, 1)  # nothing comes, but its end: by the execve, or by a death that takes this process along

@@ -1,4 +1,4 @@
-"""What a command of ours that was killed had made, and what a stop says to a shim that starts things again: on fakes."""
+"""What a killed command of ours had made, and what a stop says to a shim that starts things again: on fakes."""
 
 from __future__ import annotations
 
