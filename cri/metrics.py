@@ -180,11 +180,21 @@ def _has_scheduler_figures() -> bool:
 
 
 def _has_huge_pages() -> bool:
-    return bool(page_sizes()) and any("hugetlb" in place.controllers for place in detect())
+    return _has_huge_page_peaks() or (bool(page_sizes()) and _v2_alone_has("hugetlb"))
+
+
+def _v2_alone_has(controller: str) -> bool:
+    """Beside v1, v2's figures are not read."""
+    first, *others = detect()
+    if others or first.version == 1:
+        return False
+    with open(f"{first.mount}/cgroup.controllers", encoding="ascii") as file:
+        return controller in file.read().split()
 
 
 def _has_huge_page_peaks() -> bool:
-    return _has_huge_pages() and any("hugetlb" in place.controllers and place.version == 1 for place in detect())
+    """v1 alone counts the most that there was."""
+    return bool(page_sizes()) and any("hugetlb" in place.controllers for place in detect())
 
 
 def _cpu_total(facts: Facts) -> Iterator[Sample]:

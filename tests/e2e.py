@@ -81,7 +81,10 @@ def busybox() -> BuiltImage:
 
 
 def busybox_layout() -> Path:
-    """The same as a directory."""
+    """The same as a directory; in the virtual machine, which can build none, the one that it was given."""
+    if os.environ.get("OCID_VM"):
+        (given,) = (Path(__file__).parents[1] / ".cache/images").glob("busybox-*")
+        return given
     return layouts(["busybox"])[0]
 
 

@@ -20,6 +20,8 @@ from conformance.vm.image import image
 from conformance.vm.machine import boot
 from conformance.vm.selection import SESSIONS, left_out
 
+_WITH_PODS = ("pods", "kubelet", "cri_")  # in the names of tests that run the demonstration's image
+
 
 def _say(text: str) -> None:
     print(f"[vm] {text}", flush=True)
@@ -29,7 +31,7 @@ def _built(tests: Sequence[str]) -> list[Path]:
     """What of .cache the tests need: an image for those of pods; critest with its images, and a kubelet, for those that
     play them, where there is a Go compiler."""
     everything = any(path in ("tests", "tests/vm") for path in tests)
-    found = layouts(["busybox"]) if everything or any("pods" in path or "kubelet" in path for path in tests) else []
+    found = layouts(["busybox"]) if everything or any(word in path for path in tests for word in _WITH_PODS) else []
     if everything or any("critest" in path for path in tests):
         if tool.compiler():
             found += [tool.built("critest"), tool.built("ginkgo"), critest()]

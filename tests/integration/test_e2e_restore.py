@@ -5,6 +5,7 @@ missing, or when the daemon is killed in the middle. The real criu is in tests/v
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import struct
 import sys
@@ -243,7 +244,7 @@ def test_runtimes_own_commands_neither_thaw_nor_freeze_it(restored: Restored) ->
     restored.goes_on()
 
 
-@pytest.mark.parametrize("call", ["remove", "remove_pod", "kill"])
+@pytest.mark.parametrize("call", ["remove", "remove_pod", "kill", "shim"])
 def test_it_goes_without_having_run(bench: tuple[Node, Criu], tmp_path: Path, call: str) -> None:
     made, criu = bench
     criu.plan("restore")
@@ -254,6 +255,8 @@ def test_it_goes_without_having_run(bench: tuple[Node, Criu], tmp_path: Path, ca
     elif call == "kill":
         lifecycle.kill(str(made.state / "runtime"), one.id, signal.SIGKILL)
         eventually(lambda: made.client.status(one.id).state == pb.CONTAINER_EXITED, what="its end to be told")
+    elif call == "shim":
+        os.kill(made.shim(one.pod), signal.SIGKILL)
     made.drop(one.pod)
     assert not one.log.exists() or messages(one.log) == []
     made.settles(before)

@@ -19,11 +19,10 @@ import pytest
 from conformance.cri_client import connected, container
 from conformance.leaks import Machine
 from cri.api import api_pb2 as pb
-from tests.e2e import STOP_S, Node, messages, retired
+from tests.e2e import STOP_S, Node, busybox_layout, messages, retired
 from tests.support import eventually
 from tests.vm.units import CGROUPS, known_units, shown, systemctl
 
-ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 COUNT = "touch /written; i=0; while :; do i=$((i+1)); echo $i; usleep 50000; done"
 PARENTS = ("kubepods.slice", "kubepods-burstable.slice")
@@ -80,8 +79,8 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     made = Service(directory, runtime='cgroup_driver = "systemd"', limits="[checkpoint]\nenabled = true")
     try:
         made.start()
-        (layout,) = (ROOT / ".cache/images").glob("busybox-*")
-        loaded = subprocess.run([*made.words, "load", "-q", "-i", str(layout)], stdout=subprocess.PIPE, check=True)
+        words = [*made.words, "load", "-q", "-i", str(busybox_layout())]
+        loaded = subprocess.run(words, stdout=subprocess.PIPE, check=True)
         made.image = loaded.stdout.decode().split()[0]
         # One pod before anything is counted: bridge, zygote and the cached seccomp program stay.
         made.drop(made.run(made.image, ["true"], network=True)[0])
