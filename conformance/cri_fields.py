@@ -1,4 +1,5 @@
-"""conformance/cri_fields.toml as values and as the table of docs/cri-fields.md: each field of each request.
+"""conformance/cri_fields.toml and cri_answers.toml as values and as docs/cri-fields.md: each field of each request, and
+of each answer.
 
     python -m conformance.cri_fields      writes docs/cri-fields.md anew
 
@@ -15,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "conformance/cri_fields.toml"
+ANSWERS = ROOT / "conformance/cri_answers.toml"
 DOCUMENT = ROOT / "docs/cri-fields.md"
 KINDS = ("honoured", "refused", "moot")
 PEERS = {"both": ("yes", "yes"), "containerd": ("yes", "no"), "cri-o": ("no", "yes"), "neither": ("no", "no")}
@@ -22,12 +24,12 @@ PEERS = {"both": ("yes", "yes"), "containerd": ("yes", "no"), "cri-o": ("no", "y
 HEAD = """\
 # Every field of the CRI
 
-Printed by `python -m conformance.cri_fields` from `conformance/cri_fields.toml`; `tests/unit/test_cri_fields_table.py`
-fails when the proto has a field that is not there. *honoured*: it has the effect that the CRI says. *refused*: a
-request that has it fails with INVALID_ARGUMENT (UNIMPLEMENTED where the whole call does) and names the field. *moot*:
-there is nothing to be done with it here, for the reason given. The peers' columns say whether the field is named in
-their sources for the CRI (containerd 2.3.4, CRI-O 1.36.3), which does not say what they do with it. What Windows
-alone has is left out; a request that has it is refused.
+Printed by `python -m conformance.cri_fields` from `conformance/cri_fields.toml` and, of answers, from
+`conformance/cri_answers.toml`; `tests/unit/test_cri_fields_table.py` fails when the proto has a field that is not
+there. *honoured*: it has the effect that the CRI says. *refused*: a request that has it fails with INVALID_ARGUMENT
+(UNIMPLEMENTED where the whole call does) and names the field. *moot*: there is nothing to be done with it here, for the
+reason given. The peers' columns say whether the field is named in their sources for the CRI (containerd 2.3.4, CRI-O
+1.36.3), which does not say what they do with it. What Windows alone has is left out; a request that has it is refused.
 """
 
 
@@ -70,7 +72,30 @@ def load_calls(path: Path = SOURCE) -> Mapping[str, Call]:
     return {name: Call(*row) for name, row in _tables(path)["calls"].items()}
 
 
-def rendered(table: Mapping[str, Mapping[str, Field]], calls: Mapping[str, Call]) -> str:
+def load_answers(path: Path = ANSWERS) -> Mapping[str, Mapping[str, str]]:
+    """The tests of answers' fields, by message and name; "" where there is none."""
+    with path.open("rb") as file:
+        return tomllib.load(file)
+
+
+def _of_answers(answers: Mapping[str, Mapping[str, str]]) -> list[str]:
+    tests = [test for fields in answers.values() for test in fields.values()]
+    shown = sum(map(bool, tests))
+    lines = ["\n## Fields of answers\n", f"{shown} of {len(tests)} are shown by a test that fails without the field.\n"]
+    lines += ["| field | shown by |", "|---|---|"]
+    for message, fields in answers.items():
+        for name, test in fields.items():
+            lines.append(f"| `{message}.{name}` | {_named(test)} |")
+    return lines
+
+
+def _named(test: str) -> str:
+    return f"`{test.removeprefix('tests/')}`" if test else "—"
+
+
+def rendered(
+    table: Mapping[str, Mapping[str, Field]], calls: Mapping[str, Call], answers: Mapping[str, Mapping[str, str]]
+) -> str:
     """The document."""
     lines = [HEAD, "## Calls\n", "| call | ocid | containerd | CRI-O | shown by |", "|---|---|---|---|---|"]
     for name, call in calls.items():
@@ -84,10 +109,10 @@ def rendered(table: Mapping[str, Mapping[str, Field]], calls: Mapping[str, Call]
         for name, row in fields.items():
             what = f"{row.what}. {row.note}" if row.note else row.what
             where = f"`{row.where}`" if row.where else "—"
-            test = f"`{row.test.removeprefix('tests/')}`" if row.test else "—"
-            lines.append(f"| `{message}.{name}` | {what} | {where} | {' | '.join(PEERS[row.peers])} | {test} |")
-    return "\n".join(lines) + "\n"
+            peers = " | ".join(PEERS[row.peers])
+            lines.append(f"| `{message}.{name}` | {what} | {where} | {peers} | {_named(row.test)} |")
+    return "\n".join([*lines, *_of_answers(answers)]) + "\n"
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(rendered(load(), load_calls()), encoding="utf-8")
+    DOCUMENT.write_text(rendered(load(), load_calls(), load_answers()), encoding="utf-8")

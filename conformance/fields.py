@@ -1,8 +1,9 @@
 """conformance/run fields [--row NAME]… [--changed [COMMIT]] [--only unit|kernel] [--verbose]
 
-Shows that the tests of the CRI's fields can fail. Each row of conformance/cri_fields.toml names the test that shows its
-field. Here that test is played as it is, and must pass; then with the field taken out of every request, and must fail:
-else it shows nothing, and the field might as well be ignored; then as it is again. A row is reported when its test
+Shows that the tests of the CRI's fields can fail. Each row of conformance/cri_fields.toml and
+cri_answers.toml names the test that shows its field. Here that test is played as it is, and must pass; then with the
+field taken out of every request, or of every answer, and must fail: else it shows nothing, and the field might as well
+be ignored; then as it is again. A row is reported when its test
 passes without the field, and when no message of the test ever had it. Rows whose tests stand on fakes are `unit`, the
 others `kernel`.
 
@@ -20,11 +21,11 @@ import tempfile
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from conformance.cri_fields import ROOT, SOURCE, Field, load
+from conformance.cri_fields import ANSWERS, ROOT, SOURCE, load, load_answers
 from conformance.isolated import reenter
 
 UNIT = "tests/unit/"
@@ -48,51 +49,50 @@ class Told:
     seconds: float = 0.0
 
 
-def plays(table: Mapping[str, Mapping[str, Field]], side: str = "request") -> Iterator[Play]:
-    """Of every row that has a test."""
-    for message, fields in table.items():
+def plays() -> Iterator[tuple[Play, set[str]]]:
+    """Of every row that has a test, with what the row goes by: its names, its files."""
+    for message, fields in load().items():
         for name, row in fields.items():
             if row.test:
-                yield Play(row.test, f"{side} {message}.{name}")
+                yield _play("request", message, name, row.test, row.where)
+    for message, answers in load_answers().items():
+        for name, test in answers.items():
+            if test:
+                yield _play("answer", message, name, test)
+
+
+def _play(side: str, message: str, name: str, test: str, *files: str) -> tuple[Play, set[str]]:
+    return Play(test, f"{side} {message}.{name}"), {f"{message}.{name}", message, test.partition("::")[0], *files}
 
 
 def changed(since: str) -> set[str]:
     """The files that differ from those of a commit, and the fields whose rows do."""
     asked = ["git", "-C", str(ROOT), "diff", "--name-only", since, "--"]
     found = set(subprocess.run(asked, stdout=subprocess.PIPE, text=True, check=True).stdout.split())
-    asked = ["git", "-C", str(ROOT), "show", f"{since}:{SOURCE.relative_to(ROOT)}"]
-    before = tomllib.loads(subprocess.run(asked, stdout=subprocess.PIPE, text=True, check=True).stdout)
-    for message, fields in tomllib.loads(SOURCE.read_text()).items():
-        rows = before.get(message, {})
-        found |= {f"{message}.{name}" for name, row in fields.items() if rows.get(name) != row}
+    for source in (SOURCE, ANSWERS):
+        asked = ["git", "-C", str(ROOT), "show", f"{since}:{source.relative_to(ROOT)}"]
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)  # it may not have been there
+        before = tomllib.loads(done.stdout)
+        for message, fields in tomllib.loads(source.read_text()).items():
+            rows = before.get(message, {})
+            found |= {f"{message}.{name}" for name, row in fields.items() if rows.get(name) != row}
     return found
 
 
 def chosen(options: argparse.Namespace) -> list[Play]:
     """The plays that were asked for."""
-    table = load()
-    wanted = list(plays(table))
+    rows = list(plays())
     if options.row:
-        known = {play.field.partition(" ")[2] for play in wanted}
-        if unknown := set(options.row) - known - table.keys():
-            raise SystemExit(f"no row with a test is named {', '.join(sorted(unknown))} in {SOURCE.relative_to(ROOT)}")
-        wanted = [play for play in wanted if not _names(play).isdisjoint(options.row)]
+        if unknown := set(options.row) - {name for _, names in rows for name in names}:
+            raise SystemExit(f"no row with a test is named {', '.join(sorted(unknown))}")
+        rows = [row for row in rows if not row[1].isdisjoint(options.row)]
     if options.changed:
         different = changed(options.changed)
-        wanted = [play for play in wanted if not (_names(play) | _files(play, table)).isdisjoint(different)]
+        rows = [row for row in rows if not row[1].isdisjoint(different)]
+    wanted = [play for play, _ in rows]
     if options.only:
         wanted = [play for play in wanted if play.test.startswith(UNIT) == (options.only == "unit")]
     return wanted
-
-
-def _names(play: Play) -> set[str]:
-    name = play.field.partition(" ")[2]
-    return {name, name.partition(".")[0]}
-
-
-def _files(play: Play, table: Mapping[str, Mapping[str, Field]]) -> set[str]:
-    message, _, name = play.field.partition(" ")[2].partition(".")
-    return {table[message][name].where, play.test.partition("::")[0]}
 
 
 def played(wanted: Collection[Play]) -> dict[Play, Told]:
@@ -164,7 +164,7 @@ def main(words: list[str]) -> int:
         wrong = problem(told[Play(play.test, "")], told[play])
         failed += bool(wrong)
         if wrong:
-            print(f"[fields] {play.field.partition(' ')[2]} ({play.test}): {wrong}")
+            print(f"[fields] {play.field} ({play.test}): {wrong}")
         elif options.verbose:
             print(f"[fields] {play.field.partition(' ')[2]}: {told[play].seconds:.1f} s: {told[play].said}")
     print(f"{len(wanted) - failed} passed, {failed} failed ({time.monotonic() - began:.0f} s)")

@@ -30,6 +30,7 @@ def test_rows_are_chosen_by_name_message_and_kind() -> None:
         return [play.field for play in chosen(Namespace(**(vars(ANY) | asked)))]
 
     assert fields(row=["Mount.image"]) == ["request Mount.image"]
+    assert fields(row=["PodSandboxMetadata.uid"]) == ["request PodSandboxMetadata.uid", "answer PodSandboxMetadata.uid"]
     assert fields(row=["KeyValue"]) == ["request KeyValue.key", "request KeyValue.value"]
     assert sorted(fields(only="unit") + fields(only="kernel")) == sorted(fields())
     assert all(play.test.startswith(UNIT) for play in chosen(Namespace(**(vars(ANY) | {"only": "unit"}))))

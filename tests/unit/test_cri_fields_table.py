@@ -1,4 +1,5 @@
-"""The audit of the CRI's fields: each that a request may have is in the table, and what the table says is there."""
+"""The audit of the CRI's fields: each that a request or an answer may have is in the table, and what that says is
+there."""
 
 from __future__ import annotations
 
@@ -9,14 +10,15 @@ import re
 import pytest
 from google.protobuf.descriptor import Descriptor
 
-from conformance.cri_fields import DOCUMENT, KINDS, PEERS, ROOT, Field, load, load_calls, rendered
+from conformance.cri_fields import DOCUMENT, KINDS, PEERS, ROOT, Field, load, load_answers, load_calls, rendered
 from cri.api import api_pb2 as pb
 
 TABLE = load()
 
 
-def requested() -> dict[str, list[str]]:
-    """The fields of every message that a request may hold, but for those of Windows."""
+def carried(side: str) -> dict[str, list[str]]:
+    """The fields of every message that a request (input_type) or an answer (output_type) may hold, but for those of
+    Windows."""
     found: dict[str, list[str]] = {}
 
     def walk(message: Descriptor) -> None:
@@ -29,7 +31,7 @@ def requested() -> dict[str, list[str]]:
 
     for service in pb.DESCRIPTOR.services_by_name.values():
         for method in service.methods:
-            walk(method.input_type)
+            walk(getattr(method, side))
     return {name: fields for name, fields in found.items() if fields}
 
 
@@ -41,8 +43,18 @@ def functions_of(path: str) -> frozenset[str]:
 
 def test_every_field_has_a_row_and_every_row_a_field() -> None:
     assert {name: sorted(fields) for name, fields in TABLE.items()} == {
-        name: sorted(fields) for name, fields in requested().items()
+        name: sorted(fields) for name, fields in carried("input_type").items()
     }
+
+
+def test_every_answers_field_has_a_row_with_a_test_that_is_there() -> None:
+    answers = load_answers()
+    assert {name: sorted(fields) for name, fields in answers.items()} == {
+        name: sorted(set(fields) - {"windows"}) for name, fields in carried("output_type").items()
+    }
+    for test in {test for fields in answers.values() for test in fields.values()} - {""}:
+        path, _, function = test.partition("::")
+        assert function in functions_of(path), test
 
 
 @pytest.mark.parametrize(
@@ -77,4 +89,6 @@ def test_every_call_has_a_row_that_says_what_is_there() -> None:
 
 
 def test_the_document_is_what_the_table_says() -> None:
-    assert DOCUMENT.read_text(encoding="utf-8") == rendered(TABLE, load_calls()), "run python -m conformance.cri_fields"
+    assert DOCUMENT.read_text(encoding="utf-8") == rendered(TABLE, load_calls(), load_answers()), (
+        "run python -m conformance.cri_fields"
+    )
