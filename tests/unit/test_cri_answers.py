@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cri.api import api_pb2 as pb
+from runtime.cgroups.stats import Pressure, Stall, Stats
 from tests.fakes.node import IMAGE, Rig, on_rig
 
 
@@ -154,5 +155,44 @@ def test_what_handlers_and_the_runtime_can_do_is_told(tmp_path: Path) -> None:
         native = {handler.name: handler.features for handler in told.runtime_handlers}["native"]
         assert native.recursive_read_only_mounts and native.user_namespaces
         assert told.features.user_namespaces_host_network and told.features.mount_options
+
+    on_rig(tmp_path, body)
+
+
+def test_every_figure_of_a_container_and_of_a_pod_is_told(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        pod = await rig.run_pod(linux=pb.LinuxPodSandboxConfig(cgroup_parent="/t/own"))
+        one = await rig.run(pod)
+        stalls = Pressure(some=Stall(7, 1.5, 2.5, 3.5), full=Stall(5, 0.5, 0.25, 0.125))
+        figures = Stats(
+            5_000_000_000,
+            cpu_usage_ns=70,
+            memory_usage=1000,
+            memory_inactive_file=300,
+            memory_limit=2000,
+            memory_rss=50,
+            page_faults=11,
+            major_page_faults=12,
+            swap_usage=13,
+            swap_limit=100,
+            cpu_pressure=stalls,
+            memory_pressure=stalls,
+            io_pressure=stalls,
+        )
+        rig.statistics._read = lambda groups, full=False: dict.fromkeys(groups, figures)  # type: ignore[method-assign]
+        of_one = (await rig.call("ContainerStats", pb.ContainerStatsRequest(container_id=one))).stats
+        of_pod = (await rig.call("PodSandboxStats", pb.PodSandboxStatsRequest(pod_sandbox_id=pod))).stats.linux
+        swap = of_one.swap
+        assert (swap.timestamp, swap.swap_usage_bytes.value, swap.swap_available_bytes.value) == (5_000_000_000, 13, 87)
+        for told in (of_one, of_pod):
+            assert {told.cpu.timestamp, told.memory.timestamp, told.io.timestamp} == {5_000_000_000}
+            assert told.cpu.usage_core_nano_seconds.value == 70
+            memory = told.memory
+            assert (memory.usage_bytes.value, memory.working_set_bytes.value) == (1000, 700)
+            assert (memory.available_bytes.value, memory.rss_bytes.value) == (1300, 50)
+            assert (memory.page_faults.value, memory.major_page_faults.value) == (11, 12)
+            for psi in (told.cpu.psi, memory.psi, told.io.psi):
+                assert (psi.Some.Total, psi.Some.Avg10, psi.Some.Avg60, psi.Some.Avg300) == (7, 1.5, 2.5, 3.5)
+                assert (psi.Full.Total, psi.Full.Avg10, psi.Full.Avg60, psi.Full.Avg300) == (5, 0.5, 0.25, 0.125)
 
     on_rig(tmp_path, body)
