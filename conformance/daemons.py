@@ -170,7 +170,8 @@ def _answers(pid: str, words: bytes) -> bool:
     """Whether that is such a fork; one that has let go of its memory has no command line any more."""
     with contextlib.suppress(OSError):
         line = Path(f"/proc/{pid}/cmdline").read_bytes()
-        return Path(f"/proc/{pid}/comm").read_text() == "ocid-zygote\n" and (not line or line.endswith(words))
+        name = Path(f"/proc/{pid}/comm").read_text()
+        return name in ("ocid-zygote\n", "ocid-spare\n") and (not line or line.endswith(words))
     return False
 
 

@@ -36,6 +36,7 @@ OUR_NAMES = ("ocid", "ocirun", "shim", "containerd", "docker-registry", "runc", 
 SETTLE_S = 20.0
 # Threads of the kernel come and go on their own: their parent is kthreadd, always pid 2.
 KTHREADD = 2
+ZYGOTE, SPARE = "ocid-zygote", "ocid-spare"  # runtime.shim.spare
 INIT = 1
 
 
@@ -88,6 +89,7 @@ def left_over(before: Machine, after: Machine, marks: Sequence[str] = ()) -> lis
     mine = _descendants(after.processes, os.getpid())
     fresh = [one for one in after.processes if (one.pid, one.started_ticks) not in known and one.pid != os.getpid()]
     fresh = [one for one in fresh if not (one.ended and one.parent == INIT != os.getpid())]
+    fresh = _without_spares(before, fresh)
     processes = [one for one in fresh if one.pid in mine or _is_ours(one, marks)]
     counted = frozenset(one.pid for one in processes)
     found = [f"mount {mount}" for mount in _new(before.mounts, after.mounts) if _marked(mount, marks)]
@@ -103,6 +105,18 @@ def left_over(before: Machine, after: Machine, marks: Sequence[str] = ()) -> lis
     for process in sorted(processes, key=lambda process: process.pid):
         found.append(f"process {process.pid} ({process.name}): {process.command[:120]}")
     return found
+
+
+def _without_spares(before: Machine, fresh: Sequence[Process]) -> list[Process]:
+    """A zygote's spare shim, and its helper, are forked anew after each pod, or are about to be when `before` looks."""
+    there_may_be = {one.command: 2 for one in before.processes if one.name in (ZYGOTE, SPARE)}
+    left = []
+    for one in fresh:
+        if one.name == SPARE and there_may_be.get(one.command):
+            there_may_be[one.command] -= 1
+        else:
+            left.append(one)
+    return left
 
 
 def settled(before: Machine) -> list[str]:

@@ -17,7 +17,7 @@ from runtime.errors import RuntimeFailure
 from runtime.init_state import Setup
 from runtime.linux.failpoint import failpoint
 from runtime.linux.libc import KernelError
-from runtime.linux.process import end_child
+from runtime.linux.process import end_child, wait_or_look
 from runtime.linux.progress import Progress, phase
 from runtime.namespaces import Joins
 from runtime.newborn import adjust_oom_score, check_mappings, write_mappings
@@ -145,7 +145,9 @@ class Birth:
                 progress=progress,
                 stays_behind=self._stays_behind(),
             )
-            self._pid, self._pidfd = clone_init(spec, joins, gate, mine, its, lambda: init.main(setup, its))
+            self._pid, self._pidfd = clone_init(
+                spec, joins, gate, mine, its, lambda: init.main(setup, its), sibling=self._request.sibling
+            )
             its.close()
             return self._lead(progress)
         finally:
@@ -295,7 +297,7 @@ class Birth:
         poll.register(self._pidfd, select.POLLIN)
         poll.poll(1000)  # it closes its end before it is a zombie with a status
         try:
-            ended, status = os.waitpid(self._pid, os.WNOHANG)
+            ended, status = wait_or_look(self._pid, self._pidfd)
             if not ended:
                 how = "it closed its end and lives"
             elif os.WIFEXITED(status):

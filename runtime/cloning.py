@@ -1,6 +1,6 @@
 """The clone that becomes a container's init: by the caller itself, or by a process between that goes ahead.
 
-    caller --clone3(new namespaces)--> init                                       as a rule
+    caller --clone3(new namespaces)--> init                                       as a rule; with CLONE_PARENT if asked
     caller --clone3--> between --clone3(new namespaces, CLONE_PARENT)--> init     the init is the caller's child as well
 
 A process between is made where the init must find itself in namespaces that no process enters alone: a PID namespace
@@ -39,14 +39,22 @@ if TYPE_CHECKING:
 
 
 def clone_init(
-    spec: Spec, joins: Joins, gate: Gate, mine: Channel, its: Channel, main: Callable[[], NoReturn]
+    spec: Spec,
+    joins: Joins,
+    gate: Gate,
+    mine: Channel,
+    its: Channel,
+    main: Callable[[], NoReturn],
+    *,
+    sibling: bool = False,
 ) -> tuple[int, int]:
-    """(pid, pidfd) of a new child of the caller, which runs `main` and talks on `its`. Raises RuntimeFailure."""
+    """(pid, pidfd) of a new child of the caller, or of its parent if it is to be a `sibling` and takes no process
+    between, which runs `main` and talks on `its`. Raises RuntimeFailure."""
     # The cgroup namespace is made by the init, once it is in its cgroup: that becomes the namespace's root.
     flags = new_flags(spec.namespaces) & ~CLONE_NEWCGROUP
     if not joins.before and not flags & CLONE_NEWTIME:
         try:
-            pid, pidfd = clone3(flags, cgroup_fd=gate.cgroup_fd)
+            pid, pidfd = clone3(flags | (CLONE_PARENT if sibling else 0), cgroup_fd=gate.cgroup_fd)
         except OSError as error:
             raise RuntimeFailure.of(error, step="clone", what="make the namespaces") from None
         if pid == 0:

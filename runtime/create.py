@@ -39,7 +39,8 @@ class CreateRequest(Record):
     cgroup is a unit, and spec.cgroups_path its name.
     `pidfd_socket` gets a pidfd of the init; `notify` makes the directory that runtime.notify has mounted. `rootless`:
     cgroups are best-effort; None: where the rights of root are missing. `hold`: the caller starts it, too, with
-    Created.start, and its init ends if the caller ends before."""
+    Created.start, and its init ends if the caller ends before. `sibling`: the init is a child of the caller's parent,
+    who waits for it, where it takes one clone (runtime.cloning)."""
 
     root: str
     id: str
@@ -57,6 +58,7 @@ class CreateRequest(Record):
     notify: bool = False
     rootless: bool | None = None
     hold: bool = False
+    sibling: bool = False
 
 
 def create(request: CreateRequest) -> Created:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from runtime.linux.mount import FsMount, mountinfo
 from runtime.linux.process import is_running
 from runtime.linux.sockets import connect_unix, recv_frame, send_frame
 from runtime.shim import protocol
+from runtime.shim.cgroup import SPARE
 from runtime.shim.client import Shims
 from runtime.shim.model import ContainerFacts, ContainerSpec, ExecResult, ExecSpec, Sandbox, SandboxSpec
 from tests.support import SOON_S, eventually, take_away
@@ -227,6 +229,12 @@ def _named(*names: str) -> list[int]:
     return found
 
 
+def _is_spare(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text() == f"{SPARE}\n"
+    return False
+
+
 class Home:
     """A state directory with a zygote, if there is one, and a root filesystem that nobody writes to."""
 
@@ -251,8 +259,13 @@ class Home:
             return int(protocol.parse_reply(received[0])["pid"])
 
     def forks(self) -> list[int]:
-        """What a zygote that is shared has made, which has its command line and names no test."""
-        return [pid for pid in _named(str(self.state)) if pid != self.serving] if self.serving else []
+        """What a zygote that is shared has made, which has its command line and names no test; not the shim, and its
+        helper, that it has to spare."""
+        if not self.serving:
+            return []
+        made = [pid for pid in _named(str(self.state)) if pid != self.serving]
+        spare = [pid for pid in made if _is_spare(pid)]
+        return [pid for pid in made if pid not in spare] + spare[2:]
 
 
 @contextmanager

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import struct
+import time
 
 from runtime.linux import foreign as ctypes
 from runtime.linux.libc import KernelError, _libc, address, check, prctl, room, syscall
@@ -33,6 +35,11 @@ CLOSE_RANGE_CLOEXEC = 4
 # Looked up before any fork: doing it in each child would write to some sixty pages that it shares until then.
 _after_fork_child = ctypes.pythonapi.PyOS_AfterFork_Child
 _SIGKILL = 9
+# linux/pidfd.h: struct pidfd_info as of its first version, of which we read the mask and, last, the exit code.
+_PIDFD_INFO = struct.Struct("=Q52xi")
+_PIDFD_INFO_EXIT = 1 << 3
+_PIDFD_GET_INFO = 3 << 30 | _PIDFD_INFO.size << 16 | 0xFF << 8 | 11
+_PARENTS_PATIENCE = 1.0  # seconds
 
 
 def clone3(flags: int, *, cgroup_fd: int = -1) -> tuple[int, int]:
@@ -92,20 +99,70 @@ def signal_running(pidfd: int, number: int) -> bool:
 
 
 def end_child(pid: int, take_pidfd: int) -> None:
-    """SIGKILL for a child by its pidfd, and a wait for it; one that has ended, or was waited for, is fine."""
+    """SIGKILL for a child, or a sibling, by its pidfd, and a wait for its end; an end of before is fine."""
     try:
         signal_running(take_pidfd, _SIGKILL)
+        try:
+            os.waitpid(pid, 0)
+        except ChildProcessError:
+            _has_ended(take_pidfd, None)
     finally:
         os.close(take_pidfd)
+
+
+def wait_or_look(pid: int, pidfd: int) -> tuple[int, int]:
+    """(pid, status as of wait(2)) of a child that has ended, (0, 0) if it lives. Of a sibling the status is what the
+    kernel tells of its pidfd (PIDFD_GET_INFO, Linux 6.15) once its parent has waited for it. Raises ChildProcessError
+    where it cannot be known."""
     try:
-        os.waitpid(pid, 0)
+        return os.waitpid(pid, os.WNOHANG)
     except ChildProcessError:
-        pass
+        if not _has_ended(pidfd, 0):
+            return 0, 0
+        status = _status_told(pidfd)
+        if status is None:
+            raise
+        return pid, status
+
+
+def _status_told(pidfd: int) -> int | None:
+    import fcntl  # for what goes wrong
+
+    told = bytearray(_PIDFD_INFO.size)
+    deadline = time.monotonic() + _PARENTS_PATIENCE
+    while time.monotonic() < deadline:
+        _PIDFD_INFO.pack_into(told, 0, _PIDFD_INFO_EXIT, 0)
+        try:
+            fcntl.ioctl(pidfd, _PIDFD_GET_INFO, told)
+        except OSError:
+            return None
+        mask, status = _PIDFD_INFO.unpack(told)
+        if mask & _PIDFD_INFO_EXIT:
+            return int(status)
+        os.sched_yield()  # to the parent
+    return None
+
+
+def _has_ended(pidfd: int, milliseconds: int | None) -> bool:
+    """pidfd_open(2): with all of its threads, waited for or not."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(milliseconds))
 
 
 def close_range(first: int, last: int = 0xFFFFFFFF, flags: int = 0) -> None:
     """close_range(2)."""
     syscall("close_range", first, last, flags, subject=f"{first}-{last}")
+
+
+def close_all_but(*keep: int) -> None:
+    """Every fd but these and the first three."""
+    first = 3
+    for fd in sorted(fd for fd in keep if fd >= 3):
+        if fd > first:
+            close_range(first, fd - 1)
+        first = fd + 1
+    close_range(first)
 
 
 def start_time(pid: int) -> int:

@@ -33,9 +33,17 @@ _parts: list[Phase] = []
 
 
 def begin() -> None:
-    """From now on this process keeps its phases."""
+    """From now on this process keeps its phases, and none of before."""
     global _marks
     _marks = []
+    _parts.clear()
+
+
+def end() -> None:
+    """From now on it does not."""
+    global _marks
+    _marks = None
+    _parts.clear()
 
 
 def kept() -> bool:

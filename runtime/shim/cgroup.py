@@ -15,6 +15,7 @@ from runtime.linux.cgroup import cgroups_of
 
 NAME = "ocid.shims"
 ZYGOTE = "ocid-zygote"  # a zygote's name, and its forks' until they hold a pod
+SPARE = "ocid-spare"  # those that wait for a request (runtime.shim.spare)
 
 
 def leave_daemon(*, always: bool) -> None:

@@ -103,6 +103,7 @@ class NativeEngine:
                 stdio=(stdio[0], stdio[1], stdio[2]),
                 rootfs=root_mount(message),
                 systemd_cgroup=names_unit(config.cgroups_path),
+                sibling=True,  # whatever this helper does next, the shim hears of an exit
             )
         )
         os.close(created.pidfd)

@@ -55,13 +55,21 @@ class Handler:
     """One request; `fds` came with it."""
 
     def __init__(
-        self, pod: PodMessage, resident: Resident, channel: Channel, connection: socket.socket, fds: list[int]
+        self,
+        pod: PodMessage,
+        resident: Resident,
+        channel: Channel,
+        connection: socket.socket,
+        fds: list[int],
+        *,
+        waited: bool = False,
     ) -> None:
         self._pod = pod
         self._resident = resident
         self._channel = channel
         self._connection = connection
         self._fds = fds
+        self._waited = waited  # for this request: what this process has of the shim's memory is from before
         self.expects = ""  # what is likely to follow: the shim was told then that this helper is idle
 
     def run(self, request: bytes) -> None:
@@ -144,7 +152,7 @@ class Handler:
         return made
 
     def _expect(self, operation: str) -> None:
-        """Before the answer, which that may follow faster than this process would come to say it."""
+        """Before the answer, if that may follow faster than this process would come to say it."""
         self.expects = operation
         self._channel.tell(IDLE)
 
@@ -246,7 +254,12 @@ class Handler:
         except RuntimeFailure as error:
             self._channel.ask("note", container_id, str(error))
             raise
-        return self._started(container_id, *left, when_ns)
+        self._send(protocol.reply(self._started(container_id, *left, when_ns)))
+        # A hook after the start, a first probe: these are commands. Who has children must end, for them to be the
+        # shim's; who may be more than it should ends as well.
+        if not left[1] and not self._pod.uids and not children(os.getpid()):
+            self._expect("exec")
+        return ANSWERED
 
     def _started(self, container_id: str, bundle: str, handler: str, when_ns: int) -> object:
         value = self._channel.ask("started", container_id, when_ns)
@@ -317,9 +330,7 @@ class Handler:
 
     def _running(self, container_id: str, what: str) -> Held:
         held = self._held(container_id)
-        if held.facts.finished_ns or not held.facts.started_ns:
-            why = "has ended" if held.facts.finished_ns else "was not started"
-            raise RuntimeFailure(f"{what} container {container_id}: it {why}", code="failed_precondition")
+        check_runs(held.facts, what)
         return held
 
     def _do_pause(self, body: object) -> object:
@@ -383,3 +394,10 @@ class Handler:
             self._channel.ask("stop", True)  # who answers has been our parent all the time: these are nobody else's
             for pid in left:
                 kill_tree(pid)
+
+
+def check_runs(facts: Facts, what: str) -> None:
+    """Raises RuntimeFailure for a container that is not running."""
+    if facts.finished_ns or not facts.started_ns:
+        why = "has ended" if facts.finished_ns else "was not started"
+        raise RuntimeFailure(f"{what} container {facts.id}: it {why}", code="failed_precondition")

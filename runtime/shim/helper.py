@@ -13,7 +13,7 @@ from runtime.errors import RuntimeFailure
 from runtime.fields import encode
 from runtime.linux import progress, signals
 from runtime.linux.files import write_durable
-from runtime.linux.process import close_range, setns, start_time
+from runtime.linux.process import close_all_but, setns, start_time
 from runtime.linux.sockets import FrameError, listen_unix, peer_uid, recv_frame, send_frame
 from runtime.shim import protocol
 from runtime.shim.channel import Channel
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from runtime.shim.resident import Resident, Work
+    from runtime.shim.spare import Spare
 
 _PATIENCE = 10.0  # seconds for a connected peer to say what it wants
 
@@ -50,7 +51,7 @@ def serve(resident: Resident, connection_fd: int, end: Socket) -> NoReturn:
         os._exit(0)
 
 
-def _answer(resident: Resident, take_connection: int, channel: Channel) -> str:
+def _answer(resident: Resident, take_connection: int, channel: Channel, *, waited: bool = False) -> str:
     """The operation that is likely to follow, and that this process may serve, or ""."""
     with socket.socket(fileno=take_connection) as connection:
         connection.settimeout(_PATIENCE)
@@ -59,7 +60,8 @@ def _answer(resident: Resident, take_connection: int, channel: Channel) -> str:
         if received is None:
             return ""
         request, fds = received
-        handler = StreamHandler(pod_of(resident), resident, channel, connection, fds)
+        progress.end()  # those of the request before, if this process has served one
+        handler = StreamHandler(pod_of(resident), resident, channel, connection, fds, waited=waited)
         handler.run(request)
     return handler.expects
 
@@ -69,16 +71,22 @@ def _linger(resident: Resident, channel: Channel, expected: str) -> None:
     while expected:
         if expected == "create" and resident.make_ready is not None:
             resident.make_ready()
-        expected = linger(channel, expected, lambda taken: _answer(resident, taken, channel))
+        expected = linger(channel, expected, lambda taken: _answer(resident, taken, channel, waited=True))
 
 
-def first_helper(state: str, zygote: int) -> Work:
-    """The first helper of a new shim: reads the request that the shim was forked for, and brings its pod up. The
-    zygote looks at nothing itself, so questions about it come here, too, and work on pods whose shim is gone."""
+def first_helper(state: str, zygote: int, spare: Spare | None = None) -> Work:
+    """The first helper of a new shim: reads the request that the shim was forked for, or, of a `spare` one, the next
+    that comes, and brings its pod up. The zygote looks at nothing itself, so questions about it come here, too, and
+    work on pods whose shim is gone."""
 
-    def work(resident: Resident, connection_fd: int, end: Socket) -> NoReturn:
+    def work(resident: Resident, fd: int, end: Socket) -> NoReturn:
         try:
-            become_helper(connection_fd, end.fileno())
+            if spare is None:
+                become_helper(fd, end.fileno())
+                connection_fd = fd
+            else:
+                become_helper(*spare.filenos(), end.fileno())
+                connection_fd = spare.await_request(resident, end.fileno())
             channel, expected = Channel(end), ""
             with socket.socket(fileno=connection_fd) as connection:
                 connection.settimeout(_PATIENCE)
@@ -219,9 +227,4 @@ def become_helper(*keep: int) -> None:
     signals.wake_up(-1)
     for number in (signals.SIGCHLD, signals.SIGTERM, signals.SIGHUP, signals.SIGINT):
         signals.handle(number, None)
-    first = 3
-    for fd in sorted(fd for fd in keep if fd >= 3):
-        if fd > first:
-            close_range(first, fd - 1)
-        first = fd + 1
-    close_range(first)
+    close_all_but(*keep)

@@ -26,7 +26,7 @@ from runtime.linux.libc import KernelError
 from runtime.linux.process import pidfd_open
 from runtime.linux.sockets import connect_unix, recv_frame, send_frame
 from runtime.shim import protocol
-from runtime.shim.cgroup import ZYGOTE, processes, remove_if_empty
+from runtime.shim.cgroup import SPARE, ZYGOTE, processes, remove_if_empty
 
 _START_TIMEOUT = 30.0
 _HELLO_TIMEOUT = 5.0
@@ -210,7 +210,7 @@ def _answers(pid: int, words: bytes) -> bool:
     """Whether that is a zygote, or a fork of one that holds no pod, whose command line ends with `words`; one that has
     let go of its memory has none any more, and is in its cgroup until a moment later."""
     try:
-        named = Path(f"/proc/{pid}/comm").read_text() == f"{ZYGOTE}\n"
+        named = Path(f"/proc/{pid}/comm").read_text().rstrip("\n") in (ZYGOTE, SPARE)
         line = Path(f"/proc/{pid}/cmdline").read_bytes() if named else b"?"
     except OSError:
         return False

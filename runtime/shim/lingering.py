@@ -1,5 +1,5 @@
 """A helper waits for a moment for what mostly follows its own request at once: after a pod's start a subscription to
-its events, after that the create of a container, if it has none, and after a create the start.
+its events, after that the create of a container, if it has none, after a create the start, and after that a command.
 
     helper                             shim
       │ ── idle ───────────────────────▶ │ its locks are free; the next connection is handed to it
@@ -10,8 +10,8 @@ its events, after that the create of a container, if it has none, and after a cr
 
 A fork of the shim, and every page that both requests write to, are saved.
 Refuses all but the one: what it saw of the shim's memory is from before. Invariant: a connection that it was handed is
-served or handed back, and then, or after PATIENCE, it ends: until then a container's process is its child and not the
-shim's, which learns of an exit only when it is.
+served or handed back, and then, or after PATIENCE, it ends: until then a container's process may be its child (in a pod
+with a PID namespace, runtime.cloning), and the shim learns of an exit only once it is its own.
 """
 
 from __future__ import annotations

@@ -94,9 +94,10 @@ class Resident:
             "told": self._told,
         }
 
-    def run(self, first: Work, take_connection: int, *, only_first: bool = False) -> None:
+    def run(self, first: Work, take: int, *take_more: int, only_first: bool = False) -> None:
         """Serves until a helper says that the pod has been stopped. The first helper brings the pod up for who is at
-        the connection; if it does not, that is the end. So is its own end with `only_first`."""
+        the connection `take`, or comes to that listener; if it does not, that is the end. So is its own end with
+        `only_first`. It inherits all that is taken, which are closed here."""
         self._wake, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._loop.open()
         # Handlers, not SIG_IGN: only these wake the loop, and execve(2) resets them in containers.
@@ -104,8 +105,9 @@ class Resident:
         for number in (signals.SIGCHLD, signals.SIGTERM, signals.SIGHUP, signals.SIGINT):
             signals.handle(number, _nothing)
         self._loop.watch(self._wake, READ, self._woken)
-        self.fork(first, take_connection, on_gone=self._loop.stop if only_first else self._brought_up)
-        os.close(take_connection)
+        self.fork(first, take, on_gone=self._loop.stop if only_first else self._brought_up)
+        for fd in (take, *take_more):
+            os.close(fd)
         self._loop.run()
 
     def _brought_up(self) -> None:

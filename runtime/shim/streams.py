@@ -14,10 +14,11 @@ from runtime.linux import progress
 from runtime.linux.sockets import FrameError, recv_frame
 from runtime.shim import protocol
 from runtime.shim.attach import MAX_LAG
-from runtime.shim.handler import ANSWERED, Handler
+from runtime.shim.handler import ANSWERED, Handler, check_runs
 from runtime.shim.handover import Handover
 from runtime.shim.netns import connected, enter
-from runtime.shim.records import be_as_expendable_as
+from runtime.shim.protocol import Facts
+from runtime.shim.records import be_as_expendable_as, check_id, read_record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,18 +41,19 @@ class StreamHandler(Handler):
     def _execute(self, container_id: str, process: dict[str, Any], *, terminal: bool, watched: bool) -> object:
         """A command on the caller's fds, or on a terminal whose master goes to the caller. The shim answers for it:
         with its exit, and without `watched` with its pid before that."""
-        held = self._running(container_id, "exec in")
+        facts, handler = self._facts_now(container_id)
+        check_runs(facts, "exec in")
         if not terminal and len(self._fds) != 3:
             raise RuntimeFailure(
                 f"exec in container {container_id}: expected stdin, stdout and stderr, got {len(self._fds)} fds",
                 code="invalid_argument",
             )
-        be_as_expendable_as(held.facts.pid)
+        be_as_expendable_as(facts.pid)
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         stdio = (null, null, null) if terminal else tuple(self._fds)
         says_pid = not watched or progress.kept()
         caller = Handover(self._channel, self._connection.fileno(), says_pid=says_pid, watched=watched)
-        made = self._engine(held.handler).execute(container_id, process, stdio, caller)
+        made = self._engine(handler).execute(container_id, process, stdio, caller)
         if terminal:
             # This process's copy ends with it, so the caller's is the last: closing that hangs up the terminal.
             told = protocol.reply(self._timed({"pid": made.pid}))
@@ -60,6 +62,18 @@ class StreamHandler(Handler):
         caller.pid = made.pid
         caller.expects((), always=True)
         return ANSWERED
+
+    def _facts_now(self, container_id: str) -> tuple[Facts, str]:
+        """And the handler. A helper that has been waiting for this (runtime.shim.lingering) knows what was."""
+        if not self._waited:
+            held = self._held(container_id)
+            return held.facts, held.handler
+        check_id(container_id)
+        facts = self._channel.ask("facts", container_id)
+        left = read_record(self._record(container_id))
+        if facts is None or left is None:
+            raise self._unknown(container_id)
+        return Facts.from_json(facts), left[1]
 
     def _do_connect(self, body: object) -> object:
         message = protocol.parse(protocol.ConnectMessage, body)

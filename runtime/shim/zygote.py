@@ -13,7 +13,6 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
-from _socket import socket as Socket
 
 import runtime.rootfs_cgroup  # noqa: F401 - a helper would import it for each container
 from runtime.errors import RuntimeFailure
@@ -27,6 +26,7 @@ from runtime.shim.helper import first_helper, kill_command, kill_rest, serve, st
 from runtime.shim.rehearsal import rehearse
 from runtime.shim.report import report
 from runtime.shim.resident import Resident
+from runtime.shim.spare import Spare
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def _zygote(state: str) -> None:
         return
     leave_daemon(always=True)
     _protect_from_oom()
-    listener = Socket(fileno=listen_unix(f"{state}/zygote.sock").detach())
+    spare = Spare(listen_unix(f"{state}/zygote.sock").detach())
     os.write(1, b"ready")
     _to_null(0, 1)
     try:
@@ -78,39 +78,23 @@ def _zygote(state: str) -> None:
     except (OSError, RuntimeFailure) as error:
         report("rehearse", error)
     resident = Resident(serve, kill_rest, kill_command, start_again)
-    first = first_helper(state, os.getpid())
+    first = first_helper(state, os.getpid(), spare)
     bounding_set()
     _settle()
     _ballast.extend(_fill_pools())
     _share(resident)
-    _fork_for_ever(listener, resident, first)
+    _fork_for_ever(spare, resident, first)
 
 
-def _fork_for_ever(listener: Socket, resident: Resident, first: Work) -> NoReturn:
-    """A process for every connection, and nothing else: each page that this loop writes to is one that the shims
+def _fork_for_ever(spare: Spare, resident: Resident, first: Work) -> NoReturn:
+    """A process for the next connection, and nothing else: each page that this loop writes to is one that the shims
     forked before have to themselves from then on. So no look at the request, no ctypes, no objects but ints."""
     while True:
-        try:
-            connection, _ = listener._accept()  # type: ignore[attr-defined]  # accept(2): fd and address
-        except OSError:  # the peer has gone again
-            continue
-        try:
-            middle = os.fork()
-        except OSError as error:  # no memory or no pids: the peer hears an end, the next may do better
-            report("fork", error)
-            os.close(connection)
-            continue
-        if middle == 0:
-            if os.fork():
-                os._exit(0)  # so the other is init's child at once
-            os.dup2(connection, _CONNECTION, inheritable=False)
-            close_range(_CONNECTION + 1)
-            _become_shim(resident, first)
-        os.close(connection)
-        os.waitpid(middle, 0)
+        if spare.fork():
+            _become_shim(resident, first, *spare.filenos())
 
 
-def _become_shim(resident: Resident, first: Work) -> NoReturn:
+def _become_shim(resident: Resident, first: Work, *take: int) -> NoReturn:
     """A shim, unless its first helper finds that the request is another. What is done here before that helper is
     forked costs memory for as long as the pod lives: only what a process can do for none but itself."""
     try:
@@ -119,7 +103,7 @@ def _become_shim(resident: Resident, first: Work) -> NoReturn:
         except PermissionError:  # a direct one leads its session already
             pass
         set_child_subreaper(True)
-        resident.run(first, _CONNECTION)
+        resident.run(first, *take)
     except BaseException as error:
         report("serve the pod", error)
     finally:
@@ -137,7 +121,7 @@ def _direct() -> None:
     leave_daemon(always=False)
     _protect_from_oom()
     _settle()
-    _become_shim(Resident(serve, kill_rest, kill_command, start_again), first_helper("", 0))
+    _become_shim(Resident(serve, kill_rest, kill_command, start_again), first_helper("", 0), _CONNECTION)
 
 
 def _detach(name: str) -> None:

@@ -18,7 +18,7 @@ import pytest
 from runtime.cgroups.hierarchy import detect
 from runtime.linux.mount import mountinfo
 from runtime.linux.process import is_running, start_time
-from runtime.shim.cgroup import NAME
+from runtime.shim.cgroup import NAME, SPARE, processes
 from runtime.shim.client import Shims
 from runtime.shim.model import ContainerError, Sandbox, SandboxSpec, ShimUnresponsive
 from runtime.tree import children
@@ -391,16 +391,42 @@ def subscribed(pods: Lab) -> Iterator[tuple[Pod, int]]:
     os.close(events)
 
 
-def test_who_subscribed_to_a_new_pod_makes_and_starts_its_container(subscribed: tuple[Pod, int]) -> None:
+def test_who_subscribed_to_a_new_pod_makes_and_starts_its_container_and_becomes_its_first_command(
+    subscribed: tuple[Pod, int],
+) -> None:
     pod, helper = subscribed
+    began = start_time(helper)
     container = pod.create("c", ["sleep", "1000"])
-    (pid,) = children(helper)
     pod.shims.start_container(pod.sandbox, container)
-    eventually(lambda: pid in children(pod.sandbox.pid), what="the shim to have the container")
+    (pid,) = children(pod.sandbox.pid) - {helper}
+    assert is_running(helper, began) and not children(helper)
+    assert pod.exec(container, ["echo", "there"]).stdout == b"there\n"
+    eventually(lambda: not is_running(helper, began), what="the helper to be the command")
     assert pod.facts(container).pid == pid
     events = pod.shims.events(pod.sandbox)  # of a pod that has one already: nothing is expected
     eventually(lambda: children(pod.sandbox.pid) == {pid}, what="no helper to be left")
     os.close(events)
+
+
+def test_a_container_that_ends_before_its_first_command_is_told_at_once_and_refuses_that(
+    subscribed: tuple[Pod, int],
+) -> None:
+    """While the helper waits, which knows nothing of that but what it asks."""
+    pod, helper = subscribed
+    began = start_time(helper)
+    container = pod.run("c", ["true"])
+    eventually((pod.bundle("c") / "exit.json").exists, what="its exit to be told")
+    assert is_running(helper, began)
+    with pytest.raises(ContainerError, match="it has ended"):
+        pod.exec(container, ["true"])
+    eventually(lambda: not is_running(helper, began), what="the helper to end")
+
+
+def test_a_container_that_is_unknown_is_so_to_who_has_waited(subscribed: tuple[Pod, int]) -> None:
+    pod, _ = subscribed
+    pod.run("c", ["sleep", "1000"])
+    with pytest.raises(ContainerError, match="container other is unknown"):
+        pod.exec("other", ["true"])
 
 
 def test_who_subscribed_does_nothing_else(subscribed: tuple[Pod, int]) -> None:
@@ -409,8 +435,7 @@ def test_who_subscribed_does_nothing_else(subscribed: tuple[Pod, int]) -> None:
     assert pod.shims.reconnect(pod.sandbox) == []
     eventually(lambda: not children(pod.sandbox.pid), what="it to end")
     pod.create("c", ["sleep", "1000"])
-    (other,) = children(pod.sandbox.pid)
-    assert other != helper and children(other)
+    assert len(children(pod.sandbox.pid) - {helper}) == 2, "the container, and the helper that made it"
 
 
 def test_a_pod_is_stopped_while_a_create_is_expected(subscribed: tuple[Pod, int]) -> None:
@@ -435,3 +460,36 @@ def test_a_lab_whose_test_and_clean_up_fail_leaves_nothing(
         raise ValueError("of the test")
     left = opened.machine.cgroups(), opened.machine.processes(), opened.machine.mounts()
     assert left == ([], [], []) and not list(Path("/sys/fs/cgroup").glob(f"*/{opened.machine.cgroup}"))
+
+
+def _spares(state: Path) -> list[int]:
+    """Those that run: a killed one may be a zombie of somebody else's."""
+    found = []
+    for pid in processes():
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if Path(f"/proc/{pid}/comm").read_text() == f"{SPARE}\n" and os.fsencode(state) in words:
+                found.append(pid)
+    return sorted(found)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["shim", "helper"])
+def test_a_spare_shim_that_is_killed_is_replaced(tmp_path: Path, which: int) -> None:
+    needs("root")
+    with lab(tmp_path) as pods:
+        pods.pod()
+        eventually(lambda: len(_spares(pods.state)) == 2, what="a shim and its helper to wait")
+        before = _spares(pods.state)
+        shim = next(pid for pid in before if children(pid))
+        os.kill(shim if which == 0 else (set(before) - {shim}).pop(), signal.SIGKILL)
+        eventually(lambda: len(set(_spares(pods.state)) - set(before)) == 2, what="others to wait")
+        assert pods.shims.reconnect(pods.pod().sandbox) == []
+
+
+def test_the_spare_shim_ends_with_its_zygote(tmp_path: Path) -> None:
+    needs("root")
+    with lab(tmp_path) as pods:
+        pods.pod()
+        eventually(lambda: len(_spares(pods.state)) == 2, what="a shim and its helper to wait")
+        os.kill(pods.zygote(), signal.SIGKILL)
+        eventually(lambda: not _spares(pods.state), what="them to end")

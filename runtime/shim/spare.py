@@ -1,0 +1,115 @@
+"""The shim that is forked before it is needed: it and its first helper wait for the next request to the zygote.
+
+    zygote                               spare shim and its helper
+      │ ── fork ────────────────────────▶ │ the helper copies its pages, and waits at the zygote's listener
+      │                                   │ ◀── a request
+      │ ◀─ taken ──────────────────────── │ accepts it, and brings the pod up
+      │ ── fork ────────────────────────▶   the next one
+
+So a pod's start waits neither for two forks nor for the first write to each page. Where nobody comes soon the helper
+gives the copies back, and what waits weighs little. Refuses to outlive the zygote: a pipe that only the zygote could
+write to tells of its end. Invariant: one spare waits at a time, and who has told that it is taken serves a request.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from _socket import AF_UNIX, SOCK_STREAM
+from _socket import socket as Socket
+
+from runtime.linux.process import close_all_but, set_comm
+from runtime.shim.cgroup import SPARE, ZYGOTE
+from runtime.shim.report import report
+from runtime.shim.rest import QUIET
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from runtime.shim.resident import Resident
+
+_MOMENT = 0.1  # seconds
+
+
+class Spare:
+    """In the zygote, and in all that it forks."""
+
+    def __init__(self, take_listener: int) -> None:
+        self._listener = take_listener
+        os.set_blocking(take_listener, False)
+        self._alive, self._ours = os.pipe2(os.O_CLOEXEC)
+        self._taken = -1
+
+    def filenos(self) -> tuple[int, int, int]:
+        """What a spare shim has, and its helper."""
+        return self._listener, self._alive, self._taken
+
+    def fork(self) -> bool:
+        """In the zygote: forks the next, and waits until it is taken. True in the new shim, an orphan, alone."""
+        waiting, taken = os.pipe2(os.O_CLOEXEC)
+        try:
+            middle = os.fork()
+        except OSError as error:  # no memory or no pids
+            report("fork", error)
+            os.close(waiting)
+            os.close(taken)
+            self._turn_away()
+            return False
+        if middle == 0:
+            if os.fork():
+                os._exit(0)  # so the other is init's child at once
+            self._taken = taken
+            close_all_but(*self.filenos())
+            set_comm(SPARE)
+            return True
+        os.close(taken)
+        os.waitpid(middle, 0)
+        if not os.read(waiting, 1):  # it was killed, or could not even begin: not that again at once
+            select.select((), (), (), _MOMENT)
+        os.close(waiting)
+        return False
+
+    def _turn_away(self) -> None:
+        """Who comes hears an end, and may do better later."""
+        if select.select((self._listener,), (), (), _MOMENT)[0]:
+            try:
+                os.close(_accept(self._listener))
+            except OSError:
+                pass
+
+    def await_request(self, resident: Resident, shim: int) -> int:
+        """In a spare's helper: the connection of the next request. Ends the process with the zygote, and with its shim,
+        at the other end of the fd `shim`."""
+        if resident.make_ready is not None:
+            resident.make_ready()
+        poll = select.poll()
+        poll.register(self._listener, select.POLLIN)
+        poll.register(self._alive, 0)
+        poll.register(shim, 0)
+        milliseconds: float | None = QUIET * 1000
+        while True:
+            ready = poll.poll(milliseconds)
+            if any(fd != self._listener for fd, _ in ready):
+                os._exit(0)
+            if not ready:
+                milliseconds = None
+                if resident.rest.act is not None:
+                    resident.rest.act()
+                continue
+            try:
+                connection = _accept(self._listener)
+            except OSError:  # the peer has gone again
+                continue
+            os.write(self._taken, b"t")
+            for fd in self.filenos():
+                os.close(fd)
+            set_comm(ZYGOTE)
+            return connection
+
+
+def _accept(listening: int) -> int:
+    listener = Socket(AF_UNIX, SOCK_STREAM, 0, listening)
+    try:
+        connection: int = listener._accept()[0]  # type: ignore[attr-defined]  # accept(2): fd and address
+    finally:
+        listener.detach()
+    return connection
