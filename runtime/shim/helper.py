@@ -87,12 +87,13 @@ def first_helper(state: str, zygote: int, spare: Spare | None = None) -> Work:
             else:
                 become_helper(*spare.filenos(), end.fileno())
                 connection_fd = spare.await_request(resident, end.fileno())
+            lives = spare is None or spare.zygote_lives
             channel, expected = Channel(end), ""
             with socket.socket(fileno=connection_fd) as connection:
                 connection.settimeout(_PATIENCE)
                 received = recv_frame(connection) if peer_uid(connection) == 0 else None
                 if received is not None:
-                    answer, expected = _first_answer(resident, received[0], channel, state, zygote)
+                    answer, expected = _first_answer(resident, received[0], channel, state, zygote if lives else 0)
                     send_frame(connection, answer)
             _linger(resident, channel, expected)
         except (OSError, FrameError):  # who asked has gone: it finds the shim, or its directory, when it is back

@@ -7,15 +7,16 @@
       │ ── fork ────────────────────────▶   the next one
 
 So a pod's start waits neither for two forks nor for the first write to each page. Where nobody comes soon the helper
-gives the copies back, and what waits weighs little. Refuses to outlive the zygote: a pipe that only the zygote could
-write to tells of its end. Invariant: one spare waits at a time, and who has told that it is taken serves a request.
+gives the copies back, and what waits weighs little. Refuses to outlive the zygote, but for who has come to it before:
+a pipe that only the zygote could write to tells of its end. Invariant: one spare waits at a time, and who has told that
+it is taken serves a request.
 """
 
 from __future__ import annotations
 
 import os
 import select
-from _socket import AF_UNIX, SOCK_STREAM
+from _socket import AF_UNIX, SHUT_RDWR, SOCK_STREAM
 from _socket import socket as Socket
 
 from runtime.linux.process import close_all_but, set_comm
@@ -38,6 +39,7 @@ class Spare:
         os.set_blocking(take_listener, False)
         self._alive, self._ours = os.pipe2(os.O_CLOEXEC)
         self._taken = -1
+        self.zygote_lives = True  # as far as a helper knows
 
     def filenos(self) -> tuple[int, int, int]:
         """What a spare shim has, and its helper."""
@@ -77,8 +79,8 @@ class Spare:
                 pass
 
     def await_request(self, resident: Resident, shim: int) -> int:
-        """In a spare's helper: the connection of the next request. Ends the process with the zygote, and with its shim,
-        at the other end of the fd `shim`."""
+        """In a spare's helper: the connection of the next request. Ends the process with its shim, at the other end of
+        the fd `shim`, and with the zygote, but for a request that came before that."""
         if resident.make_ready is not None:
             resident.make_ready()
         poll = select.poll()
@@ -88,9 +90,12 @@ class Spare:
         milliseconds: float | None = QUIET * 1000
         while True:
             ready = poll.poll(milliseconds)
-            if any(fd != self._listener for fd, _ in ready):
+            fds = [fd for fd, _ in ready]
+            if shim in fds:
                 os._exit(0)
-            if not ready:
+            if self._alive in fds:
+                self._refuse_more()
+            elif not ready:
                 milliseconds = None
                 if resident.rest.act is not None:
                     resident.rest.act()
@@ -98,12 +103,24 @@ class Spare:
             try:
                 connection = _accept(self._listener)
             except OSError:  # the peer has gone again
-                continue
-            os.write(self._taken, b"t")
+                if self.zygote_lives:
+                    continue
+                os._exit(0)
+            try:
+                os.write(self._taken, b"t")
+            except OSError:  # SIGPIPE is ignored
+                self.zygote_lives = False
             for fd in self.filenos():
                 os.close(fd)
             set_comm(ZYGOTE)
             return connection
+
+    def _refuse_more(self) -> None:
+        """Without a zygote nobody else listens: from here on connect(2) is refused. Who came before may be served."""
+        listener = Socket(AF_UNIX, SOCK_STREAM, 0, self._listener)
+        listener.shutdown(SHUT_RDWR)
+        listener.detach()
+        self.zygote_lives = False
 
 
 def _accept(listening: int) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from runtime.shim.client import Shims
 from runtime.shim.model import ContainerError, Sandbox, SandboxSpec, ShimUnresponsive
 from runtime.tree import children
 from tests.shims import Home, Lab, Pod, kill, lab
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 
 @pytest.fixture
@@ -245,8 +246,7 @@ def test_o21_kill_9_of_the_daemon_its_group_and_the_zygote_leaves_the_pods(tmp_p
         assert is_running(pid, ticks)
         assert shims.reconnect(sandbox) == []
         zygote = shims._launcher._hello()[1]
-        os.kill(zygote, signal.SIGKILL)
-        eventually(lambda: not Path(f"/proc/{zygote}/exe").exists(), what="the zygote to die")
+        _kill_wholly(zygote)
         assert shims.reconnect(sandbox) == []
         directory = state / "b"
         directory.mkdir()
@@ -493,3 +493,22 @@ def test_the_spare_shim_ends_with_its_zygote(tmp_path: Path) -> None:
         eventually(lambda: len(_spares(pods.state)) == 2, what="a shim and its helper to wait")
         os.kill(pods.zygote(), signal.SIGKILL)
         eventually(lambda: not _spares(pods.state), what="them to end")
+
+
+def _kill_wholly(pid: int) -> None:
+    """SIGKILL, and waits until its fds are closed, too: those go after its memory."""
+    handle = os.pidfd_open(pid)
+    signal.pidfd_send_signal(handle, signal.SIGKILL)
+    assert select.select([handle], [], [], SOON_S)[0]
+    os.close(handle)
+
+
+def test_a_pod_that_is_asked_for_once_the_zygote_is_killed_comes_up(tmp_path: Path) -> None:
+    """Whoever is still at the listener serves it; the next is refused there, and starts a new zygote."""
+    needs("root")
+    with lab(tmp_path) as pods:
+        pods.pod()
+        for _ in range(5):
+            _kill_wholly(pods.zygote())
+            for pod in (pods.pod(), pods.pod()):
+                assert pods.shims.reconnect(pod.sandbox) == []
