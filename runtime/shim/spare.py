@@ -81,12 +81,12 @@ class Spare:
     def await_request(self, resident: Resident, shim: int) -> int:
         """In a spare's helper: the connection of the next request. Ends the process with its shim, at the other end of
         the fd `shim`, and with the zygote, but for a request that came before that."""
-        if resident.make_ready is not None:
-            resident.make_ready()
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
         poll.register(self._alive, 0)
         poll.register(shim, 0)
+        if resident.make_ready is not None and not poll.poll(0):  # who is there already waits for nothing
+            resident.make_ready()
         milliseconds: float | None = QUIET * 1000
         while True:
             ready = poll.poll(milliseconds)

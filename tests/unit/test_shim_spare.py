@@ -65,6 +65,27 @@ def test_it_copies_its_pages_gives_them_back_where_nobody_comes_and_takes_who_co
         memory.close()
 
 
+def test_who_waits_already_is_taken_at_once(tmp_path: Path) -> None:
+    memory, name = Memory(), _name()
+    made = Spare(listen_unix(tmp_path / "socket").detach())
+    waiting, made._taken = os.pipe()
+    shim, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        with connect_unix(tmp_path / "socket", 10.0) as client:
+            client.sendall(b"pod")
+            with socket.socket(fileno=made.await_request(memory, shim.fileno())) as connection:  # type: ignore[arg-type]
+                assert connection.recv(3) == b"pod"
+        os.write(memory.writer, b".")
+        assert memory.heard(2) == b"."
+    finally:
+        set_comm(name)
+        for fd in (waiting, made._ours):
+            os.close(fd)
+        its.close()
+        shim.close()
+        memory.close()
+
+
 @pytest.mark.parametrize("who", ["zygote", "shim"])
 def test_it_ends_with_the_zygote_and_with_its_shim_and_takes_nobody(tmp_path: Path, who: str) -> None:
     memory = Memory()
