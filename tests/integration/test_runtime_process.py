@@ -108,10 +108,12 @@ def test_io_priority(home: Bundles, name: str, priority: int, expected: tuple[in
 
 @ours
 def test_an_init_before_the_command(home: Bundles) -> None:
-    """The annotation `ocid.init`: PID 1 is small, reaps, and ends as the command does."""
+    """The annotation `ocid.init`: PID 1 is small, reaps, and ends as the command does. The command does not wait for it
+    to name itself."""
     one = home.make()
     one.config["annotations"] = {"ocid.init": "true"}
-    one.process["args"] = ["sh", "-c", "cat /proc/1/comm; ls -l /proc/1/exe; echo $$; exit 7"]
+    named = "for i in $(seq 1000); do grep -q '^ocid-init$' /proc/1/comm && break; done"
+    one.process["args"] = ["sh", "-c", f"{named}; cat /proc/1/comm; ls -l /proc/1/exe; echo $$; exit 7"]
     result = one.run()
     name, link, pid = result.text.splitlines()
     assert (result.code, name, pid) == (7, "ocid-init", "2") and "memfd:ocid-init" in link
