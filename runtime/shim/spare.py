@@ -26,6 +26,8 @@ from runtime.shim.rest import QUIET
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from runtime.shim.resident import Resident
 
 _MOMENT = 0.1  # seconds
@@ -85,8 +87,8 @@ class Spare:
         poll.register(self._listener, select.POLLIN)
         poll.register(self._alive, 0)
         poll.register(shim, 0)
-        if resident.make_ready is not None and not poll.poll(0):  # who is there already waits for nothing
-            resident.make_ready()
+        if not poll.poll(0):  # who is there already waits for nothing
+            _try(resident.make_ready)
         milliseconds: float | None = QUIET * 1000
         while True:
             ready = poll.poll(milliseconds)
@@ -97,8 +99,7 @@ class Spare:
                 self._refuse_more()
             elif not ready:
                 milliseconds = None
-                if resident.rest.act is not None:
-                    resident.rest.act()
+                _try(resident.rest.act)
                 continue
             try:
                 connection = _accept(self._listener)
@@ -121,6 +122,16 @@ class Spare:
         listener.shutdown(SHUT_RDWR)
         listener.detach()
         self.zygote_lives = False
+
+
+def _try(act: Callable[[], object] | None) -> None:
+    """What only spares time or memory: a spare that ended over it would be forked again at once, to end again."""
+    if act is None:
+        return
+    try:
+        act()
+    except OSError as error:
+        report("copy pages, or give them back", error)
 
 
 def _accept(listening: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -60,6 +61,42 @@ def test_it_copies_its_pages_gives_them_back_where_nobody_comes_and_takes_who_co
         set_comm(name)
         os.close(waiting)
         os.close(made._ours)
+        its.close()
+        shim.close()
+        memory.close()
+
+
+def test_a_machine_without_memory_for_copies_has_a_spare_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> int:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(spare_module, "QUIET", 0.01)
+    memory, name = Memory(), _name()
+    memory.make_ready, given_back = refuse, memory.rest.act
+    made = Spare(listen_unix(tmp_path / "socket").detach())
+    waiting, made._taken = os.pipe()
+    shim, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def refuse_when_told() -> int:
+        given_back()
+        return refuse()
+
+    memory.rest.act = refuse_when_told
+    pid = os.fork()
+    if pid == 0:
+        assert memory.heard(1) == b"g"
+        connect_unix(tmp_path / "socket", 10.0).close()
+        os._exit(0)
+    try:
+        os.close(made.await_request(memory, shim.fileno()))  # type: ignore[arg-type]
+        assert os.waitpid(pid, 0)[1] == 0 and os.read(waiting, 1) == b"t"
+        assert capfd.readouterr().err.count("OSError: [Errno 12]") == 2
+    finally:
+        set_comm(name)
+        for fd in (waiting, made._ours):
+            os.close(fd)
         its.close()
         shim.close()
         memory.close()
