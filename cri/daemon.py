@@ -38,6 +38,7 @@ from cri.observe.setup import set_up_logs, watched
 from cri.own import Own
 from cri.recovery import check_networks, lost, recover
 from cri.renewal import renew_if_stale
+from cri.room import PASSING, STAYING, Room
 from cri.service import Metadata, Service
 from cri.stats import Statistics
 from cri.store import Store as Records
@@ -88,6 +89,7 @@ class Built:
     snapshots: Overlay
     images: Store
     databases: tuple[sqlite3.Connection, ...]
+    room: Room
 
     async def close(self) -> None:
         """Lets go of everything. Pods run on."""
@@ -102,6 +104,7 @@ class Built:
         self.node.create_threads.close()
         for database in self.databases:
             database.close()
+        self.room.closed()
 
 
 @contextlib.contextmanager
@@ -149,8 +152,9 @@ def build(config: Config, *, direct: bool) -> Built:
         directory.mkdir(mode=0o700, exist_ok=True)
         directory.chmod(0o700)
     path = config.root / "ocid.db"
+    room = Room(path, PASSING if direct else STAYING)
     try:
-        records = Records(open_sound(path))
+        records = Records(room.opened(lambda: open_sound(path)))
         databases = (open_database(path, durable=True), open_database(path, durable=True))
     except sqlite3.Error as error:
         raise OSError(f"open database {path}: {error}") from error
@@ -191,7 +195,9 @@ def build(config: Config, *, direct: bool) -> Built:
     files = Handover(config.state / FILES_SOCKET)
     service, own = Service(node, intercept), Own(images, intercept, files, functools.partial(_forsaken, node))
     streams = StreamServer(config.stream, Sessions(shims, node.exec_threads))
-    return Built(node, events, feed, statistics, service, own, files, streams, network, snapshots, images, databases)
+    return Built(
+        node, events, feed, statistics, service, own, files, streams, network, snapshots, images, databases, room
+    )
 
 
 def _layers_usage(snapshots: Overlay) -> Callable[[], Usage]:

@@ -121,6 +121,8 @@ def _is_full(error: BaseException) -> bool:
             break
         if isinstance(cause, OSError) and cause.errno in _FULL:
             return True
+        if isinstance(cause, sqlite3.Error) and getattr(cause, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+            return True
         cause = cause.__cause__
     return False
 

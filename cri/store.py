@@ -339,9 +339,12 @@ class Store:
                 else:
                     _write(self._db, change)
             self._db.execute("COMMIT")
-        except BaseException:
+        except BaseException as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                path = self._db.execute("PRAGMA database_list").fetchone()[2]
+                raise OSError(f"write the records in {path}: ENOSPC no space left on device") from error
             raise
 
     async def settle(self) -> None:

@@ -27,17 +27,17 @@ COMMAND_S = 10.0
 
 
 @contextmanager
-def prepared(served: bool, directory: Path, registry: FakeRegistry) -> Iterator[Node]:
+def prepared(served: bool, directory: Path, registry: FakeRegistry, root: Path | None = None) -> Iterator[Node]:
     """A node with or without a daemon, which has the image and has run a container."""
     needs("root", "overlay")
     image = f"{registry.name}/busybox:1"
     if served:
-        with node(directory) as made:
+        with node(directory, root=root) as made:
             made.image = image
             said(made, "run", "--rm", image, "true")
             yield made
         return
-    made, before = Node(directory), Machine.now()
+    made, before = Node(directory, root=root), Machine.now()
     made.image = image
     try:
         said(made, "run", "--rm", image, "true")

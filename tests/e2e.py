@@ -36,7 +36,17 @@ from tests.support import eventually
 
 STOP_S = 20.0
 # Files that are there before anything was asked for, and change without telling of anything.
-_OWN = ("ocid.db", "ocid.db-wal", "ocid.db-shm", "lock", "ocid.sock", "zygote.sock", "zygote.lock", "zygote.log")
+_OWN = (
+    "ocid.db",
+    "ocid.db-wal",
+    "ocid.db-shm",
+    ".reserve",
+    "lock",
+    "ocid.sock",
+    "zygote.sock",
+    "zygote.lock",
+    "zygote.log",
+)
 _TABLE = "table inet ocid"
 
 CONFIG = """\

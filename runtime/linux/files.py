@@ -25,6 +25,7 @@ RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RE
 MAX_LINKS = 40  # linux/namei.h, MAXSYMLINKS
 AT_FDCWD, AT_EMPTY_PATH, AT_SYMLINK_NOFOLLOW = -100, 0x1000, 0x100
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+FALLOC_FL_KEEP_SIZE = 1  # linux/falloc.h
 # linux/magic.h
 PROC_SUPER_MAGIC, SYSFS_MAGIC, CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC = 0x9FA0, 0x62656572, 0x27E0EB, 0x63677270
 TMPFS_MAGIC, NSFS_MAGIC, OVERLAYFS_SUPER_MAGIC = 0x01021994, 0x6E736673, 0x794C7630
@@ -159,6 +160,11 @@ def fstatfs_type(fd: int) -> int:
 def fchmodat2(dirfd: int, path: str, mode: int, flags: int = AT_SYMLINK_NOFOLLOW) -> None:
     """fchmodat2(2); with AT_EMPTY_PATH and path "" it changes what `dirfd` itself refers to, even O_PATH."""
     syscall("fchmodat2", dirfd, os.fsencode(path), mode, flags, subject=path or f"fd {dirfd}")
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2)."""
+    syscall("fallocate", fd, mode, offset, length, subject=f"fd {fd}")
 
 
 def renameat2(old_dir: int, old: str, new_dir: int, new: str, flags: int = 0) -> None:

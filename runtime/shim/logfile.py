@@ -2,7 +2,8 @@
 
 Bytes pass as they are; a line over MAX_LINE is cut into P pieces and an F one, and a last line without its newline is
 one F line at the end (threats O22-O24). Refuses anything but regular files, and never fails a container over a log:
-what cannot be written is dropped whole line by whole line and counted, and the next write is tried again (O26).
+what cannot be written is dropped whole line by whole line and counted, and tried again a moment later (O26): whoever
+frees a little space on a full disk needs it to free more, and a container that never stops writing would take it.
 Of a line whose pieces are written only in part, the rest is dropped, too, and what is there gets its F.
 Invariant: the file ends with a newline after every `write`, so a reader, a rotation or a full disk never sees half a
 line, and no two lines are ever read as one.
@@ -21,6 +22,7 @@ import time
 from runtime.errors import RuntimeFailure
 
 MAX_LINE = 16384  # bytes of text in a log line, as the other CRI runtimes cut
+_PAUSE_S = 0.2  # between two tries to write to a disk that is full
 _SWITCH_AFTER = 1 << 20  # an endless line may hold on to a rotated file for so many bytes
 
 TYPE_CHECKING = False
@@ -45,7 +47,7 @@ def timestamp() -> str:
 class LogFile:
     """An open log. `users` streams write to it; it is closed with the last. `dropped` counts lost bytes of log."""
 
-    __slots__ = ("dropped", "fd", "path", "reason", "users")
+    __slots__ = ("_again", "dropped", "fd", "path", "reason", "users")
 
     def __init__(self, path: str, take_fd: int = -1) -> None:
         """Opens `path` for appending, made with mode 0640 where missing, unless that was done already and `take_fd`
@@ -54,6 +56,7 @@ class LogFile:
         self.users = 0
         self.dropped = 0
         self.reason = ""
+        self._again = 0.0  # when the next write is tried, once there was no space
         self.fd = take_fd if take_fd >= 0 else self._open(path)
 
     @staticmethod
@@ -86,6 +89,10 @@ class LogFile:
         """Appends whole lines. Never raises: what does not fit is dropped and counted. None when all is written, else
         the lines that were."""
         size = sum(map(len, buffers))
+        if self._again and time.monotonic() < self._again:
+            self.dropped += size
+            return b""
+        self._again = 0.0
         try:
             written = os.writev(self.fd, buffers)
         except OSError as error:
@@ -113,6 +120,8 @@ class LogFile:
 
     def _lost(self, size: int, error: OSError) -> None:
         self.dropped += size
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            self._again = time.monotonic() + _PAUSE_S
         self.reason = f"{errno.errorcode.get(error.errno or 0)} {error.strerror}"
 
 

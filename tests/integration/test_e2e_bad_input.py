@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from grpc import StatusCode
 
 from conformance.cri_client import container
 from cri.api import api_pb2 as pb
+from tests.commands import prepared, said
 from tests.e2e import Node, busybox, node, stocked
 from tests.fakes.registry import Action, Cut, FakeRegistry, Hang, Reply, Spoil, Stall, build_image
 from tests.support import SOON_S, eventually, needs
@@ -285,6 +287,31 @@ def test_full_disk(tmp_path_factory: pytest.TempPathFactory, registry: FakeRegis
             pod, one, _ = made.run(reference, WORKS)
             assert made.client.wait_exit(one) == 3
             made.drop(pod)
+    finally:
+        subprocess.run(["umount", root], check=True)
+
+
+@pytest.mark.parametrize("served", [True, False], ids=["served", "alone"])
+def test_what_fills_the_disk_is_stopped_and_removed(
+    tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry, served: bool
+) -> None:
+    """Its log takes the last block, and would take each that is freed while the commands work."""
+    directory = tmp_path_factory.mktemp("filled")
+    root = directory / "disk"
+    root.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", root], check=True)
+    try:
+        with prepared(served, directory / "node", registry, root) as made:
+            said(made, "run", "-d", "--name", "loud", made.image, "yes", "x" * 100)
+            eventually(lambda: os.statvfs(root).f_bavail == 0, what="the disk to fill")
+            assert "loud" in said(made, "ps")
+            assert said(made, "exec", "loud", "echo", "in").strip() == "in"
+            said(made, "stop", "-t", "0", "loud")
+            assert os.statvfs(root).f_bavail * 4096 < 1 << 20
+            said(made, "rm", "loud")
+            assert "loud" not in said(made, "ps", "-a")
+            assert os.statvfs(root).f_bavail * 4096 > 1 << 20
+            said(made, "run", "--rm", made.image, "true")
     finally:
         subprocess.run(["umount", root], check=True)
 

@@ -98,11 +98,11 @@ def test_o19_a_full_disk_keeps_facts_in_memory_and_writes_them_later(tmp_path: P
         await store.add(container := _container(1, pod))
         pages = store._db.execute("PRAGMA page_count").fetchone()[0]
         store._db.execute(f"PRAGMA max_page_count = {pages}")
-        with pytest.raises(sqlite3.OperationalError, match="full"):
+        with pytest.raises(OSError, match="ocid.db: ENOSPC no space left"):
             await store.add(_pod(2, network_result="x" * 100_000))
         assert list(store.pods) == [pod.id] and store.named(_pod(2).key) is None
         big = "m" * 100_000
-        with pytest.raises(sqlite3.OperationalError, match="full"):
+        with pytest.raises(OSError, match="ocid.db: ENOSPC no space left"):
             await store.change_container(container.id, finished_ns=5, exit_code=7, message=big)
         assert store.containers[container.id].exit_code == 7
         await store.settle()

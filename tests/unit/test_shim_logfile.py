@@ -136,7 +136,9 @@ def test_o27_an_endless_line_does_not_keep_a_rotated_file_for_ever(
     assert sum(len(text) for name in ("old", "new") for _, _, text in read(tmp_path / name)) == 220_000
 
 
-def test_o26_a_full_disk_drops_counts_and_resumes(tmp_path: Path) -> None:
+def test_o26_a_full_disk_drops_counts_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(logfile.time, "monotonic", lambda: now)
     log = LogFile(str(tmp_path / "log"))
     stream = Lines(log, "stdout")
     stream.feed(b"before\n")
@@ -145,6 +147,10 @@ def test_o26_a_full_disk_drops_counts_and_resumes(tmp_path: Path) -> None:
     os.close(log.fd)
     log.fd = real
     assert log.dropped > 50 and "ENOSPC" in log.reason
+    dropped = log.dropped
+    stream.feed(b"at once\n")  # what was freed just now is left to who frees more with it
+    assert log.dropped > dropped and [text for *_, text in read(tmp_path / "log")] == [b"before"]
+    now += 0.25
     stream.feed(b"after\n")
     stream.end()
     assert reassemble(read(tmp_path / "log")) == [b"before", b"after"]
@@ -154,6 +160,7 @@ def test_o26_a_torn_write_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest
     log = LogFile(str(tmp_path / "log"))
     stream = Lines(log, "stdout")
 
+    monkeypatch.setattr(logfile, "_PAUSE_S", 0)
     write = os.write
 
     def full(fd: int, data: bytes) -> int:
@@ -185,6 +192,7 @@ def test_o26_no_two_lines_are_read_as_one_however_full_the_disk_was(
         room -= written
         return written
 
+    monkeypatch.setattr(logfile, "_PAUSE_S", 0)
     monkeypatch.setattr(os, "write", scarce)
     monkeypatch.setattr(os, "writev", lambda fd, buffers: scarce(fd, b"".join(buffers)))
     sizes = [rng.choice([10, 300, MAX_LINE, 3 * MAX_LINE, 5 * MAX_LINE]) for _ in range(60)]
