@@ -11,7 +11,7 @@ import os
 import select
 import time
 
-from runtime import init, rootfs, rootless, state, sync
+from runtime import init, process, rootfs, rootless, shared_birth, state, sync
 from runtime.cloning import clone_init
 from runtime.errors import RuntimeFailure
 from runtime.init_state import Setup
@@ -118,6 +118,9 @@ class Birth:
             sources = self._sources() if root_tree >= 0 or any(mount.idmap for mount in spec.mounts) else {}
             mine, its = sync.Channel.pair()
             self._channel = mine
+            stays_behind = self._stays_behind()
+            shares = self._request.sibling and not stays_behind
+            shares = shares and shared_birth.may_share(spec, joins, self._manager, gate)
             process_ = spec.process
             assert process_ is not None  # create looked
             setup = Setup(
@@ -143,13 +146,20 @@ class Birth:
                 memory_policy=self._memory_policy(),
                 state=self._hook_state,
                 progress=progress,
-                stays_behind=self._stays_behind(),
+                stays_behind=stays_behind,
+                end_by_signals=shared_birth.end_by_signals if shares else process.end_by_signals,
             )
-            self._pid, self._pidfd = clone_init(
-                spec, joins, gate, mine, its, lambda: init.main(setup, its), sibling=self._request.sibling
-            )
+            if shares:
+                phase("init")
+                self._pid, self._pidfd = shared_birth.clone_init(
+                    setup, gate, mine, its, self._program, self._request.last_words
+                )
+            else:
+                self._pid, self._pidfd = clone_init(
+                    spec, joins, gate, mine, its, lambda: init.main(setup, its), sibling=self._request.sibling
+                )
             its.close()
-            return self._lead(progress)
+            return self._lead(progress, goes=not shares)
         finally:
             listener.close()
             progress.close()
@@ -222,7 +232,8 @@ class Birth:
             raise RuntimeFailure.of(error, step="rootfs", what="root.path") from None
         return self._open[-1]
 
-    def _lead(self, progress: Progress) -> Created:
+    def _lead(self, progress: Progress, *, goes: bool) -> Created:
+        """Hears the init until it is Ready; one that `goes` on its way only once it was told to, is told."""
         channel = self._channel
         assert channel is not None
         try:
@@ -239,8 +250,9 @@ class Birth:
 
                 net_devices.move_to(self._spec.net_devices, self._spec.namespaces, self._pid)
             failpoint("create.cloned")
-            phase("init")
-            channel.send("Go")
+            if goes:
+                phase("init")
+                channel.send("Go")
             while True:
                 message, fds = channel.receive("Console", "Hooks", "Listener", "Ready")
                 if message.kind == "Ready":

@@ -40,7 +40,9 @@ class CreateRequest(Record):
     `pidfd_socket` gets a pidfd of the init; `notify` makes the directory that runtime.notify has mounted. `rootless`:
     cgroups are best-effort; None: where the rights of root are missing. `hold`: the caller starts it, too, with
     Created.start, and its init ends if the caller ends before. `sibling`: the init is a child of the caller's parent,
-    who waits for it, where it takes one clone (runtime.cloning)."""
+    who waits for it, where it takes one clone (runtime.cloning); and it is set up in the caller's memory, where that
+    will do (runtime.shared_birth): if it is killed meanwhile the caller ends, too, having written `last_words` to that
+    fd, and what was made is left to whoever hears them."""
 
     root: str
     id: str
@@ -59,6 +61,7 @@ class CreateRequest(Record):
     rootless: bool | None = None
     hold: bool = False
     sibling: bool = False
+    last_words: tuple[int, bytes] = (-1, b"")
 
 
 def create(request: CreateRequest) -> Created:

@@ -60,7 +60,7 @@ _AT_FDCWD = -100
 
 
 def session(init: Init) -> None:
-    process.end_by_signals()
+    init.setup.end_by_signals()
     os.setsid()
     set_dumpable(init.setup.dumpable)
 
@@ -389,19 +389,27 @@ def has_runtime_hooks(spec: Spec) -> bool:
     return bool(spec.hooks.prestart or spec.hooks.create_runtime)
 
 
+def set_up(init: Init) -> None:
+    """All steps. Raises RuntimeFailure with the one that failed."""
+    progress = init.setup.progress
+    for number, entry in enumerate(STEPS):
+        if entry.when is None or entry.when(init):
+            progress.at(number)
+            try:
+                failpoint(f"init.{entry.name}")
+                entry.run(init)
+            except BaseException as error:
+                raise RuntimeFailure.of(error, step=entry.name) from None
+    progress.at(len(STEPS))
+
+
 def main(setup: Setup, channel: sync.Channel) -> NoReturn:
     """The whole life of the init until execve. Never returns, and no exception leaves it."""
     step = "session"
     try:
         init = Init(setup, channel)
         channel.receive("Go")
-        for number, entry in enumerate(STEPS):
-            if entry.when is None or entry.when(init):
-                step = entry.name
-                setup.progress.at(number)
-                failpoint(f"init.{step}")
-                entry.run(init)
-        setup.progress.at(len(STEPS))
+        set_up(init)
         step = "wait"
         channel.send("Ready", text=tuple(init.warnings))
         if channel.receive("Go", "Start")[0].kind == "Go":

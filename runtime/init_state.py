@@ -50,6 +50,7 @@ class Setup:
         state: Callable[[int, str], bytes],
         progress: Progress,
         stays_behind: bool,
+        end_by_signals: Callable[[], None],
     ) -> None:
         self.id = id
         self.spec = spec
@@ -77,6 +78,7 @@ class Setup:
         self.progress = progress
         # The init is PID 1 for the command, which it forks, runtime/reaper.py.
         self.stays_behind = stays_behind
+        self.end_by_signals = end_by_signals
 
 
 class Init:

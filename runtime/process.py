@@ -48,6 +48,7 @@ _AT_FDCWD = -100
 _NULL_DEVICE = os.makedev(1, 3)
 _PASSWD_LIMIT = 1 << 20
 _FILES, _FEW = "RLIMIT_NOFILE", 256  # more than the interpreter of an init has open
+ENDING = (SIGHUP, SIGINT, SIGQUIT, SIGTERM)
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # What loading a filter and lowering the sets at the very end takes; see `Identity`.
 _CAP_SYS_ADMIN, _CAP_SETPCAP = 1 << 21, 1 << 8
@@ -57,7 +58,7 @@ def end_by_signals() -> None:
     """Until it executes this process ends by what ends others: pid 1 of a PID namespace would not (pid_namespaces(7)),
     and a caller's handlers, with the fd that they write to, came along with the clone."""
     wake_up(-1)
-    for number in (SIGHUP, SIGINT, SIGQUIT, SIGTERM):
+    for number in ENDING:
         handle(number, _end)
 
 
@@ -202,7 +203,7 @@ class Identity:
     def __init__(self, process: Process, warn: Warn) -> None:
         self._user = process.user
         self._effective, self._permitted, self._inheritable = capget()
-        self._final: tuple[int, int, int] | None = None
+        self.final: tuple[int, int, int] | None = None  # what `finish` sets, if it has anything to set
         if process.capabilities.unknown:
             warn(f"ignored unknown capabilities: {', '.join(process.capabilities.unknown)}")
         self._wanted = self._available(process.capabilities, warn)
@@ -243,12 +244,12 @@ class Identity:
             if wanted.ambient >> number & 1:
                 cap_ambient_raise(number)
         if keep & ~wanted.effective or keep & ~wanted.permitted:
-            self._final = (wanted.effective, wanted.permitted, wanted.inheritable)
+            self.final = (wanted.effective, wanted.permitted, wanted.inheritable)
 
     def finish(self) -> None:
         """The last change before execve: gives up what the filter needed."""
-        if self._final is not None:
-            capset(*self._final)
+        if self.final is not None:
+            capset(*self.final)
 
 
 _bounding: list[int] = []
@@ -381,17 +382,21 @@ def execute(path: str, args: Iterable[str], env: Iterable[bytes]) -> None:
     try:
         execveat(_AT_FDCWD, path, [os.fsencode(arg) for arg in args], list(env))
     except KernelError as error:
-        hints = {
-            errno.ENOEXEC: "it is neither a program of this architecture nor a script with a #! line",
-            errno.ENOENT: "the file is there, but its interpreter (#! line, dynamic loader) is not",
-            errno.EACCES: "it or its interpreter is not executable, or its mount is noexec",
-            errno.E2BIG: "arguments and environment have room for a quarter of the stack's limit, each for 128 KiB",
-        }
-        words = os.strerror(error.errno or 0).lower()
-        raise RuntimeFailure(
-            f"exec {path}: {words} ({errno.errorcode.get(error.errno or 0, error.errno)})",
-            step="exec",
-            errno=error.errno or 0,
-            hint=hints.get(error.errno or 0, ""),
-            code="invalid_argument" if error.errno in hints else "internal",
-        ) from None
+        raise not_executed(path, error.errno or 0) from None
+
+
+def not_executed(path: str, code: int) -> RuntimeFailure:
+    """What is said of an execve(2) of `path` that failed with the errno `code`."""
+    hints = {
+        errno.ENOEXEC: "it is neither a program of this architecture nor a script with a #! line",
+        errno.ENOENT: "the file is there, but its interpreter (#! line, dynamic loader) is not",
+        errno.EACCES: "it or its interpreter is not executable, or its mount is noexec",
+        errno.E2BIG: "arguments and environment have room for a quarter of the stack's limit, each for 128 KiB",
+    }
+    return RuntimeFailure(
+        f"exec {path}: {os.strerror(code).lower()} ({errno.errorcode.get(code, code)})",
+        step="exec",
+        errno=code,
+        hint=hints.get(code, ""),
+        code="invalid_argument" if code in hints else "internal",
+    )

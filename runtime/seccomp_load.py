@@ -20,7 +20,12 @@ def load(code: bytes, flags: int = 0) -> int:
         listener = seccomp.set_mode_filter(code, flags)
         return listener if flags & seccomp.SECCOMP_FILTER_FLAG_NEW_LISTENER else -1
     except KernelError as error:
-        failure = RuntimeFailure.of(error, step="seccomp", what="load the seccomp filter")
-        if error.errno == errno.EACCES:
-            failure.hint = "without noNewPrivileges this takes CAP_SYS_ADMIN: load it before capabilities are dropped"
-        raise failure from error
+        raise not_loaded(error) from error
+
+
+def not_loaded(error: KernelError) -> RuntimeFailure:
+    """What is said of a filter that the kernel does not take."""
+    failure = RuntimeFailure.of(error, step="seccomp", what="load the seccomp filter")
+    if error.errno == errno.EACCES:
+        failure.hint = "without noNewPrivileges this takes CAP_SYS_ADMIN: load it before capabilities are dropped"
+    return failure

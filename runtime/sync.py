@@ -21,9 +21,10 @@
 A caller that starts it itself, as `run` does, says Start instead of the last Go, on the channel that is there.
 An exec has no start, and at most the first Go: it says Console and Ready if it has a terminal or warnings, and executes
 unless the caller's end is closed; end of file tells the caller. Instead of any message the init may send Failed, and
-exits. Until the last Go, end of file from the caller makes the init exit: a killed caller leaves no half-made container
-(threats O37). A peer that only connects to start.sock and closes asked whether anybody listens. Refuses an unexpected
-message by name. Invariant: sockets are SOCK_SEQPACKET, so a message is whole or not there.
+exits; one that waited in machine code (runtime.shared_birth) says Refused. Until the last Go, end of file from the
+caller makes the init exit: a killed caller leaves no half-made container (threats O37). A peer that only connects to
+start.sock and closes asked whether anybody listens. Refuses an unexpected message by name. Invariant: sockets are
+SOCK_SEQPACKET, so a message is whole or not there.
 """
 
 from __future__ import annotations
@@ -140,6 +141,10 @@ class Channel:
             fields = Fields(decode(body, "message"), "message")
             if fields.str("kind") == "Failed":
                 raise RuntimeFailure.from_json(fields.raw("failure"))
+            if fields.str("kind") == "Refused":
+                from runtime import refused  # for starts that fail
+
+                raise refused.failure(fields.strs("text"))
             return Message(fields.str("kind"), fields.int("pid"), fields.strs("text")), fds
         except BaseException:
             for fd in fds:

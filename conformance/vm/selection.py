@@ -22,6 +22,7 @@ LEFT_OUT = {
     "checkpoint": "with a criu that pretends; tests/vm has the real one",
     "criu_leftovers": _SAME,
     "cli": _SAME,
+    "clone_vm": _SAME,
     "dump": "each case there goes on from a dump that was made there; making more of them takes minutes",
     "effects": _SAME,
     "failures": _SAME,

@@ -100,6 +100,7 @@ class Manager:
     """See the module. `verify` says whether an fd is on the filesystem it should be on; tests bring their own."""
 
     __slots__ = ("by_controller", "optional", "places", "rootless", "v2", "verify")
+    adopts = False  # whether `adopt` has anything to do
 
     def __init__(
         self,

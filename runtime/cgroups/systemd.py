@@ -115,6 +115,7 @@ class SystemdManager(Manager):
         *("_foreign", "_impatient", "_interface", "_of_user", "_pending", "_unit"),
         *("container_id", "extra", "scope"),
     )
+    adopts = True
 
     def __init__(self, places: tuple[Place, ...], unit: str, verify: tree.Verify = tree.verify_cgroup) -> None:
         self._of_user = below_service(places[0].relative)

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
     def function_at(address: int) -> Callable[..., int]: ...
 
+    def locked_function_at(address: int) -> Callable[..., int]: ...
+
+    def callback(function: Callable[[], int]) -> Structure: ...
+
     def symbol_address(library: CDLL, name: str) -> int: ...
 
 else:
@@ -97,6 +101,11 @@ else:
             _flags_ = FUNCFLAG_CDECL | FUNCFLAG_PYTHONAPI
             _restype_ = c_int
 
+        class _Callback(CFuncPtr):
+            _flags_ = FUNCFLAG_CDECL | FUNCFLAG_PYTHONAPI
+            _restype_ = c_int
+            _argtypes_ = ()
+
         class CDLL:
             """A loaded library; its functions are attributes, made at their first use."""
 
@@ -122,6 +131,15 @@ else:
             """The C function at `address`; it returns an int, and leaves errno alone."""
             return _Function(address)
 
+        def locked_function_at(address):
+            """As `function_at`; the interpreter's lock stays this thread's."""
+            return _PythonFunction(address)
+
+        def callback(function):
+            """A C function without arguments that calls `function`, which returns an int: its address is what this
+            object holds. Keep it for as long as that may be called."""
+            return _Callback(function)
+
         def symbol_address(library, name):
             """Where the variable `name` of a library is."""
             return c_ulong.from_address(addressof(getattr(library, name))).value
@@ -132,6 +150,7 @@ else:
             CDLL,
             CFUNCTYPE,
             POINTER,
+            PYFUNCTYPE,
             Array,
             Structure,
             addressof,
@@ -155,6 +174,12 @@ else:
         def function_at(address):
             return CFUNCTYPE(c_int)(address)
 
+        def locked_function_at(address):
+            return PYFUNCTYPE(c_int)(address)
+
+        def callback(function):
+            return PYFUNCTYPE(c_int)(function)
+
         def symbol_address(library, name):
             return addressof(c_void_p.in_dll(library, name))
 
@@ -177,9 +202,11 @@ __all__ = [
     "c_uint64",
     "c_ulong",
     "c_void_p",
+    "callback",
     "create_string_buffer",
     "function_at",
     "get_errno",
+    "locked_function_at",
     "pythonapi",
     "symbol_address",
 ]

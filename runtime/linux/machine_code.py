@@ -19,9 +19,15 @@ if TYPE_CHECKING:
 
 def machine_code(code: bytes) -> Callable[..., int] | None:
     """The C function with that code for x86-64 (System V ABI), which returns an int; None where there can be none."""
+    start = machine_code_at(code)
+    return None if start is None else ctypes.function_at(start)
+
+
+def machine_code_at(code: bytes) -> int | None:
+    """Where that code for x86-64 is; None where it can be nowhere."""
     if os.uname().machine != "x86_64" or struct.calcsize("P") != 8:
         return None
     try:
-        return ctypes.function_at(map_copy(code, len(code), PROT_READ | PROT_EXEC))
+        return map_copy(code, len(code), PROT_READ | PROT_EXEC)
     except KernelError:  # a policy of this machine against code that is made while a program runs
         return None

@@ -13,12 +13,18 @@ if TYPE_CHECKING:
 
 SIGHUP, SIGINT, SIGQUIT, SIGKILL, SIGPIPE, SIGTERM, SIGCHLD, SIGSTOP, SIGXFSZ = 1, 2, 3, 9, 13, 15, 17, 19, 25
 NSIG = 65
-_ALL = frozenset(range(1, NSIG)) - {32, 33}  # those two are the C library's own (nptl(7))
+KEPT_BY_LIBC = (32, 33)  # nptl(7)
+_ALL = frozenset(range(1, NSIG)) - {*KEPT_BY_LIBC}
 
 
 def handle(number: int, handler: Callable[[int, object], None] | None) -> None:
     """sigaction(2): `handler`, or with None the default action."""
     _signal.signal(number, _signal.SIG_DFL if handler is None else handler)
+
+
+def ignored() -> list[int]:
+    """Those that the interpreter has set, or found, to be ignored."""
+    return [number for number in range(1, NSIG) if _signal.getsignal(number) == _signal.SIG_IGN]
 
 
 def wake_up(fd: int) -> None:

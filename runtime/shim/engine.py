@@ -21,6 +21,8 @@ from runtime.shim.protocol import CheckpointMessage, ContainerMessage, RestoreMe
 # Imported on demand, and nearly every container demands them: once for all pods, before the zygote forks.
 _USUAL = (hooks, killer, limits, rootfs_cgroup, seccomp, seccomp_load)
 
+SILENT = (-1, b"")
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,11 +30,14 @@ if TYPE_CHECKING:
 
     from runtime.entering import Caller
 
+    LastWords = tuple[int, bytes]  # for an fd
+
     class Engine(Protocol):
         """A runtime. All of it may raise RuntimeFailure."""
 
-        def create(self, message: ContainerMessage, stdio: Sequence[int]) -> Made:
-            """The process, set up and waiting before execve. `stdio` stays the caller's."""
+        def create(self, message: ContainerMessage, stdio: Sequence[int], last_words: LastWords = SILENT) -> Made:
+            """The process, set up and waiting before execve. `stdio` stays the caller's. It may take this process
+            along if it is killed on its way: then `last_words` are written, and undoing is somebody else's."""
             ...
 
         def start(self, container_id: str) -> None:
@@ -91,7 +96,7 @@ class NativeEngine:
     def __init__(self, root: str) -> None:
         self._root = root
 
-    def create(self, message: ContainerMessage, stdio: Sequence[int]) -> Made:
+    def create(self, message: ContainerMessage, stdio: Sequence[int], last_words: LastWords = SILENT) -> Made:
         with open(f"{message.bundle}/config.json", "rb") as file:
             config = spec.parse(file.read())
         created = _create.create(
@@ -104,6 +109,7 @@ class NativeEngine:
                 rootfs=root_mount(message),
                 systemd_cgroup=names_unit(config.cgroups_path),
                 sibling=True,  # whatever this helper does next, the shim hears of an exit
+                last_words=last_words,
             )
         )
         os.close(created.pidfd)

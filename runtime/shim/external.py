@@ -17,7 +17,7 @@ from runtime.linux import signals
 from runtime.linux.files import AT_FDCWD, open_beneath, read_bounded
 from runtime.linux.mount import move_mount
 from runtime.linux.process import pidfd_open
-from runtime.shim.engine import Made, cgroups_path_of, config_of, names_unit, root_mount
+from runtime.shim.engine import SILENT, Made, cgroups_path_of, config_of, names_unit, root_mount
 from runtime.shim.protocol import CheckpointMessage, ContainerMessage, RestoreMessage
 from runtime.shim.reaper import exit_code
 from runtime.shim.sandbox import unmount
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from runtime.entering import Caller
+    from runtime.shim.engine import LastWords
 
 _DEADLINE = 60.0  # seconds that one call of the binary may take
 _CONSOLE_DEADLINE = 10.0
@@ -44,7 +45,7 @@ class ExternalEngine:
         self._scratch = scratch
         self._calls = 0
 
-    def create(self, message: ContainerMessage, stdio: Sequence[int]) -> Made:
+    def create(self, message: ContainerMessage, stdio: Sequence[int], last_words: LastWords = SILENT) -> Made:
         os.makedirs(self._root, mode=0o700, exist_ok=True)
         mount_rootfs(message)
         try:

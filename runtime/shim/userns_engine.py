@@ -5,7 +5,7 @@ Refuses nothing of its own. Invariant: only pipes and sockets change hands, see 
 
 from __future__ import annotations
 
-from runtime.shim.engine import Made, NativeEngine
+from runtime.shim.engine import SILENT, Made, NativeEngine
 from runtime.shim.userns import give_pipes
 
 TYPE_CHECKING = False
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from runtime.entering import Caller
+    from runtime.shim.engine import LastWords
     from runtime.shim.protocol import ContainerMessage, PodMessage
 
 
@@ -24,9 +25,9 @@ class MappedEngine(NativeEngine):
         super().__init__(root)
         self._pod = pod
 
-    def create(self, message: ContainerMessage, stdio: Sequence[int]) -> Made:
+    def create(self, message: ContainerMessage, stdio: Sequence[int], last_words: LastWords = SILENT) -> Made:
         give_pipes(self._pod, stdio)
-        return super().create(message, stdio)
+        return super().create(message, stdio, last_words)
 
     def execute(self, container_id: str, process: dict[str, Any], stdio: Sequence[int], caller: Caller) -> Made:
         give_pipes(self._pod, stdio)

@@ -466,6 +466,41 @@ def test_a_container_stands_still_and_goes_on_and_is_deleted_also_when_it_stands
     pods.shims.delete(pod.sandbox, one)
 
 
+def test_a_container_is_set_up_in_its_helpers_memory_and_starts_from_there(native: Lab) -> None:
+    pod = native.pod()
+    container = pod.create("c", ["sh", "-c", "echo here; exit 5"])
+    faults = int(Path(f"/proc/{pod.facts(container).pid}/stat").read_text().rpartition(")")[2].split()[7])
+    assert faults < 250  # a fork copies some 600 pages on the way
+    pod.shims.start_container(pod.sandbox, container)
+    assert pod.ended(container).exit_code == 5
+    assert pod.lines("c") == [b"here"]
+
+
+def test_a_small_limit_of_memory_is_the_containers_alone(native: Lab) -> None:
+    pod = native.pod()
+    with pytest.raises(ContainerError, match="memory"):  # says what killed it: the helper lives to tell
+        pod.run("c", ["true"], linux={"resources": {"memory": {"limit": 4096}}})
+    assert native.machine.cgroups() == []
+
+
+@pytest.mark.parametrize("where", ["init.rootfs", "init.identity"])
+def test_o37_an_init_that_is_killed_while_it_is_set_up_is_told_of_and_can_be_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    needs("root", "busybox", "overlay")
+    monkeypatch.setenv("OCID_FAILPOINTS", f"{where}=kill")
+    with lab(tmp_path) as opened:
+        pod = opened.pod()
+        monkeypatch.delenv("OCID_FAILPOINTS")
+        spec = pod.spec("c", ["true"])
+        for _ in range(2):
+            with pytest.raises(ContainerError, match="its init was killed while it was set up"):
+                opened.shims.create(pod.sandbox, spec)
+        opened.shims.delete(pod.sandbox, spec.id)
+        assert opened.machine.cgroups() == []
+        assert not (opened.state / "runtime" / spec.id).exists()
+
+
 def test_o24_a_create_that_dies_half_way_leaves_nothing(native: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     pod = native.pod()
     spec = pod.spec("c", ["true"])
