@@ -32,6 +32,18 @@ reason given. The peers' columns say whether the field is named in their sources
 1.36.3), which does not say what they do with it. What Windows alone has is left out; a request that has it is refused.
 """
 
+ANSWERS_HEAD = """\
+Each is shown by a test that fails when the field is taken out of all answers and, unless it is a message that has
+fields of its own, when something else is in it: `conformance/run fields` does both.
+
+The peers' columns say whether a field is filled: their sources for Linux were read with types (Go's own type checker,
+over the files that know the CRI's package), and a field counts that is given a value, in a literal or by assignment, or
+whose message is handed out as a request brought it (names, namespaces, mounts, images). A URL counts that their
+streaming library makes. That does not say whether the value is right, nor in which of the calls, on which version of
+cgroups or with which configuration it is there: CRI-O has a pod's `containers_statuses` and `timestamp` only with pod
+events on. What their version of the CRI (0.36.3) does not have, they do not fill.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Field:
@@ -42,6 +54,14 @@ class Field:
     test: str
     peers: str
     note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One row of the answers' fields."""
+
+    test: str
+    peers: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +92,17 @@ def load_calls(path: Path = SOURCE) -> Mapping[str, Call]:
     return {name: Call(*row) for name, row in _tables(path)["calls"].items()}
 
 
-def load_answers(path: Path = ANSWERS) -> Mapping[str, Mapping[str, str]]:
-    """The tests of answers' fields, by message and name; "" where there is none."""
-    with path.open("rb") as file:
-        return tomllib.load(file)
+def load_answers(path: Path = ANSWERS) -> Mapping[str, Mapping[str, Answer]]:
+    """The fields of answers, by message and name."""
+    return {message: {name: Answer(*row) for name, row in fields.items()} for message, fields in _tables(path).items()}
 
 
-def _of_answers(answers: Mapping[str, Mapping[str, str]]) -> list[str]:
-    tests = [test for fields in answers.values() for test in fields.values()]
-    shown = sum(map(bool, tests))
-    lines = ["\n## Fields of answers\n", f"{shown} of {len(tests)} are shown by a test that fails without the field.\n"]
-    lines += ["| field | shown by |", "|---|---|"]
+def _of_answers(answers: Mapping[str, Mapping[str, Answer]]) -> list[str]:
+    lines = [f"\n## Fields of answers\n\n{sum(map(len, answers.values()))} fields.", ANSWERS_HEAD]
+    lines += ["| field | containerd | CRI-O | shown by |", "|---|---|---|---|"]
     for message, fields in answers.items():
-        for name, test in fields.items():
-            lines.append(f"| `{message}.{name}` | {_named(test)} |")
+        for name, row in fields.items():
+            lines.append(f"| `{message}.{name}` | {' | '.join(PEERS[row.peers])} | {_named(row.test)} |")
     return lines
 
 
@@ -94,7 +111,7 @@ def _named(test: str) -> str:
 
 
 def rendered(
-    table: Mapping[str, Mapping[str, Field]], calls: Mapping[str, Call], answers: Mapping[str, Mapping[str, str]]
+    table: Mapping[str, Mapping[str, Field]], calls: Mapping[str, Call], answers: Mapping[str, Mapping[str, Answer]]
 ) -> str:
     """The document."""
     lines = [HEAD, "## Calls\n", "| call | ocid | containerd | CRI-O | shown by |", "|---|---|---|---|---|"]

@@ -3,9 +3,9 @@
 Shows that the tests of the CRI's fields can fail. Each row of conformance/cri_fields.toml and
 cri_answers.toml names the test that shows its field. Here that test is played as it is, and must pass; then with the
 field taken out of every request, or of every answer, and must fail: else it shows nothing, and the field might as well
-be ignored; then as it is again. A row is reported when its test
-passes without the field, and when no message of the test ever had it. Rows whose tests stand on fakes are `unit`, the
-others `kernel`.
+be ignored; for answers once more with something else in the field, and must fail: else any value would do; then as it
+is again. A row is reported when its test passes without the field or with a wrong one, and when no message of the test
+ever had it. Rows whose tests stand on fakes are `unit`, the others `kernel`.
 
 Runs in namespaces of its own. The last line is "N passed, N failed"; the exit code is 0 only if none has failed.
 """
@@ -27,16 +27,17 @@ from pathlib import Path
 
 from conformance.cri_fields import ANSWERS, ROOT, SOURCE, load, load_answers
 from conformance.isolated import reenter
+from cri.api import api_pb2 as pb
 
 UNIT = "tests/unit/"
 
 
 @dataclass(frozen=True, slots=True)
 class Play:
-    """A test without a field."""
+    """A test without a field, or with a wrong one."""
 
     test: str
-    field: str  # as tests/without.py wants it: the side, then the field's name
+    field: str  # as tests/without.py wants it: what is done, then the field's name
 
 
 @dataclass(slots=True)
@@ -56,9 +57,16 @@ def plays() -> Iterator[tuple[Play, set[str]]]:
             if row.test:
                 yield _play("request", message, name, row.test, row.where)
     for message, answers in load_answers().items():
-        for name, test in answers.items():
-            if test:
-                yield _play("answer", message, name, test)
+        for name, answer in answers.items():
+            yield _play("answer", message, name, answer.test)
+            if not _is_message(message, name):
+                yield _play("altered", message, name, answer.test)
+
+
+def _is_message(message: str, name: str) -> bool:
+    """Whether a field is a single message, whose own fields are altered instead of it."""
+    field = pb.DESCRIPTOR.message_types_by_name[message].fields_by_name[name]
+    return field.message_type is not None and not field.is_repeated
 
 
 def _play(side: str, message: str, name: str, test: str, *files: str) -> tuple[Play, set[str]]:
@@ -141,7 +149,7 @@ def problem(whole: Told, without: Told) -> str:
     if not without.met:
         return "no message of the test has the field"
     if "failed" not in without.outcomes:
-        return f"its test passes without it: {', '.join(sorted(set(without.outcomes)))}"
+        return f"its test does not notice: {', '.join(sorted(set(without.outcomes)))}"
     return ""
 
 

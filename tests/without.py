@@ -1,7 +1,10 @@
 """A pytest plugin: plays a test as it is, and once more for each field that it is said to show, with that field taken
-out of every request, or of every answer, while the test runs. conformance/fields.py asks for it and judges.
+out of every request, or of every answer, or filled with something else there, while the test runs.
+conformance/fields.py asks for it and judges.
 
     pytest -p tests.without --without FILE …        FILE: {"plays": {test: ["request Message.field", …]}}
+
+A play begins with `request`, `answer` (both: without the field) or `altered` (in answers).
 
 writes FILE.told beside it: a list of {test, field, outcome, said, met, seconds}, of which `met` counts the messages
 that had the field.
@@ -21,6 +24,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from conformance import cri_client
@@ -30,35 +34,64 @@ from tests import costs
 
 # What a play without its field waits for does not come: it need not wait as long as a test that has it.
 PATIENCE_S = 15.0
+# Times are nanoseconds, and tests hold them between two others: an hour is out of every reach.
+_LATER = 3_600_000_000_000
 _METHODS = {method.name: method for service in pb.DESCRIPTOR.services_by_name.values() for method in service.methods}
 
 
 class Taken:
-    """What is taken out just now: `side` is request or answer, "" for nothing."""
+    """What is done just now: `how` is request, answer or altered, "" for nothing."""
 
-    side = message = field = ""
+    how = message = field = ""
     met = 0
 
     def out_of(self, side: str, whole: Any) -> Any:
-        """`whole`, or a copy without the field."""
-        if side != self.side:
+        """`whole`, or a copy without the field, or with another value in it."""
+        if side != {"altered": "answer"}.get(self.how, self.how):
             return whole
         copy = type(whole)()
         copy.CopyFrom(whole)
-        self._clear(copy)
+        self._change(copy)
         return copy
 
-    def _clear(self, message: Message) -> None:
-        if message.DESCRIPTOR.name == self.message:
-            self.met += self.field in {field.name for field, _ in message.ListFields()}
-            message.ClearField(self.field)
-        for field, value in message.ListFields():
-            if field.message_type is None:
-                continue
-            if field.message_type.GetOptions().map_entry:
-                continue  # of strings, all of them
+    def _change(self, message: Message) -> None:
+        found = message.ListFields()
+        for field, value in found:
+            if field.message_type is None or _is_map(field):
+                continue  # maps are of strings, all of them
             for one in (value,) if isinstance(value, Message) else value:
-                self._clear(one)
+                self._change(one)
+        if message.DESCRIPTOR.name == self.message:
+            for field in (field for field, _ in found if field.name == self.field):
+                self.met += 1
+                alter(message, field) if self.how == "altered" else message.ClearField(field.name)
+
+
+def _is_map(field: FieldDescriptor) -> bool:
+    return field.message_type is not None and bool(field.message_type.GetOptions().map_entry)
+
+
+def alter(message: Message, field: FieldDescriptor) -> None:
+    """Puts something else into a field that is set. Of a single message nothing: its own fields have their plays."""
+    value = getattr(message, field.name)
+    if _is_map(field):
+        value["altered"] = "altered"
+    elif field.is_repeated:
+        value.add() if field.message_type is not None else value.append(value[-1])
+    elif field.message_type is None:
+        setattr(message, field.name, _another(field, value))
+
+
+def _another(field: FieldDescriptor, value: Any) -> Any:
+    if field.enum_type is not None:
+        return next(number for number in field.enum_type.values_by_number if number != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, str | bytes):
+        return value + ("-altered" if isinstance(value, str) else b"-altered")
+    if field.type in (field.TYPE_INT64, field.TYPE_UINT64):
+        return value + _LATER if value < 1 << 62 else value - _LATER
+    return value + 1
 
 
 taken = Taken()
@@ -157,13 +190,13 @@ class Plays:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Function) -> Iterator[None]:
-        taken.side, _, field = item.callspec.params["taken_out"].partition(" ")
+        taken.how, _, field = item.callspec.params["taken_out"].partition(" ")
         taken.message, _, taken.field = field.partition(".")
         taken.met = 0
         try:
             return (yield)
         finally:
-            taken.side = ""
+            taken.how = ""
             for fixture in item.funcargs.values():
                 if hasattr(client := getattr(fixture, "client", None), "clear"):
                     client.clear()

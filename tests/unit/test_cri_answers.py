@@ -7,8 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cri.api import api_pb2 as pb
-from runtime.cgroups.stats import Pressure, Stall, Stats
+from cri.interfaces import NetworkResult, PodNetwork
+from cri.version import VERSION
+from runtime.linux.mount import MountPoint
 from tests.fakes.node import IMAGE, Rig, on_rig
 
 
@@ -16,7 +20,7 @@ def test_the_version_is_told(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         told = await rig.call("Version", pb.VersionRequest(version="v1"))
         assert (told.version, told.runtime_name, told.runtime_api_version) == ("0.1.0", "ocid", "v1")
-        assert told.runtime_version
+        assert told.runtime_version == VERSION
 
     on_rig(tmp_path, body)
 
@@ -41,7 +45,7 @@ def test_a_pod_is_told_whole_by_its_status_and_by_the_list(tmp_path: Path) -> No
             assert (told.id, told.runtime_handler) == (pod, "native")
             assert (dict(told.labels), dict(told.annotations)) == ({"app": "web"}, {"note": "x"})
             assert before <= told.created_at <= time.time_ns()
-        assert answer.status.network.ip and answer.info["info"]
+        assert answer.status.network.ip == "10.99.0.2" and answer.info.keys() == {"info"}
         assert [status.id for status in answer.containers_statuses] == [one]
         assert before <= answer.timestamp <= time.time_ns()
         await rig.stop_pod(pod)
@@ -103,9 +107,7 @@ def test_mounts_are_told_as_they_were_asked_for(tmp_path: Path) -> None:
         ]
         mounts = [pb.Mount(**mount) for mount in asked]
         one = await rig.create(await rig.run_pod(), mounts=mounts)
-        told = {mount.container_path: mount for mount in (await rig.status(one)).mounts}
-        for mount in mounts:
-            assert told[mount.container_path] == mount
+        assert list((await rig.status(one)).mounts) == mounts
 
     on_rig(tmp_path, body)
 
@@ -152,47 +154,101 @@ def test_the_namespaces_of_a_pod_are_told(tmp_path: Path) -> None:
 def test_what_handlers_and_the_runtime_can_do_is_told(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         told = await rig.call("Status", pb.StatusRequest())
-        native = {handler.name: handler.features for handler in told.runtime_handlers}["native"]
-        assert native.recursive_read_only_mounts and native.user_namespaces
+        assert [handler.name for handler in told.runtime_handlers] == ["", "native"]
+        for handler in told.runtime_handlers:
+            assert handler.features.recursive_read_only_mounts and handler.features.user_namespaces
         assert told.features.user_namespaces_host_network and told.features.mount_options
 
     on_rig(tmp_path, body)
 
 
-def test_every_figure_of_a_container_and_of_a_pod_is_told(tmp_path: Path) -> None:
+def test_all_addresses_of_a_pod_are_told(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
-        pod = await rig.run_pod(linux=pb.LinuxPodSandboxConfig(cgroup_parent="/t/own"))
-        one = await rig.run(pod)
-        stalls = Pressure(some=Stall(7, 1.5, 2.5, 3.5), full=Stall(5, 0.5, 0.25, 0.125))
-        figures = Stats(
-            5_000_000_000,
-            cpu_usage_ns=70,
-            memory_usage=1000,
-            memory_inactive_file=300,
-            memory_limit=2000,
-            memory_rss=50,
-            page_faults=11,
-            major_page_faults=12,
-            swap_usage=13,
-            swap_limit=100,
-            cpu_pressure=stalls,
-            memory_pressure=stalls,
-            io_pressure=stalls,
+        async def add(pod: PodNetwork) -> NetworkResult:
+            return NetworkResult(("10.99.0.2", "fd00::2", "10.98.0.2"), {})
+
+        rig.network.add = add  # type: ignore[method-assign]
+        pod = await rig.run_pod()
+        told = (await rig.pod_status(pod)).network
+        assert (told.ip, [one.ip for one in told.additional_ips]) == ("10.99.0.2", ["fd00::2", "10.98.0.2"])
+        await rig.stop_pod(pod)
+        assert (await rig.pod_status(pod)).network == pb.PodSandboxNetworkStatus()
+
+    on_rig(tmp_path, body)
+
+
+def test_what_a_pod_was_told_of_others_is_told(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        linux = pb.LinuxPodSandboxConfig()
+        asked = linux.security_context.namespace_options
+        asked.target_id = "another"  # says nothing where no namespace is a target's
+        asked.userns_options.mode = pb.NODE
+        pod = await rig.run_pod(linux=linux)
+        told = (await rig.pod_status(pod)).linux.namespaces.options
+        assert (told.target_id, told.userns_options.mode) == ("another", pb.NODE)
+
+    on_rig(tmp_path, body)
+
+
+def test_a_containers_image_is_told_as_it_was_asked_for(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        pod = await rig.run_pod()
+        config = rig.container_config()
+        config.image.annotations["org.example/note"] = "x"
+        config.image.runtime_handler = "native"
+        config.image.user_specified_image = "busybox:1"
+        config.image.image_ref = "sha256:told"
+        request = pb.CreateContainerRequest(pod_sandbox_id=pod, config=config)
+        one = (await rig.call("CreateContainer", request)).container_id
+        (listed,) = (await rig.call("ListContainers", pb.ListContainersRequest())).containers
+        assert (await rig.status(one)).image == listed.image == config.image
+
+    on_rig(tmp_path, body)
+
+
+def test_mounts_of_every_kind_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = MountPoint(1, 1, "8:1", "/", "/", "rw", "shared:1", "ext4", "/dev/x", "rw")
+    monkeypatch.setattr("cri.spec.mounts.mountinfo", lambda: [shared])
+    monkeypatch.setattr("runtime.labels.has_selinux", lambda: False)
+
+    async def body(rig: Rig) -> None:
+        mapped = pb.Mount(container_path="/mapped", host_path=str(tmp_path))
+        mapped.uidMappings.add(host_id=300_000, container_id=7, length=65536)
+        mapped.gidMappings.add(host_id=400_000, container_id=8, length=65535)
+        image = pb.ImageSpec(image=IMAGE)
+        asked = [
+            pb.Mount(container_path="/slave", host_path=str(tmp_path), propagation=pb.PROPAGATION_HOST_TO_CONTAINER),
+            pb.Mount(container_path="/labelled", host_path=str(tmp_path), selinux_relabel=True),
+            mapped,
+            pb.Mount(container_path="/image", image=image, image_sub_path="etc", readonly=True),
+        ]
+        one = await rig.create(await rig.run_pod(), mounts=asked)
+        image.image_ref = rig.image.id  # which one it is, now that it is known
+        asked[-1].image.CopyFrom(image)
+        assert list((await rig.status(one)).mounts) == asked
+
+    on_rig(tmp_path, body)
+
+
+def test_an_image_is_told_whole(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        request = pb.ImageStatusRequest(image=pb.ImageSpec(image=IMAGE))
+        before = (await rig.call("ImageStatus", request)).image
+        rig.images.pinned.add(IMAGE)
+        told = (await rig.call("ImageStatus", request)).image
+        (listed,) = (await rig.call("ListImages", pb.ListImagesRequest())).images
+        assert (
+            told
+            == listed
+            == pb.Image(
+                id=rig.image.id,
+                repo_tags=[IMAGE],
+                repo_digests=[f"{IMAGE.rpartition(':')[0]}@{rig.image.manifest_digest}"],
+                size=rig.image.size,
+                spec=pb.ImageSpec(image=rig.image.id),
+                pinned=True,
+            )
         )
-        rig.statistics._read = lambda groups, full=False: dict.fromkeys(groups, figures)  # type: ignore[method-assign]
-        of_one = (await rig.call("ContainerStats", pb.ContainerStatsRequest(container_id=one))).stats
-        of_pod = (await rig.call("PodSandboxStats", pb.PodSandboxStatsRequest(pod_sandbox_id=pod))).stats.linux
-        swap = of_one.swap
-        assert (swap.timestamp, swap.swap_usage_bytes.value, swap.swap_available_bytes.value) == (5_000_000_000, 13, 87)
-        for told in (of_one, of_pod):
-            assert {told.cpu.timestamp, told.memory.timestamp, told.io.timestamp} == {5_000_000_000}
-            assert told.cpu.usage_core_nano_seconds.value == 70
-            memory = told.memory
-            assert (memory.usage_bytes.value, memory.working_set_bytes.value) == (1000, 700)
-            assert (memory.available_bytes.value, memory.rss_bytes.value) == (1300, 50)
-            assert (memory.page_faults.value, memory.major_page_faults.value) == (11, 12)
-            for psi in (told.cpu.psi, memory.psi, told.io.psi):
-                assert (psi.Some.Total, psi.Some.Avg10, psi.Some.Avg60, psi.Some.Avg300) == (7, 1.5, 2.5, 3.5)
-                assert (psi.Full.Total, psi.Full.Avg10, psi.Full.Avg60, psi.Full.Avg300) == (5, 0.5, 0.25, 0.125)
+        assert rig.image.size > 0 and not before.pinned
 
     on_rig(tmp_path, body)

@@ -3,6 +3,7 @@ port-forward are to be. Each of these fails when its field is ignored (docs/cri-
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,9 @@ def test_what_is_verbose_is_told_to_who_asks(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         for verbose in (True, False):
             request = pb.ImageStatusRequest(image=pb.ImageSpec(image=IMAGE), verbose=verbose)
-            assert bool((await rig.call("ImageStatus", request)).info) is verbose
+            info = (await rig.call("ImageStatus", request)).info
+            assert info.keys() == ({"info"} if verbose else set())
+            assert not verbose or json.loads(info["info"])["manifestDigest"] == rig.image.manifest_digest
 
     on_rig(tmp_path, body)
 

@@ -15,6 +15,7 @@ import pytest
 from cri import feed
 from cri.api import api_pb2 as pb
 from cri.api import api_pb2_grpc
+from cri.node import now_ns
 from cri.records import Container, Pod
 from cri.verbs import streams
 from tests.fakes.node import Rig, connected_to, on_rig
@@ -55,6 +56,7 @@ def test_events_tell_a_whole_life_in_order_with_statuses(tmp_path: Path) -> None
     async def body(rig: Rig) -> None:
         async with serving(rig) as (stub, _):
             call = await listening(stub)
+            before = now_ns()
             pod = await rig.run_pod(labels={"app": "web"})
             one = await rig.run(pod, "one", "sleep 1000")
             await rig.stop(one)
@@ -73,7 +75,7 @@ def test_events_tell_a_whole_life_in_order_with_statuses(tmp_path: Path) -> None
                 ("pod", DELETED),
             ]
             times = [event.created_at for event in events]
-            assert times == sorted(set(times))
+            assert times == sorted(set(times)) and before <= times[0] <= times[-1] <= now_ns()
             # A kubelet finds the pod by its uid in every event, and forgets it with the last.
             assert {event.pod_sandbox_status.metadata.uid for event in events} == {"uid-web"}
             assert events[0].pod_sandbox_status.labels == {"app": "web"}

@@ -52,9 +52,11 @@ def test_every_answers_field_has_a_row_with_a_test_that_is_there() -> None:
     assert {name: sorted(fields) for name, fields in answers.items()} == {
         name: sorted(set(fields) - {"windows"}) for name, fields in carried("output_type").items()
     }
-    for test in {test for fields in answers.values() for test in fields.values()} - {""}:
-        path, _, function = test.partition("::")
-        assert function in functions_of(path), test
+    for message, fields in answers.items():
+        for name, row in fields.items():
+            path, _, function = row.test.partition("::")
+            assert path and function in functions_of(path), f"{message}.{name}: no test {row.test!r}"
+            assert row.peers in PEERS, f"{message}.{name}"
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,7 @@ def test_verbose_status_holds_pid_spec_and_config(tmp_path: Path) -> None:
         pod = await rig.run_pod()
         container = await rig.run(pod)
         answer = await rig.call("ContainerStatus", pb.ContainerStatusRequest(container_id=container, verbose=True))
+        assert answer.info.keys() == {"info"}
         info = json.loads(answer.info["info"])
         assert info["pid"] == rig.node.store.containers[container].pid
         assert info["runtimeSpec"]["process"]["args"] == ["sh", "-c", "sleep 1000"]

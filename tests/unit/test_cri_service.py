@@ -149,11 +149,13 @@ def test_status_says_what_there_is(tmp_path: Path) -> None:
             "ContainerRuntimeHasNoDeprecationWarnings": True,
         }
         assert [handler.name for handler in answer.runtime_handlers] == ["", "native"]
+        assert answer.info.keys() == {"config", "network"}
         assert "exec_output_bytes" in answer.info["config"] and answer.features.supplemental_groups_policy
         rig.network.not_ready = "no network list"
         answer = await rig.call("Status", pb.StatusRequest())
         (network,) = [item for item in answer.status.conditions if item.type == "NetworkReady"]
         assert (network.status, network.message) == (False, "no network list") and not answer.info
+        assert network.reason == "NetworkPluginNotReady"
         config = await rig.call("RuntimeConfig", pb.RuntimeConfigRequest())
         assert config.linux.cgroup_driver == pb.CGROUPFS
         cidr = pb.RuntimeConfig(network_config=pb.NetworkConfig(pod_cidr="10.1.0.0/24"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,7 @@ def test_a_container_that_does_not_run_has_a_layer_only() -> None:
 
 def test_metrics_have_cadvisors_names_and_the_labels_that_they_describe(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
+        before = time.time_ns()
         pod = await rig.run_pod("web", linux=pb.LinuxPodSandboxConfig(cgroup_parent="/t/web"))
         limits = pb.LinuxContainerConfig(resources=pb.LinuxContainerResources(memory_limit_in_bytes=64 << 20))
         one = await rig.run(pod, "one", linux=limits)
@@ -210,7 +212,9 @@ def test_metrics_have_cadvisors_names_and_the_labels_that_they_describe(tmp_path
         described = {family.name: [*metrics.BASE_LABELS, *family.labels] for family in metrics.FAMILIES}
         assert len(described) == len(metrics.FAMILIES)
         answer = await rig.call("ListMetricDescriptors", pb.ListMetricDescriptorsRequest())
-        assert all(described[item.name] == item.label_keys and item.help for item in answer.descriptors)
+        helps = {family.name: family.help for family in metrics.FAMILIES}
+        assert all(described[item.name] == item.label_keys for item in answer.descriptors)
+        assert all(helps[item.name] == item.help for item in answer.descriptors)
         if_there = {family.name for family in metrics.FAMILIES if family.there()}
         assert {item.name for item in answer.descriptors} == if_there
         (found,) = (await rig.call("ListPodSandboxMetrics", pb.ListPodSandboxMetricsRequest())).pod_metrics
@@ -244,10 +248,12 @@ def test_metrics_have_cadvisors_names_and_the_labels_that_they_describe(tmp_path
         assert ("container_hugetlb_max_usage_bytes", "2MB") not in of_one
         # What is read on the call has no time, as the CRI has it; what was measured before has its own.
         times = {item.name: item.timestamp for item in found.container_metrics[0].metrics}
-        assert times["container_fs_usage_bytes"] > 0 and times["container_tasks_state"] > 0
+        for name in ("container_fs_usage_bytes", "container_tasks_state"):
+            assert before <= times[name] <= time.time_ns()
         assert times["container_memory_usage_bytes"] == times["container_cpu_usage_seconds_total"] == 0
         sample = found.container_metrics[0].metrics[0]
-        assert sample.metric_type == pb.COUNTER
+        kinds = {item.name: item.metric_type for item in (*found.metrics, *found.container_metrics[0].metrics)}
+        assert kinds == {family.name: family.kind for family in metrics.FAMILIES if family.name in kinds}
         assert dict(zip(described[sample.name], sample.label_values, strict=True)) == {
             "container": "one",
             "id": rig.node.store.containers[one].cgroup,
