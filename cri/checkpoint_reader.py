@@ -4,7 +4,8 @@ into a directory of ours.
 An archive is believed nothing (threats S71). Refuses, by the entry's name, what `cri.checkpoint_archive` would not have
 written: links, devices, sparse files, absolute names, `.` and `..`, names twice, containers that the caller did not
 name, compression, and more entries, longer names and larger files than the limits allow. Of what describes the
-container (config.dump, spec.dump, pod.dump) nothing is kept. Invariant: every file is made by a single checked name,
+container, config.dump and spec.dump are kept to be compared with the request (cri.checkpoint_match), pod.dump is not.
+Invariant: every file is made by a single checked name,
 exclusively, in a directory that this module made itself and holds open.
 """
 
@@ -25,13 +26,15 @@ from snapshotter.model import Limits, UnpackError
 from snapshotter.tar_feed import Feed
 
 MAX_ENTRIES = 200_000  # a dozen files for each process and thread
-_MAX_TOLD = 1 << 20  # bytes of what is read over
+MAX_TOLD = 1 << 20  # bytes of a file that describes, or is read over
 _CHUNK = 1 << 20
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 LAYER = "rootfs-diff.tar"
 IMAGES = "checkpoint"
-_OVER = ("config.dump", "spec.dump", "dump.log", "stats-dump")
+# What the archive says of a container: of what, and which process.
+ABOUT, SPEC = "config.dump", "spec.dump"
+_OVER = ("dump.log", "stats-dump")
 _LIMITS = Limits(entries=MAX_ENTRIES, path_bytes=1024, pax_bytes=16 << 10, xattrs=0, sparse_regions=0)
 
 
@@ -59,7 +62,8 @@ def open_archive(field: str, text: str) -> int:
 
 
 def read(fd: int, target: Path, wanted: Collection[str], most: int) -> None:
-    """Makes, below `target`, NAME/checkpoint/… and NAME/rootfs-diff.tar for each of `wanted`, which may stand in paths.
+    """Makes, below `target`, NAME/checkpoint/…, NAME/rootfs-diff.tar, NAME/config.dump and NAME/spec.dump for each of
+    `wanted`, which may stand in paths.
     At most `most` bytes. Raises InvalidArgument, LimitExceeded, OSError; then it is half there."""
     with ExitStack() as stack:
         _Reader(fd, target, wanted, most, stack).run()
@@ -92,8 +96,8 @@ class _Reader:
         except UnpackError as error:
             raise InvalidArgument(f"checkpoint_path: {error}") from None
         for name in sorted(self._wanted):
-            for needed in (f"containers/{name}/{LAYER}", f"containers/{name}/{IMAGES}/descriptors.json"):
-                if needed not in self._seen:
+            for file in (LAYER, f"{IMAGES}/descriptors.json", ABOUT, SPEC):
+                if (needed := f"containers/{name}/{file}") not in self._seen:
                     raise InvalidArgument(f"checkpoint_path: container {name!r} is not in it: it has no {needed}")
 
     def _entry(self, entry: tar.Entry) -> None:
@@ -107,9 +111,11 @@ class _Reader:
                 raise _refused(entry, "is no directory of a checkpoint")
         elif entry.kind is not tar.FILE or entry.regions is not None or entry.xattrs:
             raise _refused(entry, "is no plain file")
-        elif name == "pod.dump" or (directory in self._places and last in _OVER):
-            if entry.size > _MAX_TOLD:
-                raise _refused(entry, f"is larger than {_MAX_TOLD} bytes")
+        elif name == "pod.dump" or (directory in self._places and last in (ABOUT, SPEC, *_OVER)):
+            if entry.size > MAX_TOLD:
+                raise _refused(entry, f"is larger than {MAX_TOLD} bytes")
+            if last in (ABOUT, SPEC):
+                self._keep(entry, self._places[directory], last)
         elif directory in self._places and last == LAYER:
             self._keep(entry, self._places[directory], last)
         elif directory in self._images and _IMAGE.fullmatch(last):

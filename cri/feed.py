@@ -134,7 +134,9 @@ class Feed:
 
 def _happened(old: Pod | Container, new: Pod | Container | None) -> Iterator[pb.ContainerEventType]:
     """What a change of a record means. One change may be several events: a program may end before its start is told.
-    A pod's STOPPED comes when all in it has stopped, or its shim is lost; a half-made record is nobody's business."""
+    A pod's STOPPED comes when all in it has stopped, or its shim is lost; a half-made record is nobody's business. One
+    that was created and never started stops with its pod: its process ends then, which CRI-O tells, too. containerd has
+    no process by then, tells nothing and leaves it CREATED; a kubelet reads the statuses after either."""
     if new is None:
         if old.made_ns:
             yield pb.CONTAINER_DELETED_EVENT

@@ -80,6 +80,16 @@ def _stat(field: str, divisor: int = 1) -> Callable[[Facts], Iterable[Sample]]:
     return _one(lambda facts: int(getattr(facts.stats, field)) // divisor)
 
 
+def _of_quota(field: str, divisor: int = 1) -> Callable[[Facts], Iterable[Sample]]:
+    """Of a CPU quota: without one the kernel counts no periods, and cAdvisor has no sample."""
+
+    def value(facts: Facts) -> int | None:
+        has_quota = facts.stats.periods or (facts.limits is not None and facts.limits.cpu_quota > 0)
+        return int(getattr(facts.stats, field)) // divisor if has_quota else None
+
+    return _one(value)
+
+
 def _limited(field: str) -> Callable[[Facts], Iterable[Sample]]:
     """A limit in force, 0 for none, which is cAdvisor's word for it."""
     return _one(lambda facts: max(0, int(getattr(facts.stats, field))))
@@ -206,9 +216,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("container_cpu_usage_seconds_total", "CPU time consumed", C, _cpu_total, ("cpu",)),
     Family("container_cpu_user_seconds_total", "CPU time in user mode", C, _stat("cpu_user_ns", _SECOND_NS)),
     Family("container_cpu_system_seconds_total", "CPU time in the kernel", C, _stat("cpu_system_ns", _SECOND_NS)),
-    Family("container_cpu_cfs_periods_total", "Enforcement periods elapsed", C, _stat("periods")),
-    Family("container_cpu_cfs_throttled_periods_total", "Periods throttled", C, _stat("throttled_periods")),
-    Family("container_cpu_cfs_throttled_seconds_total", "Time throttled", C, _stat("throttled_ns", _SECOND_NS)),
+    Family("container_cpu_cfs_periods_total", "Enforcement periods elapsed", C, _of_quota("periods")),
+    Family("container_cpu_cfs_throttled_periods_total", "Periods throttled", C, _of_quota("throttled_periods")),
+    Family("container_cpu_cfs_throttled_seconds_total", "Time throttled", C, _of_quota("throttled_ns", _SECOND_NS)),
     Family("container_memory_usage_bytes", "Memory in use, whenever it was accessed", G, _stat("memory_usage")),
     Family("container_memory_working_set_bytes", "Memory that cannot go at once", G, _stat("memory_working_set")),
     Family("container_memory_max_usage_bytes", "Most memory ever in use", G, _stat("memory_peak")),
@@ -347,6 +357,8 @@ FAMILIES: tuple[Family, ...] = (
         )
     ),
 )
+# All that there is of a pod whose cgroup is not its own: a sum of its containers would be no cgroup's figure.
+OF_NETWORKS = tuple(family for family in FAMILIES if family.name.startswith("container_network_"))
 
 
 def descriptors() -> Iterator[pb.MetricDescriptor]:
@@ -367,9 +379,9 @@ def container_labels(container: Container, pod: Pod) -> tuple[str, ...]:
     return (container.name, container.cgroup, image, container.id, pod.namespace, pod.name)
 
 
-def samples(facts: Facts, labels: tuple[str, ...]) -> Iterator[pb.Metric]:
-    """All that `facts` can say."""
-    for family in FAMILIES:
+def samples(facts: Facts, labels: tuple[str, ...], families: Iterable[Family] = FAMILIES) -> Iterator[pb.Metric]:
+    """All that `facts` can say of `families`."""
+    for family in families:
         timestamp = family.at(facts)
         for own, value in family.samples(facts):
             metric = pb.Metric(

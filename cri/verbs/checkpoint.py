@@ -65,8 +65,8 @@ async def checkpoint_container(node: Node, request: pb.CheckpointContainerReques
 async def checkpoint_pod(
     node: Node, request: pb.CheckpointPodRequest, patience: Patience = FOREVER
 ) -> pb.CheckpointPodResponse:
-    """An archive in the directory `output_path` of the containers that `container_ids` name, or of all that run; or, by
-    the caller's deadline, none, and all of them go on."""
+    """An archive in the directory `output_path` of the containers that `container_ids` name, one at least; or, by the
+    caller's deadline, none, and all of them go on."""
     section = enabled(node, "CheckpointPod")
     if request.options:
         raise InvalidArgument(f"options: {sorted(request.options)[0][:80]!r} is not known; there are none")
@@ -82,10 +82,7 @@ async def checkpoint_pod(
 
 def _chosen(node: Node, pod: Pod, ids: Sequence[str]) -> list[Container]:
     if not ids:
-        found = [container for container in node.store.containers_of(pod.id) if container.running]
-        if not found:
-            raise FailedPrecondition(f"checkpoint pod {pod.label} ({pod.id[:13]}): no container of it runs")
-        return found
+        raise InvalidArgument("container_ids: none is named; the caller chooses which containers an archive is of")
     chosen = {}
     for index, id_ in enumerate(ids):
         container = node.running(node.container(id_), "checkpoint")

@@ -1,7 +1,7 @@
 """ListMetricDescriptors and ListPodSandboxMetrics.
 
 Refuses to hold up others: thousands of samples are made a few pods at a time, in a thread. Invariant: what is listed is
-described, and a pod or container that is gone meanwhile is left out.
+described; a pod or container that is gone meanwhile is left out; figures of a cgroup are of one that there is.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def _message(
     if look.stats is not None:
         facts = metrics.Facts(look.stats, pod.created_ns, interfaces=tuple(look.interfaces or ()))
         cgroup = cgroup_parent(node, pod.request) if look.own_cgroup else ""
-        message.metrics.extend(metrics.samples(facts, metrics.pod_labels(pod, cgroup)))
+        families = metrics.FAMILIES if look.own_cgroup else metrics.OF_NETWORKS
+        message.metrics.extend(metrics.samples(facts, metrics.pod_labels(pod, cgroup), families))
     for container, stats in look.containers:
         facts = metrics.Facts(
             stats,

@@ -2,9 +2,10 @@
 they are started.
 
 The archive gives memory and files; names, images, commands, users, rights, mounts, limits and networks are those of the
-request alone, and what the processes bring along is compared with them before they run (runtime.restored, threats
-S71). Refuses everything unless the configuration enables it, handlers and user namespaces with which that cannot be
-compared, and archives with anything in them that the request does not name. Invariant: pod and containers become
+request alone: what the archive says that it is of is compared with them (cri.checkpoint_match), and so is what the
+processes bring along, before they run (runtime.restored, threats S71). Refuses everything unless the configuration
+enables it, handlers and user namespaces with which that cannot be compared, and archives with anything in them that the
+request does not name. Invariant: pod and containers become
 visible in one moment; before it, a failure or a kill -9 leaves nothing, but criu's log of a failure.
 """
 
@@ -15,8 +16,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from cri import checkpoint_match, criu_logs
 from cri import checkpoint_reader as reader
-from cri import criu_logs
 from cri.api import api_pb2 as pb
 from cri.config import CheckpointSection
 from cri.errors import AlreadyExists, InvalidArgument
@@ -32,7 +33,7 @@ from cri.verbs.checkpoint import directory, restoring
 from cri.verbs.remove_container import take_away
 from runtime.linux.dataclass import dataclass
 from runtime.linux.failpoint import failpoint
-from runtime.linux.files import remove_tree
+from runtime.linux.files import AT_FDCWD, read_bounded, remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +178,7 @@ class _Work:
         node, place = self._node, self._place / record.name
         pod = node.store.pods[record.pod_id]
         bundled = create_container.bundle(node, pod, record)
+        self._compare(record, bundled)
         layer = os.open(place / reader.LAYER, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             node.parts.snapshots.unpack(record.id, layer)
@@ -188,3 +190,15 @@ class _Work:
         with criu_logs.kept(node.config.root, record.id, place / "restore.log", limit=limit):
             facts = node.parts.checkpoints.restore(node.sandbox(pod), bundled.spec, images, place, program, seconds)
         return bundled, facts
+
+    def _compare(self, record: Container, bundled: create_container.Bundled) -> None:
+        """Raises InvalidArgument where the archive says that it is of something else than the request's container."""
+        about, spec = (
+            read_bounded(AT_FDCWD, str(self._place / record.name / file), reader.MAX_TOLD)
+            for file in (reader.ABOUT, reader.SPEC)
+        )
+        number = [config.metadata.name for config in self._configs].index(record.name)
+        image, config = bundled.image, record.request
+        asked = {pair.key for pair in config.envs} | {entry.partition("=")[0] for entry in image.config.env}
+        field = f"container_configs[{number}]"
+        checkpoint_match.compare(field, record.name, bundled.process, asked, image.id, about, spec)

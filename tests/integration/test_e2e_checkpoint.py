@@ -92,8 +92,8 @@ def _pod(node: Node) -> tuple[str, list[str]]:
     return pod, ids
 
 
-def _checkpoint(node: Node, pod: str, target: Path) -> None:
-    request = pb.CheckpointPodRequest(pod_sandbox_id=pod, output_path=str(target))
+def _checkpoint(node: Node, pod: str, ids: list[str], target: Path) -> None:
+    request = pb.CheckpointPodRequest(pod_sandbox_id=pod, output_path=str(target), container_ids=ids)
     node.client.runtime.CheckpointPod(request, timeout=60)
 
 
@@ -102,7 +102,7 @@ def test_a_pod_is_dumped_while_all_of_it_stands_still_and_runs_on(bench: tuple[N
     pod, ids = _pod(node)
     node.goes_on(ids[0])
     before = len(criu.states())
-    _checkpoint(node, pod, tmp_path / "pod.tar")
+    _checkpoint(node, pod, ids, tmp_path / "pod.tar")
     frozen = [state for state in criu.states()[before:] if state == "FROZEN"]
     assert len(frozen) == 4, "two freezers, looked at for each of two dumps"
     for one in ids:
@@ -126,7 +126,7 @@ def test_when_criu_fails_everybody_goes_on_and_the_caller_hears_why(bench: tuple
     node, criu = bench
     pod, ids = _pod(node)
     with criu.planned("fail"), pytest.raises(grpc.RpcError) as caught:
-        _checkpoint(node, pod, tmp_path / "pod.tar")
+        _checkpoint(node, pod, ids, tmp_path / "pod.tar")
     said = str(caught.value.details())  # type: ignore[attr-defined]
     assert "criu failed: type DUMP errno 22: first: cause" in said
     assert "first: cause" in named_log(said).read_text()
@@ -170,7 +170,7 @@ def test_a_daemon_killed_in_the_middle_leaves_nobody_frozen(
             armed.setenv("OCID_FAILPOINTS", "checkpoint.imaged=kill")
             made.start()
         with contextlib.suppress(grpc.RpcError):
-            _checkpoint(made, pod, target / "pod.tar")
+            _checkpoint(made, pod, ids, target / "pod.tar")
         assert made.process is not None and made.process.wait(SOON_S) == -9
         made.end()
         made.start()
@@ -201,7 +201,7 @@ def test_a_criu_that_does_not_end_in_its_time_is_ended_and_everybody_goes_on(
     node.settles(before)
     for one in ids:
         node.goes_on(one)
-    _checkpoint(node, pod, tmp_path / "pod.tar")  # and the same works now
+    _checkpoint(node, pod, ids, tmp_path / "pod.tar")  # and the same works now
     node.drop(pod)
 
 
@@ -209,7 +209,7 @@ def test_when_its_callers_deadline_passes_a_pod_goes_on(bench: tuple[Node, Criu]
     node, criu = bench
     pod, ids = _pod(node)
     before = node.held()
-    request = pb.CheckpointPodRequest(pod_sandbox_id=pod, output_path=str(tmp_path))
+    request = pb.CheckpointPodRequest(pod_sandbox_id=pod, output_path=str(tmp_path), container_ids=ids)
     with criu.planned("hang"), pytest.raises(grpc.RpcError) as caught:
         node.client.runtime.CheckpointPod(request, timeout=2)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
@@ -225,7 +225,7 @@ def test_a_pod_ends_although_its_criu_hangs(bench: tuple[Node, Criu], tmp_path: 
     node, criu = bench
     pod, ids = _pod(node)
     with criu.planned("deaf"), ThreadPoolExecutor(1) as threads:
-        call = threads.submit(_checkpoint, node, pod, tmp_path / "pod.tar")
+        call = threads.submit(_checkpoint, node, pod, ids, tmp_path / "pod.tar")
         eventually(criu.alive, what="criu to run")
         for one in ids if how == "stop" else ():
             node.client.stop(one)

@@ -5,6 +5,7 @@ missing, or when the daemon is killed in the middle. The real criu is in tests/v
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import struct
@@ -73,9 +74,16 @@ def first(made: Node) -> None:
     (made.root / "checkpoints").mkdir(mode=0o700)
 
 
-def _archive(place: Path, *more: Member) -> Path:
+def _archive(node: Node, place: Path, *more: Member, command: Sequence[str] = ("sleep", "1000")) -> Path:
+    """Of a container of the node's image that ran `command`."""
+    request = pb.ImageStatusRequest(image=pb.ImageSpec(image=node.image), verbose=True)
+    answer = node.client.images.ImageStatus(request)
+    config = json.loads(answer.info["info"])["imageSpec"]["config"]
+    process = {"args": list(command), "cwd": config["WorkingDir"] or "/", "env": config["Env"]}
     members = [
         directory("containers/main"),
+        file("containers/main/config.dump", json.dumps({"rootfsImageRef": answer.image.id}).encode()),
+        file("containers/main/spec.dump", json.dumps({"process": process}).encode()),
         file("containers/main/rootfs-diff.tar", tarball([file("written", b"1")])),
         directory("containers/main/checkpoint"),
         file("containers/main/checkpoint/descriptors.json", b'["/dev/null", "pipe:[1]", "pipe:[2]"]'),
@@ -117,7 +125,7 @@ def test_s71_whatever_criu_does_nothing_is_left(
 ) -> None:
     made, criu = bench
     criu.plan(plan)
-    said = _refused(made, _archive(tmp_path), words).details()
+    said = _refused(made, _archive(made, tmp_path), words).details()
     assert ("log file" in said) == (plan == "fail")
     if plan == "fail":
         assert "first: cause" in said and "first: cause" in named_log(said).read_text()
@@ -131,7 +139,7 @@ def test_s71_a_criu_that_does_not_end_in_its_time_is_ended_with_all_that_it_rest
 ) -> None:
     with _enabled(tmp_path_factory, "timeout_s = 2\n") as (made, criu):
         criu.plan("deaf")
-        error = _refused(made, _archive(tmp_path), "criu did not end within 2 s, and was killed")
+        error = _refused(made, _archive(made, tmp_path), "criu did not end within 2 s, and was killed")
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert "checkpoint.timeout_s in the configuration is that limit" in error.details()
         assert "this may take a while" in named_log(error.details()).read_text()
@@ -147,7 +155,7 @@ def test_s71_a_filter_of_the_archives_own_is_refused_before_criu_is_asked(
     (criu.directory / "options").unlink(missing_ok=True)
     allow = wire.message((1, [wire.message((1, b"\x06\0\0\0\0\0\xff\x7f"))]))
     image = b"IMG1kind" + struct.pack("<I", len(allow)) + allow
-    archive = _archive(tmp_path, file("containers/main/checkpoint/seccomp.img", image))
+    archive = _archive(made, tmp_path, file("containers/main/checkpoint/seccomp.img", image))
     default = pb.SecurityProfile(profile_type=pb.SecurityProfile.RuntimeDefault)
     _refused(made, archive, "a seccomp filter is not the one that config.json describes", seccomp=default)
     assert not (criu.directory / "options").exists()
@@ -157,7 +165,7 @@ def test_without_criu_it_says_what_to_install(bench: tuple[Node, Criu], tmp_path
     made, criu = bench
     hidden = criu.program.rename(criu.program.with_name("elsewhere"))
     try:
-        error = _refused(made, _archive(tmp_path), "executable file not found")
+        error = _refused(made, _archive(made, tmp_path), "executable file not found")
     finally:
         hidden.rename(criu.program)
     assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
@@ -167,7 +175,7 @@ def test_without_criu_it_says_what_to_install(bench: tuple[Node, Criu], tmp_path
 def restored(bench: tuple[Node, Criu], tmp_path: Path) -> Iterator[Restored]:
     made, criu = bench
     criu.plan("restore")
-    one = Restored(made, _restore(made, _archive(tmp_path), ON))
+    one = Restored(made, _restore(made, _archive(made, tmp_path, command=ON), ON))
     yield one
     made.drop(one.pod)
 
@@ -225,7 +233,7 @@ def test_it_stands_still_while_the_daemon_is_killed_and_comes_back(
 ) -> None:
     with _enabled(tmp_path_factory) as (made, criu):
         criu.plan("restore")
-        restored = Restored(made, _restore(made, _archive(tmp_path), ON))
+        restored = Restored(made, _restore(made, _archive(made, tmp_path, command=ON), ON))
         made.end(signal.SIGKILL)
         assert restored.status() == "created"
         made.start()
@@ -249,7 +257,8 @@ def test_it_goes_without_having_run(bench: tuple[Node, Criu], tmp_path: Path, ca
     made, criu = bench
     criu.plan("restore")
     before = made.held()
-    one = Restored(made, _restore(made, _archive(tmp_path), ["sh", "-c", "while :; do echo on; done"]))
+    command = ["sh", "-c", "while :; do echo on; done"]
+    one = Restored(made, _restore(made, _archive(made, tmp_path, command=command), command))
     if call == "remove":
         made.client.remove(one.id)
     elif call == "kill":
@@ -265,8 +274,8 @@ def test_it_goes_without_having_run(bench: tuple[Node, Criu], tmp_path: Path, ca
 def test_a_daemon_killed_in_the_middle_leaves_nothing(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    archive = _archive(tmp_path_factory.mktemp("a"))
     with _enabled(tmp_path_factory) as (made, criu):
+        archive = _archive(made, tmp_path_factory.mktemp("a"))
         criu.plan("ok")
         made.end()  # a start takes away what the first pod still had on its way out
         made.start()

@@ -33,8 +33,10 @@ def _on(tmp_path: Path, body: Callable[[Rig], Coroutine[Any, Any, None]]) -> Non
     on_rig(tmp_path, enabled)
 
 
-def _pod_request(pod: str, target: Path, **more: Any) -> pb.CheckpointPodRequest:
-    return pb.CheckpointPodRequest(pod_sandbox_id=pod, output_path=str(target), **more)
+def _pod_request(rig: Rig, pod: str, target: Path, **more: Any) -> pb.CheckpointPodRequest:
+    """Of all that run in the pod, unless told."""
+    ids = [container.id for container in rig.node.store.containers_of(pod) if container.running]
+    return pb.CheckpointPodRequest(**{"pod_sandbox_id": pod, "output_path": str(target), "container_ids": ids} | more)
 
 
 def _container_request(container: str, target: Path | str, **more: Any) -> pb.CheckpointContainerRequest:
@@ -62,7 +64,7 @@ def test_a_pods_deadline_goes_into_the_time_of_criu(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         pod = await rig.run_pod()
         await rig.run(pod)
-        await rig.call("CheckpointPod", _pod_request(pod, tmp_path / "pod.tar"), left_s=50)
+        await rig.call("CheckpointPod", _pod_request(rig, pod, tmp_path / "pod.tar"), left_s=50)
         with tarfile.open(tmp_path / "pod.tar") as archive:
             (log,) = [name for name in archive.getnames() if name.endswith("/dump.log")]
             said = archive.extractfile(log)
@@ -83,7 +85,7 @@ def test_whenever_its_caller_goes_a_checkpoint_lets_the_pod_go_on_and_leaves_not
             looks += 1
             gone = GoneAt(looks)
             try:
-                await checkpoint_pod(rig.node, _pod_request(pod, target), gone)
+                await checkpoint_pod(rig.node, _pod_request(rig, pod, target), gone)
             except DeadlineExceeded:
                 assert list(target.iterdir()) == []
                 _still(rig)
@@ -101,7 +103,7 @@ def test_s71_off_unless_the_configuration_says_otherwise(tmp_path: Path) -> None
         one = await rig.run(pod)
         requests = {
             "CheckpointContainer": _container_request(one, tmp_path / "x"),
-            "CheckpointPod": _pod_request(pod, tmp_path / "x"),
+            "CheckpointPod": _pod_request(rig, pod, tmp_path / "x"),
             "RestorePod": pb.RestorePodRequest(checkpoint_path=str(tmp_path / "x")),
         }
         for name, request in requests.items():
@@ -150,7 +152,7 @@ def test_all_of_a_pod_stands_still_before_the_first_is_dumped(tmp_path: Path) ->
         pod = await rig.run_pod()
         ids = sorted([await rig.run(pod, "one"), await rig.run(pod, "two")])
         await rig.create(pod, "created")
-        await rig.call("CheckpointPod", _pod_request(pod, tmp_path / "pod.tar"))
+        await rig.call("CheckpointPod", _pod_request(rig, pod, tmp_path / "pod.tar"))
         dumps = [line for line in rig.shims.log if line.startswith("checkpoint")]
         assert len(dumps) == 2 and all(line.endswith(f"frozen {ids}") for line in dumps)
         with tarfile.open(tmp_path / "pod.tar") as archive:
@@ -158,14 +160,16 @@ def test_all_of_a_pod_stands_still_before_the_first_is_dumped(tmp_path: Path) ->
             assert {"pod.dump", "containers/one/config.dump", "containers/two/checkpoint/pages-1.img"} <= set(names)
             assert not [name for name in names if name.startswith(("/", "..")) or "created" in name]
         with pytest.raises(CallFailed, match=r"container_ids\[1\]: .* is there twice"):
-            await rig.call("CheckpointPod", _pod_request(pod, tmp_path / "one.tar", container_ids=[ids[0], ids[0]]))
+            await rig.call(
+                "CheckpointPod", _pod_request(rig, pod, tmp_path / "one.tar", container_ids=[ids[0], ids[0]])
+            )
         # As the CRI has it: an empty directory of the caller's.
         place = tmp_path / "place"
         place.mkdir()
-        await rig.call("CheckpointPod", _pod_request(pod, place, container_ids=[ids[0]]))
+        await rig.call("CheckpointPod", _pod_request(rig, pod, place, container_ids=[ids[0]]))
         assert [path.name for path in place.iterdir()] == ["pod.tar"]
         with pytest.raises(CallFailed, match="output_path: .* is not empty"):
-            await rig.call("CheckpointPod", _pod_request(pod, place))
+            await rig.call("CheckpointPod", _pod_request(rig, pod, place))
         assert rig.shims.log.count(f"pause {ids[0]}") == 2 and rig.shims.log.count(f"pause {ids[1]}") == 1
         _still(rig)
 
@@ -179,11 +183,11 @@ def test_whatever_fails_all_of_them_go_on(tmp_path: Path, step: str) -> None:
         ids = [await rig.run(pod, "one"), await rig.run(pod, "two")]
         rig.shims.failures[step] = ContainerError(f"{step}: told to fail", code="failed_precondition")
         with pytest.raises(CallFailed, match="told to fail") as caught:
-            await rig.call("CheckpointPod", _pod_request(pod, tmp_path / "pod.tar"))
+            await rig.call("CheckpointPod", _pod_request(rig, pod, tmp_path / "pod.tar"))
         assert caught.value.code is StatusCode.FAILED_PRECONDITION
         assert not (tmp_path / "pod.tar").exists()
         _still(rig)
-        await rig.call("CheckpointPod", _pod_request(pod, tmp_path / "pod.tar"))  # and the same call works now
+        await rig.call("CheckpointPod", _pod_request(rig, pod, tmp_path / "pod.tar"))  # and the same call works now
         assert {line for line in rig.shims.log if line.startswith("resume")} == {f"resume {id_}" for id_ in ids}
 
     _on(tmp_path, body)
@@ -195,7 +199,7 @@ def test_one_that_cannot_be_thawed_keeps_no_other_and_is_tried_again_at_the_next
         ids = [await rig.run(pod, "one"), await rig.run(pod, "two")]
         rig.shims.failures["resume"] = ContainerError("resume: told to fail", code="unavailable")
         with pytest.raises(CallFailed, match="told to fail"):
-            await rig.call("CheckpointPod", _pod_request(pod, tmp_path / "pod.tar"))
+            await rig.call("CheckpointPod", _pod_request(rig, pod, tmp_path / "pod.tar"))
         assert rig.shims.frozen() == ids[:1]
         await rig.restart()
         _still(rig)
@@ -251,7 +255,7 @@ def test_two_checkpoints_of_a_pod_take_turns(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         pod = await rig.run_pod()
         await rig.run(pod, "one")
-        calls = [rig.call("CheckpointPod", _pod_request(pod, tmp_path / f"{number}.tar")) for number in range(4)]
+        calls = [rig.call("CheckpointPod", _pod_request(rig, pod, tmp_path / f"{number}.tar")) for number in range(4)]
         await asyncio.gather(*calls)
         _still(rig)
 
@@ -288,17 +292,22 @@ def test_containers_of_others_options_and_pods_that_do_not_run_are_refused(tmp_p
     async def body(rig: Rig) -> None:
         pod, other = await rig.run_pod("one"), await rig.run_pod("other")
         target = tmp_path / "x.tar"
-        with pytest.raises(CallFailed, match="no container of it runs"):
-            await rig.call("CheckpointPod", _pod_request(pod, target))
+        created = await rig.create(pod, "created")
+        with pytest.raises(CallFailed, match=f"checkpoint created .*{created[:13]}.*") as caught:
+            await rig.call("CheckpointPod", _pod_request(rig, pod, target, container_ids=[created]))
+        assert caught.value.code is StatusCode.FAILED_PRECONDITION
         stranger = await rig.run(other)
         await rig.run(pod)
+        with pytest.raises(CallFailed, match="container_ids: none is named") as caught:
+            await rig.call("CheckpointPod", _pod_request(rig, pod, target, container_ids=[]))
+        assert caught.value.code is StatusCode.INVALID_ARGUMENT
         with pytest.raises(CallFailed, match=r"container_ids\[0\]: container .* is of another pod"):
-            await rig.call("CheckpointPod", _pod_request(pod, target, container_ids=[stranger]))
+            await rig.call("CheckpointPod", _pod_request(rig, pod, target, container_ids=[stranger]))
         with pytest.raises(CallFailed, match="options: 'compress' is not known"):
-            await rig.call("CheckpointPod", _pod_request(pod, target, options={"compress": "1"}))
+            await rig.call("CheckpointPod", _pod_request(rig, pod, target, options={"compress": "1"}))
         await rig.stop_pod(pod)
         with pytest.raises(CallFailed, match="it is not ready"):
-            await rig.call("CheckpointPod", _pod_request(pod, target))
+            await rig.call("CheckpointPod", _pod_request(rig, pod, target))
         assert not target.exists()
 
     _on(tmp_path, body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import tarfile
 from collections.abc import Callable, Coroutine
@@ -19,6 +20,7 @@ from cri.errors import CallFailed, DeadlineExceeded
 from cri.interfaces import ContainerError
 from cri.verbs.restore_pod import restore_pod
 from runtime.linux import failpoint as failpoints
+from tests.fakes.images import make_image
 from tests.fakes.node import IMAGE, GoneAt, Rig, on_rig
 from tests.fakes.snapshots import Member, device, directory, fifo, file, hardlink, symlink, tarball, xattrs
 
@@ -35,14 +37,19 @@ def _on(tmp_path: Path, body: Callable[[Rig], Coroutine[Any, Any, None]], **sect
     on_rig(tmp_path, enabled)
 
 
-def whole(*names: str) -> list[Member]:
-    """What an archive of containers of these names has at least."""
+def whole(
+    *names: str, image: str = "", process: object = None, about: bytes = b"", spec: bytes = b"", **changed: object
+) -> list[Member]:
+    """What an archive of containers of these names has at least; `changed` of what it says about their processes."""
     found = [file("pod.dump", b"{}"), directory("containers")]
+    known = {"args": ["sh", "-c", "sleep 1000"], "cwd": "/", "env": ["PATH=/bin", "HOME=/evil", "HOSTNAME=evil"]}
+    known |= {"capabilities": {"bounding": ["evil"]}} | changed
+    said = {"rootfsImage": "evil.test/image", "rootfsImageRef": image or make_image("busybox").id}
     for name in names:
         found += [
             directory(f"containers/{name}"),
-            file(f"containers/{name}/config.dump", b'{"rootfsImage": "evil.test/image"}'),
-            file(f"containers/{name}/spec.dump", b'{"process": {"args": ["evil"]}}'),
+            file(f"containers/{name}/config.dump", about or json.dumps(said).encode()),
+            file(f"containers/{name}/spec.dump", spec or json.dumps({"process": process or known}).encode()),
             file(f"containers/{name}/rootfs-diff.tar", LAYER),
             directory(f"containers/{name}/checkpoint"),
             file(f"containers/{name}/checkpoint/descriptors.json", DESCRIPTORS),
@@ -94,7 +101,8 @@ def test_what_was_checkpointed_comes_back_in_a_pod_of_the_request(tmp_path: Path
         old = [await rig.run(pod, "one"), await rig.run(pod, "two")]
         archive = tmp_path / "place"
         archive.mkdir()
-        await rig.call("CheckpointPod", pb.CheckpointPodRequest(pod_sandbox_id=pod, output_path=str(archive)))
+        request = pb.CheckpointPodRequest(pod_sandbox_id=pod, output_path=str(archive), container_ids=old)
+        await rig.call("CheckpointPod", request)
         answer = await rig.call("RestorePod", _request(rig, archive, "two", "one"))
         status = await rig.pod_status(answer.pod_sandbox_id)
         assert (status.state, status.metadata.name) == (pb.SANDBOX_READY, "back")
@@ -127,6 +135,51 @@ def test_s71_nothing_of_what_the_archive_says_about_a_container_is_kept(tmp_path
         config = (rig.config.state / "bundles" / one.container_id / "config.json").read_text()
         assert "evil" not in config and "sleep 1000" in config
         assert not list((rig.config.root / "checkpoints").glob("*"))
+
+    _on(tmp_path, body)
+
+
+@pytest.mark.parametrize(
+    ("archive", "words"),
+    [
+        ({"image": "sha256:other"}, "container_configs[1].image: the archive of container 'two' is of another image"),
+        ({"about": b"{}"}, "container_configs[1].image"),
+        ({"args": ["sh", "-c", "sleep 1001"]}, "container_configs[1]: command and args: the archive of container"),
+        ({"args": "sh"}, "container_configs[1]: command and args"),
+        ({"cwd": "/srv"}, "container_configs[1].working_dir: the archive of container 'two'"),
+        ({"env": ["PATH=/bin", "KEY=secret", "WORD=said"]}, "container_configs[1].envs: the archive of container"),
+        ({"env": ["PATH=/secret", "WORD=said"]}, "has another 'PATH'"),
+        ({"env": ["PATH=/bin"]}, "another 'WORD', or none, or is alone in having it"),
+        ({"env": {"secret": 1}}, "container_configs[1].envs"),
+        ({"process": ["secret"]}, "checkpoint_path: container 'two': its spec.dump describes no process"),
+        ({"spec": b"[" * 100_000}, "checkpoint_path: container 'two': its spec.dump is no JSON object"),
+        ({"about": b"\xff"}, "checkpoint_path: container 'two': its config.dump is no JSON object"),
+    ],
+)  # fmt: skip
+def test_an_archive_of_something_else_than_the_request_expects_is_refused_by_the_field(
+    tmp_path: Path, archive: dict[str, Any], words: str
+) -> None:
+    async def body(rig: Rig) -> None:
+        configs = [rig.container_config("one"), rig.container_config("two")]
+        configs[1].envs.add(key="WORD", value=b"said")
+        fields: dict[str, Any] = {"env": ["PATH=/bin", "WORD=said", "HOME=/other", "TERM=other"]}
+        members = [*whole("one"), *whole("two", **(fields | archive))[2:]]
+        request = _request(rig, _archive(rig, members), container_configs=configs)
+        error = await _refused(rig, request, words)
+        assert error.code is StatusCode.INVALID_ARGUMENT and "secret" not in str(error)
+        (rig.directory / "archive.tar").unlink()
+        request = _request(rig, _archive(rig, [*whole("one"), *whole("two", **fields)[2:]]), container_configs=configs)
+        assert len((await rig.call("RestorePod", request)).restored_containers) == 2
+
+    _on(tmp_path, body)
+
+
+def test_a_variable_that_is_given_counts_where_the_request_names_it(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        config = rig.container_config("one")
+        config.envs.add(key="HOME", value=b"/asked")
+        request = _request(rig, _archive(rig, whole("one")), container_configs=[config])
+        await _refused(rig, request, "container_configs[0].envs: the archive of container 'one' has another 'HOME'")
 
     _on(tmp_path, body)
 
@@ -349,7 +402,8 @@ def _is_open(fd: str) -> bool:
 def test_an_exit_faster_than_the_start_is_known(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         config = rig.container_config("one", "exit 3")
-        request = _request(rig, _archive(rig, whole("one")), container_configs=[config])
+        archive = _archive(rig, whole("one", args=["sh", "-c", "exit 3"]))
+        request = _request(rig, archive, container_configs=[config])
         one = (await rig.call("RestorePod", request)).restored_containers[0].container_id
         await rig.call("StartContainer", pb.StartContainerRequest(container_id=one))
         status = await rig.ended(one)

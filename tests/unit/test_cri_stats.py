@@ -180,6 +180,38 @@ def test_a_list_of_many_holds_the_loop_for_a_few_at_a_time(tmp_path: Path, monke
     on_rig(tmp_path, body)
 
 
+@pytest.mark.parametrize(
+    ("quota", "periods", "comes"), [(0, 0, False), (0, 3, True), (50_000, 0, True), (-1, 0, False)]
+)
+def test_periods_come_where_a_quota_makes_the_kernel_count_them(quota: int, periods: int, comes: bool) -> None:
+    limits = pb.LinuxContainerResources(cpu_quota=quota)
+    facts = metrics.Facts(Stats(S, periods=periods, throttled_periods=2, throttled_ns=9 * S), limits=limits)
+    found = {item.name: item.value.value for item in metrics.samples(facts, ("",) * 6) if "_cfs_" in item.name}
+    names = ("periods", "throttled_periods", "throttled_seconds")
+    assert found == (
+        {f"container_cpu_cfs_{name}_total": value for name, value in zip(names, (periods, 2, 9), strict=True)}
+        if comes
+        else {}
+    )
+
+
+def test_a_pod_without_a_cgroup_of_its_own_has_metrics_of_its_interfaces_alone(tmp_path: Path) -> None:
+    async def body(rig: Rig) -> None:
+        own = await rig.run_pod("own", linux=pb.LinuxPodSandboxConfig(cgroup_parent="/t/own"))
+        plain = await rig.run_pod("plain")
+        await rig.run(own), await rig.run(plain)
+        rig.statistics._read = lambda groups, full=False: dict.fromkeys(groups, Stats(S))  # type: ignore[method-assign]
+        listed = (await rig.call("ListPodSandboxMetrics", pb.ListPodSandboxMetricsRequest())).pod_metrics
+        names = {item.pod_sandbox_id: {metric.name for metric in item.metrics} for item in listed}
+        carried = {name for name in names[own] if name.startswith("container_network_")}
+        assert names[plain] == carried and len(carried) == 8 and "container_memory_usage_bytes" in names[own]
+        # What is left of a node of many pods without one, in the message that ordinary clients take.
+        (of_plain,) = (item for item in listed if item.pod_sandbox_id == plain)
+        assert {metric.name for metric in of_plain.container_metrics[0].metrics} >= names[own] - carried
+
+    on_rig(tmp_path, body)
+
+
 def test_a_container_that_does_not_run_has_a_layer_only() -> None:
     layer = pb.FilesystemUsage(timestamp=3)
     container = Container("c", "p", "c", 0, b"", 1)

@@ -204,7 +204,9 @@ def test_a_container_and_its_pod_are_dumped_by_the_real_criu_and_run_on(
     request = pb.CheckpointContainerRequest(container_id=running.one, location=str(tmp_path / "c.tar"), timeout=120)
     node.client.runtime.CheckpointContainer(request, timeout=120)
     node.goes_on(running.one)
-    whole = pb.CheckpointPodRequest(pod_sandbox_id=running.pod, output_path=str(tmp_path / "p.tar"))
+    whole = pb.CheckpointPodRequest(
+        pod_sandbox_id=running.pod, output_path=str(tmp_path / "p.tar"), container_ids=[running.one]
+    )
     node.client.runtime.CheckpointPod(whole, timeout=120)
     node.goes_on(running.one)
     for file, prefix in (("c.tar", ""), ("p.tar", "containers/main/")):

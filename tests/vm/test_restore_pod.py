@@ -46,11 +46,13 @@ class Saved:
         config = bench.pod_config(network=True)
         pod = bench.client.run_pod(config)
         self.last: list[int] = []
+        ids = []
         for one in self.configs:
-            bench.client.start(bench.client.create(pod, one, config))
+            ids.append(bench.client.create(pod, one, config))
+            bench.client.start(ids[-1])
             log = Path(config.log_directory) / one.log_path
             eventually(lambda log=log: len(messages(log)) > 3, what="the container to count")  # type: ignore[misc]
-        request = pb.CheckpointPodRequest(pod_sandbox_id=pod, output_path=str(archive))
+        request = pb.CheckpointPodRequest(pod_sandbox_id=pod, output_path=str(archive), container_ids=ids)
         bench.client.runtime.CheckpointPod(request, timeout=300)
         for one in self.configs:
             self.last.append(int(messages(Path(config.log_directory) / one.log_path)[-1]))
@@ -249,13 +251,14 @@ def test_whenever_its_callers_deadline_passes_a_pod_that_is_being_dumped_goes_on
     config = bench.pod_config(network=True)
     pod = bench.client.run_pod(config)
     one = container("one", bench.image, ["sh", "-c", COUNT])
-    bench.client.start(bench.client.create(pod, one, config))
+    id_ = bench.client.create(pod, one, config)
+    bench.client.start(id_)
     log = Path(config.log_directory) / one.log_path
     ends = []
     for step in range(1, 13):
         target = tmp_path / f"{step}"
         target.mkdir()
-        request = pb.CheckpointPodRequest(pod_sandbox_id=pod, output_path=str(target))
+        request = pb.CheckpointPodRequest(pod_sandbox_id=pod, output_path=str(target), container_ids=[id_])
         try:
             bench.client.runtime.CheckpointPod(request, timeout=0.05 * step)
             ends.append("whole")
