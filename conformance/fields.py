@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from conformance.cri_fields import ANSWERS, ROOT, SOURCE, load, load_answers
+from conformance.images import layouts
 from conformance.isolated import reenter
 from cri.api import api_pb2 as pb
 
@@ -160,6 +161,8 @@ def main(words: list[str]) -> int:
     parser.add_argument("--only", choices=("unit", "kernel"))
     parser.add_argument("--verbose", action="store_true", help="also what the tests say that fail")
     options = parser.parse_args(words)
+    if options.only != "unit":
+        layouts(["busybox"])  # before the namespaces: its packages come over the network
     reenter("conformance.fields", words)
     began = time.monotonic()
     wanted = chosen(options)

@@ -28,6 +28,7 @@ from conformance.isolated import reenter
 from conformance.registry import Registry, registry
 
 PARTS = ("lifecycle", "density", "pull", "logs", "streams", "link", "runtime")
+IMAGES = ("busybox",)
 
 
 def say(text: str) -> None:
@@ -61,10 +62,9 @@ def subject(name: str, directory: Path, images: Registry) -> Iterator[Subject]:
 def run(parts: Sequence[str], names: Sequence[str], quick: bool, base: Path) -> tuple[str, int]:
     with ExitStack() as stack:
         images = stack.enter_context(registry(base / "registry"))
-        for layout in layouts(["busybox"]):
+        for layout in layouts(IMAGES):
             push(layout, images.address)
         if "pull" in parts:
-            say("the large image: made once, kept in .cache")
             push(big(CACHE), images.address)
         stack.callback(daemons.remove_cgroup, f"bench-{base.name}")
         subjects = [stack.enter_context(subject(name, base / name, images)) for name in names]
@@ -112,10 +112,15 @@ def main() -> int:
     unknown = set(args.parts) - set(PARTS)
     if unknown:
         parser.error(f"unknown part {', '.join(sorted(unknown))}: one of {', '.join(PARTS)}")
+    parts = args.parts or PARTS
+    layouts(IMAGES)  # before the namespaces: packages come over the network
+    if "pull" in parts:
+        say("the large image: made once, kept in .cache")
+        big(CACHE)
     reenter("conformance.bench", sys.argv[1:])
     names = [args.only] if args.only else ["containerd", "ocid"]
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
-        table, missed = run(args.parts or PARTS, names, args.quick, Path(directory))
+        table, missed = run(parts, names, args.quick, Path(directory))
     print(table)
     if args.output:
         args.output.write_text(table + "\n")

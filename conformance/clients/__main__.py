@@ -26,6 +26,7 @@ from conformance.leaks import SETTLE_S, Machine, left_over
 from conformance.registry import Registry, registry
 
 RUNTIMES = ("runc", "ocirun")
+IMAGES = ("busybox",)
 
 
 def with_podman(runtime: str, base: Path, images: Registry, only: str) -> Score:
@@ -97,11 +98,12 @@ def main() -> int:
         if name not in CLIENTS:
             parser.error(f"no client {name!r}: there are {', '.join(CLIENTS)}")
     if "crictl" in (args.clients or CLIENTS):
-        built()  # before the namespaces: a build may need the network
+        built()  # before the namespaces: a build may need the network, as images do
+    layouts(IMAGES)
     reenter("conformance.clients", sys.argv[1:])
     total = Score()
     with tempfile.TemporaryDirectory(prefix="clients-") as directory, registry(Path(directory) / "registry") as images:
-        for layout in layouts(["busybox"]):
+        for layout in layouts(IMAGES):
             push(layout, images.address)
         with subordinate_ids(Path(directory)):
             before = Machine.now()

@@ -25,11 +25,13 @@ from conformance.isolated import reenter
 from conformance.leaks import Machine, settled
 from conformance.registry import registry
 
+IMAGES = ("busybox",)
+
 
 def run(runtime: str, base: Path, binary: Path, target: Path | None = None) -> int:
     """How many steps failed, and how many things are left over. With a `target` the tour is made, and written there."""
     with registry(base / "registry") as images:
-        for layout in layouts(["busybox"]):
+        for layout in layouts(IMAGES):
             push(layout, images.address)
         cgroup = f"scenario-{base.name}"
         config = base / "crictl.yaml"
@@ -86,6 +88,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     binary = built()
+    layouts(IMAGES)  # before the namespaces, as the build of crictl: both may need the network
     reenter("conformance.crictl", sys.argv[1:])
     with tempfile.TemporaryDirectory(prefix="crictl-") as base:
         failed = run(args.runtime, Path(base), binary, args.transcript)
