@@ -11,6 +11,8 @@ from pathlib import Path
 from conformance.images.layer import Entry, directory, symlink
 
 MERGED = ("bin", "lib", "lib64", "sbin")
+# With pauses that grow: a name that cannot be resolved for a moment is no reason to fail.
+RETRIES = ("-o", "Acquire::Retries=8")
 
 
 def download(packages: Sequence[str], cache: Path) -> dict[str, Path]:
@@ -19,11 +21,11 @@ def download(packages: Sequence[str], cache: Path) -> dict[str, Path]:
     missing = [name for name in packages if not _cached(name, cache)]
     if missing:
         # The files belong to us, so apt need not drop to its own user, who could not write here.
-        fetch = ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", *missing]
+        fetch = ["apt-get", "download", "-qq", *RETRIES, "-o", "APT::Sandbox::User=root", *missing]
         first = subprocess.run(fetch, cwd=cache, capture_output=True, text=True, check=False)
         if first.returncode != 0:
             # Stale package lists name versions that the archive has dropped.
-            subprocess.run(["apt-get", "update", "-qq"], check=True, capture_output=True)
+            subprocess.run(["apt-get", "update", "-qq", *RETRIES], check=True, capture_output=True)
             again = subprocess.run(fetch, cwd=cache, capture_output=True, text=True, check=False)
             if again.returncode != 0:
                 raise RuntimeError(f"download packages {', '.join(missing)}: {again.stderr.strip()}")

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from conformance.images.debian import RETRIES
 from conformance.vm.initrd import write_initrd
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,11 +150,12 @@ def install_tools(say: Callable[[str], None]) -> None:
 def _apt(*arguments: str, directory: Path | None = None) -> None:
     """apt-get, and once more with fresh lists when that fails. Raises SystemExit."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["apt-get", *arguments], ["apt-get", "update", "-qq"], ["apt-get", *arguments]):
+    asked = ["apt-get", *RETRIES, *arguments]
+    for command in (asked, ["apt-get", *RETRIES, "update", "-qq"], asked):
         done = subprocess.run(
             command, cwd=directory, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False
         )
-        if done.returncode == 0 and command[1] != "update":
+        if done.returncode == 0 and command is asked:
             return
     raise SystemExit(f"hack/vm: {' '.join(command)}:\n{done.stderr.decode(errors='replace')}")
 
