@@ -152,10 +152,16 @@ def _mappings(pid: int) -> Iterator[tuple[int, int, int, str]]:
 def _replace_pointers(data: bytearray, vdso_at: int, vdso: bytes, known: dict[str, int]) -> None:
     """Pointers to functions of the vDSO become such to their stand-ins."""
     functions = _functions(vdso)
-    words = memoryview(data)[: len(data) // 8 * 8].cast("Q")
-    for number, word in enumerate(words):
-        if vdso_at <= word < vdso_at + len(vdso) and word - vdso_at in functions:
-            words[number] = known[functions[word - vdso_at]]
+    # Their upper six bytes: looked for as text, since memory is millions of words.
+    for upper in range(vdso_at >> 16, (vdso_at + len(vdso) - 1 >> 16) + 1):
+        text = upper.to_bytes(6, "little")
+        at = data.find(text, 2)
+        while at >= 0:
+            start = at - 2
+            word = int.from_bytes(data[start : start + 8], "little")
+            if start % 8 == 0 and word - vdso_at in functions:
+                data[start : start + 8] = known[functions[word - vdso_at]].to_bytes(8, "little")
+            at = data.find(text, at + 1)
 
 
 def _functions(vdso: bytes) -> dict[int, str]:

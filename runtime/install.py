@@ -83,13 +83,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _install(prefix: Path, library: Path) -> None:
-    _write(library / "modules", bundle(sources(), groups()))
+    modules = sources()
+    _write(library / "modules", bundle(modules, groups()))
     _write(library / "boot.pyc", _boot(library / "modules"))
     words = [*loader(sealed.interpreter()), sealed.interpreter(), "-IS", "-X", "utf8", str(library / "boot.pyc")]
     slow = library / "ocirun"
     _write(slow, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'.encode(), 0o755)
-    modules = ["runtime.cli", *(name for name in sources() if name.startswith("runtime."))]
-    made = dump.make(slow, modules)
+    made = dump.make(slow, ["runtime.cli", *(name for name in modules if name.startswith("runtime."))])
     name = f"dump-{hashlib.sha256(made.content).hexdigest()[:16]}" if made else ""
     if made:
         _write(library / name, made.content)

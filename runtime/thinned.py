@@ -13,6 +13,7 @@ read from any file for it: the code may be thawed in a process that is inside a 
 from __future__ import annotations
 
 import ast
+import functools
 import marshal
 from types import CodeType
 
@@ -24,44 +25,57 @@ _STUB = f"def stub(*args, **kwargs):\n    return {THAW}(b'')(*args, **kwargs)\n"
 def compile_thin(source: bytes, path: str, usual: set[str] | None) -> CodeType:
     """The code object of a module, as compile() at optimization level 2 gives it, thinned. `usual`: qualified names of
     the functions that stay as they are; None for all."""
-    tree = _Trimmed().visit(ast.parse(source, path))
+    code, plain = _compiled(source, path)
+    return code if usual is None else _thin(code, usual, plain)
+
+
+@functools.cache  # each command has another idea of what is usual, all of the same modules
+def _compiled(source: bytes, path: str) -> tuple[CodeType, frozenset[str]]:
+    """The module's code, and the functions that may become stubs."""
+    tree = ast.parse(source, path)
+    tree.body = [_assigned(statement) for statement in _trimmed(tree.body)]
     flags = annotations.compiler_flag  # what the import from __future__ is to the compiler
-    code: CodeType = compile(ast.fix_missing_locations(tree), path, "exec", flags, dont_inherit=True, optimize=2)
-    if usual is None:
-        return code
-    return _thin(code, usual, _plain_functions(tree))
+    return compile(tree, path, "exec", flags, dont_inherit=True, optimize=2), _plain_functions(tree)
 
 
-class _Trimmed(ast.NodeTransformer):
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | None:
-        return None if node.module == "__future__" else node
+def _trimmed(body: list[ast.stmt]) -> list[ast.stmt]:
+    """Statements without what only readers and type checkers need; those in them likewise. Expressions, nearly all of a
+    tree, hold no statement."""
+    left: list[ast.stmt] = []
+    for statement in body:
+        for name in ("body", "orelse", "finalbody"):
+            if inner := getattr(statement, name, None):
+                setattr(statement, name, _trimmed(inner))
+        for part in (*getattr(statement, "handlers", ()), *getattr(statement, "cases", ())):
+            part.body = _trimmed(part.body)
+        if isinstance(statement, ast.ImportFrom) and statement.module == "__future__":
+            continue
+        if isinstance(statement, ast.If) and _is_type_checking(statement.test):
+            left += statement.orelse
+            continue
+        if isinstance(statement, ast.FunctionDef):
+            _unannotate(statement)
+        left.append(statement)
+    return left
 
-    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt] | None:
-        self.generic_visit(node)
-        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            return node.orelse
-        return node
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        self.generic_visit(node)
-        node.returns = None
-        arguments = node.args
-        for argument in (
-            *arguments.posonlyargs,
-            *arguments.args,
-            *arguments.kwonlyargs,
-            arguments.vararg,
-            arguments.kwarg,
-        ):
-            if argument is not None:
-                argument.annotation = None
-        node.body = [_assigned(statement) for statement in node.body] or [ast.Pass()]
-        return node
+def _is_type_checking(test: ast.expr) -> bool:
+    return isinstance(test, ast.Name) and test.id == "TYPE_CHECKING"
 
-    def visit_Module(self, node: ast.Module) -> ast.AST:
-        self.generic_visit(node)
-        node.body = [_assigned(statement) for statement in node.body]
-        return node
+
+def _unannotate(node: ast.FunctionDef) -> None:
+    node.returns = None
+    arguments = node.args
+    for argument in (
+        *arguments.posonlyargs,
+        *arguments.args,
+        *arguments.kwonlyargs,
+        arguments.vararg,
+        arguments.kwarg,
+    ):
+        if argument is not None:
+            argument.annotation = None
+    node.body = [_assigned(statement) for statement in node.body] or [ast.copy_location(ast.Pass(), node)]
 
 
 def _assigned(statement: ast.stmt) -> ast.stmt:
@@ -71,7 +85,7 @@ def _assigned(statement: ast.stmt) -> ast.stmt:
     return statement
 
 
-def _plain_functions(tree: ast.Module) -> set[str]:
+def _plain_functions(tree: ast.Module) -> frozenset[str]:
     """Qualified names of undecorated functions of the module and of its classes, each defined once."""
     found: list[str] = []
 
@@ -83,10 +97,10 @@ def _plain_functions(tree: ast.Module) -> set[str]:
                 found.append(prefix + statement.name)
 
     look(tree.body, "")
-    return {name for name in found if found.count(name) == 1}
+    return frozenset(name for name in found if found.count(name) == 1)
 
 
-def _thin(code: CodeType, usual: set[str], plain: set[str]) -> CodeType:
+def _thin(code: CodeType, usual: set[str], plain: frozenset[str]) -> CodeType:
     def thinned(constant: object) -> object:
         if not isinstance(constant, CodeType):
             return constant
