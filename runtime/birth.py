@@ -242,7 +242,8 @@ class Birth:
                 write_mappings(self._pid, self._spec.uid_mappings, self._spec.gid_mappings)
             elif self._spec.uid_mappings:
                 check_mappings(self._pid, self._spec.uid_mappings, self._spec.gid_mappings)
-            warnings = list(adjust_oom_score(self._pid, self._spec))
+            # One that has gone ahead may have failed, said so and ended: it is heard first.
+            warnings = list(adjust_oom_score(self._pid, self._spec)) if goes else []
             if self._rdt is not None:
                 self._rdt.enter(self._pid)
             if self._spec.net_devices:
@@ -269,6 +270,8 @@ class Birth:
             raise self._died(progress) from None
         progress.keep_as_parts("init", [step.name for step in init.STEPS])
         warnings += message.text
+        if not goes:
+            warnings += adjust_oom_score(self._pid, self._spec)
         if self._request.pidfd_socket:
             from runtime.inherited import send_fd
 
