@@ -21,9 +21,9 @@ from conformance.leaks import Machine
 from tests import warm
 from tests.e2e import Node, node, retired
 from tests.fakes.registry import FakeRegistry
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
-COMMAND_S = 10.0
+COMMAND_S = SOON_S
 
 
 @contextmanager

@@ -8,39 +8,17 @@ import re
 import signal
 import socket
 import termios
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from conformance.leaks import CGROUPS
-from tests.commands import COMMAND_S, Terminal, end, line, ocid, once, prepared, said, start
-from tests.e2e import Node, busybox_layout, stocked
+from tests.commands import COMMAND_S, Terminal, end, line, ocid, once, said, start
+from tests.e2e import Node, busybox_layout
 from tests.fakes.registry import FakeRegistry, build_image
 from tests.support import eventually
 
-
-@pytest.fixture(scope="module")
-def registry() -> Iterator[FakeRegistry]:
-    with stocked() as made:
-        yield made
-
-
-@pytest.fixture(scope="module", params=["alone", "served"])
-def cli(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry
-) -> Iterator[Node]:
-    """A node without a daemon, and one with; both have the image and have run a container."""
-    with prepared(request.param == "served", tmp_path_factory.mktemp("cli"), registry) as made:
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def as_before(cli: Node) -> Iterator[None]:
-    """Whatever a test runs, it takes away; then the node holds what it held."""
-    before = cli.held()
-    yield
-    cli.settles(before)
+pytestmark = pytest.mark.usefixtures("as_before")
 
 
 # -------------------------------------------------------------------------------------------------------------- images

@@ -6,40 +6,23 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conformance.leaks import CGROUPS
-from tests.commands import COMMAND_S, ocid, prepared, said
-from tests.e2e import Node, stocked
-from tests.fakes.registry import FakeRegistry
+from tests.commands import COMMAND_S, ocid, said
+from tests.e2e import Node
 from tests.support import eventually
+
+pytestmark = pytest.mark.usefixtures("as_before")
 
 
 @pytest.fixture(scope="module")
-def registry() -> Iterator[FakeRegistry]:
-    with stocked() as made:
-        yield made
-
-
-@pytest.fixture(scope="module", params=["alone", "served"])
-def cli(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry
-) -> Iterator[Node]:
-    with prepared(request.param == "served", tmp_path_factory.mktemp("cli"), registry) as made:
-        (made.root / "volumes").mkdir()  # is there to stay, as the directory of logs is
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def as_before(cli: Node) -> Iterator[None]:
-    """Whatever a test plays, it takes down; then the node holds what it held: no volume, no log, no record."""
-    before = cli.held()
-    yield
-    cli.settles(before)
+def cli(cli: Node) -> Node:
+    (cli.root / "volumes").mkdir()  # is there to stay, as the directory of logs is
+    return cli
 
 
 def sh(name: str, script: str, **more: Any) -> dict[str, Any]:
