@@ -4,12 +4,13 @@
       │ ── fork ────────────────────────▶ │ the helper copies its pages, and waits at the zygote's listener
       │                                   │ ◀── a request
       │ ◀─ taken ──────────────────────── │ accepts it, and brings the pod up
-      │ ── fork ────────────────────────▶   the next one
+      │ ◀─ end of file ────────────────── │ is done, after one container's start and a command in it, as a rule
+      │ ── fork ────────────────────────▶   the next one; at once where somebody waits for it
 
-So a pod's start waits neither for two forks nor for the first write to each page. Where nobody comes soon the helper
-gives the copies back, and what waits weighs little. Refuses to outlive the zygote, but for who has come to it before:
-a pipe that only the zygote could write to tells of its end. Invariant: one spare waits at a time, and who has told that
-it is taken serves a request.
+So a pod's start waits neither for two forks nor for the first write to each page, nor do they take its processor from
+it. Where nobody comes soon the helper gives the copies back, and what waits weighs little. Refuses to outlive the
+zygote, but for who has come to it before: a pipe that only the zygote could write to tells of its end. Invariant: one
+spare waits at a time, and who has told that it is taken serves a request.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import select
 from _socket import AF_UNIX, SHUT_RDWR, SOCK_STREAM
 from _socket import socket as Socket
 
-from runtime.linux.process import close_all_but, set_comm
+from runtime.linux.process import CLONE_PARENT, clone3, close_all_but, set_comm
 from runtime.shim.cgroup import SPARE, ZYGOTE
 from runtime.shim.report import report
 from runtime.shim.rest import QUIET
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from runtime.shim.resident import Resident
 
 _MOMENT = 0.1  # seconds
+_CALM = 0.1  # seconds: a pod and its first container are up, most likely
 
 
 class Spare:
@@ -48,26 +50,29 @@ class Spare:
         return self._listener, self._alive, self._taken
 
     def fork(self) -> bool:
-        """In the zygote: forks the next, and waits until it is taken. True in the new shim, an orphan, alone."""
+        """In the zygote: forks the next, and waits until it is taken. True in the new shim, alone, a child of init as
+        the zygote is (CLONE_PARENT)."""
         waiting, taken = os.pipe2(os.O_CLOEXEC)
         try:
-            middle = os.fork()
+            pid, pidfd = clone3(CLONE_PARENT)
         except OSError as error:  # no memory or no pids
             report("fork", error)
             os.close(waiting)
             os.close(taken)
             self._turn_away()
             return False
-        if middle == 0:
-            if os.fork():
-                os._exit(0)  # so the other is init's child at once
+        if pid == 0:
             self._taken = taken
             close_all_but(*self.filenos())
             set_comm(SPARE)
             return True
+        os.close(pidfd)
         os.close(taken)
-        os.waitpid(middle, 0)
-        if not os.read(waiting, 1):  # it was killed, or could not even begin: not that again at once
+        if os.read(waiting, 1):
+            # Who came has a pod to bring up, and containers then, and needs the processors that a fork would take;
+            # until its helper has ended, or somebody else waits.
+            select.select((self._listener, waiting), (), (), _CALM)
+        else:  # it was killed, or could not even begin: not that again at once
             select.select((), (), (), _MOMENT)
         os.close(waiting)
         return False
@@ -111,7 +116,7 @@ class Spare:
                 os.write(self._taken, b"t")
             except OSError:  # SIGPIPE is ignored
                 self.zygote_lives = False
-            for fd in self.filenos():
+            for fd in (self._listener, self._alive):  # the last tells of our end
                 os.close(fd)
             set_comm(ZYGOTE)
             return connection
