@@ -53,13 +53,16 @@ def test_it_copies_its_pages_gives_them_back_where_nobody_comes_and_takes_who_co
     try:
         with socket.socket(fileno=made.await_request(memory, shim.fileno())) as connection:  # type: ignore[arg-type]
             assert connection.recv(3) == b"pod" and os.read(waiting, 2) == b"t"
-            assert not any(Path(f"/proc/self/fd/{fd}").exists() for fd in made.filenos())
+            *closed, taken = made.filenos()
+            assert not any(Path(f"/proc/self/fd/{fd}").exists() for fd in closed)
+            assert Path(f"/proc/self/fd/{taken}").exists(), "the zygote would take it that this process had ended"
             assert _name() == "ocid-zygote"
             connection.sendall(b"made")
         assert os.waitpid(pid, 0)[1] == 0
     finally:
         set_comm(name)
         os.close(waiting)
+        os.close(made._taken)
         os.close(made._ours)
         its.close()
         shim.close()
@@ -95,7 +98,7 @@ def test_a_machine_without_memory_for_copies_has_a_spare_all_the_same(
         assert capfd.readouterr().err.count("OSError: [Errno 12]") == 2
     finally:
         set_comm(name)
-        for fd in (waiting, made._ours):
+        for fd in (waiting, made._taken, made._ours):
             os.close(fd)
         its.close()
         shim.close()
@@ -116,7 +119,7 @@ def test_who_waits_already_is_taken_at_once(tmp_path: Path) -> None:
         assert memory.heard(2) == b"."
     finally:
         set_comm(name)
-        for fd in (waiting, made._ours):
+        for fd in (waiting, made._taken, made._ours):
             os.close(fd)
         its.close()
         shim.close()
