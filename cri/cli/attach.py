@@ -2,13 +2,14 @@
 
 The shim gets pipes, never the caller's own descriptors: those are shared with a shell, and the shim makes what it is
 given non-blocking. Refuses to buffer: a slow terminal slows the copy, not the container's log. Invariant: the
-terminal's mode is put back however it ends.
+terminal's mode is put back however it ends, short of SIGKILL.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import selectors
@@ -23,6 +24,8 @@ from runtime.linux.files import write_all
 from runtime.linux.sockets import send_frame
 
 _CHUNK = 1 << 16
+# With a terminal ^C and its like are bytes; these are meant for this process.
+_LEAVING = (signal.SIGTERM, signal.SIGHUP)
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -35,6 +38,9 @@ class Streams:
         self._in = os.pipe2(os.O_CLOEXEC) if stdin else (-1, -1)
         self._out = os.pipe2(os.O_CLOEXEC)
         self._err = (-1, -1) if terminal else os.pipe2(os.O_CLOEXEC)
+        self._wake = os.pipe2(os.O_CLOEXEC)
+        self.left = 0  # the signal by which this process was to end before the container did; SIGPIPE: nobody reads
+        self.trouble = ""  # why not, where that is more to say than a signal is
         self.for_shim = [fd for fd in (self._in[0], self._out[1], self._err[1]) if fd >= 0]
 
     def attached(self, control: int) -> None:
@@ -44,12 +50,13 @@ class Streams:
         self._control = socket.socket(fileno=control)
 
     async def copy(self, forward: Callable[[int], None]) -> None:
-        """Copies until the container's output ends. `forward` is called with each signal for the container."""
+        """Copies until the container's output ends, or this process is to (`left`). `forward` is called with each
+        signal for the container."""
         loop = asyncio.get_running_loop()
         with _raw_terminal(self._terminal and self._stdin):
-            caught = () if self._terminal and self._stdin else _FORWARDED
+            act, caught = (self._leave, _LEAVING) if self._terminal and self._stdin else (forward, _FORWARDED)
             for number in caught:
-                loop.add_signal_handler(number, forward, int(number))
+                loop.add_signal_handler(number, act, int(number))
             if self._terminal:
                 loop.add_signal_handler(signal.SIGWINCH, self._resize)
                 self._resize()
@@ -61,6 +68,12 @@ class Streams:
                 for number in (*caught, *((signal.SIGWINCH,) if self._terminal else ())):
                     loop.remove_signal_handler(number)
                 self._control.close()
+                for fd in self._wake:
+                    os.close(fd)
+
+    def _leave(self, number: int) -> None:
+        self.left = number
+        os.write(self._wake[1], b".")
 
     def _resize(self) -> None:
         with contextlib.suppress(OSError):
@@ -77,18 +90,29 @@ class Streams:
     def _copy_out(self) -> None:
         targets = {self._out[0]: 1, self._err[0]: 2}
         with selectors.DefaultSelector() as selector:
-            for source in (self._out[0], self._err[0]):
+            for source in (self._out[0], self._err[0], self._wake[0]):
                 if source >= 0:
                     selector.register(source, selectors.EVENT_READ)
-            while selector.get_map():
+            while len(selector.get_map()) > 1 and not self.left:
                 for key, _ in selector.select():
+                    if key.fd == self._wake[0]:
+                        return
                     data = os.read(key.fd, _CHUNK)
                     if not data:
                         selector.unregister(key.fd)
                         os.close(key.fd)
                         continue
-                    with contextlib.suppress(BrokenPipeError):
+                    try:
                         write_all(targets[key.fd], data)
+                    except OSError as error:
+                        self._unwritten(targets[key.fd], error)
+
+    def _unwritten(self, fd: int, error: OSError) -> None:
+        """Nobody reads, the terminal is gone, or what it is written to is full."""
+        self.left = signal.SIGHUP if error.errno == errno.EIO and os.isatty(fd) else signal.SIGPIPE
+        if error.errno not in (errno.EIO, errno.EPIPE):
+            where = "standard output" if fd == 1 else "standard error"
+            self.trouble = f"write to {where}: {errno.errorcode.get(error.errno or 0)} {(error.strerror or '').lower()}"
 
 
 @contextlib.contextmanager
@@ -101,4 +125,5 @@ def _raw_terminal(wanted: bool) -> Iterator[None]:
         tty.setraw(0)
         yield
     finally:
-        termios.tcsetattr(0, termios.TCSADRAIN, before)
+        with contextlib.suppress(termios.error):  # it is gone
+            termios.tcsetattr(0, termios.TCSADRAIN, before)

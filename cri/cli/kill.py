@@ -1,4 +1,4 @@
-"""`ocid kill`: a signal for a container's first process; becomes `ocirun kill` on the runtime's own state.
+"""`ocid kill`: a signal for the first process of each container, by `ocirun kill` on the runtime's own state.
 
 KILL and TERM mean that it is to end, and so they end its restarts, too (`ocid run --restart`), as with docker.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import signal
+import subprocess
 import sys
 
 from cri.cli import names
@@ -24,7 +24,7 @@ from runtime.shim.client import Shims
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-s", "--signal", default="KILL", metavar="SIGNAL", help="name or number (default: KILL)")
-    parser.add_argument("container", help="name or id")
+    parser.add_argument("container", nargs="+", help="name or id")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,28 +32,27 @@ def run(args: argparse.Namespace) -> int:
         number = signal_number(args.signal)
     except UsageError as error:
         raise CommandError(f"-s: {error}") from None
-    state, container_id = asyncio.run(_find(args, ends=number in (signal.SIGKILL, signal.SIGTERM)))
-    if not container_id:
-        return 0
-    command = [
-        sys.executable,
-        "-I",
-        "-m",
-        "runtime.cli",
-        "--root",
-        f"{state}/runtime",
-        "kill",
-        container_id,
-        args.signal,
-    ]
-    os.execv(command[0], command)
-    return 127
+    ends = number in (signal.SIGKILL, signal.SIGTERM)
+
+    async def one(wanted: str) -> None:
+        state, container_id = await _find(args, wanted, ends=ends)
+        if container_id:
+            _signal(state, container_id, args.signal)
+
+    return asyncio.run(names.each(args, args.container, one))
 
 
-async def _find(args: argparse.Namespace, *, ends: bool) -> tuple[str, str]:
+def _signal(state: str, container_id: str, name: str) -> None:
+    command = [sys.executable, "-I", "-m", "runtime.cli", "--root", f"{state}/runtime", "kill", container_id, name]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise CommandError(done.stderr.strip().removeprefix("ocirun kill: "), done.returncode)
+
+
+async def _find(args: argparse.Namespace, wanted: str, *, ends: bool) -> tuple[str, str]:
     """State directory and id; no id where there is nothing left to kill."""
     async with connect(args) as api:
-        container = await names.find(api, args.container)
+        container = await names.find(api, wanted)
         state = api.config.state
         if not ends or not container.annotations.get(RESTART):
             return str(state), container.id

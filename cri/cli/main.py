@@ -86,7 +86,9 @@ def _usage() -> str:
 
 
 def _parser(command: str) -> Parser:
-    parser = Parser(prog=f"ocid {command}", description=COMMANDS[command], allow_abbrev=False)
+    parser = Parser(prog=f"ocid {command}", description=COMMANDS[command], allow_abbrev=False, add_help=False)
+    asked = ("--help",) if command == "run" else ("-h", "--help")  # -h of a run is its host name, as with docker
+    parser.add_argument(*asked, action="help", help="show this help message and exit")
     _shared(parser)
     return parser
 

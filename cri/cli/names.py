@@ -18,6 +18,10 @@ from cri.marks import NAME_LABEL, POD_LABEL
 from runtime.shim.model import Sandbox
 
 
+class NoContainer(CommandError):
+    """Nothing is called so."""
+
+
 async def find(api: Api, wanted: str, code: int = 1) -> pb.Container:
     """The container that `wanted` names. Raises CommandError, with that exit code, when there is none or more than
     one."""
@@ -28,7 +32,7 @@ async def find(api: Api, wanted: str, code: int = 1) -> pb.Container:
     if not found:
         found = [c for c in listed.containers if c.metadata.name == wanted]
     if not found:
-        raise CommandError(f"there is no container {wanted!r}; see ocid ps -a", code)
+        raise NoContainer(f"there is no container {wanted!r}; see ocid ps -a", code)
     if len(found) > 1:
         ids = ", ".join(c.id[:12] for c in found)
         raise CommandError(f"{wanted!r} could be any of {ids}; say more of the id", code)

@@ -100,6 +100,16 @@ def environment(config: pb.ContainerConfig, entries: list[str]) -> None:
             config.envs.add(key=key, value=os.fsencode(value if equals else os.environ[key]))
 
 
+def env_file(path: str) -> list[str]:
+    """Its lines, K=V or K; empty ones and those that begin with # say nothing."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            lines = [line.strip() if "=" not in line else line.lstrip().rstrip("\r\n") for line in file]
+    except OSError as error:
+        raise CommandError(f"--env-file: {path}: {(error.strerror or str(error)).lower()}") from None
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def resources(args: argparse.Namespace) -> pb.LinuxContainerResources:
     """-m and --cpus."""
     limits = pb.LinuxContainerResources()

@@ -31,6 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also keep what the image's index has for other platforms, packed as it is: for save and copy",
     )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no bars on a terminal")
     parser.add_argument("image", help="reference, such as docker.io/library/nginx:1.27 or host:5000/app@sha256:…")
 
 
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
 async def _run(args: argparse.Namespace) -> int:
     async with connect(args) as api:
-        asked = Wanted(args.creds, given_keys(args), args.all_platforms, args.platform or "")
+        asked = Wanted(args.creds, given_keys(args), args.all_platforms, args.platform or "", args.quiet)
         print(await pull(api, args.image, asked))
     return 0
 
@@ -53,20 +54,21 @@ class Wanted:
     keys: tuple[KeyFile, ...] = ()
     all_platforms: bool = False
     platform: str = ""
+    quiet: bool = False
 
 
 async def pull(api: Api, image: str, wanted: Wanted) -> str:
     """Pulls and returns the image's id; shows bars on a terminal when the work is done in this process."""
-    if api.local is not None and sys.stderr.isatty():
+    if wanted.quiet or not sys.stderr.isatty():
+        return await _ask(api, image, wanted)
+    if api.local is not None:
         return await _pull_with_bars(api, image, wanted)
-    if sys.stderr.isatty():
-        watching = asyncio.create_task(_watch(api))
-        try:
-            return await _ask(api, image, wanted)
-        finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
-    return await _ask(api, image, wanted)
+    watching = asyncio.create_task(_watch(api))
+    try:
+        return await _ask(api, image, wanted)
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
 
 
 async def _watch(api: Api) -> None:

@@ -15,7 +15,9 @@ from runtime.linux.files import remove_tree
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-f", "--force", action="store_true", help="stop running containers first")
+    parser.add_argument(
+        "-f", "--force", action="store_true", help="stop running ones first; none of that name is no failure"
+    )
     parser.add_argument("container", nargs="+", help="name or id")
 
 
@@ -27,7 +29,12 @@ async def _run(args: argparse.Namespace) -> int:
     async with connect(args) as api:
 
         async def one(wanted: str) -> None:
-            container = await names.find(api, wanted)
+            try:
+                container = await names.find(api, wanted)
+            except names.NoContainer:
+                if args.force:
+                    return
+                raise
             if container.state == pb.CONTAINER_RUNNING and not args.force:
                 raise CommandError(f"{wanted} is running; stop it first, or rm --force", 1)
             await remove(api, container)

@@ -12,6 +12,9 @@ from cri.cli.main import CommandError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-f", "--force", action="store_true", help="also one that containers use; none of that name is no failure"
+    )
     parser.add_argument("image", nargs="+", help="reference, digest or id")
 
 
@@ -26,23 +29,26 @@ async def _run(args: argparse.Namespace) -> int:
             spec = pb.ImageSpec(image=name)
             status = await api.call("ImageStatus", pb.ImageStatusRequest(image=spec))
             if not status.HasField("image"):
+                if args.force:
+                    return
                 raise CommandError(f"there is no image {name!r}; see ocid images", 1)
             # The digest that an image came by keeps nothing that anybody asked for: the last tag takes it along.
             if len(status.image.repo_tags) > 1 and not _is_id(name, status.image.id):
                 await api.own("Untag", {"name": name})
             else:
-                await _remove(api, spec, status.image.id)
+                if not args.force:
+                    await _refuse_used(api, name, status.image.id)
+                await api.call("RemoveImage", pb.RemoveImageRequest(image=spec))
             print(name)
 
         return await names.each(args, args.image, one)
 
 
-async def _remove(api: Api, spec: pb.ImageSpec, id_: str) -> None:
+async def _refuse_used(api: Api, name: str, id_: str) -> None:
     used = await api.call("ListContainers", pb.ListContainersRequest())
     holders = [c.id[:12] for c in used.containers if c.image_id == id_]
     if holders:
-        raise CommandError(f"{spec.image} is used by {', '.join(holders)}; remove them first (ocid rm)", 1)
-    await api.call("RemoveImage", pb.RemoveImageRequest(image=spec))
+        raise CommandError(f"{name} is used by {', '.join(holders)}; remove them first (ocid rm)", 1)
 
 
 def _is_id(name: str, id_: str) -> bool:

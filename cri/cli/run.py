@@ -2,8 +2,8 @@
 
 One pod with one container, through the same CRI verbs that a kubelet uses; attached, its streams go between the
 terminal and the shim. Refuses --rm with --detach: nobody would be there to do it; and --restart without it: what is
-attached to one run would not be to the next. Invariant: a start that fails leaves nothing behind, and the exit code is
-the container's.
+attached to one run would not be to the next. Whose output nobody reads any more is ended, as any command in a pipeline
+is. Invariant: a start that fails leaves nothing behind, and the exit code is the container's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--name", help="what to call it (default: made from the image's name)")
     add(
         "--net",
+        "--network",
         metavar="host|none|NAME",
         default="",
         help="network: the host's, none, or a CNI network (default: the first)",
     )
-    add("--exec", metavar="PATH", dest="entrypoint", help="run this instead of the image's entrypoint")
+    add("--exec", "--entrypoint", metavar="PATH", dest="entrypoint", help="run this instead of the image's entrypoint")
     add(
         "-p",
         "--publish",
@@ -64,10 +66,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--volume",
         action="append",
         default=[],
-        metavar="SRC:DST[:ro]",
-        help="mount a directory or file of the host",
+        metavar="SRC:DST[:OPTION,…]",
+        help="mount a directory or file of the host; OPTION is ro, rro (read-only with all below), rprivate, rslave or "
+        "rshared",
     )
-    add("-e", "--env", action="append", default=[], metavar="K=V", help="set a variable")
+    add("-e", "--env", action="append", default=[], metavar="K[=V]", help="set a variable; K alone: to what it is here")
+    add("--env-file", action="append", default=[], metavar="FILE", help="set the variables that its lines say")
+    add("-l", "--label", action="append", default=[], metavar="K[=V]", help="a label, for ocid ps --filter")
     add("-u", "--user", metavar="USER[:GID]", help="run as this user")
     add("-w", "--workdir", metavar="DIR", default="", help="start in this directory")
     add("-m", "--memory", metavar="SIZE", help="memory limit, such as 256m; swap is within it")
@@ -81,7 +86,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--init", action="store_true", help="run a tiny init as process 1, which reaps and passes signals on")
     add("--read-only", action="store_true", help="a root filesystem that cannot be written to")
     add("--privileged", action="store_true", help="all capabilities and devices of this node, no seccomp")
-    add("--hostname", default="", help="its host name (default: its name)")
+    add("-h", "--hostname", default="", help="its host name (default: its name)")
     add("--pull", choices=("missing", "always", "never"), default="missing", help="when to fetch (default: missing)")
     keys_argument(parser)
     add("image", help="reference, docker://…, oci:DIR[:TAG], oci-archive:FILE or docker-archive:FILE")
@@ -129,12 +134,32 @@ async def _run(args: argparse.Namespace, name: str) -> int:
     shims, sandbox = Shims(state, direct=direct), names.sandbox(state, pod)
     await streams.copy(lambda number: shims.signal(sandbox, container, number))
     async with connect(args) as api:
+        if streams.left:
+            await _leave(api, args, streams.left, pod, container)
+            if streams.trouble:
+                raise CommandError(f"{streams.trouble}; the container was ended")
+            return 128 + streams.left
         code = await wait_exit(api, container)
         if args.rm:
             await remove(api, await names.find(api, container))
         else:
             await api.call("StopPodSandbox", pb.StopPodSandboxRequest(pod_sandbox_id=pod))
     return code
+
+
+async def _leave(api: Api, args: argparse.Namespace, number: int, pod: str, container: str) -> None:
+    """What becomes of a container that runs when this process is to end. Its own terminal has the last word on it:
+    without --rm it is told, and may run on."""
+    if args.rm:
+        await remove(api, await names.find(api, container))
+    elif number == signal.SIGPIPE:
+        await api.call("StopContainer", pb.StopContainerRequest(container_id=container, timeout=0))
+        await api.call("StopPodSandbox", pb.StopPodSandboxRequest(pod_sandbox_id=pod))
+    else:
+        with contextlib.suppress(RuntimeFailure):  # it has ended by itself
+            Shims(api.config.state, direct=api.local is not None).signal(
+                names.sandbox(api.config.state, pod), container, number
+            )
 
 
 async def _launch(api: Api, args: argparse.Namespace, name: str) -> tuple[str, str, Streams | None]:
@@ -231,6 +256,9 @@ def _container_config(args: argparse.Namespace, name: str) -> pb.ContainerConfig
         working_dir=args.workdir, tty=args.tty, stdin=args.interactive, stdin_once=args.interactive, log_path="0.log"
     )
     config.metadata.name = name
+    for label in args.label:
+        key, _, value = label.partition("=")
+        config.labels[key] = value
     config.labels[NAME_LABEL] = name
     if args.init:
         config.annotations[INIT] = "true"
@@ -239,6 +267,8 @@ def _container_config(args: argparse.Namespace, name: str) -> pb.ContainerConfig
     words = args.command[1:] if args.command[:1] == ["--"] else args.command
     config.command.extend([args.entrypoint] if args.entrypoint else [])
     config.args.extend(words)
+    for path in args.env_file:
+        options.environment(config, options.env_file(path))
     options.environment(config, args.env)
     config.mounts.extend(_volume(text) for text in args.volume)
     config.linux.resources.CopyFrom(options.resources(args))
@@ -258,5 +288,6 @@ def _volume(text: str) -> pb.Mount:
     whoever types a path means one that he knows."""
     mount = options.volume(text)
     if not os.path.lexists(mount.host_path):
-        raise CommandError(f"-v: {mount.host_path} is not there")
+        hint = "" if "/" in text.partition(":")[0] else "; there are no named volumes, so it is a path from here"
+        raise CommandError(f"-v: {mount.host_path} is not there{hint}")
     return mount

@@ -160,9 +160,14 @@ def read_database(lower_directories: Sequence[Path]) -> Database:
         options = tuple(("lowerdir+", str(directory)) for directory in lower_directories)
         root = FsMount("overlay", "overlay", options, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOSUID).make()
     try:
-        return parse_database(_read(root, "etc/passwd"), _read(root, "etc/group"))
+        return database_in(root)
     finally:
         os.close(root)
+
+
+def database_in(root: int) -> Database:
+    """passwd and group below this directory. Raises InvalidRequest as `read_database`."""
+    return parse_database(_read(root, "etc/passwd"), _read(root, "etc/group"))
 
 
 def _read(root: int, path: str) -> bytes:

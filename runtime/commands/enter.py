@@ -62,7 +62,7 @@ def run(context: Context, _name: str, values: Values) -> int:
     facts = state.load(context.root, container_id)
     if not words and not values.text("process"):
         raise RuntimeFailure("process args cannot be empty", code="invalid_argument")
-    process = parse_process(_process(facts.bundle, words, values), "process")
+    process = parse_process(_process(facts.bundle, words, values, apart=context.shell_codes), "process")
     detached, console_socket = values.on("detach"), values.text("console-socket")
     check_terminal(process.terminal, detached, console_socket)
     if process.terminal and not console_socket:
@@ -89,7 +89,8 @@ def run(context: Context, _name: str, values: Values) -> int:
         return foreground.follow(executed.pid, executed.console)
 
 
-def _process(bundle: str, words: list[str], values: Values) -> dict[str, object]:
+def _process(bundle: str, words: list[str], values: Values, *, apart: bool) -> dict[str, object]:
+    """`apart`: another user has none of the groups of the container's own, which with runc he has."""
     if values.text("process"):
         return _from_file(values.text("process"), bundle)
     process = _containers(bundle)
@@ -101,7 +102,10 @@ def _process(bundle: str, words: list[str], values: Values) -> dict[str, object]
     env = process.get("env")
     process["env"] = [*(env if isinstance(env, list) else []), *values.all("env")]
     if values.text("user") or values.all("additional-gids"):
-        process["user"] = _user(process.get("user"), values)
+        own = process.get("user")
+        if apart and isinstance(own, dict) and values.text("user"):
+            own = {key: value for key, value in own.items() if key != "additionalGids"}
+        process["user"] = _user(own, values)
     if values.text("apparmor"):
         process["apparmorProfile"] = values.text("apparmor")
     if values.text("process-label"):

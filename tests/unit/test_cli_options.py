@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 
 import pytest
@@ -65,7 +64,7 @@ def test_environment_takes_bare_names_from_the_caller(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_has_options_and_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     module = importlib.import_module(f"cri.cli.{command}")
-    parser = argparse.ArgumentParser(prog=command)
+    parser = main._parser(command)
     module.arguments(parser)
     assert command in parser.format_help() and callable(module.run)
 
