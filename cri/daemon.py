@@ -32,7 +32,8 @@ from cri.image_config import store_config
 from cri.intercept import Intercept
 from cri.interrupted import forsaken
 from cri.marks import RECOVERING
-from cri.network.cni import Cni, NetworkConfig
+from cri.network.cni import Cni
+from cri.network.config import NetworkConfig
 from cri.node import Node, Parts
 from cri.observe.setup import set_up_logs, watched
 from cri.own import Own

@@ -15,7 +15,7 @@ from pathlib import Path
 from cri.api import api_pb2 as pb
 from cri.cli.connect import Api, configuration
 from cri.cli.main import CommandError
-from cri.cli.pull import Wanted, pull
+from cri.cli.pull import Wanted, present
 from cri.cli.rm import remove_pod
 from cri.cli.watch import wait_exit
 from cri.marks import LOGS, VOLUMES
@@ -60,13 +60,7 @@ async def play(api: Api, pod: PlannedPod) -> str:
 
 async def _image(api: Api, one: Planned) -> str:
     """The image's id, fetched as the pull policy says."""
-    if one.pull != "always":
-        status = await api.call("ImageStatus", pb.ImageStatusRequest(image=pb.ImageSpec(image=one.image)))
-        if status.HasField("image"):
-            return str(status.image.id)
-        if one.pull == "never":
-            raise CommandError(f"container {one.name}: there is no image {one.image!r}, and imagePullPolicy is Never")
-    return await pull(api, one.image, Wanted())
+    return await present(api, one.image, one.pull, Wanted(), f"container {one.name}: ", "imagePullPolicy Never")
 
 
 async def _start(api: Api, pod: PlannedPod, pod_id: str, one: Planned, image: str) -> str:

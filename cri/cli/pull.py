@@ -57,6 +57,20 @@ class Wanted:
     quiet: bool = False
 
 
+async def present(api: Api, image: str, when: str, wanted: Wanted, whose: str = "", never: str = "--pull never") -> str:
+    """The image's id, fetched "always", when it is "missing", or "never". Raises CommandError, which begins with
+    `whose` and says what forbade it by `never`."""
+    if when != "always":
+        status = await api.call("ImageStatus", pb.ImageStatusRequest(image=pb.ImageSpec(image=image)))
+        if status.HasField("image"):
+            return str(status.image.id)
+        if when == "never":
+            raise CommandError(f"{whose}there is no image {image!r}, and {never} forbids fetching it")
+    if sys.stderr.isatty():
+        print(f"pulling {image}", file=sys.stderr)
+    return await pull(api, image, wanted)
+
+
 async def pull(api: Api, image: str, wanted: Wanted) -> str:
     """Pulls and returns the image's id; shows bars on a terminal when the work is done in this process."""
     if wanted.quiet or not sys.stderr.isatty():

@@ -14,7 +14,6 @@ import contextlib
 import os
 import re
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from cri.cli import names, options
 from cri.cli.attach import Streams
 from cri.cli.connect import Api, ApiError, connect
 from cri.cli.main import CommandError
-from cri.cli.pull import Wanted, pull
+from cri.cli.pull import Wanted, present
 from cri.cli.registry_options import given_keys, keys_argument, packed
 from cri.cli.rm import drop_pod, remove
 from cri.cli.watch import wait_exit
@@ -218,15 +217,7 @@ async def _image(api: Api, args: argparse.Namespace) -> str:
     if colon and source in _LOCAL_SOURCES:
         return await _import(api, source, rest)
     args.image = args.image.removeprefix("docker://")
-    if args.pull != "always":
-        status = await api.call("ImageStatus", pb.ImageStatusRequest(image=pb.ImageSpec(image=args.image)))
-        if status.HasField("image"):
-            return str(status.image.id)
-        if args.pull == "never":
-            raise CommandError(f"there is no image {args.image!r}, and --pull never forbids fetching it")
-    if sys.stderr.isatty():
-        print(f"pulling {args.image}", file=sys.stderr)
-    return await pull(api, args.image, Wanted(keys=given_keys(args)))
+    return await present(api, args.image, args.pull, Wanted(keys=given_keys(args)))
 
 
 async def _import(api: Api, source: str, path: str) -> str:

@@ -28,6 +28,7 @@ from cri.interfaces import InterfaceCounters, NetworkError, NetworkResult, PodNe
 from cri.network import counters
 from cri.network import netlink as nl
 from cri.network import plan as planning
+from cri.network.config import NetworkConfig
 from cri.network.conflist import ConfigError, Conflist, is_name
 from cri.network.external import Binaries
 from cri.network.firewall import Firewall
@@ -40,7 +41,6 @@ from cri.network.sysctl import set_sysctls
 from cri.network.underway import UnderWay
 from cri.network.values import Call, Cancel, PluginError, Result
 from cri.threads import Threads
-from runtime.linux.dataclass import dataclass
 from runtime.linux.failpoint import failpoint
 
 log = logging.getLogger(__name__)
@@ -50,24 +50,6 @@ _RETIRING_AT_ONCE = 4
 # How long a start waits for the plugins of pods that are gone: one that hangs, or waits for an agent that is a pod
 # itself, must not keep the node from starting.
 _LEFT_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkConfig:
-    """Where things are and how long they may take. The subnets are tried in order for the built-in network."""
-
-    conf_dir: Path = Path("/etc/cni/net.d")
-    bin_dirs: tuple[Path, ...] = (Path("/opt/cni/bin"), Path("/usr/lib/cni"))
-    state_dir: Path = Path("/run/ocid")
-    lease_dir: Path = Path("/var/lib/cni/networks")
-    netns_dir: Path | None = None  # None: netns in the state directory
-    pool_size: int = 4
-    plugin_timeout_s: float = 60.0
-    default_name: str = "ocid"
-    default_bridge: str = "ocid0"
-    default_subnets: tuple[str, ...] = ("10.88.0.0/16", "10.89.0.0/16", "10.188.0.0/16", "172.31.0.0/16")
-    nft_table: str = "ocid"
-    interface: str = "eth0"
 
 
 class Cni:

@@ -24,7 +24,7 @@ from cri.network.routes import list_addresses
 from cri.network.values import PluginError
 
 if TYPE_CHECKING:
-    from cri.network.cni import NetworkConfig
+    from cri.network.config import NetworkConfig
 
 log = logging.getLogger(__name__)
 

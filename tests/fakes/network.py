@@ -25,7 +25,8 @@ from grpc import StatusCode
 from cri.errors import code_of
 from cri.interfaces import InterfaceCounters, NetworkError, NetworkResult, PodNetwork
 from cri.network import netlink as nl
-from cri.network.cni import Cni, NetworkConfig
+from cri.network.cni import Cni
+from cri.network.config import NetworkConfig
 from cri.network.conflist import is_name
 from cri.network.firewall import Firewall
 from cri.network.netns import in_own_thread, inside, make, open_netns

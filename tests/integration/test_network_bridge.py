@@ -349,7 +349,8 @@ KILLED = """
 import asyncio, sys
 from pathlib import Path
 from cri.interfaces import PodNetwork
-from cri.network.cni import Cni, NetworkConfig
+from cri.network.cni import Cni
+from cri.network.config import NetworkConfig
 config, identity = eval(sys.argv[1], {"NetworkConfig": NetworkConfig, "PosixPath": Path}), sys.argv[2]
 async def main():
     cni = Cni(config)
