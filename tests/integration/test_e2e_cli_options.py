@@ -9,38 +9,15 @@ import signal
 import socket
 import subprocess
 import termios
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.commands import COMMAND_S, Terminal, ocid, once, prepared, said
-from tests.e2e import Node, stocked
-from tests.fakes.registry import FakeRegistry
+from tests.commands import COMMAND_S, Terminal, ocid, once, said
+from tests.e2e import Node
 from tests.support import eventually
 
-
-@pytest.fixture(scope="module")
-def registry() -> Iterator[FakeRegistry]:
-    with stocked() as made:
-        yield made
-
-
-@pytest.fixture(scope="module", params=["alone", "served"])
-def cli(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry
-) -> Iterator[Node]:
-    """A node without a daemon, and one with; both have the image and have run a container."""
-    with prepared(request.param == "served", tmp_path_factory.mktemp("cli"), registry) as made:
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def as_before(cli: Node) -> Iterator[None]:
-    """Whatever a test runs, it takes away; then the node holds what it held."""
-    before = cli.held()
-    yield
-    cli.settles(before)
+pytestmark = pytest.mark.usefixtures("as_before")
 
 
 def _names(cli: Node, *words: str) -> list[str]:
