@@ -246,9 +246,7 @@ class Bundles:
         """`ocirun` with this root; what it is given beyond is Popen's."""
         changes.setdefault("stdin", subprocess.DEVNULL)
         environment = {**os.environ, **(env or {})}
-        child = subprocess.Popen(self.command(*words), env=environment, **changes)
-        _mine.add(child.pid)
-        return child
+        return awaited(subprocess.Popen(self.command(*words), env=environment, **changes))
 
     def ocirun(self, *words: str, timeout: float = SOON_S, **changes: Any) -> Result:
         """Runs it to its end."""
@@ -338,6 +336,12 @@ def _wait(child: subprocess.Popen[bytes], seconds: float) -> int:
 
 
 _mine: set[int] = set()  # what a Popen waits for: waited for by anybody else, it would seem to have ended with 0
+
+
+def awaited(child: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+    """A child whose end its test waits for, while orphans of containers are waited for here."""
+    _mine.add(child.pid)
+    return child
 
 
 def _reap() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from runtime import dump, install, made_of
-from tests.bundles import Bundles, bundles
+from tests.bundles import Bundles, awaited, bundles
 from tests.support import eventually, needs
 
 PREFIX = Path(sys.prefix)
@@ -61,9 +61,8 @@ def test_a_resumed_process_is_like_a_started_one(home: Bundles, ignored: tuple[i
             for number in ignored:
                 signal.signal(number, signal.SIG_IGN)
 
-        with subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=ignore
-        ) as process:
+        null = subprocess.DEVNULL
+        with awaited(subprocess.Popen(words, stdin=null, stdout=null, stderr=null, preexec_fn=ignore)) as process:
             try:
                 eventually((home.root / bundle.id / "state.json").exists, what="the container")
                 bundle.becomes("running")
