@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -326,4 +327,34 @@ def test_with_the_hosts_ipc_namespace_but_not_its_processes(here: Node) -> None:
     pid = pid_of(here, one)
     assert os.stat(f"/proc/{pid}/ns/ipc").st_ino == os.stat("/proc/self/ns/ipc").st_ino
     assert os.stat(f"/proc/{pid}").st_uid == FIRST
+    here.drop(pod)
+
+
+def test_what_is_to_be_started_again_is_so_in_its_namespaces(here: Node, tmp_path: Path) -> None:
+    """`ocid run --restart` and `--init`: the next run has the ids, the layer, the volumes and the init of the first."""
+    config = mapped(here.pod_config())
+    pod = here.client.run_pod(config)
+    wanted = container("main", here.image, ["sh", "-c", "echo up >>/up; echo up >>/data/up; exec sleep 1000"])
+    wanted.linux.security_context.namespace_options.CopyFrom(config.linux.security_context.namespace_options)
+    wanted.annotations["ocid.restart"], wanted.annotations["ocid.init"] = "always", "true"
+    volume = wanted.mounts.add(container_path="/data", host_path=str(tmp_path))
+    for lines in (volume.uidMappings, volume.gidMappings):
+        lines.add(container_id=0, host_id=FIRST, length=COUNT)
+    one = here.client.create(pod, wanted, config)
+    here.client.start(one)
+    first = pid_of(here, one)
+    spaces = [os.readlink(f"/proc/{first}/ns/{kind}") for kind in ("user", "net", "ipc", "uts")]
+    for restarts in (1, 2):
+        before = pid_of(here, one)
+        eventually(lambda restarts=restarts: len((tmp_path / "up").read_text().split()) == restarts)  # type: ignore[misc]
+        os.kill(before, signal.SIGKILL)
+        eventually(lambda before=before: pid_of(here, one) not in (0, before), what="the next run")  # type: ignore[misc]
+    pid = pid_of(here, one)
+    assert [os.readlink(f"/proc/{pid}/ns/{kind}") for kind in ("user", "net", "ipc", "uts")] == spaces
+    assert Path(f"/proc/{pid}/uid_map").read_text().split() == ["0", str(FIRST), str(COUNT)]
+    assert Path(f"/proc/{pid}/comm").read_text() == "ocid-init\n"
+    eventually(lambda: said(here, one, "cat /up /data/up; id -u") == 6 * "up\n" + "0\n", what="three runs to say so")
+    assert (tmp_path / "up").stat().st_uid == 0
+    here.client.stop(one)
+    assert here.client.status(one).state == pb.CONTAINER_EXITED
     here.drop(pod)

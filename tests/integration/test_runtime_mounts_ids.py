@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -14,9 +15,12 @@ import pytest
 from runtime.linux.mount import mount, umount2
 from tests.bundles import Bundle, Bundles, bundles
 from tests.costs import soon
+from tests.fakes import fuse
 from tests.hostile import swapping
 from tests.integration.test_runtime_mounts import host_mounts, points
 from tests.support import needs
+
+KERNEL = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
 
 
 @pytest.fixture
@@ -123,6 +127,21 @@ def test_o39_a_filesystem_that_maps_no_ids_says_so_and_leaves_nothing(home: Bund
     one.run().failed("cannot be mounted because")
     one.gone()
     assert host_mounts() == before
+
+
+def test_ids_of_a_fuse_filesystem_are_mapped_where_its_server_says_so(home: Bundles) -> None:
+    """Linux 6.12 has it; before, and without the server's word, it is refused by its name."""
+    place = home.directory / "fuse"
+    place.mkdir()
+    for says_so in (True, False):
+        with fuse.mounted(place, 1000, 1001, maps_ids=says_so):
+            one = mapped(home.sh(f"stat -c %u:%g /m/{fuse.FILE}"), place, "bind", "idmap").user_namespace()
+            if says_so and KERNEL >= (6, 12):
+                assert one.run().ok() == "1000:1001\n"
+            else:
+                said = one.run().failed(f"failed to set MOUNT_ATTR_IDMAP on {place}")
+                assert "EINVAL" in said and "may not support id-mapped mounts" in said
+        one.gone()
 
 
 def test_id_mapped_mounts_that_make_no_sense(home: Bundles) -> None:
