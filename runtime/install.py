@@ -24,6 +24,7 @@ import shlex
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import CodeType
 
@@ -31,6 +32,7 @@ from runtime import boot, dump, made_of, sealed
 from runtime.cli import COMMANDS
 from runtime.thinned import compile_thin
 
+Compiler = Callable[[bytes, str, set[str] | None], CodeType]
 ROOT = Path(__file__).resolve().parent.parent
 # {command: {module: functions that it calls in a usual container}}, written by hack/usual.py
 USUAL = ROOT / "runtime/usual.json"
@@ -39,6 +41,7 @@ _NOT_OCIRUN = (
     "runtime.shim",
     "runtime.install",
     "runtime.boot",
+    "runtime.compiled",
     "runtime.dump",
     "runtime.made_of",
     "runtime.resumable",
@@ -66,7 +69,7 @@ for name in sys.argv[2:]:
 """
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], compiled: Compiler = compile_thin) -> int:
     if_stale = arguments[:1] == ["--if-stale"]
     if len(arguments) != 1 + if_stale:
         print("usage: python -m runtime.install [--if-stale] PREFIX", file=sys.stderr)
@@ -78,13 +81,13 @@ def main(arguments: list[str]) -> int:
     with (library / "lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not if_stale or made_of.stale(library):
-            _install(prefix, library)
+            _install(prefix, library, compiled)
     return 0
 
 
-def _install(prefix: Path, library: Path) -> None:
+def _install(prefix: Path, library: Path, compiled: Compiler) -> None:
     modules = sources()
-    _write(library / "modules", bundle(modules, groups()))
+    _write(library / "modules", bundle(modules, groups(), compiled))
     _write(library / "boot.pyc", _boot(library / "modules"))
     words = [*loader(sealed.interpreter()), sealed.interpreter(), "-IS", "-X", "utf8", str(library / "boot.pyc")]
     slow = library / "ocirun"
@@ -138,8 +141,9 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def bundle(modules: dict[str, Path], preloads: dict[str, list[str]]) -> bytes:
-    """The file that runtime/boot.py describes."""
+def bundle(modules: dict[str, Path], preloads: dict[str, list[str]], compiled: Compiler = compile_thin) -> bytes:
+    """The file that runtime/boot.py describes. `compiled` may know the code of some modules already: making all of it
+    is nine tenths of the work here."""
     usual: dict[str, dict[str, list[str]]] = json.loads(USUAL.read_bytes())
     rest, index, text = bytearray(), {}, {}
 
@@ -151,12 +155,12 @@ def bundle(modules: dict[str, Path], preloads: dict[str, list[str]]) -> bytes:
     for name, path in modules.items():
         status = path.stat()  # before the source is read: one that changes meanwhile does not match
         text[name] = path.read_bytes(), str(path)
-        code = compile_thin(*text[name], None)
+        code = compiled(*text[name], None)
         index[name] = (*add(code), path.name == "__init__.py", str(path), status.st_mtime_ns, status.st_size)
     groups = {}
     for command, names in preloads.items():
         functions = usual.get(command, {})
-        thin = {name: compile_thin(*text[name], set(functions[name]) if name in functions else None) for name in names}
+        thin = {name: compiled(*text[name], set(functions[name]) if name in functions else None) for name in names}
         chunks = _chunks({name: len(marshal.dumps(code)) for name, code in thin.items()})
         groups[command] = [(chunk, *add(tuple(thin[name] for name in chunk))) for chunk in chunks]
     header = marshal.dumps((index, groups))
