@@ -55,7 +55,7 @@ async def checkpoint_container(node: Node, request: pb.CheckpointContainerReques
     if not 0 <= request.timeout <= MAX_TIMEOUT_S:
         raise InvalidArgument(f"timeout: {request.timeout} s is not between 0 and {MAX_TIMEOUT_S}")
     target = archive.check_target("location", request.location)
-    container = node.running(node.container(request.container_id), "checkpoint")
+    container = _running(node, request.container_id)
     pod = node.store.pods[container.pod_id]
     work = _Work(node, pod, section, request.timeout)
     await node.tasks.finish(work.container(container, target), f"checkpoint container {container.name}")
@@ -85,13 +85,23 @@ def _chosen(node: Node, pod: Pod, ids: Sequence[str]) -> list[Container]:
         raise InvalidArgument("container_ids: none is named; the caller chooses which containers an archive is of")
     chosen = {}
     for index, id_ in enumerate(ids):
-        container = node.running(node.container(id_), "checkpoint")
+        container = _running(node, id_)
         if container.pod_id != pod.id:
             raise InvalidArgument(f"container_ids[{index}]: container {container.id} is of another pod")
         if container.id in chosen:
             raise InvalidArgument(f"container_ids[{index}]: container {container.id} is there twice")
         chosen[container.id] = container
     return list(chosen.values())
+
+
+def _running(node: Node, container_id: str) -> Container:
+    """The container, if it has a process. Raises NotFound, FailedPrecondition."""
+    container = node.running(node.container(container_id), "checkpoint")
+    if container.is_due:
+        raise FailedPrecondition(
+            f"checkpoint {container.name} ({container.id[:13]}): the container has ended, and is to be started again"
+        )
+    return container
 
 
 class _Work:

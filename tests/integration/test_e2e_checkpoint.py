@@ -136,6 +136,32 @@ def test_when_criu_fails_everybody_goes_on_and_the_caller_hears_why(bench: tuple
     node.drop(pod)
 
 
+def test_one_that_waits_to_be_started_again_is_refused_and_started_again(
+    bench: tuple[Node, Criu], tmp_path: Path
+) -> None:
+    node, _ = bench
+    config = node.pod_config()
+    pod = node.client.run_pod(config)
+    wanted = container("again", node.image, ["sh", "-c", "exit 1"])
+    wanted.annotations["ocid.restart"] = "always"
+    one = node.client.create(pod, wanted, config)
+    node.client.start(one)
+
+    def waits() -> bool:
+        told = node.client.info(one)
+        return told["restarts"] >= 4 and not told["pid"]  # for almost two seconds
+
+    eventually(waits, what="a longer pause")
+    request = pb.CheckpointContainerRequest(container_id=one, location=str(tmp_path / "c.tar"), timeout=60)
+    with pytest.raises(grpc.RpcError) as caught:
+        node.client.runtime.CheckpointContainer(request, timeout=60)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "is to be started again" in str(caught.value.details())
+    assert list(tmp_path.iterdir()) == list((node.state / "pods" / pod).glob("paused")) == []
+    eventually(lambda: node.client.info(one)["restarts"] > 4, what="the next run")
+    node.drop(pod)
+
+
 def test_without_criu_it_says_what_to_install(bench: tuple[Node, Criu], tmp_path: Path) -> None:
     node, criu = bench
     pod, ids = _pod(node)
