@@ -23,6 +23,7 @@ from cri.config import CheckpointSection
 from cri.errors import AlreadyExists, InvalidArgument
 from cri.events import keep_facts
 from cri.interfaces import ContainerFacts
+from cri.marks import INIT
 from cri.node import Node, new_id, now_ns
 from cri.patience import FOREVER, Patience
 from cri.records import Container, Pod, facts_of
@@ -78,6 +79,10 @@ def _check(node: Node, request: pb.RestorePodRequest) -> Sequence[pb.ContainerCo
     names: set[str] = set()
     for index, config in enumerate(request.container_configs):
         create_container.check(node, config)
+        if config.annotations.get(INIT) == "true":
+            raise InvalidArgument(
+                f"container_configs[{index}].annotations[{INIT}]: criu restores no PID 1 whose program is in no file"
+            )
         if config.metadata.name in names:
             raise InvalidArgument(f"container_configs[{index}]: {config.metadata.name!r} is there twice")
         names.add(config.metadata.name)

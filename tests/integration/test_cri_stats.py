@@ -371,7 +371,8 @@ def test_o56_an_oom_is_told_with_its_reason_in_the_event(here: Node) -> None:
     stream.initial_metadata()
     pod, config, _ = _pod(here)
     greedy = container("greedy", here.image, ["sh", "-c", "tail /dev/zero"])
-    greedy.linux.resources.memory_limit_in_bytes = 16 * MIB
+    # And no swap, which it would fill first where there is some.
+    greedy.linux.resources.memory_limit_in_bytes = greedy.linux.resources.memory_swap_limit_in_bytes = 16 * MIB
     one = here.client.create(pod, greedy, config)
     here.client.start(one)
     stopped = next(

@@ -286,7 +286,10 @@ def test_what_is_asked_wrongly_is_named_before_the_archive_is_looked_at(tmp_path
             ids.add(host_id=100_000, container_id=0, length=65536)
         image = rig.container_config("one")
         image.image.image = "registry.test/nosuch:1"
+        init = rig.container_config("one", annotations={"ocid.init": "true"})
+        no_init = "container_configs[1].annotations[ocid.init]: criu restores no PID 1 whose program is in no file"
         asked: list[tuple[dict[str, Any], str]] = [
+            ({"container_configs": [rig.container_config("two"), init]}, no_init),
             ({"options": {"tcp-close": "1"}}, "options: 'tcp-close' is not known"),
             ({"container_configs": []}, "container_configs: 0, not from 1 to 256"),
             ({"container_configs": [rig.container_config("one")] * 2}, "container_configs[1]: 'one' is there twice"),

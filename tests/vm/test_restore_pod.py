@@ -5,6 +5,7 @@ Here and not under tests/integration: criu must know the kernel's vdso, and Debi
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,11 +40,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 class Saved:
     """A pod that was checkpointed and removed; `configs` are those that it ran with."""
 
-    def __init__(self, bench: Node, archive: Path, *configs: Any) -> None:
+    def __init__(self, bench: Node, archive: Path, *configs: Any, pids: Any = pb.CONTAINER) -> None:
         self.node = bench
         self.archive = archive
         self.configs = list(configs)
-        config = bench.pod_config(network=True)
+        self.pids = pids
+        config = self._pod_config()
         pod = bench.client.run_pod(config)
         self.last: list[int] = []
         ids = []
@@ -58,9 +60,15 @@ class Saved:
             self.last.append(int(messages(Path(config.log_directory) / one.log_path)[-1]))
         bench.drop(pod)
 
+    def _pod_config(self) -> Any:
+        config = self.node.pod_config(network=True)
+        for security in (config.linux.security_context, *(one.linux.security_context for one in self.configs)):
+            security.namespace_options.pid = self.pids
+        return config
+
     def restore(self, *configs: Any, **fields: Any) -> tuple[Any, Any]:
         """The pod's config and the answer."""
-        config = self.node.pod_config(network=True)
+        config = self._pod_config()
         request = pb.RestorePodRequest(
             config=config, checkpoint_path=str(self.archive), container_configs=configs or self.configs, **fields
         )
@@ -143,6 +151,69 @@ def test_mounts_come_from_the_request_and_are_where_the_request_has_them(bench: 
     assert bench.client.exec_sync(id_, ["sh", "-c", "echo x > /data/file"])[0] != 0
     assert bench.client.exec_sync(id_, ["sh", "-c", "echo x > /x"])[0] != 0
     assert bench.client.exec_sync(id_, ["cat", "/proc/timer_list"])[1] == b""
+    bench.drop(answer.pod_sandbox_id)
+
+
+def test_containers_that_share_their_pids_with_volumes_between_them(bench: Node, tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    one, two = (container(name, bench.image, ["sh", "-c", f"{COUNT} # {name}"]) for name in ("one", "two"))
+    for config in (one, two):
+        config.mounts.add(container_path="/shared", host_path=str(tmp_path / "shared"))
+    # What is open there is open again.
+    one.command[-1] = f"exec 9>>/shared/lines; {COUNT.replace('echo $i', 'echo $i; echo $i >&9')} # one"
+    saved = Saved(bench, tmp_path / "pod.tar", one, two, pids=pb.POD)
+    config, answer = _goes_on(saved)
+    ids = {restored.name: restored.container_id for restored in answer.restored_containers}
+    assert len({os.readlink(f"/proc/{bench.client.info(id_)['pid']}/ns/pid") for id_ in ids.values()}) == 1
+    listed = bench.client.exec_sync(ids["two"], ["sh", "-c", "cat /proc/[0-9]*/cmdline"])[1]
+    assert b"# one" in listed and b"# two" in listed
+    # What was dumped has run on for a while, and written on.
+    lines = [int(line) for line in (tmp_path / "shared/lines").read_text().split()]
+    (again,) = [at for at in range(1, len(lines)) if lines[at] != lines[at - 1] + 1]
+    assert lines[:again] == list(range(1, again + 1)) and lines[again] == _numbers(config, one)[0]
+    bench.client.stop(ids["one"], 0)
+    assert bench.client.status(ids["two"]).state == pb.CONTAINER_RUNNING
+    bench.drop(answer.pod_sandbox_id)
+
+
+def test_one_with_an_init_is_dumped_and_runs_on(bench: Node, tmp_path: Path) -> None:
+    """`ocid run --init`: its program is in no file, so that criu finds none to execute; such a restore is refused."""
+    one = container("one", bench.image, ["sh", "-c", COUNT])
+    one.annotations["ocid.init"] = "true"
+    saved = Saved(bench, tmp_path / "pod.tar", one)
+    with pytest.raises(
+        grpc.RpcError, match=r"container_configs\[0\]\.annotations\[ocid\.init\]: criu restores no PID 1"
+    ):
+        saved.restore()
+    plain = pb.ContainerConfig.FromString(one.SerializeToString())
+    del plain.annotations["ocid.init"]
+    before = kept(bench)
+    with pytest.raises(grpc.RpcError, match="criu failed: type RESTORE"):
+        saved.restore(plain)
+    assert unlike(bench, before) == []
+
+
+def test_one_with_a_policy_is_started_again_after_it_was_restored(bench: Node, tmp_path: Path) -> None:
+    """`ocid run --restart`: the next run is the command's of the request, over the writable layer."""
+    one = container("one", bench.image, ["sh", "-c", COUNT.replace("> /written", ">> /written")])
+    one.annotations["ocid.restart"] = "always"
+    saved = Saved(bench, tmp_path / "pod.tar", one)
+    config, answer = _goes_on(saved)
+    id_ = answer.restored_containers[0].container_id
+    os.kill(bench.client.info(id_)["pid"], signal.SIGKILL)
+    # The first run has begun above three.
+    eventually(lambda: {1, 3} < {*_numbers(config, one)}, what="the next run to count from the beginning")
+    assert bench.client.info(id_)["restarts"] == 1
+    assert bench.client.exec_sync(id_, ["cat", "/written"])[1] == b"before\nbefore\n"
+    # Such a run is dumped and restored like a first one.
+    target = str(tmp_path / "again.tar")
+    again = pb.CheckpointPodRequest(pod_sandbox_id=answer.pod_sandbox_id, output_path=target, container_ids=[id_])
+    bench.client.runtime.CheckpointPod(again, timeout=300)
+    saved.archive, saved.last = tmp_path / "again.tar", [_numbers(config, one)[-1]]
+    bench.drop(answer.pod_sandbox_id)
+    config, answer = saved.restore()
+    bench.client.start(answer.restored_containers[0].container_id)
+    _count_on(saved, config)
     bench.drop(answer.pod_sandbox_id)
 
 
