@@ -20,7 +20,7 @@ import select
 from _socket import AF_UNIX, SHUT_RDWR, SOCK_STREAM
 from _socket import socket as Socket
 
-from runtime.linux.process import CLONE_PARENT, clone3, close_all_but, set_comm
+from runtime.linux.process import close_all_but, set_comm
 from runtime.shim.cgroup import SPARE, ZYGOTE
 from runtime.shim.report import report
 from runtime.shim.rest import QUIET
@@ -50,24 +50,25 @@ class Spare:
         return self._listener, self._alive, self._taken
 
     def fork(self) -> bool:
-        """In the zygote: forks the next, and waits until it is taken. True in the new shim, alone, a child of init as
-        the zygote is (CLONE_PARENT)."""
+        """In the zygote: forks the next, and waits until it is taken. True in the new shim, an orphan, alone."""
         waiting, taken = os.pipe2(os.O_CLOEXEC)
         try:
-            pid, pidfd = clone3(CLONE_PARENT)
+            middle = os.fork()
         except OSError as error:  # no memory or no pids
             report("fork", error)
             os.close(waiting)
             os.close(taken)
             self._turn_away()
             return False
-        if pid == 0:
+        if middle == 0:
+            if os.fork():
+                os._exit(0)  # so the other is init's child at once
             self._taken = taken
             close_all_but(*self.filenos())
             set_comm(SPARE)
             return True
-        os.close(pidfd)
         os.close(taken)
+        os.waitpid(middle, 0)
         if os.read(waiting, 1):
             # Who came has a pod to bring up, and containers then, and needs the processors that a fork would take;
             # until its helper has ended, or somebody else waits.
