@@ -85,7 +85,7 @@ def test_exit_codes(cli: Node, command: list[str], code: int, word: str) -> None
         (["run", "-m", "lots", "registry.invalid/never/asked"], "-m: 'lots'"),
         (["run"], "required: image;"),
         (["run", "--nosuch", "IMAGE"], "--nosuch; see ocid run --help"),
-        (["ps", "--format", "xml"], "invalid choice: 'xml'"),
+        (["ps", "--format", "xml"], "'xml' is neither of table, json, nor a template"),
         (["exec", "nosuch", "true"], "no container 'nosuch'"),
         (["kill", "-s", "USR9", "nosuch"], 'ocid kill: -s: unknown signal "USR9"'),
         (["load", "-i", "/no/such"], "open /no/such: ENOENT no such file or directory"),
