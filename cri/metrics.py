@@ -190,16 +190,16 @@ def _has_scheduler_figures() -> bool:
 
 
 def _has_huge_pages() -> bool:
-    return _has_huge_page_peaks() or (bool(page_sizes()) and _v2_has("hugetlb"))
+    return _has_huge_page_peaks() or (bool(page_sizes()) and _v2_alone_has("hugetlb"))
 
 
-def _v2_has(controller: str) -> bool:
-    """Alone or beside v1, which then has it not: the kernel gives it to one of them."""
-    for place in detect():
-        if place.version == 2:
-            with open(f"{place.mount}/cgroup.controllers", encoding="ascii") as file:
-                return controller in file.read().split()
-    return False
+def _v2_alone_has(controller: str) -> bool:
+    """Beside v1, v2's figures are not read."""
+    first, *others = detect()
+    if others or first.version == 1:
+        return False
+    with open(f"{first.mount}/cgroup.controllers", encoding="ascii") as file:
+        return controller in file.read().split()
 
 
 def _has_huge_page_peaks() -> bool:

@@ -359,15 +359,13 @@ def pressure(path: str) -> Pressure | None:
 
 def collect(directories: dict[str, str], v2: str, stalls: str = "", full: bool = True) -> Stats:
     """Stats of a container from its v1 directories by controller, its v2 one, and the v2 one that knows its pressure,
-    and its huge pages where v1 does not; that is there where v1 has the controllers, too ("" without). Not `full`:
-    without block devices, OOM kills, peaks, memory of the kernel, numbers of processes, and v1's throttling and kinds
-    of CPU time: a third less to read."""
+    which is there where v1 has the controllers, too ("" without). Not `full`: without block devices, OOM kills, peaks,
+    memory of the kernel, numbers of processes, and v1's throttling and kinds of CPU time: a third less to read."""
     now = time.time_ns()
     values = of_v2(v2, full) if v2 else {}
     if stalls:
         values.update({f"{name}_pressure": pressure(f"{stalls}/{name}.pressure") for name in ("cpu", "memory", "io")})
     values.update(of_v1(directories, full))
-    # The one controller that a container has on v2 beside v1, where v1 has no such (runtime.cgroups.limits).
-    if full and (path := directories.get("hugetlb") or v2 or stalls):
+    if full and (path := directories.get("hugetlb") or v2):
         values["huge_pages"] = huge_pages(path)
     return Stats(now, **values)  # type: ignore[arg-type]

@@ -115,8 +115,6 @@ def test_huge_pages_as_statistics_have_them(tmp_path: Path, monkeypatch: pytest.
     assert found == stats.HugePages("2MB", 4 << 20, 6 << 20)
     (found,) = stats.collect({}, _files(tmp_path / "v2", {**V2, "memory.low": "1048576\n"})).huge_pages
     assert found == stats.HugePages("2MB", 4 << 20)
-    beside = stats.collect({"memory": _files(tmp_path / "hybrid", {})}, "", str(tmp_path / "v2"))
-    assert beside.huge_pages == (found,) and beside.memory_usage == 0, "v2 beside v1 counts huge pages alone"
     assert stats.collect({}, str(tmp_path / "v2")).memory_reservation == 1 << 20
     soft = _files(tmp_path / "m", {"memory.soft_limit_in_bytes": "2097152\n"})
     assert stats.collect({"memory": soft}, "").memory_reservation == 2 << 20
