@@ -61,11 +61,11 @@ class Spare:
             self._turn_away()
             return False
         if middle == 0:
+            set_comm(SPARE)  # before it is an orphan: whoever looks for what a pod has left knows it
             if os.fork():
                 os._exit(0)  # so the other is init's child at once
             self._taken = taken
             close_all_but(*self.filenos())
-            set_comm(SPARE)
             return True
         os.close(taken)
         os.waitpid(middle, 0)

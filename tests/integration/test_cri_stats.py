@@ -197,9 +197,9 @@ def test_metrics_of_tasks_by_state_and_of_their_load(here: Node) -> None:
     assert isinstance(found, dict)
     assert (found["sleeping"], found["uninterruptible"], found["container_cpu_load_d_average_10s"]) == (1, 0, 0)
     before = found["container_cpu_load_average_10s"]
-    assert 0 <= before <= 1000, "thousandths of one task"
-    if before < 1000:  # nothing ran when it was looked at first: the mean comes nearer
-        eventually(lambda: before < states()["container_cpu_load_average_10s"] <= 1000)
+    assert 0 <= before <= 3000, "thousandths of the tasks that may have run when it was looked at first"
+    if before != 1000:  # none or two did: the mean comes nearer to the one that always does
+        eventually(lambda: abs(states()["container_cpu_load_average_10s"] - 1000) < abs(before - 1000))
     here.drop(pod)
 
 
