@@ -49,8 +49,7 @@ _SA_RESTORER, _SIZEOF_SIGSET = 0x04000000, 8  # asm/signal.h
 _ACTION = struct.Struct("=4Q")  # struct sigaction of the kernel: handler, flags, restorer, mask
 # The block: what the machine code reads, at these offsets, above a stack that only handlers of signals use.
 _STACK, _HEAD = 1 << 16, 512
-_STATE, _WAITS = struct.Struct("=2I"), 2
-_NUMBERS = struct.Struct("=13Q")
+_STATE = struct.Struct("=2I")
 _CALL = struct.Struct("=8Q")
 _MASK = (1 << 64) - 1
 _HANDLER = 0x1D3  # offset of the last function

@@ -145,7 +145,10 @@ class Handler:
 
     def _do_create(self, body: object) -> object:
         message = protocol.parse(protocol.ContainerMessage, body)
-        killed = RuntimeFailure(f"create container {message.id}: its init was killed while it was set up")
+        words = f"create container {message.id}: its init was killed while it was set up"
+        killed = RuntimeFailure(
+            words, hint="the kernel's log says if memory was short; the same call may be made again"
+        )
         last_words = (self._connection.fileno(), protocol.frame(protocol.failure(killed)))
         made = self._create(message, lambda engine, stdio: engine.create(message, stdio, last_words))
         # A create by these leaves a helper as it was before: in no namespace and with no right less.
