@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import sys
 
 from cri.api import api_pb2 as pb
 from cri.cli import names
 from cri.cli.connect import connect
 from cri.cli.main import FAILED, CommandError
+from cri.cli.ocirun import ocirun
 from cri.cli.watch import look
 
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if args.detach and (args.tty or args.interactive):
         raise CommandError("-d: nobody would be there for -i or -t: leave out one of them")
     state, container_id, pid = asyncio.run(_find(args))
-    command = [sys.executable, "-I", "-m", "runtime.cli", "--root", f"{state}/runtime", "--shell-codes", "exec"]
+    command = [*ocirun(), "--root", f"{state}/runtime", "--shell-codes", "exec"]
     command += ["--tty"] if args.tty else []
     for entry in args.env:
         command += ["--env", entry]

@@ -9,12 +9,12 @@ import argparse
 import asyncio
 import signal
 import subprocess
-import sys
 
 from cri.cli import names
 from cri.cli.connect import connect
 from cri.cli.main import CommandError
 from cri.cli.names import sandbox
+from cri.cli.ocirun import ocirun
 from cri.cli.watch import look
 from cri.marks import RESTART
 from runtime.commands.change import signal_number
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _signal(state: str, container_id: str, name: str) -> None:
-    command = [sys.executable, "-I", "-m", "runtime.cli", "--root", f"{state}/runtime", "kill", container_id, name]
+    command = [*ocirun(), "--root", f"{state}/runtime", "kill", container_id, name]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise CommandError(done.stderr.strip().removeprefix("ocirun kill: "), done.returncode)
