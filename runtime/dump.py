@@ -1,19 +1,22 @@
-"""Makes the command `ocirun` a program that goes on where an interpreter had stopped, with every module there.
+"""Makes a command a program that goes on where an interpreter had stopped, with every module there.
 
-    PREFIX/bin/ocirun             the launcher: machine code, and the table of what it maps (runtime/linux/dumped.py)
-    PREFIX/lib/ocirun/dump-HASH   what it maps: the memory of a process that has imported all of ocirun, and stopped
+    PREFIX/bin/NAME             the launcher: machine code, and the table of what it maps (runtime/linux/dumped.py)
+    PREFIX/lib/NAME/dump-HASH   what it maps: the memory of a process that has imported all of the command, and stopped
 
 That process is started without randomized addresses, low in the address space, where no other program's stack, heap or
 libraries ever are. It goes on in a thread whose stack is a mapping, forks (of the threads only that one is left), and
 stops; the functions of its C library are those that every x86-64 processor has.
 
 Refuses to make one elsewhere than on x86-64 with glibc, or where the kernel or its policy does not let it. Invariant:
-the command works without these two files, the slow way (runtime/boot.py), and works so where a dump cannot be resumed.
+the command works without these two files, the slow way (PREFIX/lib/NAME/NAME), and so where a dump cannot be resumed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -21,13 +24,13 @@ import struct
 import subprocess
 from pathlib import Path
 
-from runtime import sealed
+from runtime import made_of, sealed
 from runtime.linux import dumped, elf
 from runtime.linux.memory import MAP_PRIVATE, PROT_EXEC, PROT_READ, PROT_WRITE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 _SETARCH = ("setarch", "--addr-no-randomize", "--addr-compat-layout")
@@ -60,15 +63,20 @@ _SHT_DYNSYM, _STT_FUNC = 11, 2
 _CHILD = "import sys; sys.path.append(sys.argv[1]); from runtime.resumable import main; main(sys.argv[2:])"
 
 
-def make(slow: Path, modules: list[str]) -> Dump | None:
-    """A dump of a process that has imported `modules` and, once resumed, is `ocirun`; `slow` is the command that it
-    executes when it has become stale. None where none can be made."""
+def make(slow: Path, modules: list[str], entry: str = "runtime.cli", interpreter: Sequence[str] = ()) -> Dump | None:
+    """A dump of a process that has imported `modules` and, once resumed, is what `main` of the module `entry` does;
+    `slow` is the command that it executes when it has become stale. `interpreter` is what it is started with, unless
+    that is without site-packages. None where none can be made."""
     reader, writer = os.pipe()
-    words = [sealed.interpreter(), "-IS", "-X", "utf8", "-X", "no_debug_ranges", "-c", _CHILD, str(ROOT), str(writer)]
+    start = [*(interpreter or (sealed.interpreter(), "-IS")), "-X", "utf8", "-X", "no_debug_ranges"]
+    words = [*start, "-c", _CHILD, str(ROOT), str(writer)]
     with open(reader, "rb") as told:
         try:
             process = subprocess.Popen(
-                [*_SETARCH, *words, str(slow), *modules], env=_ENVIRONMENT, pass_fds=[writer], stdin=subprocess.DEVNULL
+                [*_SETARCH, *words, str(slow), entry, *modules],
+                env=_ENVIRONMENT,
+                pass_fds=[writer],
+                stdin=subprocess.DEVNULL,
             )
         except FileNotFoundError:  # no setarch(8)
             return None
@@ -86,6 +94,43 @@ def make(slow: Path, modules: list[str]) -> Dump | None:
                 return None
             finally:
                 os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def locked(prefix: Path, name: str) -> Iterator[Path]:
+    """PREFIX/lib/NAME while nobody else writes there."""
+    library = prefix / "lib" / name
+    library.mkdir(parents=True, exist_ok=True)
+    (prefix / "bin").mkdir(exist_ok=True)
+    with (library / "lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield library
+
+
+def put(made: Dump | None, command: Path, slow: Path, processor: str = "") -> None:
+    """Writes the command: a launcher of that dump, which lies beside `slow` and is the only one there; or the same as
+    `slow`. `processor` is the one that the dump is for, where it is not for all."""
+    library = slow.parent
+    name = f"dump-{hashlib.sha256(made.content).hexdigest()[:16]}" if made else ""
+    if made:
+        write(library / name, made.content)
+    write(command, made.launcher(library / name, slow) if made else slow.read_bytes(), 0o755)
+    # Last: after an installation that was broken off the old dump is known, and is either in use or not there.
+    if made:
+        write(library / made_of.FILE, made_of.told(name, made.files, processor))
+    else:
+        (library / made_of.FILE).unlink(missing_ok=True)
+    for old in library.glob("dump-*"):
+        if old.name != name:
+            old.unlink()
+
+
+def write(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """The file as a whole, in the place of what was there."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_bytes(data)
+    new.chmod(mode)
+    new.rename(path)
 
 
 class Dump:
@@ -124,7 +169,7 @@ class Dump:
 
     def launcher(self, path: Path, slow: Path) -> bytes:
         """The program in front of the table."""
-        said = f"ocirun: cannot execute {slow}\n".encode()
+        said = f"{slow.name}: cannot execute {slow}\n".encode()
         texts = [os.fsencode(path) + b"\0", os.fsencode(slow) + b"\0", said]
         entry = _BASE + elf.headers_size(heap=True)
         address = entry + len(dumped.LAUNCHER) + dumped.DATA.size + len(self._rows) * dumped.ROW.size

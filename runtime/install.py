@@ -14,8 +14,6 @@ one process writes at a time; the command works, at a slower pace, without the l
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import importlib.util
 import json
 import marshal
@@ -44,6 +42,7 @@ _NOT_OCIRUN = (
     "runtime.compiled",
     "runtime.dump",
     "runtime.made_of",
+    "runtime.linux.processor",
     "runtime.resumable",
     "runtime.thinned",
 )
@@ -75,11 +74,7 @@ def main(arguments: list[str], compiled: Compiler = compile_thin) -> int:
         print("usage: python -m runtime.install [--if-stale] PREFIX", file=sys.stderr)
         return 2
     prefix = Path(arguments[-1]).resolve()
-    library = prefix / "lib/ocirun"
-    library.mkdir(parents=True, exist_ok=True)
-    (prefix / "bin").mkdir(exist_ok=True)
-    with (library / "lock").open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with dump.locked(prefix, "ocirun") as library:
         if not if_stale or made_of.stale(library):
             _install(prefix, library, compiled)
     return 0
@@ -87,24 +82,12 @@ def main(arguments: list[str], compiled: Compiler = compile_thin) -> int:
 
 def _install(prefix: Path, library: Path, compiled: Compiler) -> None:
     modules = sources()
-    _write(library / "modules", bundle(modules, groups(), compiled))
-    _write(library / "boot.pyc", _boot(library / "modules"))
+    dump.write(library / "modules", bundle(modules, groups(), compiled))
+    dump.write(library / "boot.pyc", _boot(library / "modules"))
     words = [*loader(sealed.interpreter()), sealed.interpreter(), "-IS", "-X", "utf8", str(library / "boot.pyc")]
     slow = library / "ocirun"
-    _write(slow, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'.encode(), 0o755)
-    made = dump.make(slow, ["runtime.cli", *(name for name in modules if name.startswith("runtime."))])
-    name = f"dump-{hashlib.sha256(made.content).hexdigest()[:16]}" if made else ""
-    if made:
-        _write(library / name, made.content)
-    _write(prefix / "bin/ocirun", made.launcher(library / name, slow) if made else slow.read_bytes(), 0o755)
-    # Last: after an installation that was broken off the old dump is known, and is either in use or not there.
-    if made:
-        _write(library / made_of.FILE, made_of.told(name, made.files))
-    else:
-        (library / made_of.FILE).unlink(missing_ok=True)
-    for old in library.glob("dump-*"):
-        if old.name != name:
-            old.unlink()
+    dump.write(slow, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'.encode(), 0o755)
+    dump.put(dump.make(slow, [name for name in modules if name.startswith("runtime.")]), prefix / "bin/ocirun", slow)
 
 
 def sources() -> dict[str, Path]:
@@ -207,13 +190,6 @@ def loader(program: str) -> list[str]:
                 file.seek(start)
                 return [os.fsdecode(file.read(length).rstrip(b"\0"))]
     return []
-
-
-def _write(path: Path, data: bytes, mode: int = 0o644) -> None:
-    new = path.with_name(f".{path.name}.new")
-    new.write_bytes(data)
-    new.chmod(mode)
-    new.rename(path)
 
 
 if __name__ == "__main__":

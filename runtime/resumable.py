@@ -1,4 +1,4 @@
-"""The process that a dump is made of (runtime/dump.py): it imports, settles, stops, and is `ocirun` when it is resumed.
+"""The process that a dump is made of (runtime/dump.py): it imports, settles, stops, and is the command once resumed.
 
 Refuses to go on from files that have changed since: the interpreter, its libraries, the modules. Then the slow command
 takes over, in the same process. Invariant: nothing that differs from process to process was looked at before the stop.
@@ -12,7 +12,6 @@ import os
 import sys
 import time
 
-from runtime import cli
 from runtime.fields import encode
 from runtime.linux import dumped, failpoint
 from runtime.linux.memory import malloc_trim
@@ -25,26 +24,26 @@ _STACK_BYTES = 8 << 20  # as RLIMIT_STACK is elsewhere
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """Of the process that the dumped one is forked from. Arguments: the fd to report to, the slow command, and names of
-    modules to import."""
-    report, slow, *modules = arguments
+    """Of the process that the dumped one is forked from. Arguments: the fd to report to, the slow command, the
+    module whose `main` is the command, and further ones to import."""
+    report, slow, entry, *modules = arguments
     began = time.time_ns()
-    for name in modules:
+    for name in (entry, *modules):
         __import__(name)
     lock = _thread.allocate_lock()
     lock.acquire()
     _thread.stack_size(_STACK_BYTES)
-    _thread.start_new_thread(_fork, (int(report), slow, began))
+    _thread.start_new_thread(_fork, (int(report), slow, entry, began))
     lock.acquire()  # for ever
     raise AssertionError
 
 
-def _fork(report: int, slow: str, began: int) -> None:
+def _fork(report: int, slow: str, entry: str, began: int) -> None:
     """In the second thread: the parent tells when the forked process has stopped, and ends with it."""
     try:
         pid = os.fork()
         if pid == 0:
-            _stop(report, slow, began)
+            _stop(report, slow, entry, began)
         _, status = os.waitpid(pid, os.WUNTRACED)
         if os.WIFSTOPPED(status):
             os.write(report, b"stopped\n")
@@ -53,10 +52,10 @@ def _fork(report: int, slow: str, began: int) -> None:
         os._exit(0)
 
 
-def _stop(report: int, slow: str, began: int) -> NoReturn:
+def _stop(report: int, slow: str, entry: str, began: int) -> NoReturn:
     code = 1
     try:
-        known = dumped.prepare()
+        known = dumped.prepare(slow)
         sources = _sources()
         if known is not None and all(mtime < began for _, mtime, _ in sources):
             told = {**known, "pid": os.getpid(), "files": sources}
@@ -67,20 +66,16 @@ def _stop(report: int, slow: str, began: int) -> NoReturn:
             gc.freeze()
             gc.disable()  # one command is over in milliseconds
             dumped.stop()
-            code = _resume(slow, sources)
+            if not _is_current(sources):
+                dumped.go_slowly()
+            failpoint.rearm()
+            code = sys.modules[entry].main()
     except BaseException:
         import traceback
 
         traceback.print_exc()
     finally:
         os._exit(code)
-
-
-def _resume(slow: str, sources: list[tuple[str, int, int]]) -> int:
-    if not _is_current(sources):
-        os.execve(slow, sys.argv, os.environb)
-    failpoint.rearm()
-    return cli.main()
 
 
 def _sources() -> list[tuple[str, int, int]]:

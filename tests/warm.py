@@ -1,18 +1,20 @@
-"""`ocid` without waiting for its imports: a process that has done them once forks one for each command of a test.
+"""`ocid` without waiting for its imports, where it does not go on from a dump (docs/decisions/0027): a process that has
+done them once forks one for each such command of a test.
 
     test ── words, environment, directory, umask; stdin, stdout, stderr, a socket ──▶ server ── fork ──▶ ocid
     test ◀────── on that socket: the pid, and once it has ended the status of wait(2) ────── server
 
-A start of `ocid` is mostly imports, 0.15 s of them, and a session starts hundreds. Here it is `cri.cli.main.main` with
-the words, environment, directory, umask and files that the installed command would have had. What differs is who waits
-for it, and its command line, which is the server's: commands on a terminal, and those that a shell runs, are started in
-earnest, as are all of conformance/.
+Such a start is mostly imports, 0.15 s of them, and a session has hundreds. Here it is `cri.cli.main.main` with the
+words, environment, directory, umask and files that the installed command would have had. What differs is who waits for
+it, and its command line, which is the server's: commands on a terminal, and those that a shell runs, are started in
+earnest, as are all of conformance/, and all that go on from the dump.
 
 Invariant: the server has one thread, and opened nothing that a command could find. It ends with its last client.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import json
@@ -26,6 +28,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from cri.cli import addresses
+from cri.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 _PACKET = 1 << 20
@@ -53,8 +58,23 @@ def serving() -> Iterator[None]:
             process.wait()
 
 
+def is_resumed(words: Sequence[str]) -> bool:
+    """Whether that command goes on from a dump, unless it comes to an image that it has to fetch."""
+    command = next((word for word in words[1:] if word in COMMANDS), "")
+    plays = command == "pod" and "play" in words
+    return bool(command) and command not in addresses.COMMANDS and not plays and _is_launcher(words[0])
+
+
+@functools.cache
+def _is_launcher(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"\x7fELF"
+
+
 class Command(subprocess.Popen[Any]):
     """`ocid` with words, as subprocess.Popen has it; of its options those that change what is started are refused."""
+
+    _told: socket.socket | None
 
     def _execute_child(  # type: ignore[override]  # 15 more follow, of which none is for us
         self,
@@ -67,6 +87,11 @@ class Command(subprocess.Popen[Any]):
         env: dict[str, str] | None,
         *rest: Any,
     ) -> None:
+        self._told = None
+        if is_resumed(args):
+            more = (executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
+            super()._execute_child(args, *more)  # type: ignore[misc]
+            return
         startup, flags, shell, stdin, to_stdin, from_stdout, stdout, from_stderr, stderr, *rest = rest
         restore_signals, gid, gids, uid, umask, new_session, *_ = rest
         assert not (executable or preexec_fn or pass_fds or shell or gids) and (gid, uid) == (None, None), args
@@ -77,18 +102,21 @@ class Command(subprocess.Popen[Any]):
             "umask": umask,
             "new_session": new_session,
         }
-        self._told, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair()
+        self._told = ours
         with theirs:
             fds = [number if one == -1 else one for number, one in enumerate((stdin, stdout, stderr))]
             assert _server is not None, "tests.warm.serving has not been entered"
             socket.send_fds(_server, [json.dumps(request).encode()], [*fds, theirs.fileno()])
-        self.pid = int.from_bytes(self._told.recv(4, socket.MSG_WAITALL), "little")
+        self.pid = int.from_bytes(ours.recv(4, socket.MSG_WAITALL), "little")
         assert self.pid, "the server of tests.warm is gone"
         self._child_created = True
         self._close_pipe_fds(stdin, to_stdin, from_stdout, stdout, from_stderr, stderr)
 
     def _try_wait(self, wait_flags: int) -> tuple[int, int]:
-        """waitpid(2) of somebody else's child."""
+        """waitpid(2), perhaps of somebody else's child."""
+        if self._told is None:
+            return super()._try_wait(wait_flags)  # type: ignore[misc,no-any-return]
         if wait_flags & os.WNOHANG and not select.select([self._told], [], [], 0)[0]:
             return 0, 0
         with self._told:
@@ -96,7 +124,9 @@ class Command(subprocess.Popen[Any]):
         assert len(status) == 4, "the server of tests.warm is gone"
         return self.pid, int.from_bytes(status, "little")
 
-    def _internal_poll(self, _deadstate: int | None = None, **_: Any) -> int | None:
+    def _internal_poll(self, _deadstate: int | None = None, **more: Any) -> int | None:
+        if self._told is None:
+            return super()._internal_poll(_deadstate, **more)  # type: ignore[misc,no-any-return]
         if self.returncode is None:
             with self._waitpid_lock:
                 if self.returncode is None:
@@ -190,7 +220,6 @@ def _become(request: dict[str, Any]) -> None:
 def main() -> int:
     clients = socket.socket(fileno=int(sys.argv[1]))
     gc.set_threshold(50_000)
-    from cri.cli.main import COMMANDS
     from cri.cli.main import main as ocid
 
     # What commands import when they come to it is here, too, as far as most of them do.

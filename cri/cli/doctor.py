@@ -1,6 +1,6 @@
-"""`ocid doctor`: verifies every blob, unpacked layer, snapshot and record of the images, and whether ocirun still goes
-on from its dump; with --repair fetches what is damaged again from where it came, and installs ocirun anew, with --deep
-unpacks every image once more and compares. The exit code is 0 when nothing is wrong (any more), else 1."""
+"""`ocid doctor`: verifies every blob, unpacked layer, snapshot and record of the images, and whether ocid and ocirun
+still go on from their dumps; with --repair fetches what is damaged again from where it came, and installs those anew,
+with --deep unpacks every image once more and compares. The exit code is 0 when nothing is wrong (any more), else 1."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from cri.cli.connect import Api, connect
 from cri.cli.main import CommandError
 from cri.cli.verify import deep_differences
 from cri.config import Config
-from runtime import made_of
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,10 +43,10 @@ async def _run(args: argparse.Namespace) -> int:
                 left += (await api.own("Check", {"repair": True, "layers": layers}))["left"]
             again, _ = await _files(api.config, {image: images[image] for image in {one["image"] for one in found}})
         left = left + again
-    if why := made_of.stale(renewal.library()):
-        name = str(renewal.library() / "ocirun")
+    for command, reason in renewal.stale().items():
+        name, why = str(renewal.library(command) / command), reason
         problems = [*problems, {"kind": "command", "name": name, "what": f"starts slowly: {why}", "image": ""}]
-        if not args.repair or (why := await renewal.renew()):
+        if not args.repair or (why := await renewal.renew(command)):
             left = [*left, {"kind": "command", "name": name, "what": f"starts slowly: {why}", "image": ""}]
     if args.format == "json":
         output.as_json({"problems": problems, "left": left})

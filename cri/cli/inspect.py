@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cri.api import api_pb2 as pb
-from cri.cli import names, output
+from cri.cli import addresses, names, output
 from cri.cli.connect import Api, connect
 from cri.cli.main import CommandError
 from cri.cli.registry_options import authfile_argument, platform_argument, tls_argument
@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _elsewhere(args: argparse.Namespace) -> int:
+    addresses.random()
     from cri.cli.manifest import place_of
     from cri.cli.places import access, copying
     from imagestore.copying.inspect import inspect

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cri.api import api_pb2 as pb
+from cri.cli import addresses
 from cri.cli.connect import Api, configuration, connect
 from cri.cli.main import CommandError
 from cri.cli.pull import Wanted, pull
@@ -98,6 +99,8 @@ def _spacious() -> str:
 
 async def load(api: Api, kind: str, path: Path, tag: str, name: str) -> str:
     """The id of an image of a file or a directory, once it is in the store."""
+    if api.local is not None:
+        addresses.random()
     with opened(path) as fd:
         request = {"kind": kind, "path": str(path.absolute()), "tag": tag, "name": name}
         return str((await api.load(fd, request))["id"])

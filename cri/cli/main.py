@@ -13,6 +13,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from cri.cli import addresses
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -124,6 +126,8 @@ def ocid(words: Sequence[str]) -> int:
         print(f"ocid: {wrong!r} is no command; see ocid --help" if wrong else _usage(), file=sys.stderr)
         return FAILED
     command = words[split]
+    if command in addresses.COMMANDS:
+        addresses.random()
     module = importlib.import_module(f"cri.cli.{command}")
     parser = _parser(command)
     module.arguments(parser)

@@ -17,7 +17,7 @@ import asyncio
 import sys
 
 from cri.api import api_pb2 as pb
-from cri.cli import names, output
+from cri.cli import addresses, names, output
 from cri.cli.connect import Api, connect
 from cri.cli.main import CommandError
 from cri.cli.rm import remove_pod
@@ -65,6 +65,7 @@ def _text(path: str) -> bytes:
 async def _play(args: argparse.Namespace) -> int:
     from cri.cli.play import plan, play
 
+    addresses.random()  # here: an image may have to be fetched when other pods are up, or stdin has been read
     planned = plan(args, _text(args.file))
     async with connect(args) as api:
         for pod in planned:

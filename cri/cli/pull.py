@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cri.api import api_pb2 as pb
+from cri.cli import addresses
 from cri.cli.connect import Api, connect
 from cri.cli.main import CommandError
 from cri.cli.registry_options import credentials, given_keys, keys_argument, packed, platform_argument
@@ -73,6 +74,8 @@ async def present(api: Api, image: str, when: str, wanted: Wanted, whose: str = 
 
 async def pull(api: Api, image: str, wanted: Wanted) -> str:
     """Pulls and returns the image's id; shows bars on a terminal when the work is done in this process."""
+    if api.local is not None:
+        addresses.random()
     if wanted.quiet or not sys.stderr.isatty():
         return await _ask(api, image, wanted)
     if api.local is not None:

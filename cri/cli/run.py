@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cri.api import api_pb2 as pb
-from cri.cli import names, options
+from cri.cli import addresses, names, options
 from cri.cli.attach import Streams
 from cri.cli.connect import Api, ApiError, connect
 from cri.cli.main import CommandError
@@ -102,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("-t: standard input is not a terminal")
     if args.publish and args.net in ("host", "none"):
         raise CommandError(f"-p: with --net={args.net} there are no ports of its own to publish: leave out one of them")
+    if args.env_file or args.decryption_key:
+        addresses.random()  # here: those may be pipes, which are read once, and then an image may have to be fetched
     name = args.name or _make_name(args.image)
     if not _NAME.fullmatch(name):
         raise CommandError(f"--name: {name!r} is not made of letters, digits, '.', '_' and '-' (at most 63)")

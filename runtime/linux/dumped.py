@@ -19,9 +19,13 @@ import sys
 
 from runtime.linux import foreign as ctypes
 from runtime.linux import signals
-from runtime.linux.libc import _libc
+from runtime.linux.libc import _libc, syscall
 from runtime.linux.machine_code import machine_code
 from runtime.linux.memory import PROT_EXEC, PROT_READ, map_copy, map_room, write_to
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 # void stop(uint64_t place[2]): leaves the stack pointer and an address there, and stops the process with SIGSTOP. Who
 # jumps to that address with that stack returns.
@@ -138,17 +142,21 @@ VDSO = {
 }
 # glibc's struct pthread: the thread's id in the block that %fs points to.
 _TID_AT = 0x2D0
+_SIGSETXID = 33
 _WORDS_AT = 16  # in the place that stop writes to
 
 _stop = machine_code(_STOP)
 is_resumed = False
+_setxid = ctypes.create_string_buffer(32)
 _place = 0
+_slow = ""
 
 
-def prepare() -> dict[str, int] | None:
+def prepare(slow: str) -> dict[str, int] | None:
     """What a launcher has to know of this thread, its process's only one: addresses by name, those of the stand-ins
-    for the vDSO's functions among them. None on a machine that this is not written for."""
-    global _place
+    for the vDSO's functions among them. None on a machine that this is not written for. `slow` is for `go_slowly`."""
+    global _place, _slow
+    _slow = slow
     if _stop is None:
         return None
     block = _pthread_self()
@@ -170,6 +178,7 @@ def stop() -> None:
     and signal dispositions of their own."""
     global is_resumed
     assert _stop is not None
+    syscall("rt_sigaction", _SIGSETXID, 0, _setxid, 8)
     _stop(ctypes.c_long(_place))
     is_resumed = True
     stack = _quad(_place + _WORDS_AT)
@@ -182,6 +191,18 @@ def stop() -> None:
         if equal:
             posix.environ.setdefault(name, value)  # of two with one name the first, as ever
     signals.as_at_start()
+
+
+def begin_threads() -> None:
+    """What the C library did before the first thread, which it takes for done: the handler of the signal that makes
+    each of them change its ids (nptl(7))."""
+    syscall("rt_sigaction", _SIGSETXID, _setxid, 0, 8)
+
+
+def go_slowly() -> NoReturn:
+    """The same command in this process's place, started as an interpreter: for who is not to go on from a dump."""
+    os.execve(_slow, sys.argv, os.environb)
+    raise AssertionError("execve returned")
 
 
 def _strings(address: int) -> list[bytes]:

@@ -1,9 +1,10 @@
-"""A daemon, and a doctor, of an installation whose ocirun has lost its dump: there is a new one afterwards."""
+"""A daemon, and a doctor, of an installation whose commands have lost their dumps: there are new ones afterwards."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -132,3 +133,26 @@ def test_the_doctor_tells_and_repairs(installed: Installed) -> None:
     (told,) = installed.doctor(code=1)
     assert told["what"] == f"starts slowly: {made} is gone"
     assert installed.doctor("--repair") == [] and installed.is_whole()
+
+
+def test_the_same_of_ocid(installed: Installed) -> None:
+    if not installed.is_whole():
+        assert installed.doctor("--repair") == []
+    assert not installed.prefix.joinpath("lib/ocid").exists()  # nothing to tell, where there was none
+    installed._run("-m", "cri.install", str(installed.prefix))
+    library = installed.prefix / "lib/ocid"
+    try:
+        assert installed.doctor() == []
+        (made,) = library.glob("dump-*")
+        made.unlink()
+        (told,) = installed.doctor(code=1)
+        assert (told["name"], told["what"]) == (f"{library}/ocid", f"starts slowly: {made} is gone")
+        assert installed.doctor("--repair") == [] and not made_of.stale(library)
+        (made,) = library.glob("dump-*")
+        made.unlink()
+        installed.start(as_child=True)
+        eventually(lambda: not made_of.stale(library), what="a new dump")
+        assert f"ocid starts slowly: {made} is gone; it is installed anew" in installed.log.read_text()
+    finally:
+        installed.end()
+        shutil.rmtree(library)
