@@ -65,7 +65,7 @@ _PLUGIN_GRACE_S = 2.0
 # command. Nobody waits for a daemon that answers.
 _LOCK_WAIT_S = 60.0
 _START_WAIT_S = 10.0
-_PATH_MAX = 4096
+_PATH_MAX, _LOCK_SIZE = 4096, 1024
 # New objects between two looks of the collector, once those of the start are frozen.
 _OBJECTS = 50_000
 
@@ -121,10 +121,15 @@ def owned(config: Config, *, wait_s: float, serving: bool = False) -> Iterator[N
             fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             held.callback(os.close, fd)
             _lock(fd, directory, config.socket, wait_s)
-            os.truncate(fd, 0)
-            if serving:
-                os.pwrite(fd, os.fsencode(f"{config.socket}\n{config.state}"), 0)
+            _write(fd, os.fsencode(f"{config.socket}\n{config.state}") if serving else b"")
         yield
+
+
+def _write(fd: int, text: bytes) -> None:
+    """In place: a disk that is full has no block for a file that was made empty first. A new file gets one at once."""
+    size = max(os.fstat(fd).st_size, _LOCK_SIZE)
+    with contextlib.suppress(OSError):  # without it who waits here is told less
+        os.pwrite(fd, text.ljust(size, b"\0"), 0)
 
 
 def _lock(fd: int, directory: Path, served: Path, wait_s: float) -> None:
@@ -137,7 +142,7 @@ def _lock(fd: int, directory: Path, served: Path, wait_s: float) -> None:
         except BlockingIOError:
             if _answers(served):
                 raise AlreadyServed(f"another ocid serves {served}; end it, or choose another directory") from None
-            other, _, state = os.fsdecode(os.pread(fd, 2 * _PATH_MAX, 0)).partition("\n")
+            other, _, state = os.fsdecode(os.pread(fd, 2 * _PATH_MAX, 0).rstrip(b"\0")).partition("\n")
             if other and _answers(Path(other)):  # a daemon with another state directory
                 raise AlreadyServed(
                     f"a daemon works in {directory} and serves {other}: say --state {state}, or another --root"

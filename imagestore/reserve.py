@@ -15,7 +15,7 @@ _SIZE, _STEP = 512 << 10, 32 << 10
 
 
 class Reserve:
-    """The reserve in one directory: of the images, and of the records (cri.room)."""
+    """The reserve in one directory."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / ".reserve"

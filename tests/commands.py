@@ -13,13 +13,13 @@ import select
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from conformance.leaks import Machine
 from tests import warm
-from tests.e2e import Node, node, retired
+from tests.e2e import Node, discard, node, retired
 from tests.fakes.registry import FakeRegistry
 from tests.support import SOON_S, eventually, needs
 
@@ -39,13 +39,15 @@ def prepared(served: bool, directory: Path, registry: FakeRegistry, root: Path |
         return
     made, before = Node(directory, root=root), Machine.now()
     made.image = image
-    try:
-        said(made, "run", "--rm", image, "true")
-        yield made
-    finally:
-        for one in json.loads(said(made, "ps", "-a", "--format", "json")):
-            said(made, "rm", "-f", one["id"])
-        retired(made, before)
+    with ExitStack() as undo:
+        undo.callback(retired, made, before)
+        undo.push(lambda kind, *_: discard(made) if kind else None)
+        try:
+            said(made, "run", "--rm", image, "true")
+            yield made
+        finally:
+            for one in json.loads(said(made, "ps", "-a", "--format", "json")):
+                said(made, "rm", "-f", one["id"])
 
 
 def ocid(cli: Node, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:

@@ -29,10 +29,11 @@ from conformance.cri_client import Cri, Names, connected, container
 from conformance.daemons import command_path, remove_cgroup, retire
 from conformance.images import layouts
 from conformance.leaks import CGROUPS, SPARE, Machine
+from runtime.linux.mount import mountinfo
 from runtime.shim.lingering import PATIENCE
 from tests import warm
 from tests.fakes.registry import OCI_MANIFEST, BuiltImage, FakeRegistry
-from tests.support import eventually
+from tests.support import eventually, take_away
 
 STOP_S = 20.0
 # Files that are there before anything was asked for, and change without telling of anything.
@@ -40,7 +41,8 @@ _OWN = (
     "ocid.db",
     "ocid.db-wal",
     "ocid.db-shm",
-    ".reserve",
+    ".ocid.db-wal",
+    ".ocid.db-shm",
     "lock",
     "ocid.sock",
     "zygote.sock",
@@ -321,16 +323,37 @@ def node(
     """A started node; everything of it is gone afterwards."""
     before = Machine.now()
     made = Node(directory, image=image, limits=limits, runtime=runtime, root=root)
-    try:
-        made.start()
-        yield made
-    finally:
-        with contextlib.suppress(AssertionError, grpc.RpcError):
-            if made.process is None:
-                made.start()
-            made.client.clear()
-        made.end()
-        retired(made, before)
+    with ExitStack() as undo:
+        undo.callback(retired, made, before)
+        undo.push(lambda kind, *_: discard(made) if kind else None)
+        try:
+            made.start()
+            yield made
+        finally:
+            with contextlib.suppress(AssertionError, grpc.RpcError):
+                if made.process is None:
+                    made.start()
+                made.client.clear()
+            made.end()
+
+
+def discard(made: Node) -> None:
+    """Takes away by force what a node has left whose test has failed: its daemon may not be able to."""
+
+    def processes() -> list[int]:
+        mark = str(made.directory)
+        found = {one.pid for one in Machine.now(shared=False).processes if mark in one.command and not one.ended}
+        for pattern in (f"*/{made.tag}/**/cgroup.procs", f"{made.tag}/**/cgroup.procs"):
+            for path in CGROUPS.glob(pattern):
+                with contextlib.suppress(OSError):
+                    found.update(map(int, path.read_text().split()))
+        return sorted(found - {os.getpid()})
+
+    def mounts() -> list[str]:
+        return [one.target for one in mountinfo() if one.target.startswith(f"{made.state}/")]
+
+    retire(made.state)
+    take_away(made.tag, processes, mounts)
 
 
 def retired(made: Node, before: Machine) -> None:

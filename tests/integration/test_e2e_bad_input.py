@@ -7,8 +7,10 @@ import gzip
 import io
 import os
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -259,12 +261,9 @@ def test_wrong_diff_id(served: Node, registry: FakeRegistry, image: str) -> None
 
 
 def test_full_disk(tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry) -> None:
-    """The root is a filesystem of 24 MiB with a file that leaves no room, until that goes."""
+    """The root is a filesystem of 16 MiB with a file that leaves no room, until that goes."""
     directory = tmp_path_factory.mktemp("full")
-    root = directory / "disk"
-    root.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", root], check=True)
-    try:
+    with disk(directory, "tmpfs") as root:
         with node(directory / "node", root=root) as made:
             reference = registry.add("big", "1", busybox())
             filler = root / "filler"
@@ -287,8 +286,50 @@ def test_full_disk(tmp_path_factory: pytest.TempPathFactory, registry: FakeRegis
             pod, one, _ = made.run(reference, WORKS)
             assert made.client.wait_exit(one) == 3
             made.drop(pod)
+
+
+EATER = """
+import os, sys
+file = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+while True:
+    try:
+        os.write(file, bytes(4096))
+    except OSError:
+        pass
+"""
+
+
+@contextmanager
+def disk(directory: Path, kind: str) -> Iterator[Path]:
+    """A small filesystem of its own. It is gone afterwards, whatever happens."""
+    root = directory / "disk"
+    root.mkdir()
+    if kind == "ext4":
+        with (directory / "blocks").open("wb") as file:
+            file.truncate(24 << 20)
+        subprocess.run(["mkfs.ext4", "-q", "-m", "0", directory / "blocks"], check=True)
+        subprocess.run(["mount", "-o", "loop", directory / "blocks", root], check=True)
+    else:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", root], check=True)
+    try:
+        yield root
     finally:
-        subprocess.run(["umount", root], check=True)
+        if subprocess.run(["umount", root], check=False).returncode:
+            subprocess.run(["umount", "-l", root], check=True)
+            raise AssertionError(f"something had files open below {root}")
+
+
+@contextmanager
+def eating(root: Path) -> Iterator[None]:
+    """Somebody who takes each block that is free the moment it is."""
+    eater = subprocess.Popen([sys.executable, "-c", EATER, root / "eaten"])
+    try:
+        eventually(lambda: os.statvfs(root).f_bavail == 0, what="the disk to fill")
+        yield
+    finally:
+        eater.kill()
+        eater.wait()
+        (root / "eaten").unlink()
 
 
 @pytest.mark.parametrize("served", [True, False], ids=["served", "alone"])
@@ -297,23 +338,42 @@ def test_what_fills_the_disk_is_stopped_and_removed(
 ) -> None:
     """Its log takes the last block, and would take each that is freed while the commands work."""
     directory = tmp_path_factory.mktemp("filled")
-    root = directory / "disk"
-    root.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", root], check=True)
-    try:
-        with prepared(served, directory / "node", registry, root) as made:
-            said(made, "run", "-d", "--name", "loud", made.image, "yes", "x" * 100)
-            eventually(lambda: os.statvfs(root).f_bavail == 0, what="the disk to fill")
-            assert "loud" in said(made, "ps")
-            assert said(made, "exec", "loud", "echo", "in").strip() == "in"
-            said(made, "stop", "-t", "0", "loud")
-            assert os.statvfs(root).f_bavail * 4096 < 1 << 20
-            said(made, "rm", "loud")
-            assert "loud" not in said(made, "ps", "-a")
-            assert os.statvfs(root).f_bavail * 4096 > 1 << 20
-            said(made, "run", "--rm", made.image, "true")
-    finally:
-        subprocess.run(["umount", root], check=True)
+    with disk(directory, "tmpfs") as root, prepared(served, directory / "node", registry, root) as made:
+        said(made, "run", "-d", "--name", "loud", made.image, "yes", "x" * 100)
+        eventually(lambda: os.statvfs(root).f_bavail == 0, what="the disk to fill")
+        assert "loud" in said(made, "ps")
+        assert said(made, "exec", "loud", "echo", "in").strip() == "in"
+        said(made, "stop", "-t", "0", "loud")
+        assert os.statvfs(root).f_bavail * 4096 < 1 << 20
+        said(made, "rm", "loud")
+        assert "loud" not in said(made, "ps", "-a")
+        assert os.statvfs(root).f_bavail * 4096 > 1 << 20
+        said(made, "run", "--rm", made.image, "true")
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+def test_full_disk_whose_every_free_block_is_taken_at_once(
+    tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry, kind: str
+) -> None:
+    """One command after the other opens the database and closes it, then a daemon, and none sets a block free that it
+    needs."""
+    directory = tmp_path_factory.mktemp("eaten")
+    with disk(directory, kind) as root, prepared(False, directory / "node", registry, root) as made:
+        said(made, "run", "-d", "--name", "one", made.image, "sleep", "1000")
+        said(made, "run", "-d", "--name", "two", made.image, "sleep", "1000")
+        with eating(root):
+            for _ in range(3):
+                assert "one" in said(made, "ps")
+            said(made, "stop", "-t", "0", "one")
+            said(made, "rm", "one")
+            made.start()
+            try:
+                assert "two" in said(made, "ps")
+                said(made, "rm", "-f", "two")
+            finally:
+                made.end()
+            assert said(made, "ps", "-a", "-q") == ""
+        said(made, "run", "--rm", made.image, "true")
 
 
 # --------------------------------------------------------------------------------------------------------- containers
