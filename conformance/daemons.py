@@ -103,10 +103,12 @@ def ocid_command(
     bridge: str = "",
     handlers: Mapping[str, str] | None = None,
     more: str = "",
+    state: Path | None = None,
 ) -> tuple[list[str], Path]:
     """What starts `ocid serve` below `directory`, and its socket; with a `bridge` its network comes from a conflist,
-    else from its own default. `handlers` are further ones, by name; `more` is added to the configuration."""
-    root, state, networks = directory / "root", directory / "state", directory / "net.d"
+    else from its own default. `handlers` are further ones, by name; `more` is added to the configuration; `state` is
+    elsewhere than below `directory`."""
+    root, state, networks = directory / "root", state or directory / "state", directory / "net.d"
     networks.mkdir(parents=True, exist_ok=True)
     if bridge:
         (networks / "10-pods.conflist").write_text(conflist("pods", bridge, subnet, directory / "leases"))
@@ -120,9 +122,11 @@ def ocid_command(
 
 
 @contextmanager
-def ocid(directory: Path, subnet: str = "10.201.0.0/16", bridge: str = "", more: str = "") -> Iterator[Daemon]:
+def ocid(
+    directory: Path, subnet: str = "10.201.0.0/16", bridge: str = "", more: str = "", state: Path | None = None
+) -> Iterator[Daemon]:
     """`ocid serve` below `directory`, as `ocid_command` has it."""
-    command, socket = ocid_command(directory, subnet, bridge, more=more)
+    command, socket = ocid_command(directory, subnet, bridge, more=more, state=state)
     try:
         with _running("ocid", command, directory, socket, bridge or "ocid0") as daemon:
             yield daemon
@@ -178,7 +182,7 @@ def _answers(pid: str, words: bytes) -> bool:
 CONTAINERD = """\
 version = 2
 root = "{directory}/root"
-state = "{directory}/state"
+state = "{state}"
 [grpc]
   address = "{socket}"
 [ttrpc]
@@ -208,9 +212,10 @@ def containerd(
     bridge: str = "peer0",
     runtime: str = "runc",
     pause: str = "",
+    state: Path | None = None,
 ) -> Iterator[Daemon]:
     """Debian's containerd below `directory`, with the pause image from `registry` ("host:port") unless another is
-    named; `runtime` is the binary that its shims call."""
+    named; `runtime` is the binary that its shims call; `state` is elsewhere than below `directory`."""
     networks, hosts = directory / "net.d", directory / "certs.d" / registry
     networks.mkdir(parents=True, exist_ok=True)
     hosts.mkdir(parents=True, exist_ok=True)
@@ -221,6 +226,7 @@ def containerd(
     configuration.write_text(
         CONTAINERD.format(
             directory=directory,
+            state=state or directory / "state",
             socket=socket,
             pause=pause or f"{registry}/pause:1",
             plugins=PLUGINS,
