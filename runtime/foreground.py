@@ -143,14 +143,18 @@ class Foreground:
                 code = 128 - code if code < 0 else code
 
     def _raw(self) -> None:
-        if not os.isatty(0):
+        fd = 0 if os.isatty(0) else 1
+        if not os.isatty(fd):
             return
         import termios
         import tty
 
-        before = termios.tcgetattr(0)
-        self._restore = lambda: termios.tcsetattr(0, termios.TCSADRAIN, before)
-        tty.setraw(0)
+        before = termios.tcgetattr(fd)
+        self._restore = lambda: termios.tcsetattr(fd, termios.TCSADRAIN, before)
+        if fd == 0:
+            tty.setraw(fd)
+        else:  # what comes has its "\r\n" already; what is typed is not ours to read
+            termios.tcsetattr(fd, termios.TCSADRAIN, [before[0], before[1] & ~termios.OPOST, *before[2:]])
 
     def _resize(self, console: int) -> None:
         from runtime.terminal import resize, size_of

@@ -53,7 +53,7 @@ class Streams:
         """Copies until the container's output ends, or this process is to (`left`). `forward` is called with each
         signal for the container."""
         loop = asyncio.get_running_loop()
-        with _raw_terminal(self._terminal and self._stdin):
+        with _raw_terminal(self._stdin) if self._terminal else contextlib.nullcontext():
             act, caught = (self._leave, _LEAVING) if self._terminal and self._stdin else (forward, _FORWARDED)
             for number in caught:
                 loop.add_signal_handler(number, act, int(number))
@@ -116,14 +116,20 @@ class Streams:
 
 
 @contextlib.contextmanager
-def _raw_terminal(wanted: bool) -> Iterator[None]:
-    if not wanted or not os.isatty(0):
+def _raw_terminal(both_ways: bool) -> Iterator[None]:
+    """Ours out of the way of the container's own, which made "\\r\\n" of each "\\n" already. Without `both_ways` what
+    is typed, and ^C with it, stays ours."""
+    fd = 0 if both_ways else 1
+    if not os.isatty(fd):
         yield
         return
-    before = termios.tcgetattr(0)
+    before = termios.tcgetattr(fd)
     try:
-        tty.setraw(0)
+        if both_ways:
+            tty.setraw(fd)
+        else:
+            termios.tcsetattr(fd, termios.TCSADRAIN, [before[0], before[1] & ~termios.OPOST, *before[2:]])
         yield
     finally:
         with contextlib.suppress(termios.error):  # it is gone
-            termios.tcsetattr(0, termios.TCSADRAIN, before)
+            termios.tcsetattr(fd, termios.TCSADRAIN, before)

@@ -136,6 +136,17 @@ def test_terminal(cli: Node) -> None:
     assert terminal.end() == 9
 
 
+def test_terminal_for_output_alone_has_each_line_end_once(cli: Node) -> None:
+    """The container's terminal has made a carriage return of it; ours makes no second one, and is put back."""
+    said(cli, "run", "-d", "--name", "s", cli.image, "sleep", "1000")
+    for words in (["run", "--rm", "-t", cli.image], ["exec", "-t", "s"]):
+        command = [*cli.words, *words, "sh", "-c", "echo one; echo two"]
+        terminal = Terminal(["/bin/sh", "-c", '"$@"; stty -a | tr " ;" "\\n" | grep opost', "sh", *command])
+        terminal.expect("^one\r\ntwo\r\nopost\r\n")
+        assert terminal.end() == 0
+    said(cli, "rm", "-f", "s")
+
+
 def test_terminal_needs_a_terminal(cli: Node) -> None:
     done = ocid(cli, "run", "--rm", "-it", cli.image, "sh")
     assert done.returncode == 125 and "not a terminal" in done.stderr
