@@ -19,3 +19,6 @@ VOLUMES = "volumes"
 INIT = "ocid.init"
 # no, on-failure[:N] or always: whether its shim starts it again after it has ended (runtime/shim/restarts.py).
 RESTART = "ocid.restart"
+# Limits of its processes, and filesystems in memory (cri/spec/by_annotation.py).
+ULIMITS = "ocid.ulimits"
+TMPFS = "ocid.tmpfs"

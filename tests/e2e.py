@@ -49,6 +49,7 @@ _OWN = (
     "zygote.lock",
     "zygote.log",
 )
+_APART = ("fs", "upper", "rootfs", "criu-logs", ".seccomp")
 _TABLE = "table inet ocid"
 
 CONFIG = """\
@@ -288,8 +289,8 @@ class Node:
             for directory, directories, files in os.walk(top):
                 yield from (Path(directory, name) for name in directories if name != "criu-logs")
                 yield from (Path(directory, name) for name in files if name not in _OWN)
-                # What is inside a snapshot comes and goes with it, and logs are there to stay.
-                directories[:] = [name for name in directories if name not in ("fs", "upper", "rootfs", "criu-logs")]
+                # What is inside a snapshot comes and goes with it; logs and filters are there to stay.
+                directories[:] = [name for name in directories if name not in _APART]
 
     def _is_kept_blob(self, path: Path) -> bool:
         """A whole, right blob may stay for the next try; a collector takes it when nobody tries."""

@@ -52,11 +52,16 @@ def volume(text: str) -> pb.Mount:
             mount.readonly = word == "ro"
         elif word == "rro":
             mount.readonly = mount.recursive_read_only = True
-        elif word in _PROPAGATION:
-            mount.propagation = _PROPAGATION[word]
         else:
-            raise CommandError(f"-v: unknown option {word!r} in {text!r}")
+            mount.propagation = propagation("-v", text, word)
     return mount
+
+
+def propagation(option: str, text: str, word: str) -> pb.MountPropagation:
+    """By docker's and mount(8)'s names."""
+    if word not in _PROPAGATION:
+        raise CommandError(f"{option}: unknown option {word!r} in {text!r}")
+    return _PROPAGATION[word]
 
 
 def port(text: str) -> pb.PortMapping:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cri.api import api_pb2 as pb
-from cri.cli import addresses, names, options
+from cri.cli import addresses, more_options, names, options
 from cri.cli.attach import Streams
 from cri.cli.connect import Api, ApiError, connect
 from cri.cli.main import CommandError
@@ -69,6 +69,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="mount a directory or file of the host; OPTION is ro, rro (read-only with all below), rprivate, rslave or "
         "rshared",
     )
+    more_options.arguments(parser)
     add("-e", "--env", action="append", default=[], metavar="K[=V]", help="set a variable; K alone: to what it is here")
     add("--env-file", action="append", default=[], metavar="FILE", help="set the variables that its lines say")
     add("-l", "--label", action="append", default=[], metavar="K[=V]", help="a label, for ocid ps --filter")
@@ -241,6 +242,8 @@ def _sandbox_config(api: Api, args: argparse.Namespace, name: str) -> pb.PodSand
         config.linux.security_context.namespace_options.network = pb.NODE
         config.hostname = ""
     config.linux.security_context.namespace_options.pid = pb.CONTAINER
+    if args.dns or args.dns_search or args.dns_option:
+        more_options.dns(config.dns_config, args)
     return config
 
 
@@ -253,6 +256,7 @@ def _container_config(args: argparse.Namespace, name: str) -> pb.ContainerConfig
         key, _, value = label.partition("=")
         config.labels[key] = value
     config.labels[NAME_LABEL] = name
+    more_options.apply(config, args)
     if args.init:
         config.annotations[INIT] = "true"
     if policy := _policy(args.restart):
@@ -264,6 +268,7 @@ def _container_config(args: argparse.Namespace, name: str) -> pb.ContainerConfig
         options.environment(config, options.env_file(path))
     options.environment(config, args.env)
     config.mounts.extend(_volume(text) for text in args.volume)
+    config.mounts.extend(_there("--mount", mount) for mount in more_options.binds(args.mount))
     config.linux.resources.CopyFrom(options.resources(args))
     context = config.linux.security_context
     context.privileged, context.readonly_rootfs = args.privileged, args.read_only
@@ -277,10 +282,14 @@ def _container_config(args: argparse.Namespace, name: str) -> pb.ContainerConfig
 
 
 def _volume(text: str) -> pb.Mount:
+    mount = options.volume(text)
+    hint = "" if "/" in text.partition(":")[0] else "; there are no named volumes, so it is a path from here"
+    return _there("-v", mount, hint)
+
+
+def _there(option: str, mount: pb.Mount, hint: str = "") -> pb.Mount:
     """Of a path that is there: the CRI's calls make a directory, as a kubelet expects (docs/decisions/0014), and
     whoever types a path means one that he knows."""
-    mount = options.volume(text)
     if not os.path.lexists(mount.host_path):
-        hint = "" if "/" in text.partition(":")[0] else "; there are no named volumes, so it is a path from here"
-        raise CommandError(f"-v: {mount.host_path} is not there{hint}")
+        raise CommandError(f"{option}: {mount.host_path} is not there{hint}")
     return mount

@@ -15,7 +15,7 @@ from typing import Any
 
 from cri.api import api_pb2 as pb
 from cri.interfaces import IdMap
-from cri.spec import cdi, confine, devices, limits, mounts, security, userns
+from cri.spec import by_annotation, cdi, confine, devices, limits, mounts, security, userns
 from cri.spec.images import ImageMount
 from cri.spec.mounts import PodFiles
 from cri.spec.users import User, UserRequest
@@ -114,6 +114,7 @@ def build(inputs: SpecInputs) -> dict[str, Any]:
         readonly_rootfs=context.readonly_rootfs,
         host_sysfs=bool(inputs.pod.user and not inputs.pod.network),
         image_mounts=inputs.image_mounts,
+        more=by_annotation.tmpfs(config.annotations),
     )
     nodes, rules = devices.build(config.devices, privileged=privileged)
     resources = limits.build(config.linux.resources)
@@ -197,6 +198,8 @@ def _process(inputs: SpecInputs, capabilities: dict[str, list[str]]) -> dict[str
     profile = confine.apparmor("security_context", context, default=inputs.default_apparmor)
     if profile:
         process["apparmorProfile"] = profile
+    if rlimits := by_annotation.rlimits(config.annotations):
+        process["rlimits"] = rlimits
     return process
 
 

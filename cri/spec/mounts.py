@@ -115,13 +115,14 @@ def build(
     readonly_rootfs: bool,
     host_sysfs: bool = False,
     image_mounts: Mapping[int, ImageMount] | None = None,
+    more: Sequence[dict[str, Any]] = (),
 ) -> tuple[list[dict[str, Any]], str]:
     """runtime-spec `mounts` and `linux.rootfsPropagation` ("" for the default). `host_sysfs`: the container may mount
-    no sysfs of its own. Raises InvalidRequest."""
-    if len(requested) > MAX_MOUNTS:
-        raise InvalidRequest(f"mounts: {len(requested)} of them, at most {MAX_MOUNTS}")
+    no sysfs of its own; `more` are put among the requested ones. Raises InvalidRequest."""
+    if len(requested) + len(more) > MAX_MOUNTS:
+        raise InvalidRequest(f"mounts: {len(requested) + len(more)} of them, at most {MAX_MOUNTS}")
     layers = image_mounts or {}
-    asked = [_requested(index, mount, layers.get(index)) for index, mount in enumerate(requested)]
+    asked = [*more, *(_requested(index, mount, layers.get(index)) for index, mount in enumerate(requested))]
     targets = {mount["destination"] for mount in asked}
     # A bind that is not "ro" says nothing: with "rw" it would lift what the host forbids of its source, and nosuid,
     # nodev and noexec with it (docs/decisions/0007).
