@@ -63,6 +63,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_session_start] = Machine.now()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """What is left ends with the process: pytest and the interpreter would look through all of it six times more."""
+    gc.freeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Iterator[None]:
     """Without the collector: pytest parses the modules, and in CPython 3.11 a parser within a parser is a SystemError

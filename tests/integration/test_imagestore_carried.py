@@ -12,10 +12,10 @@ import pytest
 from imagestore.attached import cosign_tag, fallback_tag
 from imagestore.lookaside import url_of
 from tests.fakes.registry import build_image, sha256
-from tests.integration.test_imagestore_sign import INDEX, ONE, TWO, World, maker, world
+from tests.integration.test_imagestore_sign import INDEX, ONE, TWO, World, maker, stocked, world
 from tests.vectors import Maker
 
-__all__ = ["maker", "world"]
+__all__ = ["maker", "stocked", "world"]
 
 IMAGE = build_image([{"bin/app": b"one"}])
 INSECURE = ("--src-tls-verify=false", "--dest-tls-verify=false")

@@ -22,7 +22,7 @@ from tests.fakes.imagestore import Bench
 from tests.fakes.registry import OCI_INDEX, OCI_MANIFEST, build_image, build_index, sha256
 from tests.fakes.sigstore import Services
 from tests.fakes.tiled_log import STAMPER_ROOT, TiledLog
-from tests.integration.test_imagestore_trust_peers import Place
+from tests.integration.test_imagestore_trust_peers import Place, Stocked
 from tests.support import needs
 from tests.unit import test_imagestore_cosign_keys as cosign_keys
 from tests.vectors import ISSUER, Maker
@@ -44,14 +44,17 @@ class World(Place):
         self.config.write_text(
             f'[image]\nsignature_policy = "{self.policy}"\nregistries_d = "{directory}/registries.d"\nhosts_dirs = []\n'
         )
+        self.name = f"{server.address}/team/app:1"
+        self.many = f"{server.address}/many/app:1"
+        self._stores = 0
+
+    def stock(self) -> None:
+        super().stock()
         for image in (ONE, TWO):
             for blob in image.blobs.values():
                 self.blob("many/app", blob)
             self.manifest("many/app", image.digest, image.manifest)
         self._ask("PUT", "/v2/many/app/manifests/1", INDEX, OCI_INDEX)
-        self.name = f"{server.address}/team/app:1"
-        self.many = f"{server.address}/many/app:1"
-        self._stores = 0
 
     def run(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         """The command, in this process: an interpreter for each would be most of the time."""
@@ -97,11 +100,18 @@ def maker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maker]:
     yield Maker(tmp_path_factory.mktemp("vectors"))
 
 
-@pytest.fixture
-def world(tmp_path: Path, maker: Maker) -> Iterator[World]:
+@pytest.fixture(scope="module")
+def stocked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stocked]:
     needs("root")
-    with registry(tmp_path / "registry") as server:
-        yield World(tmp_path, server, maker)
+    with registry(tmp_path_factory.mktemp("registry")) as server:
+        yield Stocked(server)
+
+
+@pytest.fixture
+def world(tmp_path: Path, stocked: Stocked, maker: Maker) -> Iterator[World]:
+    made = World(tmp_path, stocked.server, maker)
+    stocked.anew(made)
+    yield made
     maker.close()
 
 
@@ -124,7 +134,7 @@ ONE_OF_TEAM = build_image([{"bin/app": b"one"}]).digest
 def test_openssl_alone_accepts_what_we_sign(world: World, maker: Maker) -> None:
     world.run("sign", "--key", str(maker.private("good")), world.name)
     layer = world.fetch("team/app", cosign_tag(ONE_OF_TEAM))["layers"][0]
-    blob = world.directory / "registry/storage/docker/registry/v2/blobs/sha256"
+    blob = world.server.storage / "docker/registry/v2/blobs/sha256"
     payload = (blob / layer["digest"][7:9] / layer["digest"][7:] / "data").read_bytes()
     signature = base64.b64decode(layer["annotations"]["dev.cosignproject.cosign/signature"])
     maker.check(maker.public("good").read_bytes(), signature, payload)

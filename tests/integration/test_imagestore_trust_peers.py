@@ -20,6 +20,7 @@ from imagestore.attached import cosign_tag
 from imagestore.lookaside import url_of
 from imagestore.model import SignatureRefused
 from imagestore.signatures import COSIGN_TYPE, Cosign, Simple
+from runtime.linux.files import remove_tree
 from tests.fakes.imagestore import Bench
 from tests.fakes.registry import OCI_MANIFEST, as_json, build_image, sha256
 from tests.support import needs
@@ -30,8 +31,25 @@ IMAGE = build_image([{"bin/app": b"one"}])
 OTHER = "sha256:" + "0" * 64
 
 
+class Stocked:
+    """A registry that several tests use, one after the other. It keeps nothing in memory: no cache is configured."""
+
+    def __init__(self, server: Registry) -> None:
+        self.server = server
+        self._kept = server.storage.with_name("kept")
+
+    def anew(self, place: Place) -> None:
+        """As `place` stocks it, whatever a test before has done there: pushed once, and copied from then on."""
+        if not self._kept.exists():
+            place.stock()
+            subprocess.run(["cp", "-a", self.server.storage, self._kept], check=True)
+            return
+        remove_tree(self.server.storage)
+        subprocess.run(["cp", "-a", self._kept, self.server.storage], check=True)
+
+
 class Place:
-    """A registry with one image in two repositories, and a lookaside store."""
+    """A registry with one image in two repositories, once it is stocked, and a lookaside store."""
 
     def __init__(self, directory: Path, server: Registry) -> None:
         self.directory, self.server = directory, server
@@ -39,6 +57,8 @@ class Place:
         (directory / "registries.d").mkdir()
         text = f"default-docker: {{lookaside: 'file://{self.lookaside}', use-sigstore-attachments: true}}\n"
         (directory / "registries.d" / "default.yaml").write_text(text)
+
+    def stock(self) -> None:
         for repository in ("team/app", "copy/app"):
             for blob in IMAGE.blobs.values():
                 self.blob(repository, blob)
@@ -114,7 +134,9 @@ def maker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maker]:
 def place(tmp_path: Path, maker: Maker) -> Iterator[Place]:
     needs("root")
     with registry(tmp_path / "registry") as server:
-        yield Place(tmp_path, server)
+        made = Place(tmp_path, server)
+        made.stock()
+        yield made
     maker.close()
 
 

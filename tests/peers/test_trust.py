@@ -45,7 +45,9 @@ def maker(tmp_path_factory: pytest.TempPathFactory) -> Maker:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     directory = tmp_path_factory.mktemp("place")
     with registry(directory / "registry") as server:
-        yield Place(directory, server)
+        made = Place(directory, server)
+        made.stock()
+        yield made
 
 
 def put(place: Place, repository: str, signature: Cosign) -> None:
