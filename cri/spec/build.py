@@ -24,6 +24,7 @@ from imagestore.model import ImageConfig
 from runtime.linux.dataclass import dataclass
 
 OCI_VERSION = "1.2.0"
+FOREIGN_VERSION = "1.0.2"  # for other binaries: crun before 1.9 runs nothing that is not of a 1.0
 UNIT_PREFIX = "ocid"
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 MAX_ARGUMENTS = 4096

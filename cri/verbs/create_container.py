@@ -23,7 +23,7 @@ from cri.mount_sources import make_missing
 from cri.node import Node, new_id, now_ns, volume_key
 from cri.records import Container, Pod, facts_of
 from cri.spec import images, users, validate
-from cri.spec.build import PodFacts, SpecInputs, build, cgroup, user_request
+from cri.spec.build import FOREIGN_VERSION, PodFacts, SpecInputs, build, cgroup, user_request
 from cri.spec.images import ImageMount
 from cri.spec.mounts import PodFiles
 from cri.threads import to_thread
@@ -238,6 +238,8 @@ def bundle(node: Node, pod: Pod, container: Container, keys: tuple[KeyFile, ...]
             image_mounts=volumes,
         )
     )
+    if handler:
+        spec["ociVersion"] = FOREIGN_VERSION
     rootfs = node.parts.snapshots.prepare(container.id, image.chain_id if image.layers else None, ids)
     failpoint("create_container.prepared")
     directory = node.paths.bundle(container.id)

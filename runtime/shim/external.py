@@ -53,8 +53,12 @@ class ExternalEngine:
             driver = ["--systemd-cgroup"] if names_unit(cgroups_path_of(config_of(message.bundle))) else []
             return self._make([*driver, *words], [message.id], stdio, terminal=message.terminal)
         except BaseException:
-            self.delete(message.id)
-            unmount(f"{message.bundle}/rootfs")
+            try:
+                self.delete(message.id)
+            except RuntimeFailure:
+                pass  # what failed first is what to tell: a binary that is not there, for one
+            finally:
+                unmount(f"{message.bundle}/rootfs")
             raise
 
     def start(self, container_id: str) -> None:

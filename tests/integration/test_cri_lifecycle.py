@@ -414,6 +414,8 @@ def test_a_runc_compatible_binary_runs_pods_as_the_native_one_does(alone: Node, 
     assert alone.client.pod_status(pod_id).runtime_handler == handler
     one = alone.client.create(pod_id, container("one", image, ["sh", "-c", "echo hello; sleep 1000"]), config)
     alone.client.start(one)
+    # crun 1.8, Debian's, takes no later one, and does not run on a hybrid like this.
+    assert json.loads((alone.state / "bundles" / one / "config.json").read_bytes())["ociVersion"] == "1.0.2"
     log = Path(config.log_directory) / "one.log"
     eventually(lambda: messages(log) == ["hello"])
     assert alone.client.exec_sync(one, ["sh", "-c", "hostname; exit 3"])[:2] == (3, f"{config.hostname}\n".encode())
@@ -428,6 +430,22 @@ def test_a_runc_compatible_binary_runs_pods_as_the_native_one_does(alone: Node, 
     # The binary's own root stays, empty, as its cache does.
     assert {line for line in left if f"{alone.state}/handlers" not in line} == set()
     assert not list((alone.state / "handlers" / f"usr-sbin-{handler}").iterdir())
+
+
+def test_a_binary_that_is_not_there_leaves_nothing(alone: Node, image: str) -> None:
+    (alone.directory / "conf.d").mkdir()
+    (alone.directory / "conf.d" / "handlers.toml").write_text('[runtime.handlers]\nlost = "/no/such/binary"\n')
+    alone.end()
+    alone.start()
+    config = alone.pod_config()
+    pod = alone.client.runtime.RunPodSandbox(pb.RunPodSandboxRequest(config=config, runtime_handler="lost"))
+    with pytest.raises(grpc.RpcError, match="step create: run /no/such/binary: .*ENOENT"):
+        alone.client.create(pod.pod_sandbox_id, container("one", image, ["true"]), config)
+    assert not list((alone.state / "bundles").iterdir())
+    assert not [
+        line for line in Path("/proc/self/mountinfo").read_text().splitlines() if f"{alone.state}/bundles" in line
+    ]
+    alone.drop(pod.pod_sandbox_id)
 
 
 def test_o42_stats_while_containers_come_and_go(here: Node, image: str) -> None:
