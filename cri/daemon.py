@@ -278,7 +278,7 @@ async def _become_ready(built: Built) -> None:
     gc.set_threshold(_OBJECTS)
     built.service.intercept.why_not = ""
     built.node.tasks.background(check_networks(built.node), "check networks")
-    built.node.tasks.background(renew_if_stale(), "renew ocirun")
+    built.node.tasks.background(renew_if_stale(), "renew commands")
     log.info("ready")
 
 

@@ -21,6 +21,7 @@ from imagestore.collector import Collector, Garbage
 from imagestore.config import StoreConfig
 from imagestore.content import Blobs, errno_text
 from imagestore.doctor import Doctor, Problem
+from imagestore.encryption.layers import is_encrypted
 from imagestore.errands import Errand
 from imagestore.frame import Frame
 from imagestore.imports import Imports
@@ -228,6 +229,15 @@ class Store:
     def permit(self, image: Image, name: str, namespace: str = "", keys: tuple[KeyFile, ...] = ()) -> None:
         """See cri.interfaces.Images.permit."""
         self._permit(image, name, namespace, keys, Errand())
+
+    def has_seals(self, name: str) -> bool:
+        """Whether `permit` would read what strangers have made and no digest of ours vouches for its harmlessness:
+        signatures of the image, or keys that its layers' come wrapped in."""
+        image = self.get(name)
+        return image is not None and (
+            any(is_encrypted(layer.blob) for layer in image.layers)
+            or any(origin.signatures not in ("", "[]") for origin in self._records.origins(image.id))
+        )
 
     def _permit(self, image: Image, name: str, namespace: str, keys: tuple[KeyFile, ...], errand: Errand) -> None:
         try:

@@ -120,17 +120,25 @@ def put(made: Dump | None, command: Path, slow: Path, processor: str = "") -> No
         write(library / made_of.FILE, made_of.told(name, made.files, processor))
     else:
         (library / made_of.FILE).unlink(missing_ok=True)
-    for old in library.glob("dump-*"):
+    for old in (*library.glob("dump-*"), *library.glob(".dump-*")):  # the latter of who was ended while it wrote
         if old.name != name:
             old.unlink()
 
 
 def write(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """The file as a whole, in the place of what was there."""
+    """The file as a whole, in the place of what was there; also after a power cut: a shell executes an empty file with
+    success."""
     new = path.with_name(f".{path.name}.new")
-    new.write_bytes(data)
-    new.chmod(mode)
-    new.rename(path)
+    try:
+        with open(new, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        new.chmod(mode)
+        new.rename(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 class Dump:

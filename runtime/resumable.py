@@ -68,7 +68,7 @@ def _stop(report: int, slow: str, entry: str, began: int) -> NoReturn:
             gc.collect()
             malloc_trim()
             gc.freeze()
-            gc.disable()  # one command is over in milliseconds
+            gc.disable()  # until the command says otherwise: most are over in milliseconds
             dumped.stop()
             if not _is_current(paths, facts):
                 dumped.go_slowly()

@@ -67,6 +67,8 @@ async def present(api: Api, image: str, when: str, wanted: Wanted, whose: str = 
             return str(status.image.id)
         if when == "never":
             raise CommandError(f"{whose}there is no image {image!r}, and {never} forbids fetching it")
+    if api.local is not None:
+        addresses.random()
     if sys.stderr.isatty():
         print(f"pulling {image}", file=sys.stderr)
     return await pull(api, image, wanted)
@@ -74,8 +76,6 @@ async def present(api: Api, image: str, when: str, wanted: Wanted, whose: str = 
 
 async def pull(api: Api, image: str, wanted: Wanted) -> str:
     """Pulls and returns the image's id; shows bars on a terminal when the work is done in this process."""
-    if api.local is not None:
-        addresses.random()
     if wanted.quiet or not sys.stderr.isatty():
         return await _ask(api, image, wanted)
     if api.local is not None:

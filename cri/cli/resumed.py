@@ -9,18 +9,17 @@ over. Invariant: nobody can tell a resumed command by what it prints, takes and 
 from __future__ import annotations
 
 import _thread
-import atexit
 import gc
 import io
 import os
 import random
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
-from typing import IO, Any
+from typing import Any
 
+from cri.cli.main import finish
 from cri.cli.main import main as _ocid
 from runtime.linux import dumped
 from runtime.linux.processor import processor
@@ -96,27 +95,21 @@ def _ended(program: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         sys.excepthook(*sys.exc_info())
         code = 130
+        finish()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        _finish()
         os.kill(os.getpid(), signal.SIGINT)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
-    return code & 0xFF if _finish() else 120
+    return code & 0xFF if finish() else _unwritten()
 
 
-def _finish() -> bool:
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    return all([_flushed(sys.stdout, told=True), _flushed(sys.stderr, told=False)])
-
-
-def _flushed(stream: IO[str] | None, *, told: bool) -> bool:
+def _unwritten() -> int:
+    """Says of standard output what an interpreter says; the code that it ends with then."""
     try:
-        if stream is not None and not stream.closed:
-            stream.flush()
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()  # fails once more: what could not be written is still there
     except (OSError, ValueError) as error:
-        if told and sys.stderr is not None:
-            print(f"Exception ignored in: {stream!r}\n{type(error).__name__}: {error}", file=sys.stderr)
-        return False
-    return True
+        if sys.stderr is not None:
+            print(f"Exception ignored in: {sys.stdout!r}\n{type(error).__name__}: {error}", file=sys.stderr)
+    return 120

@@ -103,8 +103,8 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("-t: standard input is not a terminal")
     if args.publish and args.net in ("host", "none"):
         raise CommandError(f"-p: with --net={args.net} there are no ports of its own to publish: leave out one of them")
-    if args.env_file or args.decryption_key:
-        addresses.random()  # here: those may be pipes, which are read once, and then an image may have to be fetched
+    if args.decryption_key or not all(map(os.path.isfile, [*args.env_file, *filter(None, [args.config])])):
+        addresses.random()  # here: what is no file is read once, and then an image may have to be fetched
     name = args.name or _make_name(args.image)
     if not _NAME.fullmatch(name):
         raise CommandError(f"--name: {name!r} is not made of letters, digits, '.', '_' and '-' (at most 63)")
@@ -172,6 +172,8 @@ async def _launch(api: Api, args: argparse.Namespace, name: str) -> tuple[str, s
     sandbox_config = _sandbox_config(api, args, name)
     config = _container_config(args, name)  # before an image is fetched: what the options have wrong is told at once
     config.image.image = await _image(api, args)
+    if api.local is not None and api.local.images.has_seals(config.image.image):
+        addresses.random()  # CreateContainer judges signatures, and opens layers' keys, in this process
     config.image.user_specified_image = args.image
     async with api.launching(sandbox_config.metadata.uid), contextlib.AsyncExitStack() as undo:
         Path(sandbox_config.log_directory).mkdir(mode=0o700, parents=True)

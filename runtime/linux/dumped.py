@@ -1,4 +1,4 @@
-"""A process that goes on where another one had stopped: in a copy of that one's memory, made when ocirun was installed.
+"""A process that goes on where another one had stopped: in a copy of that one's memory, which the installation made.
 
 The launcher, a program of half a kilobyte in front of a table, maps the regions of the dump privately at the addresses
 that they had, takes over the thread's block and the stack, and jumps to behind the system call that the other process

@@ -30,8 +30,9 @@ _ASK = bytes.fromhex(
     "31c0"  # xor %eax, %eax
     "c3"  # ret
 )
-# Leaf and subleaf: vendor; model and features; further features twice. ebx of the second tells one core from another.
-_LEAVES = ((0, 0), (1, 0), (7, 0), (0x80000001, 0))
+# Leaf and subleaf: vendor; model and features, of which ebx tells one core from another; further features three times;
+# the registers that are saved, of which ebx tells how large those are that the kernel has enabled.
+_LEAVES = ((0, 0), (1, 0), (7, 0), (7, 1), (0xD, 0), (0x80000001, 0))
 _OWN_AT = 5
 
 _ask = machine_code(_ASK)
