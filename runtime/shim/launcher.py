@@ -121,7 +121,9 @@ class Launcher:
         reader, writer = os.pipe2(os.O_CLOEXEC)
         log = os.open(self._state / "zygote.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            self._run(["zygote", str(self._state)], {1: writer, 2: log})
+            # By that a later daemon knows whether it is of the same code; a direct one is asked by nobody.
+            environment = {**_environment(), "OCID_VERSION": version()}
+            self._run(["zygote", str(self._state)], environment, {1: writer, 2: log})
         finally:
             os.close(writer)
             os.close(log)
@@ -141,7 +143,7 @@ class Launcher:
         log = os.open(self._state / "zygote.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         with theirs:
             try:
-                self._run(["direct"], {2: log, 3: theirs.fileno()})
+                self._run(["direct"], _environment(), {2: log, 3: theirs.fileno()})
             except BaseException:
                 ours.close()
                 raise
@@ -149,7 +151,7 @@ class Launcher:
                 os.close(log)
         return ours
 
-    def _run(self, words: list[str], fds: dict[int, int]) -> None:
+    def _run(self, words: list[str], environment: dict[str, str], fds: dict[int, int]) -> None:
         """Spawns a sealed interpreter (threats S1) in a session of its own, and reaps the starter, which forks and ends
         at once."""
         argv = sealed.command("runtime.shim.zygote", words)
@@ -168,7 +170,7 @@ class Launcher:
             pid = os.posix_spawn(
                 f"/proc/self/fd/{interpreter}",
                 argv,
-                _environment(),
+                environment,
                 file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in copies.items()],
                 setsid=True,
                 setsigmask=[],
@@ -192,7 +194,7 @@ def version() -> str:
 def _environment() -> dict[str, str]:
     """Nothing of the daemon's but what runtime binaries and tests of ours look for."""
     names = ("PATH", "XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "OCID_FAILPOINTS")
-    return {**{name: os.environ[name] for name in names if name in os.environ}, "OCID_VERSION": version()}
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def _wait_for(pid: int) -> None:
