@@ -16,7 +16,7 @@ from runtime.fields import Fields, decode
 from runtime.linux.failpoint import failpoint
 from runtime.linux.files import remove_tree
 from runtime.linux.libc import KernelError
-from runtime.linux.process import is_running, pidfd_open, pidfd_send_signal, signal_running
+from runtime.linux.process import is_running, pidfd_open, signal_running
 from runtime.state import State
 
 TYPE_CHECKING = False
@@ -214,9 +214,8 @@ def _end(facts: State) -> None:
     except KernelError:
         return
     try:
-        if not is_running(facts.pid, facts.started):
+        if not is_running(facts.pid, facts.started) or not signal_running(pidfd, _SIGKILL):
             return
-        pidfd_send_signal(pidfd, _SIGKILL)
         _thaw(facts)
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)

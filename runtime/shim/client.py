@@ -21,7 +21,7 @@ from runtime.errors import RuntimeFailure
 from runtime.fields import decode
 from runtime.linux.files import AT_FDCWD, read_bounded
 from runtime.linux.libc import KernelError
-from runtime.linux.process import is_running, pidfd_open, pidfd_send_signal
+from runtime.linux.process import is_running, pidfd_open, signal_running
 from runtime.linux.record import Record
 from runtime.linux.sockets import FrameError, connect_unix, recv_frame, send_frame
 from runtime.shim import protocol
@@ -378,7 +378,7 @@ class Shims:
             if not is_running(sandbox.pid, sandbox.started_ticks):
                 return
             if kill:
-                pidfd_send_signal(pidfd, _SIGKILL)
+                signal_running(pidfd, _SIGKILL)
             if not _ended_within(pidfd, _CALL_TIMEOUT):
                 raise unresponsive(sandbox)
         finally:

@@ -38,9 +38,9 @@ from runtime.linux.process import (
     CLONE_NEWNET,
     CLONE_NEWUTS,
     pidfd_open,
-    pidfd_send_signal,
     sethostname,
     setns,
+    signal_running,
     unshare,
 )
 from runtime.linux.progress import phase
@@ -187,7 +187,7 @@ def end_process(pid: int) -> None:
         pidfd = pidfd_open(pid)
     except KernelError:  # it has ended, and was waited for
         return
-    pidfd_send_signal(pidfd, signals.SIGKILL)
+    signal_running(pidfd, signals.SIGKILL)
     select.select([pidfd], [], [], _DEATH)
     os.close(pidfd)
 

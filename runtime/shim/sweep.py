@@ -16,7 +16,7 @@ from runtime.fields import decode, encode
 from runtime.linux import signals
 from runtime.linux.files import AT_FDCWD, read_bounded, write_durable
 from runtime.linux.libc import KernelError
-from runtime.linux.process import is_running, pidfd_open, pidfd_send_signal
+from runtime.linux.process import is_running, pidfd_open, signal_running
 from runtime.shim.protocol import Facts, SweepMessage
 from runtime.shim.records import engine_for
 from runtime.shim.sandbox import tear_down, unmount
@@ -121,7 +121,7 @@ def _end(pid: int, ticks: int) -> None:
     try:
         if not is_running(pid, ticks):  # after pidfd_open: the pid cannot change hands in between
             return
-        pidfd_send_signal(pidfd, signals.SIGKILL)
+        signal_running(pidfd, signals.SIGKILL)
         if not select.select([pidfd], [], [], _DEATH)[0]:
             raise RuntimeFailure(f"kill process {pid}: still there {_DEATH:.0f} s after SIGKILL", code="unavailable")
     finally:
