@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
-import re
 import shutil
 import signal
 import sqlite3
@@ -102,36 +101,26 @@ def test_ids_and_names_are_new_each_time(cli: Node) -> None:
     said(cli, "rm", "-f", *made)
 
 
-@pytest.mark.parametrize("ignored", [(), (signal.SIGINT, signal.SIGHUP)])
-def test_its_process_is_like_a_started_one(cli: Node, ignored: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("ignored", [False, True])
+def test_its_process_is_like_a_started_one(cli: Node, ignored: bool) -> None:
     """As the kernel knows it; ^C ends it in the same way."""
     seen = []
     said(cli, "run", "-d", "--name", "there", cli.image, "sh", "-c", "echo out; exec sleep 1000")
-
-    def prepare() -> None:
-        os.umask(0o027)
-        for number in ignored:
-            signal.signal(number, signal.SIG_IGN)
-
+    # By a shell: gRPC's threads, which this process may have, begin anew in a child that runs Python, and abort it.
+    prepare = "umask 027; " + ("trap '' INT HUP; " if ignored else "") + 'exec "$0" "$@"'
     for command in (QUICK, SLOW):
-        words = [command, *cli.words[1:], "logs", "-f", "there"]
-        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=prepare) as process:
+        words = ["sh", "-c", prepare, command, *cli.words[1:], "logs", "-f", "there"]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             try:
                 assert line(process) == "out"
                 known = _known(process.pid), _is_dumped(process.pid)
                 process.send_signal(signal.SIGTERM if ignored else signal.SIGINT)
-                out, error = process.communicate(timeout=COMMAND_S)
-                seen.append((*known, out, _without_grpc(error), process.returncode))
+                seen.append((*known, *process.communicate(timeout=COMMAND_S), process.returncode))
             finally:
                 process.kill()
     said(cli, "rm", "-f", "there")
     (quick, dumped, *end), (slow, not_dumped, *end_slow) = seen
     assert quick == slow and end == end_slow and (dumped, not_dumped) == (True, False)
-
-
-def _without_grpc(error: bytes) -> bytes:
-    """A started one was once heard of its poller, whose file was closed before its thread had ended."""
-    return re.sub(rb"(?m)^E[0-9]{4} .*\(event_engine\).*\n", b"", error)
 
 
 def _known(pid: int) -> dict[str, str]:
@@ -155,7 +144,7 @@ def test_a_clock_that_began_later(cli: Node) -> None:
     for command in (QUICK, SLOW):
         words = [*clocks, command, *cli.words[1:], "run", "--rm", cli.image, "echo", "ran"]
         done = subprocess.run(words, capture_output=True, timeout=COMMAND_S, check=False)
-        seen.append((done.returncode, done.stdout, _without_grpc(done.stderr)))
+        seen.append((done.returncode, done.stdout, done.stderr))
     assert seen == [(0, b"ran\n", b"")] * 2
 
 
