@@ -1,7 +1,7 @@
 """Options of `ocid run` in docker's words, beyond cri.cli.options: mounts by --mount, tmpfs, DNS, capabilities, limits.
 
-Refuses what it cannot parse, naming the option; what a word must be beyond that is the CRI's to say. Pure: nothing is
-looked up but the working directory, for relative sources.
+Refuses what it cannot parse or the CRI would not take, naming the option. Pure: nothing is looked up but the working
+directory, for relative sources.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from cri.api import api_pb2 as pb
 from cri.cli.main import CommandError
 from cri.cli.options import propagation
 from cri.marks import TMPFS, ULIMITS
+from cri.spec import by_annotation
+from cri.spec.validate import InvalidRequest
 
 _BIND = frozenset({"type", "source", "target", "readonly", "bind-propagation"})
 _TMPFS = frozenset({"type", "target", "readonly", "tmpfs-size", "tmpfs-mode"})
@@ -73,6 +75,11 @@ def apply(config: pb.ContainerConfig, args: argparse.Namespace) -> None:
             tmpfs[fields["target"]] = ",".join([*options, *(["ro"] if _is_set(word, fields) else [])])
     if tmpfs:
         config.annotations[TMPFS] = json.dumps(tmpfs)
+    for option, mark, read in (("--ulimit", ULIMITS, by_annotation.rlimits), ("--tmpfs", TMPFS, by_annotation.tmpfs)):
+        try:
+            read(config.annotations)
+        except InvalidRequest as error:  # here, before an image is fetched, and in the words of who asked
+            raise CommandError(str(error).replace(f"annotations[{mark}]", option)) from None
 
 
 def dns(config: pb.DNSConfig, args: argparse.Namespace) -> None:

@@ -39,7 +39,8 @@ def rlimits(annotations: Mapping[str, str]) -> list[dict[str, Any]]:
         name, equals, values = word.partition("=")
         soft, colon, hard = values.partition(":")
         if not equals or name.lower() not in _LIMITS:
-            raise InvalidRequest(f"annotations[{ULIMITS}]: {word[:60]!r} is not NAME=SOFT[:HARD], with a limit's name")
+            names = ", ".join(sorted(_LIMITS))
+            raise InvalidRequest(f"annotations[{ULIMITS}]: {word[:60]!r} is not NAME=SOFT[:HARD], with one of {names}")
         low = _limit(word, soft)
         high = _limit(word, hard) if colon else low
         if low > high:

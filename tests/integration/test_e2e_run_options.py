@@ -93,7 +93,7 @@ def test_limits(cli: Node) -> None:
         (["--dns", "name"], "no IP address"),
         (["--cap-add", "FLY"], "no capability 'FLY'"),
         (["--ulimit", "nofile"], "NAME=SOFT"),
-        (["--ulimit", "files=1"], "a limit's name"),
+        (["--ulimit", "files=1"], "--ulimit: 'files=1' is not NAME=SOFT[:HARD], with one of as, core,"),
         (["--ulimit", "nofile=5:4"], "above its hard one"),
         (["--ulimit", "nofile=-5"], "no number"),
     ],
