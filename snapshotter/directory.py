@@ -10,12 +10,15 @@ Invariant: whatever comes out of `Inside` has a name below the directory's.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator
 
 from snapshotter import tar
 from snapshotter.model import Limits, UnpackError
 from snapshotter.tar_feed import Feed
 from snapshotter.tree import WHITEOUT_PREFIX
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _TYPE = "application/vnd.ocid.directory+"
 _TAR = "application/vnd.oci.image.layer.v1.tar"

@@ -13,16 +13,19 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Mapping
-from typing import NamedTuple
 
 from runtime.linux.files import fchmodat2, open_beneath, remove_tree, write_all
 from runtime.linux.libc import KernelError
+from runtime.linux.record import Record
 from snapshotter import tar
 from snapshotter.blame import blame
 from snapshotter.looks import Metadata, apply_metadata, kept_xattrs
 from snapshotter.model import Limits, UnpackError
 from snapshotter.tree import META_PREFIX, OPAQUE, WHITEOUT_PREFIX, Ignored, Tree, clean, is_whiteout, set_opaque
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 # Marks a file that stands for a hard link's target in a lower layer, until the commit fills it.
 PENDING_LINK = "trusted.ocid.link"
@@ -33,7 +36,7 @@ _OPAQUE_NAME = b".wh..wh..opq"
 _EARLIEST, _LATEST = -(2**31) * 10**9, (2**34 - 1) * 10**9
 
 
-class Extracted(NamedTuple):
+class Extracted(Record):
     """What is left to do at commit, and what there is: `implied` directories and `links` into lower layers depend on
     the parent, `opaque` says that nothing below the layer's root shows through. `inodes` is 0 where entries replaced
     others: how many there are is then to be looked up."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
 
 from runtime.linux.files import fchmodat2, fd_path, open_beneath
 from runtime.linux.libc import KernelError
@@ -20,6 +19,10 @@ from snapshotter.extract import PENDING_LINK
 from snapshotter.looks import copy_looks
 from snapshotter.merged import Merged
 from snapshotter.model import UnpackError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)

@@ -7,10 +7,12 @@ so memory does not depend on the blob (threats S37, S41, P13).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 from snapshotter.arriving import Reader
 from snapshotter.model import LayerKey, Limits, UnpackError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 CHUNK = 1 << 20
 _READ = 256 << 10

@@ -18,7 +18,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from runtime.linux.failpoint import failpoint
@@ -341,7 +340,7 @@ class Layers:
                 lowers = self._lowers(flight)
                 more = self.pool.ask(flight, protocol.Finish(lowers, made.implied, made.links), layer_fd).aliases
                 if not more and (made.links or not made.inodes):
-                    made = replace(made, inodes=measure(layer_fd).inodes)  # some were replaced after they were counted
+                    made = made.changed(inodes=measure(layer_fd).inodes)  # some were replaced after they were counted
             finally:
                 os.close(layer_fd)
             if not more:

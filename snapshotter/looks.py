@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 _KEPT_XATTRS = (b"user.", b"trusted.")
 _KEPT_NAMES = frozenset({b"security.capability", b"system.posix_acl_access", b"system.posix_acl_default"})
 _DROPPED_XATTRS = (b"trusted.overlay.", b"trusted.ocid.")
 
 
-class Metadata(NamedTuple):
+class Metadata:
     """What a directory gets once everything is in it."""
 
-    mode: int
-    uid: int
-    gid: int
-    mtime: int
-    xattrs: dict[bytes, bytes] | None
+    __slots__ = ("mode", "uid", "gid", "mtime", "xattrs")
+
+    def __init__(self, mode: int, uid: int, gid: int, mtime: int, xattrs: dict[bytes, bytes] | None) -> None:
+        self.mode = mode
+        self.uid = uid
+        self.gid = gid
+        self.mtime = mtime
+        self.xattrs = xattrs
 
 
 def kept_xattrs(xattrs: Mapping[bytes, bytes]) -> Iterator[tuple[bytes, bytes]]:

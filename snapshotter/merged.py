@@ -10,23 +10,28 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
-from typing import NamedTuple
 
 from runtime.linux.files import fd_path, open_beneath
 from runtime.linux.libc import KernelError
 from snapshotter.tree import OPAQUE, is_whiteout
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _MAX_LINKS, _MAX_PARTS = 40, 2048
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _MEMO = 100_000
 
 
-class Found(NamedTuple):
+class Found:
     """An object of the merged tree: which layer it comes from (0: the topmost) and its lstat."""
 
-    layer: int
-    status: os.stat_result
+    __slots__ = ("layer", "status")
+
+    def __init__(self, layer: int, status: os.stat_result) -> None:
+        self.layer = layer
+        self.status = status
 
 
 class Merged:

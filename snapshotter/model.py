@@ -5,24 +5,26 @@ Invariant: a layer or an active snapshot is there in full or not at all, to ever
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from runtime.linux.record import Record
 
-from runtime.linux.dataclass import dataclass
+TYPE_CHECKING = False  # a worker that unpacks one layer would be importing typing for a tenth of its time
+if TYPE_CHECKING:
+    from typing import Protocol, TypeAlias
+else:
+    Protocol = object
 
 LayerKey: TypeAlias = tuple[bytes, bytes, bytes]
 """What opens an encrypted layer: the AES-256 key, the nonce, and the HMAC that the encrypted bytes have."""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(Record):
     """Allocated bytes (st_blocks * 512) and inodes of one snapshot's own files."""
 
     bytes: int
     inodes: int
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotInfo:
+class SnapshotInfo(Record):
     """An active snapshot: its key, the chain id it stands on (None: empty), when it was made (ns since the epoch)."""
 
     key: str
@@ -38,16 +40,13 @@ class Arriving(Protocol):
 
     def open(self) -> tuple[int, int]:
         """The file, and the eventfd(2) that counts the bytes of it which are there; both become the caller's."""
-        ...
 
     def verified(self, seconds: float) -> bool:
         """Waits at most so long; True once all of it is there with the announced digest. Raises, what its owner likes,
         when that will not be."""
-        ...
 
 
-@dataclass(frozen=True, slots=True)
-class IdMap:
+class IdMap(Record):
     """The ids of a user namespace on the host: lines of (inside, outside, count), as uid_map and gid_map have."""
 
     uids: tuple[tuple[int, int, int], ...]
@@ -81,8 +80,7 @@ class UnpackError(SnapshotError):
     """The layer is not one that may be unpacked: names the entry, what is wrong with it and the limit, if any."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(Record):
     """What one layer may ask for (threats S37, R5). Each bound is named in the error that it causes.
 
     `layer_bytes` bounds the tar; `inflate_ratio` bounds it too, as a multiple of the blob, once it is larger than
@@ -106,8 +104,7 @@ class Limits:
     zstd_window: int = 128 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+class Config(Record):
     """How the snapshotter works. `workers` 0 unpacks in the calling thread (tests); `arriving` more are for blobs that
     are still being written.
 

@@ -7,21 +7,33 @@ request; a worker that failed to answer is never used again, and every one that 
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import socket
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from runtime.linux.sockets import FrameError, recv_frame, send_frame
 from snapshotter import protocol
 from snapshotter.model import SnapshotError
 
-# -I: neither PYTHON* variables nor the working directory decide what a root process imports.
-_MAIN = "import sys; sys.path.insert(0, sys.argv[1]); from snapshotter.worker import main; main()"
-_PACKAGES = str(Path(__file__).parent.parent)
+# -I: neither PYTHON* variables nor the working directory decide what a root process imports. -S, and no virtual
+# environment: to look at where packages may be takes as long as all that a worker imports; it is told where they are.
+_MAIN = "import sys; sys.path += sys.argv[1:]; from snapshotter.worker import main; main()"
+_OURS = str(Path(__file__).parent.parent)
+_PACKAGES = ("isal", "zstandard", "cryptography")
+
+
+@functools.cache
+def _command() -> list[str]:
+    interpreter: str = sys._base_executable  # type: ignore[attr-defined]  # no stub knows it
+    found = (find_spec(name) for name in _PACKAGES)
+    homes = {str(Path(spec.origin).parent.parent) for spec in found if spec is not None and spec.origin}
+    return [interpreter, "-IS", "-c", _MAIN, _OURS, *sorted(homes)]
 
 
 class _Worker:
@@ -30,11 +42,11 @@ class _Worker:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
-            arguments = [sys.executable, "-I", "-c", _MAIN, _PACKAGES]
+            arguments = _command()
             null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
             try:
                 self.pid = os.posix_spawn(
-                    sys.executable,
+                    arguments[0],
                     arguments,
                     os.environ,
                     file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), 0), (os.POSIX_SPAWN_DUP2, null, 1)],

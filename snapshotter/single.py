@@ -6,13 +6,13 @@ the name and the size alone, so the content's digest says all about the layer.
 
 from __future__ import annotations
 
-from snapshotter.tar_out import Item, headers
-
 TYPE = "application/vnd.ocid.file;name="
 _BLOCK = 512
 
 
 def around(media_type: str, size: int) -> tuple[bytes, bytes]:
     """What stands before and behind `size` bytes of content."""
+    from snapshotter.tar_out import Item, headers  # of what layers are made of, nothing is written
+
     name = media_type.removeprefix(TYPE).encode("utf-8", "surrogateescape")
     return headers(Item(name, size=size, mode=0o644)), bytes(-size % _BLOCK + 2 * _BLOCK)

@@ -11,12 +11,15 @@ Names stay bytes (P8). See POSIX.1-2017 pax, "ustar Interchange Format", and the
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 
 from snapshotter import tar_sparse
 from snapshotter.model import Limits, UnpackError
 from snapshotter.tar_feed import BLOCK, Feed
 from snapshotter.tar_fields import check_sum, decimal, nanoseconds, octal, parse_pax, text
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _ZEROS = bytes(BLOCK)
 _HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s6s2s32s32s8s8s155s12s")

@@ -5,9 +5,11 @@ It refuses to hold more than one chunk. Invariant: `position` counts every byte 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 from snapshotter.model import UnpackError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 BLOCK = 512
 

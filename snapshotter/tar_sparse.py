@@ -8,14 +8,18 @@ returned can be applied blindly. See the GNU tar manual, "Storing Sparse Files".
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
 
 from snapshotter.model import UnpackError
 from snapshotter.tar_feed import BLOCK
 from snapshotter.tar_fields import MAX_DIGITS, decimal, octal
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    More = Callable[[], bytes]
+
 Regions = list[tuple[int, int]]
-More = Callable[[], bytes]
 _PAIR = struct.Struct("12s12s")
 _VERSIONS = ((None, None), (b"0", b"0"), (b"0", b"1"), (b"1", b"0"))
 

@@ -11,11 +11,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Mapping
 
 from runtime.linux.files import open_beneath
 from runtime.linux.libc import KernelError
 from snapshotter.model import Limits, UnpackError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 OPAQUE = "trusted.overlay.opaque"
 WHITEOUT_PREFIX = b".wh."

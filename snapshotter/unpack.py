@@ -7,12 +7,9 @@ failure both threads have ended and the directory is garbage for the caller.
 
 from __future__ import annotations
 
-import hashlib
-import queue
-import threading
-from collections.abc import Mapping
-from typing import NamedTuple
+from _queue import SimpleQueue
 
+from runtime.linux.record import Record
 from runtime.linux.writeback import syncfs
 from snapshotter import directory, inflate, single
 from snapshotter.arriving import Reader
@@ -20,12 +17,33 @@ from snapshotter.extract import Extracted, Extractor
 from snapshotter.model import LayerKey, Limits, UnpackError
 from snapshotter.tar import Walker
 from snapshotter.tar_feed import Feed
+from snapshotter.thread import Thread
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from hashlib import _Hash as HASH
 
 QUEUED = 8
 WRITEBACK = 128 << 20
+_SMALL = 256 << 10
 
 
-class Unpacked(NamedTuple):
+def _sha256(size: int) -> HASH:
+    """For a blob of `size` bytes. To load libcrypto takes as long as it takes to hash a megabyte without."""
+    made: HASH
+    if size < _SMALL:
+        from _sha256 import sha256  # type: ignore[import-not-found]
+
+        made = sha256()
+    else:
+        from _hashlib import openssl_sha256
+
+        made = openssl_sha256()
+    return made
+
+
+class Unpacked(Record):
     """The digest of the raw tar, of a single file that of its content; and what was made of it."""
 
     diff_id: str
@@ -37,12 +55,13 @@ class _Producer:
 
     def __init__(self, blob: Reader, media_type: str, limits: Limits, key: LayerKey | None) -> None:
         self._blob = blob
-        self._queue: queue.Queue[bytes | BaseException] = queue.Queue(QUEUED)
+        self._queue: SimpleQueue[bytes | BaseException] = SimpleQueue()
+        self._room: SimpleQueue[None] = SimpleQueue()
+        self._make_room(QUEUED)
         self._stop = False
         self._ended = False
-        self._hash = hashlib.sha256()
-        self._thread = threading.Thread(target=self._run, args=(media_type, limits, key), name="inflate", daemon=True)
-        self._thread.start()
+        self._hash = _sha256(blob.size)
+        self._thread = Thread(self._run, media_type, limits, key)
 
     def _run(self, media_type: str, limits: Limits, key: LayerKey | None) -> None:
         try:
@@ -53,17 +72,26 @@ class _Producer:
             else:
                 chunks = inflate.inflate(self._blob, media_type, limits, key)
             if before:
-                self._queue.put(before)
+                self._put(before)
             for chunk in chunks:
                 self._hash.update(chunk)
-                self._queue.put(chunk)
+                self._put(chunk)
                 if self._stop:
                     return
             if behind:
-                self._queue.put(behind)
+                self._put(behind)
             self._queue.put(b"")
         except BaseException as error:  # handed to the caller's thread, which raises it
             self._queue.put(error)
+
+    def _put(self, chunk: bytes) -> None:
+        """Waits until there is room for it."""
+        self._room.get()
+        self._queue.put(chunk)
+
+    def _make_room(self, chunks: int) -> None:
+        for _ in range(chunks):
+            self._room.put(None)
 
     def take(self) -> bytes:
         """The next chunk, b"" at the end and ever after. Raises what the thread failed with."""
@@ -71,6 +99,7 @@ class _Producer:
             return b""
         item = self._queue.get()
         if isinstance(item, bytes):
+            self._make_room(1)
             self._ended = not item
             return item
         self._ended = True
@@ -86,11 +115,7 @@ class _Producer:
         self._stop = True
         if self._thread.is_alive():
             self._blob.stop()
-        while self._thread.is_alive():
-            try:
-                self._queue.get(timeout=0.01)
-            except queue.Empty:
-                pass
+        self._make_room(3)  # enough for all that it puts before it looks
         self._thread.join()
 
 
@@ -101,15 +126,14 @@ class _Writeback:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._left = WRITEBACK
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
 
     def passed(self, count: int) -> None:
         """`count` more bytes went by."""
         self._left -= count
         if self._left < 0 and (self._thread is None or not self._thread.is_alive()):
             self._left = WRITEBACK
-            self._thread = threading.Thread(target=self._sync, name="writeback", daemon=True)
-            self._thread.start()
+            self._thread = Thread(self._sync)
 
     def _sync(self) -> None:
         try:

@@ -8,11 +8,10 @@ lower layers is opened.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # signal itself is a quarter of a start
+import _socket
 import os
 import resource
-import signal
-import socket
-import threading
 
 from runtime.linux.failpoint import failpoint
 from runtime.linux.process import capget, capset, set_name, set_no_new_privs
@@ -21,6 +20,7 @@ from snapshotter import protocol
 from snapshotter.arriving import Reader
 from snapshotter.finish import finish
 from snapshotter.model import SnapshotError
+from snapshotter.thread import Thread
 from snapshotter.unpack import unpack
 
 # linux/capability.h: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SYS_ADMIN (trusted.* xattrs), MKNOD, SETFCAP
@@ -48,7 +48,7 @@ def work(request: protocol.Unpack | protocol.Finish, fds: list[int]) -> protocol
     return protocol.Done(made.inodes, made.opaque, made.implied, made.links)
 
 
-def _job(sock: socket.socket, frame: bytes, fds: list[int]) -> None:
+def _job(sock: _socket.socket, frame: bytes, fds: list[int]) -> None:
     reply: protocol.Done | protocol.Failed
     try:
         reply = work(protocol.decode_request(frame), fds)
@@ -73,7 +73,7 @@ def _drop_capabilities() -> None:
 
 def main() -> None:
     """Serves until the daemon's end of fd 0 closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ^C is for the daemon, which closes the socket if it ends
+    _signal.signal(_signal.SIGINT, _signal.SIG_IGN)  # ^C is for the daemon, which closes the socket if it ends
     set_name("ocid-unpack")
     set_no_new_privs()
     _drop_capabilities()
@@ -81,7 +81,7 @@ def main() -> None:
     os.chdir("/")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    sock = socket.socket(fileno=0)
+    sock = _socket.socket(fileno=0)
     while True:
         try:
             message = recv_frame(sock, want_fds=True)
@@ -90,4 +90,4 @@ def main() -> None:
         if message is None:
             # _exit: threads in the middle of a write must not keep the process.
             os._exit(0)
-        threading.Thread(target=_job, args=(sock, *message), name="job", daemon=True).start()
+        Thread(_job, sock, *message)

@@ -6,13 +6,13 @@ longer than sun_path is reached through its directory's fd.
 
 from __future__ import annotations
 
-import array
+import _socket
 import os
-import socket
 import struct
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import socket
     from _socket import socket as Socket
     from pathlib import Path
 
@@ -25,20 +25,20 @@ class FrameError(ConnectionError):
     """The peer closed in the middle of a frame, or announced one that is too large."""
 
 
-def send_frame(sock: socket.socket, payload: bytes, fds: tuple[int, ...] = ()) -> None:
+def send_frame(sock: Socket, payload: bytes, fds: tuple[int, ...] = ()) -> None:
     """Sends one frame: a 4-byte length, then `payload`; `fds` travel with the first byte (SCM_RIGHTS)."""
     if len(payload) > MAX_FRAME:
         raise FrameError(f"frame of {len(payload)} bytes, at most {MAX_FRAME}")
     data = _HEADER.pack(len(payload)) + payload
     sent = 0
     if fds:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))]
         sent = sock.sendmsg([data], rights)
     if sent < len(data):  # an empty send would fail when the peer has answered and closed already
         sock.sendall(memoryview(data)[sent:])
 
 
-def recv_frame(sock: socket.socket, *, want_fds: bool = False) -> tuple[bytes, list[int]] | None:
+def recv_frame(sock: Socket, *, want_fds: bool = False) -> tuple[bytes, list[int]] | None:
     """The next frame and its fds (CLOEXEC, the caller's); None at a clean end. Raises FrameError."""
     fds: list[int] = []
     try:
@@ -58,18 +58,18 @@ def recv_frame(sock: socket.socket, *, want_fds: bool = False) -> tuple[bytes, l
         raise
 
 
-def _recv_exactly(sock: socket.socket, count: int, fds: list[int] | None) -> bytes | None:
+def _recv_exactly(sock: Socket, count: int, fds: list[int] | None) -> bytes | None:
     pieces: list[bytes] = []
     left = count
     while left:
         if fds is None:
             piece = sock.recv(min(left, 1 << 20))
         else:
-            room = socket.CMSG_SPACE(MAX_FDS * 4)
-            piece, ancillary, _, _ = sock.recvmsg(min(left, 1 << 20), room, socket.MSG_CMSG_CLOEXEC)
+            room = _socket.CMSG_SPACE(MAX_FDS * 4)
+            piece, ancillary, _, _ = sock.recvmsg(min(left, 1 << 20), room, _socket.MSG_CMSG_CLOEXEC)
             for level, kind, data in ancillary:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    fds.extend(array.array("i", data[: len(data) - len(data) % 4]))
+                if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
+                    fds.extend(struct.unpack_from(f"{len(data) // 4}i", data))
         if not piece:
             if left == count and not pieces:
                 return None
@@ -81,7 +81,7 @@ def _recv_exactly(sock: socket.socket, count: int, fds: list[int] | None) -> byt
 
 def peer_uid(sock: Socket) -> int:
     """SO_PEERCRED's uid."""
-    return int(struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1])
+    return int(struct.unpack("=iII", sock.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12))[1])
 
 
 def _short(path: str | Path) -> tuple[str, int]:
@@ -93,6 +93,8 @@ def _short(path: str | Path) -> tuple[str, int]:
 
 def listen_unix(path: str | Path, *, backlog: int = 64, mode: int = 0o600) -> socket.socket:
     """A listening stream socket at `path`; a stale file there is replaced (threats O58)."""
+    import socket  # 6 ms of enums, for those who open sockets
+
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     name, fd = _short(path)
     try:
@@ -117,6 +119,8 @@ def listen_unix(path: str | Path, *, backlog: int = 64, mode: int = 0o600) -> so
 
 def connect_unix(path: str | Path, timeout: float | None = None) -> socket.socket:
     """A stream connection to `path`; `timeout` in seconds stays set on the socket."""
+    import socket  # 6 ms of enums, for those who open sockets
+
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     name, fd = _short(path)
     try:

@@ -54,6 +54,12 @@ def test_the_runtime_starts_with_little(module: str, limit: int) -> None:
     assert took < limit, f"importing {module} takes {took:.0f} units"
 
 
+def test_a_worker_that_unpacks_starts_with_less() -> None:
+    names = _imports("snapshotter.worker", "-I", "-S")[1]
+    refused = COSTLY | {"collections", "ctypes", "enum", "hashlib", "json", "signal", "socket", "threading"}
+    assert not names & refused, f"the worker imports {sorted(names & refused)} at its start"
+
+
 @pytest.mark.parametrize("module", ["cri.cli.main", "cri.cli.ps", "cri.cli.stop"])
 def test_the_command_line_waits_for_nothing_heavy(module: str) -> None:
     names = _imports(module, "-I")[1]

@@ -39,6 +39,9 @@ PATHS = st.lists(st.binary(max_size=50).map(lambda raw: raw.replace(b"\0", b"\n"
 def test_requests_come_back(one: list[bytes], two: list[bytes], base: bool) -> None:
     unpack = protocol.Unpack(GZIP, 9, "sha256:x", base, dict(zip(one, two, strict=False)), Limits(entries=7))
     assert protocol.decode_request(protocol.encode_request(unpack)) == unpack
+    odd = protocol.Unpack("a\0b\n\\ü\ud800", 0, "", base, {}, Limits(), (b"k", b"", b"h"))
+    assert protocol.decode_request(protocol.encode_request(odd)) == odd
+    assert "'k'" not in repr(odd)
     finish = protocol.Finish(["/a b", "/\udcff"], one, two)
     assert protocol.decode_request(protocol.encode_request(finish)) == finish
 
@@ -49,7 +52,10 @@ def test_replies_come_back(one: list[bytes], two: list[bytes], three: list[bytes
     assert protocol.decode_reply(protocol.encode_reply(done)) == done
 
 
-@given(st.binary(max_size=200) | st.sampled_from([b'{"counts": [1]}\n', b'{"type": "done", "counts": [-1, 1]}\nx\0']))
+@given(
+    st.binary(max_size=200)
+    | st.sampled_from([b"1\ndone\0", b"-1 2\ndone\0", b"2 0\ndone\0x\0", b"3 0 0 0\ndone\0x\0000\0", b"0\n"])
+)
 def test_a_malformed_reply_is_an_error(frame: bytes) -> None:
     with pytest.raises(SnapshotError, match="unpack worker"):
         protocol.decode_reply(frame)
