@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 VERSION = "0.1.0"
 DEFAULT_ROOT = "/run/ocirun"
+# For ocid alone, which starts the shim of a pod so where it has no zygote (runtime/shim/launcher.py).
+SHIM = "shim-on-fd-3"
 
 GLOBAL = (
     Flag(("root",), "str", f"directory of container state (default: {DEFAULT_ROOT})"),
@@ -143,6 +145,8 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `ocirun` command."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words == [SHIM]:
+        return _shim(words)
     try:
         values = parse(words, GLOBAL)
         if values.text("log-format", "text") not in ("text", "json"):
@@ -167,6 +171,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return _misused(f"No help topic for '{name}'", 3, context)
     return _run(context, words, name, values.words[1:])
+
+
+def _shim(words: list[str]) -> int:
+    from runtime import sealed
+
+    sealed.secure("runtime.cli", words)
+    from runtime.shim.zygote import main as shim
+
+    return shim(["direct"])
 
 
 def _run(context: Context, words: list[str], name: str, rest: list[str]) -> int:

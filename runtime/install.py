@@ -34,7 +34,7 @@ Compiler = Callable[[bytes, str, set[str] | None], CodeType]
 ROOT = Path(__file__).resolve().parent.parent
 # {command: {module: functions that it calls in a usual container}}, written by hack/usual.py
 USUAL = ROOT / "runtime/usual.json"
-# What ocirun never imports: the shim's side, and this.
+# What ocirun never imports: the shim's side, which is in the dump alone, and this.
 _NOT_OCIRUN = (
     "runtime.shim",
     "runtime.install",
@@ -87,7 +87,8 @@ def _install(prefix: Path, library: Path, compiled: Compiler) -> None:
     words = [*loader(sealed.interpreter()), sealed.interpreter(), "-IS", "-X", "utf8", str(library / "boot.pyc")]
     slow = library / "ocirun"
     dump.write(slow, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'.encode(), 0o755)
-    dump.put(dump.make(slow, [name for name in modules if name.startswith("runtime.")]), prefix / "bin/ocirun", slow)
+    dumped = [*(name for name in modules if name.startswith("runtime.")), "runtime.shim.zygote"]
+    dump.put(dump.make(slow, dumped), prefix / "bin/ocirun", slow)
 
 
 def sources() -> dict[str, Path]:

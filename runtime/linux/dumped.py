@@ -18,7 +18,7 @@ import struct
 import sys
 
 from runtime.linux import foreign as ctypes
-from runtime.linux import signals
+from runtime.linux import signals, successor
 from runtime.linux.libc import _libc, syscall
 from runtime.linux.machine_code import machine_code
 from runtime.linux.memory import PROT_EXEC, PROT_READ, map_copy, map_room, write_to
@@ -197,6 +197,15 @@ def begin_threads() -> None:
     """What the C library did before the first thread, which it takes for done: the handler of the signal that makes
     each of them change its ids (nptl(7))."""
     syscall("rt_sigaction", _SIGSETXID, _setxid, 0, 8)
+
+
+def outlive_starter() -> bool:
+    """In a resumed process: what goes on is a new one, in its memory, and a child of init's or of a subreaper's, since
+    this one ends. False where nothing has happened."""
+    if not is_resumed or not successor.AVAILABLE:
+        return False
+    successor.orphan(_pthread_self() + _TID_AT)
+    return True
 
 
 def go_slowly() -> NoReturn:

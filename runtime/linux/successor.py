@@ -1,8 +1,8 @@
 """A process that another takes the place of: clone3(2) without a copy of the caller's memory.
 
-The new process goes on in the caller's memory, while the caller waits in the kernel (CLONE_VM, CLONE_VFORK) until the
-other has executed a program or ended; then it ends itself. No page of an interpreter is copied, where a fork copies
-each that either of the two writes to.
+`succeed`: the new process goes on in the caller's memory, while the caller waits in the kernel (CLONE_VM, CLONE_VFORK)
+until the other has executed a program or ended; then it ends itself. `orphan`: the caller ends at once, and the other
+has its memory. No page of an interpreter is copied, where a fork copies each that either of the two writes to.
 
 The caller must not come back from the call into code: the stack that it would return on has been used since. What it
 does between the call and its exit is therefore a few instructions that use no memory, and so machine code. Refuses
@@ -16,12 +16,13 @@ import errno
 import struct
 
 from runtime.linux import foreign as ctypes
-from runtime.linux.libc import KernelError
+from runtime.linux import signals
+from runtime.linux.libc import KernelError, syscall
 from runtime.linux.machine_code import machine_code
 from runtime.linux.process import CLONE_INTO_CGROUP, CLONE_PARENT, CLONE_VM
 
 # linux/sched.h
-_CLONE_VFORK, _CLONE_PARENT_SETTID = 0x4000, 0x100000
+_CLONE_VFORK, _CLONE_PARENT_SETTID, _CLONE_CHILD_SETTID = 0x4000, 0x100000, 0x1000000
 # long call(struct clone_args *, size_t): the arguments are where clone3 wants them (System V ABI, x86-64).
 _X86_64 = bytes.fromhex(
     "f30f1efa"  # endbr64
@@ -54,8 +55,24 @@ def succeed(flags: int, *, cgroup_fd: int = -1) -> int:
     flags |= CLONE_PARENT | CLONE_VM | _CLONE_VFORK | _CLONE_PARENT_SETTID
     if cgroup_fd >= 0:
         flags |= CLONE_INTO_CGROUP
-    args = struct.pack("=11Q", flags, 0, 0, ctypes.addressof(pid), 0, 0, 0, 0, 0, 0, max(cgroup_fd, 0))
+    _clone(struct.pack("=11Q", flags, 0, 0, ctypes.addressof(pid), 0, 0, 0, 0, 0, 0, max(cgroup_fd, 0)))
+    return pid.value
+
+
+def orphan(thread_id: int) -> None:
+    """Returns in a new process, whose parent, the caller, ends with 0 meanwhile, so that init or a subreaper adopts it.
+    The kernel writes its id to the address `thread_id`, where the C library has that of the caller's thread. Raises
+    KernelError in the caller, which goes on then."""
+    args = struct.pack("=11Q", CLONE_VM | _CLONE_CHILD_SETTID, 0, thread_id, 0, signals.SIGCHLD, 0, 0, 0, 0, 0, 0)
+    syscall("set_tid_address", 0)  # or the kernel writes a zero there as the caller ends
+    mask = signals.block_all()  # a handler of the caller's would run on the stack of both
+    try:
+        _clone(args)
+    finally:
+        signals.set_mask(mask)
+
+
+def _clone(args: bytes) -> None:
     result = -errno.ENOSYS if _call is None else _call(args, ctypes.c_long(len(args)))
     if result < 0:
         raise KernelError(-result, "clone3")
-    return pid.value

@@ -1,4 +1,5 @@
-"""Starting processes for the daemon: the zygote where none answers, or single interpreters in direct mode.
+"""Starting processes for the daemon: the zygote where none answers, or single shims in direct mode, which go on from
+ocirun's dump (docs/decisions/0030) or are interpreters of their own.
 
 posix_spawn only: the daemon has threads. Refuses to trust a zygote of other code than ours: its version is compared
 once, and an old one is asked to quit (its shims stay as they are). Invariant: at most one zygote serves a state
@@ -14,6 +15,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +23,9 @@ from pathlib import Path
 
 import runtime
 from runtime import sealed
+from runtime.cli import SHIM
 from runtime.errors import RuntimeFailure
+from runtime.linux import dumped
 from runtime.linux.libc import KernelError
 from runtime.linux.process import pidfd_open
 from runtime.linux.sockets import connect_unix, recv_frame, send_frame
@@ -143,7 +147,7 @@ class Launcher:
         log = os.open(self._state / "zygote.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         with theirs:
             try:
-                self._run(["direct"], _environment(), {2: log, 3: theirs.fileno()})
+                self._run_direct({2: log, 3: theirs.fileno()})
             except BaseException:
                 ours.close()
                 raise
@@ -151,37 +155,52 @@ class Launcher:
                 os.close(log)
         return ours
 
+    def _run_direct(self, fds: dict[int, int]) -> None:
+        """From ocirun's dump where this process goes on from one, and is no other than that was made of: an interpreter
+        with these modules costs sixty milliseconds. It seals itself."""
+        command = os.path.join(os.path.dirname(sys.executable), "ocirun")
+        if dumped.is_resumed and os.access(command, os.X_OK):
+            _spawn(command, [command, SHIM], _environment(), fds)
+        else:
+            self._run(["direct"], _environment(), fds)
+
     def _run(self, words: list[str], environment: dict[str, str], fds: dict[int, int]) -> None:
-        """Spawns a sealed interpreter (threats S1) in a session of its own, and reaps the starter, which forks and ends
-        at once."""
+        """Spawns a sealed interpreter (threats S1)."""
         argv = sealed.command("runtime.shim.zygote", words)
         try:
             interpreter = sealed.interpreter_fd()
         except OSError as error:
             raise RuntimeFailure.of(error, what=f"seal a copy of {argv[0]}") from error
-        # Copies far above, so that no dup2 lands on an fd that is still needed: by a later one, or for the exec itself.
+        # Above what file actions write to: it is still needed for the exec.
         low, interpreter = interpreter, fcntl.fcntl(interpreter, fcntl.F_DUPFD_CLOEXEC, 16)
         os.close(low)
-        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-        copies = {
-            number: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 16) for number, fd in {0: null, 1: null, **fds}.items()
-        }
         try:
-            pid = os.posix_spawn(
-                f"/proc/self/fd/{interpreter}",
-                argv,
-                environment,
-                file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in copies.items()],
-                setsid=True,
-                setsigmask=[],
-                setsigdef=_DEFAULT_SIGNALS,
-            )
-        except OSError as error:
-            raise RuntimeFailure.of(error, what=f"run {argv[0]}") from error
+            _spawn(f"/proc/self/fd/{interpreter}", argv, environment, fds)
         finally:
-            for fd in (interpreter, null, *copies.values()):
-                os.close(fd)
-        os.waitpid(pid, 0)
+            os.close(interpreter)
+
+
+def _spawn(program: str, argv: list[str], environment: dict[str, str], fds: dict[int, int]) -> None:
+    """In a session of its own; and reaps the starter, which leaves an orphan and ends at once."""
+    # Copies far above, so that no dup2 lands on an fd that is still needed: by a later one, or for the exec itself.
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    copies = {number: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 16) for number, fd in {0: null, 1: null, **fds}.items()}
+    try:
+        pid = os.posix_spawn(
+            program,
+            argv,
+            environment,
+            file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in copies.items()],
+            setsid=True,
+            setsigmask=[],
+            setsigdef=_DEFAULT_SIGNALS,
+        )
+    except OSError as error:
+        raise RuntimeFailure.of(error, what=f"run {argv[0]}") from error
+    finally:
+        for fd in (null, *copies.values()):
+            os.close(fd)
+    os.waitpid(pid, 0)
 
 
 def version() -> str:

@@ -4,7 +4,8 @@
     zygote ── fork ──▶ · ── fork ──▶ shim                      and so is each shim
 
 Two roles, by the arguments: `zygote STATE` serves STATE/zygote.sock; `direct` serves a single request on fd 3, as a
-shim forked for it would (`ocid run` without a daemon). Refuses a second zygote for one state directory (flock).
+shim forked for it would (`ocid run` without a daemon), and goes on from ocirun's dump, mostly. Refuses a second zygote
+for one state directory (flock).
 Invariant: neither role has threads, and each fork of the zygote closes every fd that is not its own.
 """
 
@@ -17,6 +18,7 @@ import os
 import runtime.rootfs_cgroup  # noqa: F401 - a helper would import it for each container
 from runtime.errors import RuntimeFailure
 from runtime.linux import template
+from runtime.linux.dumped import outlive_starter
 from runtime.linux.memory import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, malloc_trim, mallopt
 from runtime.linux.process import close_range, set_child_subreaper, set_comm
 from runtime.linux.sockets import listen_unix
@@ -112,7 +114,8 @@ def _become_shim(resident: Resident, first: Work, *take: int) -> NoReturn:
 
 def _direct() -> None:
     """The one request comes on fd 3; a shim that starts is a child of init from the beginning."""
-    if os.fork():
+    gc.enable()  # a command is over before there is garbage (runtime/resumable.py, runtime/boot.py)
+    if not outlive_starter() and os.fork():
         os._exit(0)
     close_range(_CONNECTION + 1)
     os.set_inheritable(_CONNECTION, False)

@@ -4,10 +4,13 @@ where it reads what came from elsewhere."""
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import pty
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -21,6 +24,8 @@ import pytest
 from cri.cli import addresses
 from runtime import dump, install, made_of
 from runtime.linux.processor import processor
+from runtime.linux.sockets import recv_frame, send_frame
+from runtime.shim import protocol
 from tests.commands import COMMAND_S, line, once, said
 from tests.e2e import Node
 from tests.support import eventually
@@ -28,6 +33,7 @@ from tests.support import eventually
 PREFIX = Path(sys.prefix)
 QUICK, SLOW = PREFIX / "bin/ocid", PREFIX / "lib/ocid/ocid"
 Outcome = tuple[int, bytes, bytes]
+SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 def outcome(command: Path, *words: str, env: Mapping[str, str] | None = None) -> Outcome:
@@ -134,6 +140,39 @@ def _known(pid: int) -> dict[str, str]:
 
 def _is_dumped(pid: int) -> bool:
     return str(SLOW.parent / "dump-") in Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_s01_a_shim_without_a_zygote_goes_on_from_the_dump_of_ocirun_and_is_sealed(cli: Node) -> None:
+    said(cli, "run", "-d", "--name", "there", cli.image, "sleep", "1000")
+    (record,) = cli.state.glob("pods/*/shim.json")
+    pid = int(json.loads(record.read_bytes())["pid"])
+    is_dumped = str(PREFIX / "lib/ocirun/dump-") in Path(f"/proc/{pid}/maps").read_text()
+    assert is_dumped == (cli.process is None)
+    for flags in (os.O_WRONLY, os.O_RDWR):
+        with pytest.raises(OSError) as caught:
+            os.close(os.open(f"/proc/{pid}/exe", flags))
+        assert caught.value.errno in (errno.EROFS, errno.EPERM, errno.ETXTBSY)
+    assert Path(f"/proc/{pid}/exe").stat().st_dev not in (QUICK.stat().st_dev, os.stat(sys.executable).st_dev)
+    status = _known(pid)
+    assert status["Name"].startswith("shim ") and status["Umask"] == "0077"
+    assert int(status["SigIgn"], 16) & 0x7FFFFFFF == sum(1 << number - 1 for number in SIGNALS)  # below the C library's
+    assert os.getsid(pid) == os.getpgid(pid) == pid
+    said(cli, "rm", "-f", "there")
+
+
+@pytest.mark.parametrize("command", [PREFIX / "bin/ocirun", PREFIX / "lib/ocirun/ocirun"])
+def test_a_shim_can_be_started_so_also_where_the_dump_is_stale(command: Path) -> None:
+    """Who asks it how it is hears of no zygote, and it has outlived its starter by then."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        moved = [(os.POSIX_SPAWN_DUP2, theirs.fileno(), 3)]
+        starter = os.posix_spawn(command, [command, "shim-on-fd-3"], os.environ, file_actions=moved)
+        assert os.waitpid(starter, 0)[1] == 0
+        theirs.close()
+        send_frame(ours, protocol.request("hello"))
+        received = recv_frame(ours)
+        assert received is not None and protocol.parse_reply(received[0]) == {"pid": 0, "version": ""}
+        assert recv_frame(ours) is None
 
 
 def test_a_clock_that_began_later(cli: Node) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from runtime.linux import dumped
 from runtime.linux.libc import KernelError
 from runtime.linux.process import CLONE_CLEAR_SIGHAND, CLONE_NEWPID, set_child_subreaper, unshare
-from runtime.linux.successor import AVAILABLE, succeed
-from tests.support import needs
+from runtime.linux.successor import AVAILABLE, orphan, succeed
+from tests.support import eventually, needs
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +80,33 @@ def test_the_caller_waits_until_the_successor_executes_and_no_page_is_copied() -
     os.kill(successor, signal.SIGKILL)
     assert (reaped(successor), reaped(pid)) == (-signal.SIGKILL, 0)
     os.close(reader)
+
+
+def test_an_orphan_goes_on_in_the_memory_of_a_caller_that_has_ended() -> None:
+    """No page is copied; the C library has the id of the new process's thread, also once the other has ended."""
+    block_of_thread = dumped._pthread_self()
+
+    def act(writer: int) -> None:
+        before, parent = anonymous(), os.getpid()
+        block = bytearray(8 << 20)
+        orphan(block_of_thread + dumped._TID_AT)
+        for page in range(0, len(block), 4096):
+            block[page] = 1
+        eventually(lambda: os.getppid() != parent, what="the caller's end")
+        thread = dumped._quad(block_of_thread + dumped._TID_AT) & 0xFFFFFFFF
+        forked = os.fork()
+        if not forked:
+            os._exit(7)
+        code = os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1])
+        os.write(writer, f"{parent} {os.getpid()} {thread} {os.getppid()} {anonymous() - before} {code}\n".encode())
+        signal.raise_signal(signal.SIGKILL)
+
+    for _ in range(20):
+        pid, reader = caller(act)
+        parent, own, thread, adopter, copied, code = map(int, heard(reader).split())
+        assert (parent, thread, adopter, code) == (pid, own, os.getpid(), 7) and own != pid
+        assert copied < (10 << 10)  # KiB: the block once
+        assert (reaped(pid), reaped(own)) == (0, -signal.SIGKILL)
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSEGV])
