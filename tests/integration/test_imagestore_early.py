@@ -14,7 +14,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ class Watched(Overlay):
         self.whole: list[str] = []
         self.asked = threading.Event()
         self.place = root / "snapshots"
-        super().__init__(self.place, db, replace(Config(workers=1, arriving=1, parent_wait_s=SOON_S), **changes))
+        super().__init__(self.place, db, Config(workers=1, arriving=1, parent_wait_s=SOON_S).changed(**changes))
 
     def unpack_arriving(self, blob: Arriving, media_type: str, diff_id: str, chain_id: str, *more: Any) -> None:
         self.early.append(chain_id)
