@@ -99,12 +99,17 @@ class Attributes(Record):
     set: int = 0
     clear: int = 0
 
-    def plus(self, set_: int, clear: int) -> Attributes:
-        """With one more option applied, the later winning."""
-        cleared = self.clear & ~set_ | clear
-        if cleared & MOUNT_ATTR_ATIME:
-            cleared |= MOUNT_ATTR_ATIME  # mount_setattr(2): all of the field or nothing
-        return Attributes(self.set & ~clear | set_, cleared)
+
+_NO_ATTRIBUTES = Attributes()
+
+
+def _plus(bits: tuple[int, int], more: tuple[int, int]) -> tuple[int, int]:
+    """Bits of Attributes, set and clear, with one more option applied, the later winning."""
+    set_, clear = more
+    cleared = bits[1] & ~set_ | clear
+    if cleared & MOUNT_ATTR_ATIME:
+        cleared |= MOUNT_ATTR_ATIME  # mount_setattr(2): all of the field or nothing
+    return bits[0] & ~clear | set_, cleared
 
 
 class IdMap(Record):
@@ -194,7 +199,7 @@ class _Options:
     """The options of one entry, sorted into what they are about."""
 
     def __init__(self, fields: Fields, options: tuple[str, ...], *, bind: bool) -> None:
-        self.own, self.below, self.named = Attributes(), Attributes(), False
+        own, below, self.named = (0, 0), (0, 0), False
         self.propagation: list[tuple[int, bool]] = []
         self.superblock = 0
         self.data: list[tuple[str, str | None]] = []
@@ -203,14 +208,14 @@ class _Options:
             if option in EXTENSIONS:
                 continue
             if option in ATTRIBUTES:
-                self.own, self.named = self.own.plus(*ATTRIBUTES[option]), True
+                own, self.named = _plus(own, ATTRIBUTES[option]), True
             elif option in PROPAGATION:
                 self.propagation.append(PROPAGATION[option])
             elif option in SUPERBLOCK:
                 set_, clear = SUPERBLOCK[option]
                 self.superblock, self.named = self.superblock & ~clear | set_, True
             elif option[:1] == "r" and option[1:] in ATTRIBUTES:
-                self.below = self.below.plus(*ATTRIBUTES[option[1:]])
+                below = _plus(below, ATTRIBUTES[option[1:]])
             elif option.startswith(_SUBDIR) and not bind:
                 self.subdir = option.removeprefix(_SUBDIR)
             elif bind:
@@ -218,21 +223,31 @@ class _Options:
                 raise fields.error(f"options[{index}]", problem)
             else:
                 self._add_data(option)
+        # Nothing is below a new filesystem.
+        self.own = Attributes(*(own if bind else _plus(own, below)))
+        self.below = Attributes(*below) if bind and below != (0, 0) else _NO_ATTRIBUTES
 
     def _add_data(self, option: str) -> None:
         # mount(2) takes all of it as one string: an option may hold several, and a comma may be escaped (overlay) or
         # quoted (labels).
+        if '"' not in option and "\\" not in option:
+            self.data += [_pair(word) for word in option.split(",") if word]
+            return
         word, quoted, escaped = "", False, False
         for char in f"{option},":
             if char == "," and not quoted and not escaped:
-                key, equals, value = word.partition("=")
                 if word:
-                    self.data.append((key, value if equals else None))
+                    self.data.append(_pair(word))
                 word = ""
             else:
                 word += char
             quoted ^= char == '"'
             escaped = char == "\\" and not escaped
+
+
+def _pair(word: str) -> tuple[str, str | None]:
+    key, equals, value = word.partition("=")
+    return key, value if equals else None
 
 
 def parse(fields: Fields) -> Mount:
@@ -248,18 +263,15 @@ def parse(fields: Fields) -> Mount:
     if not bind and not fstype and not remount:
         raise fields.error("type", "is required unless the options hold bind or rbind")
     kind = "bind" if bind else "cgroup" if fstype in ("cgroup", "cgroup2") else "filesystem"
-    own, below = found.own, found.below
-    if not bind:  # nothing is below a new filesystem
-        own, below = own.plus(below.set, below.clear), Attributes()
     return Mount(
         destination=destination,
         kind="remount" if remount else kind,
         fstype="bind" if bind else fstype,
         source=source,
         recursive="rbind" in options,
-        attributes=own,
+        attributes=found.own,
         named=found.named,
-        recursive_attributes=below,
+        recursive_attributes=found.below,
         propagation=tuple(found.propagation),
         superblock=found.superblock,
         data=tuple(found.data),

@@ -156,15 +156,15 @@ def _user(fields: Fields) -> User:
 def _capabilities(fields: Fields | None) -> Capabilities:
     if fields is None:
         return Capabilities()
-    sets, unknown = {}, []
+    sets: dict[str, int] = {}
+    masks: dict[tuple[str, ...], int] = {}  # three of the five are one list, as a rule
+    unknown: list[str] = []
     for kind in ("bounding", "effective", "inheritable", "permitted", "ambient"):
-        mask = 0
-        for name in fields.strs(kind):
-            if name in CAPABILITIES:
-                mask |= 1 << CAPABILITIES[name]
-            elif name not in unknown:
-                unknown.append(name)
-        sets[kind] = mask
+        names = fields.strs(kind)
+        if names not in masks:
+            masks[names] = sum({1 << CAPABILITIES[name] for name in names if name in CAPABILITIES})
+            unknown += [name for name in names if name not in CAPABILITIES and name not in unknown]
+        sets[kind] = masks[names]
     return Capabilities(**sets, unknown=tuple(unknown))
 
 

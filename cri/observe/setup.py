@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 def set_up_logs(config: Config) -> None:
     """Log lines on stderr, in the format and from the level that are configured."""
+    # No line says from where it is: a call's answer waits while that is found out (logging HOWTO, "Optimization").
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     handler = logging.StreamHandler(sys.stderr)
     if config.log_format == "json":
         from cri.observe.logs import JsonFormatter

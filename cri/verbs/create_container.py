@@ -7,6 +7,7 @@ failure nothing of it is left, and after a kill -9 recovery finds the record and
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -335,6 +336,7 @@ def stop_signal_of(config: pb.ContainerConfig, image: Image) -> str:
 
 
 def _user(node: Node, config: pb.ContainerConfig, image: Image) -> users.User:
+    @functools.cache  # for the user, and for the groups that have him
     def database() -> users.Database:
         if not image.layers:
             return users.Database()

@@ -217,14 +217,10 @@ class Manager:
         cgroup_fd = -1
         try:
             for place in self.places:
-                fd = tree.open_place(place, self.verify)
                 if place.hierarchy.version == 2:
-                    cgroup_fd = fd
-                    continue
-                try:
-                    tasks.append(os.open("tasks", os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=fd))
-                finally:
-                    os.close(fd)
+                    cgroup_fd = tree.open_place(place, self.verify)
+                else:
+                    tasks.append(tree.open_to_write(place, "tasks", self.verify))
         except OSError as error:
             Gate(cgroup_fd, tasks).close()
             raise RuntimeFailure.of(error, step="cgroup", what=f"open cgroup {self.main().directory}") from error

@@ -58,9 +58,18 @@ def open_top(hierarchy: Hierarchy, verify: Verify) -> int:
 
 def open_place(place: Place, verify: Verify) -> int:
     """The directory of a place as an O_PATH fd that the caller owns. Raises KernelError (ENOENT when there is none)."""
+    return _open_below(place, place.relative, _DIRECTORY, verify)
+
+
+def open_to_write(place: Place, file: str, verify: Verify) -> int:
+    """A file of a place's directory; the caller owns the fd. Raises KernelError (ENOENT when there is none)."""
+    return _open_below(place, f"{place.relative}/{file}", os.O_WRONLY, verify)
+
+
+def _open_below(place: Place, path: str, flags: int, verify: Verify) -> int:
     top = open_top(place.hierarchy, verify)
     try:
-        return openat2(top, place.relative, _DIRECTORY, 0, _BENEATH)
+        return openat2(top, path, flags, 0, _BENEATH)
     finally:
         os.close(top)
 

@@ -31,21 +31,30 @@ class Record:
         cls._defaults = {name: getattr(cls, name) for name in cls._fields if hasattr(cls, name)}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A config.json becomes eighty of these while somebody waits: what does not fit is found out once it is known.
         kind, values = type(self), self.__dict__
-        fields = kind._fields
-        given = dict(zip(fields, args, strict=False))
         values.update(kind._defaults)
-        values.update(given)
+        if args:
+            given = dict(zip(kind._fields, args, strict=False))
+            values.update(given)
+            if len(args) > len(given) or not given.keys().isdisjoint(kwargs):
+                self._refuse(args, kwargs)
         values.update(kwargs)
+        if values.keys() != kind._names:
+            self._refuse(args, kwargs)
+
+    def _refuse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+        kind, fields = type(self), self._fields
         if len(args) > len(fields):
             raise TypeError(f"{kind.__name__} takes {len(fields)} fields, got {len(args)}")
+        given = fields[: len(args)]
         for name in kwargs:
             if name in given:
                 raise TypeError(f"{kind.__name__}: field {name!r} is given twice")
-        if values.keys() != kind._names:
-            odd = next((name for name in values if name not in fields), "")
-            problem = f"{odd!r} is unknown" if odd else f"{next(n for n in fields if n not in values)!r} is missing"
-            raise TypeError(f"{kind.__name__}: field {problem}")
+        have = {*self.__dict__, *kwargs}
+        odd = next((name for name in kwargs if name not in fields), "")
+        problem = f"{odd!r} is unknown" if odd else f"{next(n for n in fields if n not in have)!r} is missing"
+        raise TypeError(f"{kind.__name__}: field {problem}")
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"{type(self).__name__} is frozen: {name}")
