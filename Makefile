@@ -6,7 +6,7 @@ export PYTHON
 run: setup ## registry, daemon, a pod with two containers, and a container without a daemon: for real, then cleaned up
 	.venv/bin/python -m conformance.demo
 
-test: setup ## checks and the whole suite
+test: setup ## the whole suite: unit, contract and integration tests
 	hack/test
 
 check: setup ## format, lint, types, import directions, unit tests: under a minute

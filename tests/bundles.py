@@ -22,10 +22,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from conformance.leaks import contents
 from runtime import lifecycle
 from runtime.linux.mount import mountinfo
 from runtime.linux.process import set_child_subreaper
-from tests.support import SOON_S, eventually, take_away
+from tests.support import SOON_S, cgroup_tops, eventually, take_away, take_away_cgroup
 
 # Another runtime takes its place where a test is to be seen to hold for that one too (hack/vm --runtime).
 OCID_RUNTIME = os.environ.get("OCID_RUNTIME")
@@ -270,10 +271,9 @@ class Bundles:
     def cgroups(self, name: str = "") -> list[str]:
         """cgroup directories of a container, or of all."""
         found = []
-        for top in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()):
-            mine = top / self.cgroup
-            if mine.is_dir() and not top.is_symlink():
-                found += [str(path) for path in mine.iterdir() if path.is_dir() and (not name or path.name == name)]
+        for top in cgroup_tops():
+            with suppress(FileNotFoundError), os.scandir(f"{top}/{self.cgroup}") as entries:
+                found += [one.path for one in entries if one.is_dir() and (not name or one.name == name)]
         return found
 
     def processes(self, name: str = "") -> list[int]:
@@ -284,8 +284,8 @@ class Bundles:
         for entry in os.listdir("/proc"):
             if entry.isdigit() and int(entry) != os.getpid():
                 try:
-                    text = Path(f"/proc/{entry}/cgroup").read_bytes()
-                    text += Path(f"/proc/{entry}/cmdline").read_bytes() if not name else b""
+                    text = contents(f"/proc/{entry}/cgroup")
+                    text += contents(f"/proc/{entry}/cmdline") if not name else b""
                 except OSError:
                     continue
                 if mark in text or (not name and str(self.root).encode() in text):
@@ -300,10 +300,12 @@ class Bundles:
             for name in sorted(os.listdir(self.root)) if self.root.exists() else ():
                 if not name.startswith("."):
                     self._delete(name)
-            eventually(lambda: not self.processes(), what=f"processes {self.processes()} to end")
+            eventually(lambda: not self.processes(), what="the test's processes to end")
             assert self.cgroups() == [] and self.mounts() == []
-        finally:
+        except BaseException:
             take_away(self.cgroup, self.processes, self.mounts)
+            raise
+        take_away_cgroup(self.cgroup)
 
     def _delete(self, name: str) -> None:
         """`delete --force`, without a process for each container that a test leaves: tests of `delete` call it."""
@@ -346,10 +348,10 @@ def awaited(child: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
 
 def _reap() -> None:
     """Waits for ended containers that became children of this process."""
-    for pid in Path("/proc/thread-self/children").read_text().split():
+    for pid in contents("/proc/thread-self/children").split():
         with suppress(OSError):
-            stat = Path(f"/proc/{pid}/stat").read_text()
-            if stat.rpartition(")")[2].split()[0] == "Z" and int(pid) not in _mine:
+            stat = contents(f"/proc/{int(pid)}/stat")
+            if stat.rpartition(b")")[2].split()[0] == b"Z" and int(pid) not in _mine:
                 os.waitpid(int(pid), os.WNOHANG)
 
 

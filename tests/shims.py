@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
 
+from conformance.leaks import contents
 from runtime.linux.mount import FsMount, mountinfo
 from runtime.linux.process import is_running
 from runtime.linux.sockets import connect_unix, recv_frame, send_frame
@@ -25,7 +26,7 @@ from runtime.shim import protocol
 from runtime.shim.cgroup import SPARE
 from runtime.shim.client import Shims
 from runtime.shim.model import ContainerFacts, ContainerSpec, ExecResult, ExecSpec, Sandbox, SandboxSpec
-from tests.support import SOON_S, eventually, take_away
+from tests.support import SOON_S, cgroup_tops, eventually, take_away, take_away_cgroup
 
 RUNC = shutil.which("runc") or "/usr/sbin/runc"
 CAPABILITIES = ["CAP_KILL", "CAP_CHOWN", "CAP_SETUID", "CAP_SETGID", "CAP_DAC_OVERRIDE", "CAP_SYS_CHROOT"]
@@ -204,11 +205,10 @@ class Machine:
 
     def cgroups(self) -> list[str]:
         found = []
-        for top in Path("/sys/fs/cgroup").iterdir():
-            for base in (top, top.parent):
-                if (base / self.cgroup).is_dir():
-                    found += [str(path) for path in (base / self.cgroup).iterdir() if path.is_dir()]
-        return sorted(set(found))
+        for top in cgroup_tops():
+            with contextlib.suppress(FileNotFoundError), os.scandir(f"{top}/{self.cgroup}") as entries:
+                found += [one.path for one in entries if one.is_dir()]
+        return sorted(found)
 
     def processes(self) -> list[int]:
         """Processes whose command line or cgroup leads to the test, and the forks of a zygote that it shares."""
@@ -221,7 +221,7 @@ def _named(*names: str) -> list[int]:
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != os.getpid():
             try:
-                text = Path(f"/proc/{entry}/cmdline").read_bytes() + Path(f"/proc/{entry}/cgroup").read_bytes()
+                text = contents(f"/proc/{entry}/cmdline") + contents(f"/proc/{entry}/cgroup")
             except OSError:
                 continue
             if any(os.fsencode(name) in text for name in names):
@@ -324,8 +324,7 @@ class Lab:
     def close(self) -> None:
         # Each of it happens whatever becomes of the others.
         with ExitStack() as undo:
-            machine = self.machine
-            undo.callback(take_away, machine.cgroup, machine.processes, machine.mounts)
+            undo.push(self._take_away)
             undo.callback(self._check)
             if not self.home.serving:
                 undo.callback(self.shims.end_zygote)
@@ -335,7 +334,13 @@ class Lab:
     def _check(self) -> None:
         assert self.machine.mounts() == []
         assert self.machine.cgroups() == []
-        eventually(lambda: not self.machine.processes(), what=f"processes {self.machine.processes()} to end")
+        eventually(lambda: not self.machine.processes(), what="the test's processes to end")
+
+    def _take_away(self, failed: type[BaseException] | None, *_: object) -> None:
+        if failed:
+            take_away(self.machine.cgroup, self.machine.processes, self.machine.mounts)
+        else:
+            take_away_cgroup(self.machine.cgroup)  # there is nothing else, as was just looked
 
 
 @contextmanager

@@ -69,7 +69,17 @@ def take_away(cgroup: str, processes: Callable[[], list[int]], mounts: Callable[
     eventually(lambda: not processes(), what="processes of the test to die")
     for target in reversed(mounts()):
         umount2(target, MNT_DETACH)
-    for top in [Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()]:
-        if not top.is_symlink():
-            for directory, _, _ in os.walk(top / cgroup, topdown=False):
-                os.rmdir(directory)
+    take_away_cgroup(cgroup)
+
+
+def take_away_cgroup(cgroup: str) -> None:
+    """`cgroup` at the top of each hierarchy, with all below it."""
+    for top in cgroup_tops():
+        for directory, _, _ in os.walk(f"{top}/{cgroup}", topdown=False):
+            os.rmdir(directory)
+
+
+def cgroup_tops() -> list[str]:
+    """What may be the top of a hierarchy; beside directories there are links that lead to several controllers'."""
+    with os.scandir("/sys/fs/cgroup") as entries:
+        return ["/sys/fs/cgroup", *(one.path for one in entries if one.is_dir(follow_symlinks=False))]

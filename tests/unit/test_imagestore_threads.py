@@ -23,6 +23,7 @@ def test_an_abandoned_call_that_fails_is_not_printed() -> None:
 
     async def scenario() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: printed.append(context))
+        gc.freeze()  # what other tests hold need not be looked through
         threads = Threads(1, 1, 1)
         threads.enter()
         threads.start_io(fail)
