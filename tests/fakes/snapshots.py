@@ -88,12 +88,36 @@ def _member(name: str, kind: bytes, mode: int, data: bytes = b"", **fields: obje
 
 
 def tarball(members: Iterable[Member], form: int = tarfile.PAX_FORMAT) -> bytes:
-    """The raw tar of `members`."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=form, encoding="utf-8", errors="surrogateescape") as archive:
-        for info, data in members:
-            archive.addfile(info, io.BytesIO(data) if info.type == tarfile.REGTYPE else None)
-    return out.getvalue()
+    """The raw tar of `members`, byte for byte as tarfile writes it, and what is plain a sixth of the time."""
+    pieces = []
+    for info, data in members:
+        pieces.append(_plain(info, form) or info.tobuf(form, "utf-8", "surrogateescape"))
+        if info.type == tarfile.REGTYPE:
+            pieces.append(data)
+            pieces.append(bytes(-len(data) % tarfile.BLOCKSIZE))
+    size = sum(map(len, pieces)) + 2 * tarfile.BLOCKSIZE
+    return b"".join((*pieces, bytes(2 * tarfile.BLOCKSIZE + -size % tarfile.RECORDSIZE)))
+
+
+def _plain(info: tarfile.TarInfo, form: int) -> bytes:
+    """The header of a member for which one block of ustar does; nothing for another."""
+    name = f"{info.name}/" if info.type == tarfile.DIRTYPE and not info.name.endswith("/") else info.name
+    numbers = (info.mode, info.uid, info.gid, info.size, info.mtime)
+    if (
+        form != tarfile.PAX_FORMAT
+        or info.type not in (tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE)
+        or not (name.isascii() and info.linkname.isascii() and len(name) <= 100 and len(info.linkname) <= 100)
+        or not all(type(number) is int and 0 <= number <= most for number, most in zip(numbers, _MOST, strict=True))
+        or info.pax_headers or info.uname or info.gname
+    ):  # fmt: skip
+        return b""
+    front = b"%b%07o\0%07o\0%07o\0%011o\0%011o\0" % (name.encode().ljust(100, b"\0"), *numbers)
+    back = b"%b%bustar\x0000" % (info.type, info.linkname.encode().ljust(100, b"\0"))
+    return b"%b%06o\0 %b%b" % (front, sum(front) + 8 * 32 + sum(back), back, bytes(247))
+
+
+# What mode, uid, gid, size and mtime have room for: digits that are octal.
+_MOST = (0o7777, 0o7777777, 0o7777777, 0o77777777777, 0o77777777777)
 
 
 @dataclass(frozen=True)

@@ -112,12 +112,12 @@ def programs(manager: Manager) -> tuple[int, ...]:
         os.close(fd)
 
 
-def test_o61_a_thousand_updates_leave_one_program(manager: Manager, kmsg: str) -> None:
+def test_o61_a_hundred_updates_leave_one_program(manager: Manager, kmsg: str) -> None:
     rules = [DENY, {**KMSG, "allow": True, "access": "r"}]
     manager.create(wish(devices=rules))
     again = wish(devices=rules)
     fds = len(os.listdir("/proc/self/fd"))
-    for _ in range(1000):
+    for _ in range(100):  # 64 programs are all that a cgroup takes
         manager.set(again)
     assert len(os.listdir("/proc/self/fd")) <= fds  # fewer, when the collector took what an earlier test left
     if "" in manager.paths():
@@ -133,7 +133,7 @@ def test_o61_a_running_process_never_loses_a_device_in_an_update(manager: Manage
     script = "import os\nos.write(1, b'x')\nwhile True: os.close(os.open('/dev/null', os.O_RDWR))"
     child = spawn(["python3", "-S", "-c", script], manager)
     child.read()
-    for index in range(300):
+    for index in range(100):
         extra = {"type": "b", "major": 7, "minor": index % 5, "allow": True, "access": "rwm"}
         manager.set(wish(devices=[DENY, extra]))
     assert manager.pids() == [child.pid]
@@ -179,7 +179,9 @@ def test_the_verifier_takes_every_shape_of_program() -> None:
             wanted = wish(devices=[base, chosen]).devices
             assert wanted is not None
             os.close(bpf.bpf_prog_load_device(devices_v2.program(devices.policy(wanted))))
-    many = [{**rule, "major": 8, "minor": minor} for minor in range(700)]
+    many = [{**rule, "major": 8, "minor": minor} for minor in range(550)]
     wanted = wish(devices=[DENY, *many]).devices
     assert wanted is not None
-    os.close(bpf.bpf_prog_load_device(devices_v2.program(devices.policy(wanted))))
+    long = devices_v2.program(devices.policy(wanted))
+    assert len(long) // 8 > 4096  # all that a program had before Linux 5.2
+    os.close(bpf.bpf_prog_load_device(long))

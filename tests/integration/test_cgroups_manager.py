@@ -245,7 +245,7 @@ def test_a_parent_that_comes_and_goes_meanwhile(path: str) -> None:
 
     child = fork(fail)
     try:
-        for _ in range(200):
+        for _ in range(50):
             manager = manager_for(f"{path}/a/b/mine", "x")
             manager.create(Resources())
             manager.destroy()

@@ -27,7 +27,7 @@ from snapshotter import overlay as overlay_module
 from snapshotter.model import Config, NotFound, SnapshotError, UnpackError
 from snapshotter.mounts import overlay_mount
 from snapshotter.overlay import Overlay
-from tests.fakes.snapshots import Blob, blob, directory, file
+from tests.fakes.snapshots import PLAIN, Blob, blob, directory, file
 from tests.integration.cgroup_child import fork, own_path
 from tests.support import SOON_S, eventually, needs
 
@@ -98,19 +98,19 @@ def contents(path: Path) -> dict[str, list[str]]:
 # ------------------------------------------------------------------------------------------------------------ mounts
 
 
-@pytest.mark.parametrize("count", [128, 500])
-def test_o53_many_layers_are_mounted(overlay: Overlay, tmp_path: Path, count: int) -> None:
-    parent: Blob | None = None
-    for number in range(count):
-        parent = blob(tmp_path, [file(f"f{number}", b"%d" % number), file("same", b"%d" % number)], parent=parent)
-        overlay.unpack_layer(*parent.arguments())
-    assert parent is not None
-    with mounted(overlay.prepare("c", parent.chain_id), tmp_path / "m") as root:
-        assert len(os.listdir(root)) == count + 1
-        assert (root / "same").read_bytes() == b"%d" % (count - 1)
-        assert (root / "f0").read_bytes() == b"0"
-        (root / "f0").write_bytes(b"changed")
-    assert (tmp_path / "root/layers/1/fs/f0").read_bytes() == b"0"
+def test_o53_many_layers_are_mounted(overlay: Overlay, tmp_path: Path) -> None:
+    layers: list[Blob] = []
+    for number in range(500):
+        parent = layers[-1] if layers else None
+        layers.append(blob(tmp_path, [file(f"f{number}", b"%d" % number), file("same", b"%d" % number)], parent=parent))
+        overlay.unpack_layer(*layers[-1].arguments())
+    for count in (128, 500):
+        with mounted(overlay.prepare(f"c{count}", layers[count - 1].chain_id), tmp_path / f"m{count}") as root:
+            assert len(os.listdir(root)) == count + 1
+            assert (root / "same").read_bytes() == b"%d" % (count - 1)
+            assert (root / "f0").read_bytes() == b"0"
+            (root / "f0").write_bytes(b"changed")
+        assert (tmp_path / "root/layers/1/fs/f0").read_bytes() == b"0"
 
 
 @pytest.mark.parametrize("count", [2, 128])
@@ -246,7 +246,7 @@ def _page_cache(files: list[int]) -> int:
 
 def test_fifty_containers_hold_an_image_once_on_disk_and_once_in_memory(overlay: Overlay, tmp_path: Path) -> None:
     size = 32 << 20
-    layer = blob(tmp_path, [file("big", os.urandom(1 << 20) * 32), file("small", b"1")])
+    layer = blob(tmp_path, [file("big", os.urandom(1 << 20) * 32), file("small", b"1")], PLAIN)
     overlay.unpack_layer(*layer.arguments())
     (lower,) = overlay.lower_directories(layer.chain_id)
     with ExitStack() as stack:

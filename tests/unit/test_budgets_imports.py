@@ -6,8 +6,10 @@ wrong.
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -36,21 +38,27 @@ HEAVY = frozenset(
 )
 
 
-def _imports(module: str, *flags: str, whole: bool = False, times: int = 1) -> tuple[float, set[str]]:
+@functools.cache
+def _imports(module: str, *flags: str, times: int = 1) -> tuple[float, frozenset[str]]:
     """The shortest of so many starts, and what each imports."""
     # The venv's interpreter with -S has no site-packages at all: what runtime imports, it must find without.
     command = [sys.executable, *flags, "-c", PROBE.format(root=str(ROOT), module=module)]
-    shortest, names = 1e9, set[str]()
+    shortest, names = 1e9, frozenset[str]()
     for _ in range(times):
         took, *found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        shortest, names = min(shortest, float(took)), {name if whole else name.split(".")[0] for name in found}
+        shortest, names = min(shortest, float(took)), frozenset(found)
     return shortest, names
+
+
+def _packages(names: Iterable[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
 
 
 @pytest.mark.parametrize(("module", "limit"), [("runtime.cli", 150), ("runtime.shim.zygote", 800)])
 def test_the_runtime_starts_with_little(module: str, limit: int) -> None:
     took, names = _imports(module, "-I", "-S", times=3)
-    assert not names & COSTLY, f"{module} imports {sorted(names & COSTLY)} at its start"
+    found = _packages(names) & COSTLY
+    assert not found, f"{module} imports {sorted(found)} at its start"
     assert took < limit, f"importing {module} takes {took:.0f} units"
 
 
@@ -62,14 +70,14 @@ def test_a_worker_that_unpacks_starts_with_less() -> None:
 
 @pytest.mark.parametrize("module", ["cri.cli.main", "cri.cli.ps", "cri.cli.stop"])
 def test_the_command_line_waits_for_nothing_heavy(module: str) -> None:
-    names = _imports(module, "-I")[1]
+    names = _packages(_imports(module, "-I")[1])
     refused = HEAVY - ({"grpc"} if module != "cri.cli.main" else set())
     assert not names & refused, f"{module} imports {sorted(names & refused)} at its start"
 
 
 @pytest.mark.parametrize("module", ["cri.cli.main", "cri.cli.ps", "cri.cli.run", "cri.daemon"])
 def test_what_few_calls_need_is_imported_by_those(module: str) -> None:
-    found = _imports(module, "-I", whole=True)[1] & ONCE
+    found = _imports(module, "-I")[1] & ONCE
     assert not found, f"{module} imports {sorted(found)} at its start"
 
 
@@ -84,6 +92,6 @@ def test_no_command_that_starts_is_held_up_by_the_collector() -> None:
 
 
 def test_the_daemon_is_not_heavier_than_it_must_be() -> None:
-    names = _imports("cri.daemon", "-I")[1]
+    names = _packages(_imports("cri.daemon", "-I")[1])
     allowed = {"grpc", "aiohttp", "zstandard"}
     assert not names & (HEAVY - allowed), f"cri.daemon imports {sorted(names & (HEAVY - allowed))} at its start"
