@@ -86,6 +86,7 @@ def compare(right: Path, found: Path, since: int) -> Iterator[tuple[str, str]]:
     """The paths at which `found` differs from `right`, which was made after `since` (ns), and how. Follows no link."""
     fds = [os.open(path, _DIRECTORY) for path in (right, found)]
     waiting = [b""]  # not by recursion: a layer may be as deep as it likes
+    linked: dict[tuple[int, int], bool] = {}
     try:
         while waiting:
             path = waiting.pop()
@@ -100,7 +101,7 @@ def compare(right: Path, found: Path, since: int) -> Iterator[tuple[str, str]]:
                     if _is_directory(one, name) and _is_directory(two, name):
                         waiting.append(os.fsencode(inside))
                     else:
-                        yield from ((inside, what) for what in _entry(one, two, name, since))
+                        yield from ((inside, what) for what in _entry(one, two, name, since, linked))
     finally:
         for fd in fds:
             os.close(fd)
@@ -126,13 +127,14 @@ def _is_directory(fd: int, name: str) -> bool:
     return stat.S_ISDIR(os.stat(name, dir_fd=fd, follow_symlinks=False).st_mode)
 
 
-def _entry(right: int, found: int, name: str, since: int) -> Iterator[str]:
+def _entry(right: int, found: int, name: str, since: int, linked: dict[tuple[int, int], bool]) -> Iterator[str]:
+    """`linked`: whether two files, by their inodes, have the same content; the names of one may be many."""
     one, two = (os.stat(name, dir_fd=fd, follow_symlinks=False) for fd in (right, found))
     if stat.S_IFMT(one.st_mode) != stat.S_IFMT(two.st_mode):
         yield "is of another type"
     elif stat.S_ISREG(one.st_mode):
         with _both((right, found), os.fsencode(name), _FILE) as (ours, theirs):
-            yield from _files(ours, theirs, one, two, since)
+            yield from _files(ours, theirs, one, two, since, linked)
     else:
         yield from _common(one, two, since)
         if stat.S_ISLNK(one.st_mode) and os.readlink(name, dir_fd=right) != os.readlink(name, dir_fd=found):
@@ -141,13 +143,27 @@ def _entry(right: int, found: int, name: str, since: int) -> Iterator[str]:
             yield "is another device"
 
 
-def _files(right: int, found: int, one: os.stat_result, two: os.stat_result, since: int) -> Iterator[str]:
+def _files(
+    right: int,
+    found: int,
+    one: os.stat_result,
+    two: os.stat_result,
+    since: int,
+    linked: dict[tuple[int, int], bool],
+) -> Iterator[str]:
     yield from _looks(right, found, one, two, since)
     if one.st_nlink != two.st_nlink:
         yield "has another number of hard links"
     if one.st_size != two.st_size:
         yield f"has {two.st_size} bytes, not {one.st_size}"
-    elif any(a != b for a, b in zip(_pieces(right), _pieces(found), strict=False)):
+        return
+    pair = one.st_ino, two.st_ino
+    same = linked.get(pair)
+    if same is None:
+        same = all(a == b for a, b in zip(_pieces(right), _pieces(found), strict=False))
+        if one.st_nlink > 1:
+            linked[pair] = same
+    if not same:
         yield "has other content"
 
 
