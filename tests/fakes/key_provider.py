@@ -5,18 +5,17 @@
 DIRECTORY/secret is what it wraps with, DIRECTORY/asked gets a line of JSON for each request. It wraps by HMAC-SHA-256
 as a stream, and refuses packets that another secret has wrapped. DIRECTORY/answer, where there is one, is what it says;
 with a DIRECTORY/silent it says nothing and does not end, and DIRECTORY/silent has a file called by its pid.
+It imports little, since many are started.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import hmac
 import json
 import os
-import signal
 import sys
-from pathlib import Path
+from binascii import a2b_base64, b2a_base64
 
 
 def stream(secret: bytes, nonce: bytes, data: bytes) -> bytes:
@@ -38,23 +37,27 @@ def unwrap(secret: bytes, packet: bytes) -> bytes:
 
 
 def main() -> None:
-    home = Path(sys.argv[1])
+    home = sys.argv[1]
     request = json.load(sys.stdin)
-    with (home / "asked").open("a") as log:
+    with open(f"{home}/asked", "a", encoding="utf-8") as log:
         log.write(json.dumps(request) + "\n")
-    if (home / "silent").exists():
-        (home / "silent" / str(os.getpid())).touch()
+    if os.path.exists(f"{home}/silent"):
+        import signal
+
+        open(f"{home}/silent/{os.getpid()}", "x").close()
         signal.pause()
-    if (home / "answer").exists():
-        sys.stdout.write((home / "answer").read_text())
+    if os.path.exists(f"{home}/answer"):
+        with open(f"{home}/answer", encoding="utf-8") as answer:
+            sys.stdout.write(answer.read())
         return
-    secret = (home / "secret").read_bytes()
+    with open(f"{home}/secret", "rb") as file:
+        secret = file.read()
     if request["op"] == "keywrap":
-        packet = wrap(secret, base64.b64decode(request["keywrapparams"]["optsdata"]))
-        print(json.dumps({"keywrapresults": {"annotation": base64.b64encode(packet).decode()}}))
+        packet = wrap(secret, a2b_base64(request["keywrapparams"]["optsdata"]))
+        print(json.dumps({"keywrapresults": {"annotation": b2a_base64(packet, newline=False).decode()}}))
     else:
-        plain = unwrap(secret, base64.b64decode(request["keyunwrapparams"]["annotation"]))
-        print(json.dumps({"keyunwrapresults": {"optsdata": base64.b64encode(plain).decode()}}))
+        plain = unwrap(secret, a2b_base64(request["keyunwrapparams"]["annotation"]))
+        print(json.dumps({"keyunwrapresults": {"optsdata": b2a_base64(plain, newline=False).decode()}}))
 
 
 if __name__ == "__main__":

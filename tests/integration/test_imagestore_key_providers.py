@@ -45,7 +45,7 @@ class Node(World):
         self.home.mkdir()
         (self.home / "secret").write_bytes(b"of this node")
         self.file = self.directory / "providers.json"
-        program = {"path": sys.executable, "args": [str(Path(key_provider.__file__)), str(self.home)]}
+        program = {"path": sys.executable, "args": ["-IS", str(Path(key_provider.__file__)), str(self.home)]}
         self.provide(vault={"cmd": program}, far={"grpc": "127.0.0.1:1"})
         self.bench.close()
         self.bench = Bench(self.directory / "store", decryption_keys=self.node_keys, key_providers=self.file)
@@ -267,7 +267,7 @@ def served(node: Node, tls: Path | None = None) -> Iterator[tuple[str, list[str]
     def answer(message: bytes, context: Any) -> bytes:
         # By protobuf's own hand: keyProviderKeyWrapProtocolInput and -Output are one field of bytes each.
         request = BytesValue.FromString(message).value
-        command = [sys.executable, key_provider.__file__, str(node.home)]
+        command = [sys.executable, "-IS", key_provider.__file__, str(node.home)]
         made = subprocess.run(command, input=request, capture_output=True, check=False)
         if made.returncode:
             context.abort(grpc.StatusCode.PERMISSION_DENIED, "SECRET: not wrapped by me")
