@@ -265,7 +265,8 @@ def load(root: str, container_id: str) -> State:
             ) from None
         raise RuntimeFailure("container does not exist", code="not_found", hint=f"no {path}") from None
     try:
-        raw = os.read(fd, _MAX_STATE)
+        # Room for as much as there is: for the most that there may be, it would be mapped and unmapped each time.
+        raw = os.read(fd, min(os.fstat(fd).st_size, _MAX_STATE))
     finally:
         os.close(fd)
     return _parse(raw, f"{path}/{_FILE}")

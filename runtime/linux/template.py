@@ -143,16 +143,21 @@ class Template:
         self._file = file  # address of a mapping of the whole file that nobody writes to
         self._room = max(pages for _, pages in regions) * _ENTRY
         self._entries = map_room(self._room)
+        self._copied_by = 0  # a fork of who has copied has not
         self.size = sum(pages for _, pages in regions) * _PAGE
 
     def copy(self) -> None:
-        """Copies all pages at once, rather than one by one as this process comes to write to them. Raises OSError."""
+        """Copies all pages at once, rather than one by one as this process comes to write to them; who has done so is
+        asked in vain, since a look at them all takes as long as some copies. Raises OSError."""
+        if self._copied_by == os.getpid():
+            return
         for address, pages in self._regions:
             advise(address, pages * _PAGE, MADV_POPULATE_WRITE)
+        self._copied_by = os.getpid()
 
     def give_back(self) -> int:
         """Gives up this process's copies of pages that equal the template's. How many they were. Raises OSError."""
-        given, file = 0, self._file
+        given, file, self._copied_by = 0, self._file, 0
         pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         mask = signals.block_all()  # the interpreter's handler notes a signal in its data
         try:

@@ -18,7 +18,17 @@ from __future__ import annotations
 import array
 import marshal
 import os
-from _socket import AF_UNIX, CMSG_SPACE, MSG_CMSG_CLOEXEC, SCM_RIGHTS, SOCK_CLOEXEC, SOCK_SEQPACKET, SOL_SOCKET
+from _socket import (
+    AF_UNIX,
+    CMSG_SPACE,
+    MSG_CMSG_CLOEXEC,
+    MSG_PEEK,
+    MSG_TRUNC,
+    SCM_RIGHTS,
+    SOCK_CLOEXEC,
+    SOCK_SEQPACKET,
+    SOL_SOCKET,
+)
 from _socket import socketpair as _socketpair
 
 from runtime.errors import RuntimeFailure
@@ -29,8 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-_ROOM = 1 << 18
 _FDS = CMSG_SPACE(16 * 4)
+_peeked = bytearray(1)
 
 
 def pair() -> tuple[Socket, Socket]:
@@ -47,7 +57,9 @@ def send(end: Socket, message: Any, fds: Iterable[int] = ()) -> None:
 
 def receive(end: Socket) -> tuple[Any, list[int]] | None:
     """The next message and its fds; None when the other end is gone."""
-    data, ancillary, _, _ = end.recvmsg(_ROOM, _FDS, MSG_CMSG_CLOEXEC)
+    # Its length first (recv(2), MSG_TRUNC): room for the longest would be mapped, faulted in and unmapped each time.
+    size = end.recv_into(_peeked, 0, MSG_PEEK | MSG_TRUNC)
+    data, ancillary, _, _ = end.recvmsg(size, _FDS, MSG_CMSG_CLOEXEC) if size else (b"", [], 0, None)
     if not data:
         return None
     fds: list[int] = []

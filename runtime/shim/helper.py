@@ -69,9 +69,8 @@ def _answer(resident: Resident, take_connection: int, channel: Channel, *, waite
 def _linger(resident: Resident, channel: Channel, expected: str) -> None:
     """Serves what is expected to follow, if it does, and what is expected after that."""
     while expected:
-        if expected == "create" and resident.make_ready is not None:
-            resident.make_ready()
-        expected = linger(channel, expected, lambda taken: _answer(resident, taken, channel, waited=True))
+        ready = resident.make_ready if expected == "create" else None
+        expected = linger(channel, expected, lambda taken: _answer(resident, taken, channel, waited=True), ready)
 
 
 def first_helper(state: str, zygote: int, spare: Spare | None = None) -> Work:

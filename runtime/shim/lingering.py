@@ -29,25 +29,38 @@ if TYPE_CHECKING:
 IDLE = "idle"  # what the shim is told first
 PATIENCE = 1.0  # seconds
 _MOMENT = 0.1  # seconds
+_BREATH = 0.002  # seconds
 _HEADER, _NAME = 4, 32  # bytes of a frame (runtime.linux.sockets) that come first, and that tell the operation
 
 
-def linger(channel: Channel, wanted: str, serve: Callable[[int], str]) -> str:
+def linger(
+    channel: Channel, wanted: str, serve: Callable[[int], str], make_ready: Callable[[], object] | None = None
+) -> str:
     """After IDLE was told: calls `serve` with the connection of a `wanted` operation, if one comes in time. `serve`
-    owns the fd; what it returns is returned, or ""."""
-    channel.set_timeout(PATIENCE)
-    try:
-        name, fds = channel.take()
-    except TimeoutError:
-        channel.set_timeout(None)
-        channel.tell("leave")
-        name, fds = channel.take()
+    owns the fd; what it returns is returned, or "". `make_ready` is called while nobody comes, but not at once: the
+    answer to the request before is on its way, and those who pass it on need the processor."""
+    came = _take(channel, _BREATH) if make_ready is not None else None
+    if came is None and make_ready is not None:
+        make_ready()
+    came = came or _take(channel, PATIENCE)
     channel.set_timeout(None)
+    if came is None:
+        channel.tell("leave")
+        came = channel.take()
+    name, fds = came
     if name == "serve":
         if _asks_for(wanted, fds[0]):
             return serve(fds[0])
         channel.tell("decline", fds=fds)
     return ""
+
+
+def _take(channel: Channel, seconds: float) -> tuple[str, list[int]] | None:
+    channel.set_timeout(seconds)
+    try:
+        return channel.take()
+    except TimeoutError:
+        return None
 
 
 def _asks_for(wanted: str, connection: int) -> bool:

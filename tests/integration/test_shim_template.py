@@ -86,6 +86,8 @@ def child():
     assert objects == [f"{number}" for number in range(20000)]
     del before
     assert taken.give_back() > copied * 3 // 4
+    taken.copy()  # who has given them back copies anew
+    assert own_pages() == copied
 
 forked(child)
 """)
