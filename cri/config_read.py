@@ -8,6 +8,7 @@ Invariant: an error names the file that it is in.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any, get_type_hints
 from cri.config import NATIVE, Config, ConfigError, RuntimeSection
 
 DEFAULT_FILE = Path("/etc/ocid/config.toml")
+
+_types = functools.cache(get_type_hints)  # of the same classes for each file, and for all of them together
 
 
 def load(path: Path | None = None, **overrides: Any) -> Config:
@@ -86,7 +89,7 @@ def _merge(into: dict[str, Any], table: Mapping[str, Any]) -> None:
 
 def _build(kind: type[Any], table: Mapping[str, Any], path: str) -> Any:
     fields = {item.name: item for item in dataclasses.fields(kind)}
-    types = get_type_hints(kind)
+    types = _types(kind)  # type: ignore[arg-type]  # a class is hashable
     values: dict[str, Any] = {}
     for key, raw in table.items():
         where = f"{path}{key}"

@@ -31,6 +31,7 @@ _MORE = (
     "logging",
     "runtime.errors",
     "runtime.linux.sockets",
+    "tomllib",
 )
 _MAX_SHEBANG = 127
 _CODE = "import sys\nfrom cri.cli.main import main\nsys.exit(main())\n"

@@ -223,7 +223,13 @@ def main() -> int:
     from cri.cli.main import main as ocid
 
     # What commands import when they come to it is here, too, as far as most of them do.
-    for name in (*(f"cri.cli.{command}" for command in COMMANDS), "cri.daemon", "aiohttp", "cri.api.api_pb2_grpc"):
+    for name in (
+        *(f"cri.cli.{command}" for command in COMMANDS),
+        "cri.daemon",
+        "aiohttp",
+        "cri.api.api_pb2_grpc",
+        "tomllib",
+    ):
         importlib.import_module(name)
     gc.collect()
     gc.freeze()

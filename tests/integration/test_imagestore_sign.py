@@ -103,7 +103,7 @@ def maker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maker]:
 @pytest.fixture(scope="module")
 def stocked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stocked]:
     needs("root")
-    with registry(tmp_path_factory.mktemp("registry")) as server:
+    with registry(tmp_path_factory.mktemp("registry"), measured=False) as server:
         yield Stocked(server)
 
 

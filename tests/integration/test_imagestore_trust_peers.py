@@ -133,7 +133,7 @@ def maker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maker]:
 @pytest.fixture
 def place(tmp_path: Path, maker: Maker) -> Iterator[Place]:
     needs("root")
-    with registry(tmp_path / "registry") as server:
+    with registry(tmp_path / "registry", measured=False) as server:
         made = Place(tmp_path, server)
         made.stock()
         yield made

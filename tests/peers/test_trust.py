@@ -44,7 +44,7 @@ def maker(tmp_path_factory: pytest.TempPathFactory) -> Maker:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     directory = tmp_path_factory.mktemp("place")
-    with registry(directory / "registry") as server:
+    with registry(directory / "registry", measured=False) as server:
         made = Place(directory, server)
         made.stock()
         yield made
