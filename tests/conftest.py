@@ -10,14 +10,12 @@ sessions side by side, that comparison is left to who started them.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import gc
 import os
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -29,18 +27,6 @@ if TYPE_CHECKING:
     from tests.shims import Home
 
 MARK = "OCID_TEST_SESSION"
-INTEGRATION = Path(__file__).parent / "integration"
-# These fork without exec. A thread that is just being made then, as faulthandler's watch is for every test, never gets
-# further in the child, and glibc's setgroups(3) waits there for all threads that it knows of.
-FORKING = frozenset(
-    f"test_{name}.py"
-    for name in (
-        *("runtime_api", "runtime_events", "runtime_linux", "runtime_namespaces", "runtime_successor"),
-        *("cgroups_processes", "seccomp_kernel"),
-    )
-)
-# In the virtual machine all is compared at the end alone: two looks at /proc take seconds under emulation.
-EACH = not os.environ.get("OCID_VM")
 # A process that was just killed takes a moment to be reaped by its parent, and its cgroup and mounts go after it.
 SETTLE_S = 20.0
 
@@ -81,30 +67,13 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
         gc.enable()
 
 
-def _settled(before: Machine, marks: list[str]) -> list[str]:
+def settled(before: Machine, marks: list[str]) -> list[str]:
     deadline = time.monotonic() + SETTLE_S
     while True:
         found = left_over(before, Machine.now(shared=not marks), marks)
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.02)
-
-
-@pytest.fixture(autouse=True)
-def leaves_nothing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Fails an integration test that leaves a mount, namespace or process of its own. Cgroups, whose names say nothing
-    of a test, are for those who make them, and for who compares the whole machine."""
-    if request.path.name in FORKING:
-        faulthandler.cancel_dump_traceback_later()
-    if INTEGRATION not in request.path.parents or not EACH:
-        yield
-        return
-    before = Machine.now(shared=False)
-    yield
-    marks = [str(tmp_path_factory.getbasetemp()), f"{MARK}={os.environ[MARK]}"]
-    found = _settled(before, marks)
-    if found:
-        pytest.fail("the test left behind:\n  " + "\n  ".join(found), pytrace=False)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -141,7 +110,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if not os.environ.get("OCID_REQUIRE_ALL"):
         return
-    found = [] if os.environ.get("OCID_BESIDE") else _settled(session.config.stash[_session_start], [])
+    found = [] if os.environ.get("OCID_BESIDE") else settled(session.config.stash[_session_start], [])
     session.config.stash[_session_leaks] = found
     if (found or _skipped) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -508,7 +508,7 @@ def test_a_pod_that_is_asked_for_once_the_zygote_is_killed_comes_up(tmp_path: Pa
     needs("root")
     with lab(tmp_path) as pods:
         pods.pod()
-        for _ in range(5):
+        for _ in range(3):
             _kill_wholly(pods.zygote())
             for pod in (pods.pod(), pods.pod()):
                 assert pods.shims.reconnect(pod.sandbox) == []
