@@ -126,12 +126,13 @@ class Layers:
 
     def directories(self, chain_id: str) -> list[Path]:
         """The directories of a chain, top first. Raises NotFound."""
-        found = []
-        for layer in self.chain(chain_id):
-            found.append(self._layout.layer(layer.number))
-            if layer.opaque:  # overlayfs ignores an opaque root, so what it hides is left out here
-                break
-        return found
+        return [Path(path) for path in self._paths(chain_id)]
+
+    def _paths(self, chain_id: str) -> list[str]:
+        chain = self.chain(chain_id)
+        # overlayfs ignores an opaque root, so what it hides is left out here
+        end = next((number for number, layer in enumerate(chain, 1) if layer.opaque), None)
+        return [self._layout.layer_path(layer.number) for layer in chain[:end]]  # a Path for each is the most of it
 
     def usage(self) -> Usage:
         """What all layers take on disk, to the block, with the directories that they lie in."""
@@ -278,7 +279,7 @@ class Layers:
     def unpack_upper(self, tar: int, upper: int, parent: str | None) -> None:
         """Unpacks the plain tar at `tar` into the empty directory `upper`, which lies on `parent`; both fds stay the
         caller's. Nothing is recorded or synced: a container's files are not. Raises UnpackError, OSError, NotFound."""
-        lowers = [] if parent is None else [str(path) for path in self.directories(parent)]
+        lowers = [] if parent is None else self._paths(parent)
         # One description, and so one position, for what is hashed here and what a worker reads.
         os.lseek(tar, 0, os.SEEK_SET)
         with os.fdopen(os.dup(tar), "rb", buffering=0) as file:
@@ -363,7 +364,7 @@ class Layers:
         if not self.has(flight.parent):
             self._syncer.sync()  # it has to wait anyway: what it wrote may as well go to disk meanwhile
             self._wait_for(flight.parent, flight)
-        return [str(path) for path in self.directories(flight.parent)]
+        return self._paths(flight.parent)
 
     def _wait_for(self, parent: str, flight: _Flight) -> None:
         """Fails with the parent's failure, or when nobody has been unpacking it for `parent_wait_s`."""

@@ -53,7 +53,11 @@ class Layout:
 
     def layer(self, number: int) -> Path:
         """The files of a committed layer."""
-        return self.layers / str(number) / "fs"
+        return Path(self.layer_path(number))
+
+    def layer_path(self, number: int) -> str:
+        """The same by name alone."""
+        return f"{self.layers}/{number}/fs"
 
     def snapshot(self, number: int) -> Path:
         """What holds upper and work of a snapshot."""
