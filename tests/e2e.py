@@ -404,6 +404,40 @@ def borrowed(made: Node) -> Iterator[Node]:
     made.settles(before)
 
 
+@contextmanager
+def unchanged(made: Node) -> Iterator[Node]:
+    """A node for a test that may end its daemon. Afterwards there is one, and all is as before, processes aside, which
+    differ from start to start."""
+
+    def held() -> set[str]:
+        return {thing for thing in made.held() if not thing.startswith("process ")}
+
+    before = held()
+    try:
+        yield made
+    finally:
+        if made.process is None or made.process.poll() is not None:
+            made.end()
+            made.start()
+        made.client.clear()
+    with contextlib.suppress(AssertionError):
+        eventually(lambda: held() == before)
+    now = held()
+    assert now == before, "\n".join(["left:", *sorted(now - before), "gone:", *sorted(before - now)])
+
+
+@contextmanager
+def lent(made: Node) -> Iterator[Node]:
+    """The same for one of several tests. Between them the node has no daemon: a later one is another process, which a
+    test must not leave."""
+    made.start()
+    try:
+        with unchanged(made):
+            yield made
+    finally:
+        made.end()
+
+
 def messages(log: Path, stream: str = "stdout") -> list[str]:
     """What a container printed, out of a log in the CRI's format."""
     lines = log.read_text().splitlines() if log.exists() else []

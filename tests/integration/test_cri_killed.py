@@ -17,7 +17,7 @@ from conformance.cri_client import container
 from conformance.leaks import Machine
 from cri.api import api_pb2 as pb
 from tests import warm
-from tests.e2e import Node, retired, seasoned, stocked
+from tests.e2e import Node, lent, retired, seasoned, stocked
 from tests.fakes.registry import FakeRegistry
 from tests.support import SOON_S, eventually, needs
 
@@ -36,8 +36,22 @@ def registry() -> Iterator[FakeRegistry]:
         yield made
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry) -> Iterator[Node]:
+    with seasoned(tmp_path_factory.mktemp("n") / "n", registry) as made:
+        made.end()
+        yield made
+
+
 @pytest.fixture
-def here(tmp_path: Path, registry: FakeRegistry) -> Iterator[Node]:
+def here(shared: Node) -> Iterator[Node]:
+    with lent(shared) as made:
+        yield made
+
+
+@pytest.fixture
+def own(tmp_path: Path, registry: FakeRegistry) -> Iterator[Node]:
+    """For whoever takes more from it than its daemon."""
     with seasoned(tmp_path / "n", registry) as made:
         yield made
 
@@ -184,25 +198,25 @@ def test_o7_ocid_rm_without_a_daemon(alone: Node) -> None:
         _nothing_new(alone, before, point)
 
 
-def test_o8_ocid_run_with_a_daemon_that_is_killed(here: Node, image: str) -> None:
-    assert _ocid(here, "run", "--rm", image, "true").returncode == 0
-    before = _held(here)
+def test_o8_ocid_run_with_a_daemon_that_is_killed(own: Node, image: str) -> None:
+    assert _ocid(own, "run", "--rm", image, "true").returncode == 0
+    before = _held(own)
     for point in ("run_pod.made", "create_container.recorded", "create_container.bundled"):
-        _to_die_at(here, point)
-        done = _ocid(here, "run", "-d", "--name", "one", image, "sleep", "1000")
+        _to_die_at(own, point)
+        done = _ocid(own, "run", "-d", "--name", "one", image, "sleep", "1000")
         assert done.returncode == 125 and done.stderr.count(b"\n") == 1, (point, done)
-        assert f"the daemon at {here.socket} has ended".encode() in done.stderr
-        here.end()
-        here.start()
-        assert here.client.list_pods() == [], point
-        _nothing_new(here, before, point)
+        assert f"the daemon at {own.socket} has ended".encode() in done.stderr
+        own.end()
+        own.start()
+        assert own.client.list_pods() == [], point
+        _nothing_new(own, before, point)
 
 
-def test_o8_what_a_killed_command_had_made_goes_with_it(here: Node, image: str, tmp_path: Path) -> None:
+def test_o8_what_a_killed_command_had_made_goes_with_it(own: Node, image: str, tmp_path: Path) -> None:
     """Beside a daemon, which goes on: no pod that no command shows, no address, no directory of its logs."""
-    assert _ocid(here, "run", "--rm", image, "true").returncode == 0
-    (here.root / "volumes").mkdir()
-    before = _held(here)
+    assert _ocid(own, "run", "--rm", image, "true").returncode == 0
+    (own.root / "volumes").mkdir()
+    before = _held(own)
     spec = {"hostNetwork": True, "volumes": [{"name": "v", "emptyDir": {}}]}
     spec["initContainers"] = [{"name": "first", "image": image, "command": ["true"]}]
     spec["containers"] = [{"name": "main", "image": image, "command": ["sleep", "1000"]}]
@@ -212,27 +226,27 @@ def test_o8_what_a_killed_command_had_made_goes_with_it(here: Node, image: str, 
     play = ("pod", "play", str(tmp_path / "pod.yaml"))
     cases = [("ocid_run.pod", run), ("ocid_run.created", run), ("ocid_run.started", run), ("ocid_play.init", play)]
     for point, words in cases:
-        assert _ocid(here, *words, point=point).returncode == -9, point
-        eventually(lambda: here.client.list_pods() == [], what=f"what was made before {point} to go")
-        _nothing_new(here, before, point)
-    assert _ocid(here, *run).returncode == 0
-    assert [one.state for one in here.client.list_pods()] == [pb.SANDBOX_READY]
-    assert _ocid(here, "rm", "-f", "one").returncode == 0
+        assert _ocid(own, *words, point=point).returncode == -9, point
+        eventually(lambda: own.client.list_pods() == [], what=f"what was made before {point} to go")
+        _nothing_new(own, before, point)
+    assert _ocid(own, *run).returncode == 0
+    assert [one.state for one in own.client.list_pods()] == [pb.SANDBOX_READY]
+    assert _ocid(own, "rm", "-f", "one").returncode == 0
 
 
-def test_o44_a_database_that_is_garbled_costs_its_pods_and_not_the_node(here: Node, image: str) -> None:
-    here.run(image, ["sleep", "1000"], network=True)
-    here.end(9)
-    database = here.root / "ocid.db"
+def test_o44_a_database_that_is_garbled_costs_its_pods_and_not_the_node(own: Node, image: str) -> None:
+    own.run(image, ["sleep", "1000"], network=True)
+    own.end(9)
+    database = own.root / "ocid.db"
     for suffix in ("-wal", "-shm"):
         Path(f"{database}{suffix}").unlink(missing_ok=True)
     database.write_bytes(os.urandom(32768))
-    here.start()
-    assert here.client.list_pods() == [] and list(here.root.glob("ocid.db.damaged-*"))
-    assert not list((here.state / "pods").iterdir()) and not list((here.state / "bundles").iterdir())
-    here.client.pull(image)
-    again, two, _ = here.run(image, ["sleep", "1000"], network=True)
-    assert here.client.exec_sync(two, ["true"])[0] == 0
-    here.drop(again)
-    for path in here.root.glob("ocid.db.damaged-*"):
+    own.start()
+    assert own.client.list_pods() == [] and list(own.root.glob("ocid.db.damaged-*"))
+    assert not list((own.state / "pods").iterdir()) and not list((own.state / "bundles").iterdir())
+    own.client.pull(image)
+    again, two, _ = own.run(image, ["sleep", "1000"], network=True)
+    assert own.client.exec_sync(two, ["true"])[0] == 0
+    own.drop(again)
+    for path in own.root.glob("ocid.db.damaged-*"):
         path.unlink()

@@ -21,7 +21,7 @@ from conformance.cri_client import container
 from conformance.leaks import CGROUPS, Machine
 from cri.api import api_pb2 as pb
 from runtime.linux.process import pidfd_open, process_state
-from tests.e2e import Node, messages, node, retired, stocked
+from tests.e2e import Node, lent, messages, node, retired, stocked, unchanged
 from tests.fakes.registry import FakeRegistry
 from tests.support import SOON_S, eventually, needs
 
@@ -36,25 +36,38 @@ def registry() -> Iterator[FakeRegistry]:
         yield made
 
 
-@pytest.fixture
-def clean(tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry) -> Iterator[Node]:
-    """A node of its own, since its processes change, which must hold afterwards what it held before."""
+@contextlib.contextmanager
+def used(directory: Path, registry: FakeRegistry) -> Iterator[Node]:
+    """A node that has an image and has run a pod."""
     needs("root", "overlay")
-    with node(tmp_path_factory.mktemp("n"), limits="recovery_s = 0.5") as made:
+    with node(directory, limits="recovery_s = 0.5") as made:
         made.image = f"{registry.name}/busybox:1"
         made.client.pull(made.image)
         pod, one, _ = made.run(made.image, ["true"], network=True)
         made.client.wait_exit(one)
         made.drop(pod)
-
-        def held() -> set[str]:
-            return {thing for thing in made.held() if not thing.startswith("process")}
-
-        before = held()
         yield made
-        with contextlib.suppress(AssertionError):
-            eventually(lambda: held() == before)
-        assert held() == before
+
+
+@pytest.fixture
+def clean(tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry) -> Iterator[Node]:
+    """A node of its own, for who ends more of it than its daemon."""
+    with used(tmp_path_factory.mktemp("n"), registry) as made, unchanged(made):
+        yield made
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry) -> Iterator[Node]:
+    with used(tmp_path_factory.mktemp("n"), registry) as made:
+        made.end()
+        yield made
+
+
+@pytest.fixture
+def kept(shared: Node) -> Iterator[Node]:
+    """That of several tests, for who ends no more than its daemon."""
+    with lent(shared) as made:
+        yield made
 
 
 def kill(pid: int) -> None:
@@ -79,27 +92,27 @@ def pid_of(served: Node, one: str) -> int:
     return int(json.loads(status.info["info"])["pid"])
 
 
-def test_what_is_to_be_started_again_is_so_without_a_daemon(clean: Node) -> None:
+def test_what_is_to_be_started_again_is_so_without_a_daemon(kept: Node) -> None:
     """`ocid run --restart`: its shim does it, and a daemon that comes back knows."""
-    config = clean.pod_config()
-    pod = clean.client.run_pod(config)
-    wanted = container("main", clean.image, ["sh", "-c", "echo up; exec sleep 1000"])
+    config = kept.pod_config()
+    pod = kept.client.run_pod(config)
+    wanted = container("main", kept.image, ["sh", "-c", "echo up; exec sleep 1000"])
     wanted.annotations["ocid.restart"] = "always"
-    one = clean.client.create(pod, wanted, config)
-    clean.client.start(one)
+    one = kept.client.create(pod, wanted, config)
+    kept.client.start(one)
     log = Path(config.log_directory) / "main.log"
-    first = pid_of(clean, one)
-    clean.end(signal.SIGKILL)
+    first = pid_of(kept, one)
+    kept.end(signal.SIGKILL)
     kill(first)
     eventually(lambda: len(messages(log)) == 2, what="the next run")
-    clean.start()
-    second = pid_of(clean, one)
-    assert second not in (0, first) and clean.client.status(one).state == pb.CONTAINER_RUNNING
+    kept.start()
+    second = pid_of(kept, one)
+    assert second not in (0, first) and kept.client.status(one).state == pb.CONTAINER_RUNNING
     kill(second)
-    eventually(lambda: pid_of(clean, one) not in (0, second), what="one more run, beside a daemon")
-    clean.client.stop(one)
-    assert clean.client.status(one).state == pb.CONTAINER_EXITED and len(messages(log)) == 3
-    clean.drop(pod)
+    eventually(lambda: pid_of(kept, one) not in (0, second), what="one more run, beside a daemon")
+    kept.client.stop(one)
+    assert kept.client.status(one).state == pb.CONTAINER_EXITED and len(messages(log)) == 3
+    kept.drop(pod)
 
 
 @pytest.mark.parametrize("what", ["daemon", "zygote", "both"])
@@ -141,20 +154,20 @@ def test_kill_9_and_containers_run_on(clean: Node, what: str) -> None:
     clean.drop(pod)
 
 
-def test_o14_exits_while_the_daemon_is_down_are_exact(clean: Node, tmp_path: Path) -> None:
+def test_o14_exits_while_the_daemon_is_down_are_exact(kept: Node, tmp_path: Path) -> None:
     """Code and time of each, though nobody listened."""
-    config = clean.pod_config()
-    pod = clean.client.run_pod(config)
+    config = kept.pod_config()
+    pod = kept.client.run_pod(config)
     ids = {}
     for code in (0, 1, 7, 42, 255):
         place = tmp_path / str(code)
         place.mkdir()
-        wanted = container(f"c{code}", clean.image, ["sh", "-c", ON_COMMAND])
+        wanted = container(f"c{code}", kept.image, ["sh", "-c", ON_COMMAND])
         wanted.mounts.add(host_path=str(place), container_path="/wait")
-        ids[code] = clean.client.create(pod, wanted, config)
-        clean.client.start(ids[code])
-    pids = {code: pid_of(clean, one) for code, one in ids.items()}
-    clean.end(signal.SIGKILL)
+        ids[code] = kept.client.create(pod, wanted, config)
+        kept.client.start(ids[code])
+    pids = {code: pid_of(kept, one) for code, one in ids.items()}
+    kept.end(signal.SIGKILL)
     ended = {}
     for code, pid in pids.items():
         handle = pidfd_open(pid)
@@ -165,57 +178,57 @@ def test_o14_exits_while_the_daemon_is_down_are_exact(clean: Node, tmp_path: Pat
         ended[code] = (began, time.time_ns())
     # Long after: what is told must not be the time of asking.
     eventually(lambda: all(not Path(f"/proc/{pid}").exists() for pid in pids.values()), what="all are reaped")
-    clean.start()
+    kept.start()
     for code, one in ids.items():
-        status = clean.client.status(one)
+        status = kept.client.status(one)
         assert (status.state, status.exit_code) == (pb.CONTAINER_EXITED, code)
         assert status.reason == ("Error" if code else "Completed")
         slack_ns = 250_000_000  # the shim is told by the kernel, but may have to wait for a CPU
         assert ended[code][0] <= status.finished_at <= ended[code][1] + slack_ns
-    clean.drop(pod)
+    kept.drop(pod)
 
 
-def test_o18_a_container_that_ended_well_stays_so(clean: Node) -> None:
-    pod, one, _ = clean.run(clean.image, ["true"])
-    assert clean.client.wait_exit(one) == 0
-    first = clean.client.status(one)
+def test_o18_a_container_that_ended_well_stays_so(kept: Node) -> None:
+    pod, one, _ = kept.run(kept.image, ["true"])
+    assert kept.client.wait_exit(one) == 0
+    first = kept.client.status(one)
     for _ in range(3):
-        clean.end(signal.SIGKILL)
-        clean.start()
-        now = clean.client.status(one)
+        kept.end(signal.SIGKILL)
+        kept.start()
+        now = kept.client.status(one)
         assert now == first
-    clean.drop(pod)
+    kept.drop(pod)
 
 
-def test_o13_kill_9_of_a_shim(clean: Node) -> None:
+def test_o13_kill_9_of_a_shim(kept: Node) -> None:
     """Nobody could log or reap them any more: within moments nothing of the pod runs, it is not ready, and its
     containers have ended with a code that is not 0."""
-    pod, one, _ = clean.run(clean.image, ["sleep", "1000"], network=True)
-    pid = pid_of(clean, one)
-    kill(clean.shim(pod))
-    eventually(lambda: clean.client.status(one).state == pb.CONTAINER_EXITED, what="its end is told")
-    status = clean.client.status(one)
+    pod, one, _ = kept.run(kept.image, ["sleep", "1000"], network=True)
+    pid = pid_of(kept, one)
+    kill(kept.shim(pod))
+    eventually(lambda: kept.client.status(one).state == pb.CONTAINER_EXITED, what="its end is told")
+    status = kept.client.status(one)
     assert status.exit_code != 0 and status.message
     eventually(lambda: not Path(f"/proc/{pid}").exists() or process_state(pid) == "Z", what="the process is gone")
-    assert clean.client.pod_status(pod).state == pb.SANDBOX_NOTREADY
-    other, works, _ = clean.run(clean.image, ["true"])
-    assert clean.client.wait_exit(works) == 0
-    clean.drop(other)
-    clean.drop(pod)
+    assert kept.client.pod_status(pod).state == pb.SANDBOX_NOTREADY
+    other, works, _ = kept.run(kept.image, ["true"])
+    assert kept.client.wait_exit(works) == 0
+    kept.drop(other)
+    kept.drop(pod)
 
 
-def test_o13_kill_9_of_a_shim_while_the_daemon_is_down(clean: Node) -> None:
-    pod, one, _ = clean.run(clean.image, ["sleep", "1000"])
-    pid, shim = pid_of(clean, one), clean.shim(pod)
-    clean.end(signal.SIGKILL)
+def test_o13_kill_9_of_a_shim_while_the_daemon_is_down(kept: Node) -> None:
+    pod, one, _ = kept.run(kept.image, ["sleep", "1000"])
+    pid, shim = pid_of(kept, one), kept.shim(pod)
+    kept.end(signal.SIGKILL)
     kill(shim)
-    clean.start()
+    kept.start()
     status = eventually(
-        lambda: status if (status := clean.client.status(one)).state == pb.CONTAINER_EXITED else None, what="its end"
+        lambda: status if (status := kept.client.status(one)).state == pb.CONTAINER_EXITED else None, what="its end"
     )
     assert status.exit_code != 0
     assert not Path(f"/proc/{pid}").exists() or process_state(pid) == "Z"
-    clean.drop(pod)
+    kept.drop(pod)
 
 
 def test_stop_and_remove_after_everything_was_killed(clean: Node) -> None:
@@ -231,26 +244,26 @@ def test_stop_and_remove_after_everything_was_killed(clean: Node) -> None:
     clean.drop(pod)
 
 
-def test_stop_is_a_pause_of_the_daemon_alone(clean: Node) -> None:
+def test_stop_is_a_pause_of_the_daemon_alone(kept: Node) -> None:
     """SIGTERM ends no container either."""
-    pod, one, log = clean.run(clean.image, ["sh", "-c", COUNT])
-    process = identity(pid_of(clean, one))
-    clean.end()
+    pod, one, log = kept.run(kept.image, ["sh", "-c", COUNT])
+    process = identity(pid_of(kept, one))
+    kept.end()
     seen = len(messages(log))
     eventually(lambda: len(messages(log)) > seen + 3)
-    clean.start()
-    assert identity(pid_of(clean, one)) == process
-    clean.drop(pod)
+    kept.start()
+    assert identity(pid_of(kept, one)) == process
+    kept.drop(pod)
 
 
-def test_o20_sighup_is_harmless(clean: Node) -> None:
-    assert clean.process is not None
-    pod, one, _ = clean.run(clean.image, ["sleep", "1000"])
-    clean.process.send_signal(signal.SIGHUP)
-    eventually(lambda: "SIGHUP" in clean.log.read_text(), what="it is noted")
-    assert clean.process.poll() is None
-    assert clean.client.status(one).state == pb.CONTAINER_RUNNING
-    clean.drop(pod)
+def test_o20_sighup_is_harmless(kept: Node) -> None:
+    assert kept.process is not None
+    pod, one, _ = kept.run(kept.image, ["sleep", "1000"])
+    kept.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "SIGHUP" in kept.log.read_text(), what="it is noted")
+    assert kept.process.poll() is None
+    assert kept.client.status(one).state == pb.CONTAINER_RUNNING
+    kept.drop(pod)
 
 
 def cgroups_of(pid: int) -> set[str]:
@@ -319,20 +332,20 @@ def test_s24_nobody_else_gets_into_the_directories(tmp_path_factory: pytest.Temp
         retired(made, before)
 
 
-def test_s50_sockets_are_ours_alone(clean: Node) -> None:
+def test_s50_sockets_are_ours_alone(kept: Node) -> None:
     """None is abstract, which a pod on the host's network could reach; all are 0600 in directories that are 0700."""
-    pod, one, _ = clean.run(clean.image, ["sleep", "1000"])
-    code, seen, _ = clean.client.exec_sync(one, ["cat", "/proc/net/unix"])
+    pod, one, _ = kept.run(kept.image, ["sleep", "1000"])
+    code, seen, _ = kept.client.exec_sync(one, ["cat", "/proc/net/unix"])
     assert code == 0
-    ours = [line for line in seen.decode().splitlines() if str(clean.directory) in line]
+    ours = [line for line in seen.decode().splitlines() if str(kept.directory) in line]
     assert ours, "a pod on the host's network sees the names"
     assert not [line for line in seen.decode().splitlines() if " @" in line and "ocid" in line]
-    sockets = [path for path in clean.state.rglob("*") if stat.S_ISSOCK(path.lstat().st_mode)]
+    sockets = [path for path in kept.state.rglob("*") if stat.S_ISSOCK(path.lstat().st_mode)]
     assert {"ocid.sock", "zygote.sock", "shim.sock"} <= {path.name for path in sockets}
     for path in sockets:
         assert stat.S_IMODE(path.lstat().st_mode) == 0o600, path
         assert path.lstat().st_uid == 0
-    assert stat.S_IMODE(clean.state.stat().st_mode) == 0o700
+    assert stat.S_IMODE(kept.state.stat().st_mode) == 0o700
     pid = os.fork()
     if pid == 0:
         # Little but system calls here: the test's threads are not in this process.
@@ -347,4 +360,4 @@ def test_s50_sockets_are_ours_alone(clean: Node) -> None:
             os.setegid(0)
         os._exit(0 if refused == len(sockets) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    clean.drop(pod)
+    kept.drop(pod)
