@@ -51,6 +51,7 @@ def run(place: Path, tests: list[str]) -> tuple[int, str]:
         "OCID_RUNTIME": str(place / "prefix/bin/ocirun"),
         "OCID_TEST_CGROUP": OURS,
         "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # hypothesis' would rewrite all of its own asserts each time
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", *tests]
     done = subprocess.run(
