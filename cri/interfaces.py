@@ -178,6 +178,11 @@ class Sandboxes(Protocol):
         ShimUnresponsive."""
         ...
 
+    def rejoin(self, sandbox: Sandbox) -> tuple[int, Sequence[ContainerFacts]] | None:
+        """`reconnect` and `events` in one: the facts are what was when the stream began, so nothing is missed or told
+        twice."""
+        ...
+
     def stop(self, sandbox: Sandbox) -> None:
         """Kills what is left in it, unpins, unmounts, ends the shim. Also when the shim is dead already. Idempotent."""
         ...

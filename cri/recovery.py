@@ -138,20 +138,7 @@ _Answer = tuple[int, Sequence[ContainerFacts]] | None
 
 def _ask(node: Node, pod: Pod) -> _Answer:
     """The pod's event stream and what its shim knows; None when the shim is gone. Raises ContainerError."""
-    sandboxes, sandbox = node.parts.sandboxes, node.sandbox(pod)
-    if sandboxes.reconnect(sandbox) is None:
-        return None
-    stream = sandboxes.events(sandbox)
-    try:
-        # Asked again once the stream is open: an exit in between is told twice rather than never (threats O14).
-        facts = sandboxes.reconnect(sandbox)
-    except BaseException:
-        os.close(stream)
-        raise
-    if facts is None:
-        os.close(stream)
-        return None
-    return stream, facts
+    return node.parts.sandboxes.rejoin(node.sandbox(pod))
 
 
 async def _answered(node: Node, events: Events, pod: Pod, answer: _Answer) -> None:

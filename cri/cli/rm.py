@@ -46,8 +46,10 @@ async def _run(args: argparse.Namespace) -> int:
 async def remove(api: Api, container: pb.Container) -> None:
     """Takes the container away, and its pod and its log where `ocid run` made those for it alone."""
     status = await api.call("ContainerStatus", pb.ContainerStatusRequest(container_id=container.id))
-    await api.call("RemoveContainer", pb.RemoveContainerRequest(container_id=container.id))
-    if names.is_ours(container):
+    ours = names.is_ours(container)
+    if not ours or container.state != pb.CONTAINER_EXITED:  # else its pod takes it along
+        await api.call("RemoveContainer", pb.RemoveContainerRequest(container_id=container.id))
+    if ours:
         await drop_pod(api, container.pod_sandbox_id)
         if status.status.log_path:
             remove_tree(os.path.dirname(status.status.log_path))
@@ -63,5 +65,4 @@ async def remove_pod(api: Api, pod: str, root: str, uid: str) -> None:
 
 async def drop_pod(api: Api, pod: str) -> None:
     """Stops and removes the pod, with what is in it."""
-    await api.call("StopPodSandbox", pb.StopPodSandboxRequest(pod_sandbox_id=pod))
     await api.call("RemovePodSandbox", pb.RemovePodSandboxRequest(pod_sandbox_id=pod))

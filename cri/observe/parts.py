@@ -17,7 +17,7 @@ from cri.node import Parts
 _STEPS = {
     "images": ("pull", "remove"),
     "snapshots": ("prepare", "unpack", "remove"),
-    "sandboxes": ("start", "reconnect", "stop"),
+    "sandboxes": ("start", "reconnect", "rejoin", "stop"),
     "containers": ("create", "start_container", "signal", "delete", "exec_sync", "update", "reopen_log"),
     "checkpoints": ("pause", "resume", "checkpoint", "restore"),
     "network": ("new_netns", "add", "check", "delete", "remove_netns"),

@@ -47,7 +47,7 @@ async def remove(node: Node, container_id: str) -> None:
 def take_away(node: Node, container: Container) -> None:
     """Everything of a container but its record; blocks, and may be repeated."""
     pod = node.store.pods.get(container.pod_id)
-    if pod is not None:
+    if pod is not None and not pod.stopped_ns:  # a pod's end has taken all that its shim had, with the shim
         node.parts.containers.delete(node.sandbox(pod), container.id)
     failpoint("remove_container.deleted")
     for index, mount in enumerate(container.request.mounts):

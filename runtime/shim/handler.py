@@ -70,7 +70,7 @@ class Handler:
         self._connection = connection
         self._fds = fds
         self._waited = waited  # for this request: what this process has of the shim's memory is from before
-        self.expects = ""  # what is likely to follow: the shim was told then that this helper is idle
+        self.expects: tuple[str, ...] = ()  # what is likely to follow: the shim was told then that this helper is idle
 
     def run(self, request: bytes) -> None:
         """Does what is asked for, and answers."""
@@ -156,9 +156,9 @@ class Handler:
             self._expect("start")
         return made
 
-    def _expect(self, operation: str) -> None:
+    def _expect(self, *operations: str) -> None:
         """Before the answer, if that may follow faster than this process would come to say it."""
-        self.expects = operation
+        self.expects = operations
         self._channel.tell(IDLE)
 
     def _do_restore(self, body: object) -> object:
@@ -263,7 +263,7 @@ class Handler:
         # A hook after the start, a first probe: these are commands. Who has children must end, for them to be the
         # shim's; who may be more than it should ends as well.
         if not left[1] and not self._pod.uids and not children(os.getpid()):
-            self._expect("exec")
+            self._expect("exec", "rejoin")
         return ANSWERED
 
     def _started(self, container_id: str, bundle: str, handler: str, when_ns: int) -> object:
@@ -370,7 +370,7 @@ class Handler:
     def _do_stop(self, _body: object) -> object:
         """Deletes every container, ends pause, unpins and unmounts, ends the shim. What cannot be deleted is said, and
         the shim stays for the next try."""
-        names = self._channel.ask("stop", True)
+        pause_pid, names = self._channel.ask("stop", True)
         directory = f"{self._pod.directory}/containers"
         if os.path.isdir(directory):  # with what creates that were killed have left
             names += [name.removesuffix(".json") for name in os.listdir(directory) if name[0] != "."]
@@ -384,8 +384,8 @@ class Handler:
         if failures:
             self._channel.ask("stop", False)
             raise failures[0]
-        if self._resident.pause_pid:
-            end_process(self._resident.pause_pid)
+        if pause_pid:
+            end_process(pause_pid)
         self._kill_left_over()
         tear_down(self._pod.directory)
         self._send(protocol.reply({}))

@@ -51,14 +51,14 @@ def serve(resident: Resident, connection_fd: int, end: Socket) -> NoReturn:
         os._exit(0)
 
 
-def _answer(resident: Resident, take_connection: int, channel: Channel, *, waited: bool = False) -> str:
-    """The operation that is likely to follow, and that this process may serve, or ""."""
+def _answer(resident: Resident, take_connection: int, channel: Channel, *, waited: bool = False) -> tuple[str, ...]:
+    """The operations that are likely to follow, and that this process may serve."""
     with socket.socket(fileno=take_connection) as connection:
         connection.settimeout(_PATIENCE)
         received = recv_frame(connection, want_fds=True) if peer_uid(connection) == 0 else None
         connection.settimeout(None)
         if received is None:
-            return ""
+            return ()
         request, fds = received
         progress.end()  # those of the request before, if this process has served one
         handler = StreamHandler(pod_of(resident), resident, channel, connection, fds, waited=waited)
@@ -66,10 +66,10 @@ def _answer(resident: Resident, take_connection: int, channel: Channel, *, waite
     return handler.expects
 
 
-def _linger(resident: Resident, channel: Channel, expected: str) -> None:
+def _linger(resident: Resident, channel: Channel, expected: tuple[str, ...]) -> None:
     """Serves what is expected to follow, if it does, and what is expected after that."""
     while expected:
-        ready = resident.make_ready if expected == "create" else None
+        ready = resident.make_ready if expected == ("create",) else None
         expected = linger(channel, expected, lambda taken: _answer(resident, taken, channel, waited=True), ready)
 
 
@@ -87,7 +87,8 @@ def first_helper(state: str, zygote: int, spare: Spare | None = None) -> Work:
                 become_helper(*spare.filenos(), end.fileno())
                 connection_fd = spare.await_request(resident, end.fileno())
             lives = spare is None or spare.zygote_lives
-            channel, expected = Channel(end), ""
+            channel = Channel(end)
+            expected: tuple[str, ...] = ()
             with socket.socket(fileno=connection_fd) as connection:
                 connection.settimeout(_PATIENCE)
                 received = recv_frame(connection) if peer_uid(connection) == 0 else None
@@ -105,7 +106,9 @@ def first_helper(state: str, zygote: int, spare: Spare | None = None) -> Work:
     return work
 
 
-def _first_answer(resident: Resident, request: bytes, channel: Channel, state: str, zygote: int) -> tuple[bytes, str]:
+def _first_answer(
+    resident: Resident, request: bytes, channel: Channel, state: str, zygote: int
+) -> tuple[bytes, tuple[str, ...]]:
     """The answer, and what is likely to follow, as `_answer`'s."""
     try:
         name, body = protocol.parse_request(request)
@@ -118,18 +121,20 @@ def _first_answer(resident: Resident, request: bytes, channel: Channel, state: s
             made, expected = _set_up(resident, protocol.parse(PodMessage, body), channel, request)
             return protocol.reply(made), expected
         if name == "sweep":
-            return protocol.reply(Sweeper(protocol.parse(SweepMessage, body)).run()), ""
+            return protocol.reply(Sweeper(protocol.parse(SweepMessage, body)).run()), ()
         if name == "quit" and zygote:
             os.unlink(f"{state}/zygote.sock")
             os.kill(zygote, signals.SIGKILL)  # our shim's maker: it has nothing to lose
         elif name != "hello":
             raise RuntimeFailure(f"unknown operation {name!r:.40}", code="invalid_argument")
-        return protocol.reply({"pid": zygote, "version": os.environ.get("OCID_VERSION", "")}), ""
+        return protocol.reply({"pid": zygote, "version": os.environ.get("OCID_VERSION", "")}), ()
     except (OSError, RuntimeFailure) as error:
-        return protocol.failure(error), ""
+        return protocol.failure(error), ()
 
 
-def _set_up(resident: Resident, pod: PodMessage, channel: Channel, request: bytes) -> tuple[dict[str, object], str]:
+def _set_up(
+    resident: Resident, pod: PodMessage, channel: Channel, request: bytes
+) -> tuple[dict[str, object], tuple[str, ...]]:
     """Namespaces, pins, /dev/shm, pause; then the shim listens. Its and pause's pids, and what is likely to follow.
     Raises OSError, RuntimeFailure; then nothing is left."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -154,10 +159,10 @@ def _set_up(resident: Resident, pod: PodMessage, channel: Channel, request: byte
         tear_down(pod.directory)
         raise
     if pod.uids:  # few pods have a user namespace, and of those this process may be more than it should
-        return record, ""
+        return record, ()
     resident.request = request  # as the shim has it
     channel.tell(IDLE)  # before the answer, which the next request may follow at once
-    return record, "events"
+    return record, ("events",)
 
 
 def pod_of(resident: Resident) -> PodMessage:

@@ -17,7 +17,7 @@ from _socket import AF_UNIX, SOCK_STREAM
 from _socket import socket as Socket
 
 from runtime.linux import signals
-from runtime.shim import channel
+from runtime.shim import channel, protocol
 from runtime.shim.held import Held
 from runtime.shim.locks import Helper, Locks
 from runtime.shim.logfile import LogFile
@@ -25,7 +25,7 @@ from runtime.shim.loop import READ, Loop
 from runtime.shim.reaper import is_child
 from runtime.shim.report import report
 from runtime.shim.rest import Rest
-from runtime.shim.subscribers import Subscribers
+from runtime.shim.subscribers import EVENT_LIMIT, Subscribers
 from runtime.shim.waiting import Command, Waiting
 
 TYPE_CHECKING = False
@@ -85,6 +85,7 @@ class Resident:
             "lock": self._lock,
             "note": self._note,
             "pause": self._pause,
+            "rejoin": self._rejoin,
             "reopen": self._reopen,
             "retire": self._retire,
             "started": self._started,
@@ -422,8 +423,8 @@ class Resident:
         self.pause_pid = pid
         return True
 
-    def _stop(self, helper: Helper, _fds: list[int], on: bool) -> list[str]:
-        """From now on nothing is created; other helpers, stuck ones too, are killed. Ids of what is there."""
+    def _stop(self, helper: Helper, _fds: list[int], on: bool) -> tuple[int, list[str]]:
+        """No more is created; other helpers, stuck ones too, are killed. Pid of pause and ids of containers."""
         self.stopping = on
         if on:
             self._idle = None
@@ -432,7 +433,7 @@ class Resident:
                     os.kill(other.pid, signals.SIGKILL)  # ours and not waited for: it is no other's pid
                 if other.command is not None and other.command.pid not in self._early:
                     os.kill(other.command.pid, signals.SIGKILL)
-        return list(self.containers)
+        return self.pause_pid, list(self.containers)
 
     def _end(self, _helper: Helper, _fds: list[int]) -> bool:
         self._loop.stop()
@@ -451,6 +452,13 @@ class Resident:
             report("fork", error)
             return False
         return True
+
+    def _rejoin(self, helper: Helper, fds: list[int]) -> object:
+        facts = [held.visible() for held in self.containers.values()]
+        answer = protocol.frame(protocol.reply(facts))
+        if len(answer) > EVENT_LIMIT:  # who lags that far behind is let go
+            answer = protocol.frame(protocol.reply(None))
+        return self._subscribe(helper, fds, answer)
 
     def _subscribe(self, _helper: Helper, fds: list[int], answer: bytes) -> object:
         self._subscribers.add(fds[0], answer)

@@ -111,6 +111,13 @@ class StreamHandler(Handler):
             self._send(protocol.failure(RuntimeFailure(words, code="unavailable", hint="the log has all of it")))
         return ANSWERED
 
+    def _do_rejoin(self, _body: object) -> object:
+        if self._waited:  # for what a short run without a daemon comes back for
+            self._expect("stop")
+        # The shim knows what was, and what happens after the answer is told: nothing is missed in between.
+        self._channel.tell("rejoin", fds=[self._connection.fileno()])
+        return ANSWERED
+
     def _do_events(self, _body: object) -> object:
         if not self._resident.containers:  # a new pod, as a rule
             self._expect("create")

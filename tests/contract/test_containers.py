@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import socket
 import threading
 from collections.abc import Iterator, Sequence
@@ -245,6 +246,31 @@ def test_events_tell_of_exits_from_now_on_and_end_with_the_pod(ground: Ground) -
         assert event["facts"]["exit_code"] == 7
         ground.part.stop(sandbox)
         assert recv_frame(stream) is None
+
+
+def test_who_rejoins_hears_what_was_and_what_comes_and_none_of_a_pod_that_is_gone(ground: Ground) -> None:
+    sandbox = ground.start()
+    earlier = ground.run(sandbox, "exit 1")
+    ground.ended(sandbox, earlier.id)
+    running = ground.run(sandbox, "sleep 1000")
+    rejoined = ground.part.rejoin(sandbox)
+    assert rejoined is not None
+    fd, facts = rejoined
+    assert not os.get_inheritable(fd)
+    with socket.socket(fileno=fd) as stream:
+        stream.settimeout(SOON_S)
+        assert {one.id: (bool(one.finished_ns), one.exit_code) for one in facts} == {
+            earlier.id: (True, 1),
+            running.id: (False, -1),
+        }
+        ground.part.signal(sandbox, running.id, signal.SIGKILL)
+        received = recv_frame(stream)
+        assert received is not None
+        event = json.loads(received[0])
+        assert (event["event"], event["facts"]["id"], event["facts"]["signal"]) == ("exit", running.id, signal.SIGKILL)
+        ground.part.stop(sandbox)
+        assert recv_frame(stream) is None
+    assert ground.part.rejoin(sandbox) is None
 
 
 def test_a_log_can_be_rotated(ground: Ground) -> None:

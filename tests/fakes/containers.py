@@ -155,6 +155,10 @@ class MemoryContainers:
             self._pod(sandbox).subscribers.append(ours)
             return theirs.detach()
 
+    def rejoin(self, sandbox: Sandbox) -> tuple[int, Sequence[ContainerFacts]] | None:
+        facts = self.reconnect(sandbox)
+        return None if facts is None else (self.events(sandbox), facts)
+
     def lost(self, sandbox: Sandbox) -> Sequence[ContainerFacts]:
         with self._lock:
             self._called("lost", sandbox.id)

@@ -70,6 +70,24 @@ def test_removing_and_stopping_twice_is_fine_and_unknown_ids_are_told(tmp_path: 
     on_rig(tmp_path, body)
 
 
+def test_a_stopped_pod_has_no_shim_to_be_asked_to_delete_its_containers(tmp_path: Path) -> None:
+    """A process would be started for that alone."""
+
+    async def body(rig: Rig) -> None:
+        pods = [await rig.run_pod(name) for name in ("one", "two")]
+        first, second = [await rig.run(pod) for pod in pods]
+        await rig.stop_pod(pods[0])
+        for container in (first, second):
+            await rig.remove(container)
+        deleted = [call for call in rig.shims.log if call.startswith("delete ")]
+        assert deleted == [f"delete {second}"]
+        for pod in pods:
+            await rig.remove_pod(pod)
+        assert rig.leftovers() == []
+
+    on_rig(tmp_path, body)
+
+
 def test_remove_container_kills_a_running_one(tmp_path: Path) -> None:
     async def body(rig: Rig) -> None:
         pod = await rig.run_pod()

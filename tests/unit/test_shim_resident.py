@@ -259,7 +259,7 @@ def test_stop_kills_other_helpers_however_stuck(tmp_path: Path) -> None:
         connect_unix(directory / "shim.sock").close()
         while not (directory / "stuck").exists():
             os.sched_yield()
-        assert channel.ask("stop", True) == []
+        assert channel.ask("stop", True) == (0, [])
         assert channel.ask("lock", "c") is None
         channel.ask("end")
 
@@ -394,8 +394,8 @@ def test_the_next_connection_goes_to_an_idle_helper_and_on_to_a_new_one_if_it_is
         assert channel.ask("lock", "c") is None
         (directory / "locked").touch()
         channel.tell(IDLE)
-        said = linger(channel, "start", lambda connection: str(os.write(connection, b"served")))
-        assert said == ("6" if is_wanted else "")
+        said = linger(channel, ("exec", "start"), lambda connection: (str(os.write(connection, b"served")),))
+        assert said == ("6",)
         (directory / "ended").touch()
 
     def until(path: Path) -> None:
@@ -411,10 +411,61 @@ def test_the_next_connection_goes_to_an_idle_helper_and_on_to_a_new_one_if_it_is
             send_frame(other, request_)
             if is_wanted:
                 assert other.recv(6) == b"served"
-            else:
-                until(directory / "forked")
-            until(directory / "ended")
+                until(directory / "ended")
+                channel.ask("end")
+                return
+            until(directory / "forked")
+            with contextlib.suppress(ConnectionResetError):  # by all that had it, who has declined among them
+                assert other.recv(1) == b""
+        # One other request may come between, and then it waits once more.
+        heard = b""
+        while not heard:
+            with connect_unix(directory / "shim.sock") as other, contextlib.suppress(ConnectionError):
+                send_frame(other, protocol.request("exec", None))
+                heard = other.recv(6)
+        assert heard == b"served"
+        until(directory / "ended")
         channel.ask("end")
+
+    run(tmp_path, script, helper)
+
+
+def test_a_helper_that_waits_no_longer_is_handed_nothing(tmp_path: Path) -> None:
+    """Also before it has ended: its word that it is idle would cost who comes next his answer."""
+
+    def until(path: Path) -> None:
+        while not path.exists():
+            os.sched_yield()
+
+    def helper(channel: Channel, directory: Path) -> None:
+        if (directory / "first").exists():
+            (directory / f"forked-{os.getpid()}").touch()
+            return
+        (directory / "first").touch()
+        channel.tell(IDLE)
+        assert linger(channel, ("start",), lambda _connection: ("served",)) == ()
+        (directory / "ended").touch()
+        until(directory / "done")
+
+    def script(channel: Channel, directory: Path) -> None:
+        listen(channel, directory)
+        connect_unix(directory / "shim.sock").close()
+        until(directory / "first")
+        requests = 0
+        while not (directory / "ended").exists():
+            requests += 1
+            with connect_unix(directory / "shim.sock") as other:
+                send_frame(other, protocol.request("list"))
+                while len(list(directory.glob("forked-*"))) < requests:
+                    os.sched_yield()
+        deadline = time.monotonic() + 20
+        with connect_unix(directory / "shim.sock") as other:
+            send_frame(other, protocol.request("list"))
+            while len(list(directory.glob("forked-*"))) == requests and time.monotonic() < deadline:
+                os.sched_yield()
+        (directory / "done").touch()
+        channel.ask("end")
+        assert requests >= 2 and len(list(directory.glob("forked-*"))) == requests + 1
 
     run(tmp_path, script, helper)
 
@@ -424,7 +475,7 @@ def test_an_idle_helper_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pyte
 
     def helper(channel: Channel, directory: Path) -> None:
         channel.tell(IDLE)
-        assert linger(channel, "start", lambda _connection: str((directory / "served").touch())) == ""
+        assert linger(channel, ("start",), lambda _connection: (str((directory / "served").touch()),)) == ()
         (directory / "ended").touch()
 
     def script(channel: Channel, directory: Path) -> None:
