@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,7 +18,8 @@ from cri.config import NATIVE, Config, ConfigError, RuntimeSection
 
 DEFAULT_FILE = Path("/etc/ocid/config.toml")
 
-_types = functools.cache(get_type_hints)  # of the same classes for each file, and for all of them together
+# Of the same classes for each file, and for all of them together.
+_types: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
 
 
 def load(path: Path | None = None, **overrides: Any) -> Config:
@@ -87,9 +88,16 @@ def _merge(into: dict[str, Any], table: Mapping[str, Any]) -> None:
             into[key] = value
 
 
+def learn_types() -> None:
+    """What `load` asks of the classes, ahead of it: it costs more than the rest of it."""
+    for kind in _types(Config).values():
+        if dataclasses.is_dataclass(kind):
+            _types(kind)
+
+
 def _build(kind: type[Any], table: Mapping[str, Any], path: str) -> Any:
     fields = {item.name: item for item in dataclasses.fields(kind)}
-    types = _types(kind)  # type: ignore[arg-type]  # a class is hashable
+    types = _types(kind)
     values: dict[str, Any] = {}
     for key, raw in table.items():
         where = f"{path}{key}"

@@ -26,11 +26,15 @@ _STACK_BYTES = 8 << 20  # as RLIMIT_STACK is elsewhere
 
 def main(arguments: list[str]) -> NoReturn:
     """Of the process that the dumped one is forked from. Arguments: the fd to report to, the slow command, the
-    module whose `main` is the command, and further ones to import."""
+    module whose `main` is the command, and whose `prepare`, if it has one, is called before the stop, and further ones
+    to import."""
     report, slow, entry, *modules = arguments
     began = time.time_ns()
     for name in (entry, *modules):
         __import__(name)
+    prepare = getattr(sys.modules[entry], "prepare", None)
+    if prepare is not None:
+        prepare()
     lock = _thread.allocate_lock()
     lock.acquire()
     _thread.stack_size(_STACK_BYTES)

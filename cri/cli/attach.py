@@ -18,7 +18,7 @@ import socket
 import termios
 import threading
 import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from runtime.linux.files import write_all
 from runtime.linux.sockets import send_frame
@@ -55,18 +55,16 @@ class Streams:
         loop = asyncio.get_running_loop()
         with _raw_terminal(self._stdin) if self._terminal else contextlib.nullcontext():
             act, caught = (self._leave, _LEAVING) if self._terminal and self._stdin else (forward, _FORWARDED)
-            for number in caught:
-                loop.add_signal_handler(number, act, int(number))
+            actions = {int(number): act for number in caught}
             if self._terminal:
-                loop.add_signal_handler(signal.SIGWINCH, self._resize)
+                actions[signal.SIGWINCH] = self._resize
                 self._resize()
             if self._stdin:
                 threading.Thread(target=self._copy_in, daemon=True).start()
             try:
-                await loop.run_in_executor(None, self._copy_out)
+                with _acting(loop, actions):
+                    await loop.run_in_executor(None, self._copy_out)
             finally:
-                for number in (*caught, *((signal.SIGWINCH,) if self._terminal else ())):
-                    loop.remove_signal_handler(number)
                 self._control.close()
                 for fd in self._wake:
                     os.close(fd)
@@ -75,7 +73,7 @@ class Streams:
         self.left = number
         os.write(self._wake[1], b".")
 
-    def _resize(self) -> None:
+    def _resize(self, _number: int = 0) -> None:
         with contextlib.suppress(OSError):
             columns, rows = os.get_terminal_size(0)
             send_frame(self._control, json.dumps({"resize": [rows, columns]}).encode())
@@ -113,6 +111,35 @@ class Streams:
         if error.errno not in (errno.EIO, errno.EPIPE):
             where = "standard output" if fd == 1 else "standard error"
             self.trouble = f"write to {where}: {errno.errorcode.get(error.errno or 0)} {(error.strerror or '').lower()}"
+
+
+@contextlib.contextmanager
+def _acting(loop: asyncio.AbstractEventLoop, actions: Mapping[int, Callable[[int], None]]) -> Iterator[None]:
+    """Each of those signals calls its action in the loop. Not the loop's own add_signal_handler: for each call of that
+    and of its inverse the standard library makes enums of all signals there are, most of a millisecond."""
+
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def came() -> None:
+        for number in os.read(reader, 4096):
+            if number in actions:
+                actions[number](number)
+
+    loop.add_reader(reader, came)
+    # Written to by the interpreter as a signal arrives, in whatever thread: a handler alone would wait for the loop.
+    before_fd, before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False), {}
+    try:
+        for number in actions:
+            before[number] = signal.signal(number, lambda _number, _frame: None)
+            signal.siginterrupt(number, False)  # libraries' calls go on
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(before_fd)
+        loop.remove_reader(reader)
+        os.close(reader)
+        os.close(writer)
 
 
 @contextlib.contextmanager

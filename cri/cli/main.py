@@ -58,6 +58,9 @@ COMMANDS = {
 }
 
 
+_parsers: dict[str, Parser] = {}
+
+
 class Parser(argparse.ArgumentParser):
     """Words that are no options of ours are a failure of ours: argparse's 2 could be the container's own code."""
 
@@ -86,6 +89,14 @@ def _usage() -> str:
         "  --debug        print the whole traceback of a failure\n\n"
         "`ocid COMMAND --help` says more. Where a daemon serves --state, commands go through it.\n"
     )
+
+
+def parser_of(command: str) -> Parser:
+    """What reads the words after the command; made once, of nothing that differs from process to process."""
+    if command not in _parsers:
+        _parsers[command] = _parser(command)
+        importlib.import_module(f"cri.cli.{command}").arguments(_parsers[command])
+    return _parsers[command]
 
 
 def _parser(command: str) -> Parser:
@@ -155,8 +166,7 @@ def ocid(words: Sequence[str]) -> int:
     if command in addresses.COMMANDS:
         addresses.random()
     module = importlib.import_module(f"cri.cli.{command}")
-    parser = _parser(command)
-    module.arguments(parser)
+    parser = parser_of(command)
     merged = argparse.Namespace(
         **{
             "subcommand": command,

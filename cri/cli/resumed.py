@@ -19,9 +19,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cri.cli.main import finish
+from cri.cli.addresses import COMMANDS as RANDOM
+from cri.cli.main import COMMANDS, finish, parser_of
 from cri.cli.main import main as _ocid
-from runtime.linux import dumped
+from cri.config_read import learn_types
+from runtime.linux import dataclass, dumped
 from runtime.linux.processor import processor
 
 # What an interpreter, or a library that is loaded, reads once.
@@ -30,6 +32,15 @@ _READ_AT_START = ("PYTHON", "LD_", "GLIBC_TUNABLES", "MALLOC_", "GRPC_", "OPENSS
 _HONOURED = frozenset(("PYTHON", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"))
 _UTF_8 = frozenset(("", "C", "POSIX"))  # in these, too, Python speaks UTF-8 (PEP 540)
 _MADE_ON = processor()
+
+
+def prepare() -> None:
+    """Before the stop: what commands would make of their own text, each for itself."""
+    for name in COMMANDS:
+        if name not in RANDOM:
+            parser_of(name)
+    dataclass.compile_all()
+    learn_types()
 
 
 def main() -> int:

@@ -34,6 +34,7 @@ from runtime.shim.client import Shims
 from runtime.shim.restarts import most_restarts
 
 _LOCAL_SOURCES = ("oci", "oci-archive", "docker-archive")
+_NO_NAME = re.compile(r"[^A-Za-z0-9]+")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", re.ASCII)
 
 
@@ -121,7 +122,7 @@ def _policy(text: str) -> str:
 
 
 def _make_name(image: str) -> str:
-    base = re.sub(r"[^A-Za-z0-9]+", "-", image.rpartition("/")[2].partition("@")[0].partition(":")[0]).strip("-")
+    base = _NO_NAME.sub("-", image.rpartition("/")[2].partition("@")[0].partition(":")[0]).strip("-")
     return f"{base[:40] or 'container'}-{os.urandom(3).hex()}"
 
 

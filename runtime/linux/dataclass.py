@@ -28,6 +28,14 @@ else:
 
 
 _MADE = object()  # stands in a signature for what a factory makes
+_uncompiled: dict[type, None] = {}
+
+
+def compile_all() -> None:
+    """The __init__ of all classes that there are: for a process whose memory others go on from (runtime/dump.py)."""
+    while _uncompiled:
+        cls: Any = next(iter(_uncompiled))
+        _compile(cls)
 
 
 def _made(cls: Any, frozen: bool, slots: bool) -> Any:
@@ -38,7 +46,8 @@ def _made(cls: Any, frozen: bool, slots: bool) -> Any:
     found = dataclasses.fields(made)
     compared = [one.name for one in found if one.compare]
     hashed = [one.name for one in found if (one.compare if one.hash is None else one.hash)]
-    _give(made, "__init__", _first_init(made))
+    if "__init__" not in made.__dict__:
+        made.__init__ = _first_init(made)
     _give(made, "__repr__", _repr([one.name for one in found if one.repr]))
     _give(made, "__eq__", _eq(_values(compared)))
     if frozen:
@@ -91,10 +100,16 @@ def _refuse_to_delete(_self: object, name: str) -> NoReturn:
 
 def _first_init(cls: Any) -> Callable[..., None]:
     def __init__(self: Any, *args: object, **kwargs: object) -> None:
-        cls.__init__ = _init(cls)
+        _compile(cls)
         cls.__init__(self, *args, **kwargs)
 
+    _uncompiled[cls] = None
     return __init__
+
+
+def _compile(cls: Any) -> None:
+    cls.__init__ = _init(cls)
+    _uncompiled.pop(cls, None)
 
 
 def _init(cls: Any) -> Callable[..., None]:

@@ -354,6 +354,23 @@ def test_a_run_starts_once_more_before_it_says_or_reads_anything(own: tuple[Path
     assert done.stdout.startswith("slow --config /dev/fd/"), done.stderr
 
 
+def test_what_commands_make_of_their_own_text_is_in_the_dump() -> None:
+    """Options of each, functions of data classes, types of the configuration: made by none of them."""
+    script = """
+from cri.cli import addresses, main, resumed
+from cri.config_read import _types, load
+from runtime.linux import dataclass
+import importlib
+for name in set(main.COMMANDS) - addresses.COMMANDS: importlib.import_module(f"cri.cli.{name}")
+resumed.prepare()
+assert set(main._parsers) == set(main.COMMANDS) - addresses.COMMANDS and not dataclass._uncompiled
+asked = _types.cache_info().misses
+load()
+assert _types.cache_info().misses == asked and _types.cache_info().hits
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=COMMAND_S)
+
+
 def test_what_a_broken_off_installation_left_goes(tmp_path: Path) -> None:
     library = tmp_path / "lib/ocid"
     library.mkdir(parents=True)

@@ -64,9 +64,9 @@ def test_environment_takes_bare_names_from_the_caller(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_has_options_and_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     module = importlib.import_module(f"cri.cli.{command}")
-    parser = main._parser(command)
-    module.arguments(parser)
+    parser = main.parser_of(command)
     assert command in parser.format_help() and callable(module.run)
+    assert main.parser_of(command) is parser  # also what a dump has made of it (cri/cli/resumed.py)
 
 
 def test_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None:

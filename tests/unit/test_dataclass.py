@@ -195,3 +195,17 @@ def test_what_is_compiled() -> None:
     finally:
         for module in (dataclasses, ours):
             del module.exec  # type: ignore[attr-defined]
+
+
+@HOWS
+def test_all_can_be_compiled_ahead(how: dict[str, bool]) -> None:
+    """As a dump has them: then an object's making compiles nothing, and is as before."""
+    kind = _point(ours.dataclass, **how)
+    before = kind.__init__
+    ours.compile_all()
+    made_of = kind.__init__
+    assert made_of is not before and not ours._uncompiled
+    one = kind(1, secret="s")
+    assert kind.__init__ is made_of and (one.x, one.y, one.names, one.secret) == (1, 2, [], "s")
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+        kind()
