@@ -1,7 +1,7 @@
 """A process that another takes the place of: clone3(2) without a copy of the caller's memory.
 
 `succeed`: the new process goes on in the caller's memory, while the caller waits in the kernel (CLONE_VM, CLONE_VFORK)
-until the other has executed a program or ended; then it ends itself. `orphan`: the caller ends at once, and the other
+until the other has executed a program or ended; a moment later it ends itself. `orphan`: the caller ends at once, and the other
 has its memory. No page of an interpreter is copied, where a fork copies each that either of the two writes to.
 
 The caller must not come back from the call into code: the stack that it would return on has been used since. What it
@@ -36,10 +36,16 @@ _X86_64 = bytes.fromhex(
     "31d2"  # xor %edx, %edx
     "b8b4010000"  # mov $436, %eax    close_range: who waits for the end of a pipe need not wait for that of our memory
     "0f05"  # syscall
+    "b823000000"  # mov $35, %eax     nanosleep: taking its memory apart takes the processor from what has just begun
+    "488d3d0e000000"  # lea 2f(%rip), %rdi
+    "31f6"  # xor %esi, %esi
+    "0f05"  # syscall
     "31ff"  # xor %edi, %edi
     "b8e7000000"  # mov $231, %eax    exit_group
     "0f05"  # syscall
     "f4"  # hlt
+    "0000000000000000"  # 2:          no seconds
+    "8096980000000000"  #             10,000,000 ns
 )
 
 
