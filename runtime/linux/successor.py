@@ -1,8 +1,9 @@
 """A process that another takes the place of: clone3(2) without a copy of the caller's memory.
 
 `succeed`: the new process goes on in the caller's memory, while the caller waits in the kernel (CLONE_VM, CLONE_VFORK)
-until the other has executed a program or ended; a moment later it ends itself. `orphan`: the caller ends at once, and the other
-has its memory. No page of an interpreter is copied, where a fork copies each that either of the two writes to.
+until the other has executed a program or ended; a moment later it ends itself. `orphan`: the caller ends at once, and
+the other has its memory. No page of an interpreter is copied, where a fork copies each that either of the two writes
+to.
 
 The caller must not come back from the call into code: the stack that it would return on has been used since. What it
 does between the call and its exit is therefore a few instructions that use no memory, and so machine code. Refuses
