@@ -22,10 +22,14 @@ from runtime.linux.libc import KernelError, syscall
 from runtime.linux.machine_code import machine_code
 from runtime.linux.process import CLONE_INTO_CGROUP, CLONE_PARENT, CLONE_VM
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 # linux/sched.h
 _CLONE_VFORK, _CLONE_PARENT_SETTID, _CLONE_CHILD_SETTID = 0x4000, 0x100000, 0x1000000
 # long call(struct clone_args *, size_t): the arguments are where clone3 wants them (System V ABI, x86-64).
-_X86_64 = bytes.fromhex(
+_BEGIN = bytes.fromhex(
     "f30f1efa"  # endbr64
     "b8b3010000"  # mov $435, %eax    clone3
     "0f05"  # syscall
@@ -37,10 +41,14 @@ _X86_64 = bytes.fromhex(
     "31d2"  # xor %edx, %edx
     "b8b4010000"  # mov $436, %eax    close_range: who waits for the end of a pipe need not wait for that of our memory
     "0f05"  # syscall
+)
+_PAUSE = bytes.fromhex(
     "b823000000"  # mov $35, %eax     nanosleep: taking its memory apart takes the processor from what has just begun
     "488d3d0e000000"  # lea 2f(%rip), %rdi
     "31f6"  # xor %esi, %esi
     "0f05"  # syscall
+)
+_END = bytes.fromhex(
     "31ff"  # xor %edi, %edi
     "b8e7000000"  # mov $231, %eax    exit_group
     "0f05"  # syscall
@@ -50,7 +58,8 @@ _X86_64 = bytes.fromhex(
 )
 
 
-_call = machine_code(_X86_64)
+_call = machine_code(_BEGIN + _PAUSE + _END)
+_call_at_once = machine_code(_BEGIN + _END)  # for who is waited for
 AVAILABLE = _call is not None
 
 
@@ -62,7 +71,7 @@ def succeed(flags: int, *, cgroup_fd: int = -1) -> int:
     flags |= CLONE_PARENT | CLONE_VM | _CLONE_VFORK | _CLONE_PARENT_SETTID
     if cgroup_fd >= 0:
         flags |= CLONE_INTO_CGROUP
-    _clone(struct.pack("=11Q", flags, 0, 0, ctypes.addressof(pid), 0, 0, 0, 0, 0, 0, max(cgroup_fd, 0)))
+    _clone(_call, struct.pack("=11Q", flags, 0, 0, ctypes.addressof(pid), 0, 0, 0, 0, 0, 0, max(cgroup_fd, 0)))
     return pid.value
 
 
@@ -74,12 +83,12 @@ def orphan(thread_id: int) -> None:
     syscall("set_tid_address", 0)  # or the kernel writes a zero there as the caller ends
     mask = signals.block_all()  # a handler of the caller's would run on the stack of both
     try:
-        _clone(args)
+        _clone(_call_at_once, args)
     finally:
         signals.set_mask(mask)
 
 
-def _clone(args: bytes) -> None:
-    result = -errno.ENOSYS if _call is None else _call(args, ctypes.c_long(len(args)))
+def _clone(call: Callable[..., int] | None, args: bytes) -> None:
+    result = -errno.ENOSYS if call is None else call(args, ctypes.c_long(len(args)))
     if result < 0:
         raise KernelError(-result, "clone3")
