@@ -4,7 +4,8 @@
       │ ── fork ────────────────────────▶ │ the helper copies its pages, and waits at the zygote's listener
       │                                   │ ◀── a request
       │ ◀─ taken ──────────────────────── │ accepts it, and brings the pod up
-      │ ── fork ────────────────────────▶   the next one: a moment later, or at once where somebody waits for it
+      │ ◀─ end of file ────────────────── │ is done, after one container's start and a command in it, as a rule
+      │ ── fork ────────────────────────▶   the next one, a moment later; at once where somebody waits for it
 
 So a pod's start waits neither for two forks nor for the first write to each page, nor do they take its processor from
 it. Where nobody comes soon the helper gives the copies back, and what waits weighs little. Refuses to outlive the
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from runtime.shim.resident import Resident
 
 _MOMENT = 0.1  # seconds
-_CALM = 0.1  # seconds: a pod and its first container are up by then, and a command has run in it, most likely
+_CALM = 0.1  # seconds: a pod and its first container are up, most likely
+_BREATH = 0.02  # seconds
 
 
 class Spare:
@@ -69,9 +71,11 @@ class Spare:
         os.close(taken)
         os.waitpid(middle, 0)
         if os.read(waiting, 1):
-            # Who came has a pod to bring up, and containers and commands then, and needs the processors that a fork and
-            # its copies would take; unless somebody else waits.
-            select.select((self._listener,), (), (), _CALM)
+            # Who came has a pod to bring up, and containers and a command then, and needs the processors that a fork
+            # and its copies would take; until its helper has ended and the command's answer is on its way, or somebody
+            # else waits.
+            if self._listener not in select.select((self._listener, waiting), (), (), _CALM)[0]:
+                select.select((self._listener,), (), (), _BREATH)
         else:  # it was killed, or could not even begin: not that again at once
             select.select((), (), (), _MOMENT)
         os.close(waiting)
