@@ -11,8 +11,8 @@ the pod's end, which `ocid run` without a daemon asks for when it is back.
 
 A fork of the shim, and every page that both requests write to, are saved.
 Refuses all but those: what it saw of the shim's memory is from before. Invariant: a connection that it was handed is
-served or handed back, and then, or after PATIENCE, it ends: until then a container's process may be its child (in a pod
-with a PID namespace, runtime.cloning), and the shim learns of an exit only once it is its own.
+served or handed back, and then, or PATIENCE after the last of them, it ends: until then a container's process may be
+its child (in a pod with a PID namespace, runtime.cloning), and the shim learns of an exit only once it is its own.
 """
 
 from __future__ import annotations
@@ -47,10 +47,12 @@ def linger(
     answer to the request before is on its way, and those who pass it on need the processor."""
     others = 0
     while True:
-        came = _take(channel, _BREATH) if make_ready is not None else None
-        if came is None and make_ready is not None:
-            make_ready()
-            make_ready = None
+        came = None
+        if make_ready is not None:
+            came = _take(channel, _BREATH)
+            if came is None:
+                make_ready()
+                make_ready = None
         came = came or _take(channel, PATIENCE)
         channel.set_timeout(None)
         if came is None:
