@@ -3,8 +3,7 @@
 An index tells every file that a project ever had, tens of thousands for this lock, and pip makes a candidate of each:
 half of the time of an installation. Here those whose hash is not in the lock, which it would refuse anyway, are passed
 over as they are read. Nothing is trusted for it: pip checks the hash of what it fetches as ever, and an index that
-tells no hashes is read in full. Reaches into pip, whose version hack/pip.lock pins; where the inside is another, as in
-the one that fetches it, this is pip and no more.
+tells no hashes is read in full. Reaches into pip; where its inside is another, this is pip and no more.
 """
 
 from __future__ import annotations
