@@ -346,7 +346,11 @@ class InterfaceCounters:
 
 
 class Network(Protocol):
-    """cri.network.cni.Cni. All of it is async."""
+    """cri.network.cni.Cni. All of it is async, but for what blocks nobody."""
+
+    def netns_path(self, pod_id: str) -> Path:
+        """Where `new_netns` pins a pod's namespace: known before there is one, for the record."""
+        ...
 
     async def new_netns(self, pod_id: str, source: Path | None = None) -> Path:
         """A fresh, pinned network namespace with `lo` up; from the warm pool where there is one. Name = pod id.

@@ -241,7 +241,7 @@ class Store:
 
     def _permit(self, image: Image, name: str, namespace: str, keys: tuple[KeyFile, ...], errand: Errand) -> None:
         try:
-            self._trust.permit(image, name, self._records.origins(image.id), namespace)
+            self._trust.permit(image, name, lambda: self._records.origins(image.id), namespace)
             self._puller.opener.open(image.layers, keys, errand)
         except ImageError as error:
             raise told(f"use image {name}", error) from error

@@ -14,7 +14,7 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -123,7 +123,7 @@ class Trust:
 
     # ----------------------------------------------------------------------------------------------------------- use
 
-    def permit(self, image: Image, asked: str, origins: Sequence[Origin], namespace: str = "") -> None:
+    def permit(self, image: Image, asked: str, origins_of: Callable[[], Sequence[Origin]], namespace: str = "") -> None:
         """Raises SignatureRefused unless today's policy accepts the image by one of its origins: by that of the name
         `asked`, where it has one. PolicyInvalid."""
         stamp, policy = self._current(namespace)
@@ -133,6 +133,7 @@ class Trust:
         now = time.monotonic()
         if self._accepted.get(key, 0.0) > now:
             return
+        origins = origins_of()
         found = _named(origins, asked) or origins or (Origin("local", image.id, (image.manifest_digest,), "[]"),)
         verdicts = [self._again(origin, namespace) for origin in found]
         if not any(verdict.accepted for verdict in verdicts):

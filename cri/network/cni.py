@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 
 _CALLS_AT_ONCE = 32
 _RETIRING_AT_ONCE = 4
+# After this the pod is up that took a spare namespace, and its first container most likely: the next one takes the
+# processor from neither.
+_CALM_S = 0.1
 # How long a start waits for the plugins of pods that are gone: one that hangs, or waits for an agent that is a pod
 # itself, must not keep the node from starting.
 _LEFT_S = 2.0
@@ -68,6 +71,7 @@ class Cni:
         self._retiring = ThreadPoolExecutor(_RETIRING_AT_ONCE, thread_name_prefix="network-retire")
         self._later = ThreadPoolExecutor(_RETIRING_AT_ONCE, thread_name_prefix="network-left")
         self._under_way = UnderWay(config.plugin_timeout_s)
+        self._warming: asyncio.TimerHandle | None = None
 
     def interrupt(self) -> None:
         """Kills the plugin programs that run: the process is about to end. What they leave undone has its record."""
@@ -76,6 +80,8 @@ class Cni:
     def close(self) -> None:
         """Lets go of threads and spare namespaces; pods keep their network."""
         self.interrupt()
+        if self._warming is not None:
+            self._warming.cancel()
         self._later.shutdown(wait=False, cancel_futures=True)
         self._threads.close()
         self._retiring.shutdown(wait=True)
@@ -87,7 +93,20 @@ class Cni:
         """Makes the spare namespaces, so that the first pod finds one."""
         self._namespaces.warm()
 
+    def _warm_soon(self) -> None:
+        """After a namespace was taken, or could be."""
+        if self._warming is None:
+            self._warming = asyncio.get_running_loop().call_later(_CALM_S, self._warm_now)
+
+    def _warm_now(self) -> None:
+        self._warming = None
+        self._namespaces.warm()
+
+    def netns_path(self, pod_id: str) -> Path:
+        return self._namespaces.path(pod_id)
+
     async def new_netns(self, pod_id: str, source: Path | None = None) -> Path:
+        self._warm_soon()
         work = asyncio.ensure_future(self._threads.run(self._namespaces.create, pod_id, source))
         try:
             return await asyncio.shield(work)

@@ -122,7 +122,7 @@ def _existing(source: Path) -> int:
 
 
 class Namespaces:
-    """The pinned namespaces in `directory` and a pool of `size` spare ones. Thread-safe."""
+    """The pinned namespaces in `directory` and a pool of `size` spare ones, which `warm` fills. Thread-safe."""
 
     def __init__(self, directory: Path, size: int) -> None:
         self._directory = directory
@@ -197,11 +197,9 @@ class Namespaces:
 
     def _take(self) -> int:
         try:
-            fd = self._spare.popleft()
+            return self._spare.popleft()
         except IndexError:
-            fd = make(1)[0]
-        self.warm()
-        return fd
+            return make(1)[0]
 
     def _refill(self) -> None:
         try:

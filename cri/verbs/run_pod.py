@@ -12,6 +12,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 from cri import trace
@@ -231,18 +232,20 @@ async def make(node: Node, pod: Pod, fill: Callable[[Undo], Awaitable[None]] | N
     config = pod.request
     own = namespaces(config)
     directory, parent = node.paths.pod(pod.id), cgroup_parent(node, config)
+    pod = replace(
+        pod,
+        netns=str(node.parts.network.netns_path(pod.id)) if _has_netns_first(own) else "",
+        cgroup_made=_cgroup_to_make(node, parent),
+    )
     trace.about(pod=pod.id)
     async with node.locks.held(pod.id), Undo() as undo:
         undo.did("forget the pod", lambda: _forget(node, pod, undo))
+        # All that can be known ahead: whoever finds this record knows that addresses may be in use (threats O3).
         await node.store.add(pod)
         failpoint("run_pod.recorded")
         undo.did("remove the pod's directory", lambda: to_thread(remove_tree, directory))
-        made, netns = await both(to_thread(_prepare, node, directory, parent), _new_netns(node, pod, undo, own))
+        _, netns = await both(to_thread(os.mkdir, directory, 0o700), _new_netns(node, pod, undo, own))
         failpoint("run_pod.netns")
-        pod = node.store.pods[pod.id]
-        if netns is not None or made:
-            # Before ADD: whoever finds this record knows that addresses may be in use (threats O3).
-            pod = await node.store.change_pod(pod.id, netns=str(netns or ""), cgroup_made=made or pod.cgroup_made)
         spec = SandboxSpec(
             id=pod.id,
             directory=directory,
@@ -305,8 +308,7 @@ def _early_sysctls(pod: Pod, own: Namespaces) -> dict[str, str]:
     return {key: value for key, value in found.items() if not (late and validate.names_interface(key))}
 
 
-def _prepare(node: Node, directory: Path, parent: str) -> str:
-    os.mkdir(directory, 0o700)
+def _cgroup_to_make(node: Node, parent: str) -> str:
     # Slices are systemd's: it makes them with the first unit in them, and they are not taken away from under it.
     return first_missing(parent) if node.config.runtime.cgroup_driver == "cgroupfs" else ""
 
@@ -321,8 +323,13 @@ async def _forget(node: Node, pod: Pod, undo: Undo) -> None:
     await node.store.change_pod(pod.id, made_ns=now_ns(), lost_ns=now_ns())
 
 
+def _has_netns_first(own: Namespaces) -> bool:
+    """Whether the network namespace is made before the shim; one of a user namespace is made by it."""
+    return own.network and own.ids is None
+
+
 async def _new_netns(node: Node, pod: Pod, undo: Undo, own: Namespaces) -> Path | None:
-    if not own.network or own.ids is not None:
+    if not _has_netns_first(own):
         return None
     return await _pinned(node, pod, undo)
 

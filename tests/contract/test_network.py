@@ -38,8 +38,9 @@ async def _pod(network: Network, identity: str = "") -> PodNetwork:
 def test_a_namespace_is_named_after_its_pod_and_made_anew_each_time(subject: Subject) -> None:
     async def scenario() -> None:
         identity = pod_id()
+        known = subject.network.netns_path(identity)
         path = await subject.network.new_netns(identity)
-        assert path.name == identity and path.exists()
+        assert path == known and path.name == identity and path.exists()
         assert await subject.network.new_netns(identity) == path
         await subject.network.remove_netns(path)
         assert not path.exists()

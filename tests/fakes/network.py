@@ -59,6 +59,9 @@ class FakeNetwork:
             self.failures[verb] -= 1
             raise NetworkError(f"network fake: plugin fake: {verb}: told to fail", code=self.blame)
 
+    def netns_path(self, pod_id: str) -> Path:
+        return self.directory / pod_id
+
     async def new_netns(self, pod_id: str, source: Path | None = None) -> Path:
         self._fail("new_netns")
         if not is_name(pod_id):
@@ -66,7 +69,7 @@ class FakeNetwork:
         if source is not None and not source.exists():
             raise NetworkError(f"network namespace for pod {pod_id[:64]}: {source} is no pinned network namespace")
         self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / pod_id
+        path = self.netns_path(pod_id)
         path.write_bytes(b"")
         return path
 

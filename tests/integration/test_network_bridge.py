@@ -38,7 +38,7 @@ from tests.fakes.network import (
     remove_pod,
     running_pod,
 )
-from tests.support import eventually, needs
+from tests.support import SOON_S, eventually, needs
 
 
 @pytest.fixture
@@ -569,6 +569,29 @@ def test_the_pool_leaves_no_namespace_of_a_killed_daemon(corner: Corner) -> None
 
     asyncio.run(scenario())
     assert list(corner.netns.iterdir()) == []
+
+
+def test_the_pool_fills_itself_again_once_its_pod_is_up(corner: Corner) -> None:
+    def spares() -> int:
+        """Namespaces that this process holds by fds."""
+        links = (os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd"))
+        return sum(os.path.lexists(link) and os.readlink(link).startswith("net:") for link in links)
+
+    async def spares_are(count: int) -> None:
+        async with asyncio.timeout(SOON_S):
+            while spares() != count:
+                await asyncio.sleep(0.005)
+
+    async def scenario() -> None:
+        before = spares()
+        await corner.cni.warm()
+        await spares_are(before + corner.config.pool_size)
+        pin = await corner.cni.new_netns(pod_id())
+        assert spares() == before + corner.config.pool_size - 1
+        await spares_are(before + corner.config.pool_size)
+        await corner.cni.remove_netns(pin)
+
+    asyncio.run(scenario())
 
 
 def test_namespaces_pinned_on_a_shared_mount_are_private_to_this_mount_namespace(tmp_path: Path) -> None:
