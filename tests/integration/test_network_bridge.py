@@ -24,6 +24,7 @@ from cri.network.bridge import host_name, mac
 from cri.network.cni import Cni
 from cri.network.netns import Namespaces
 from runtime.linux.mount import MNT_DETACH, MS_BIND, MS_SHARED, MountPoint, mount, mountinfo, umount2
+from tests.costs import SOON_S
 from tests.fakes.network import (
     Corner,
     connect,
@@ -38,7 +39,7 @@ from tests.fakes.network import (
     remove_pod,
     running_pod,
 )
-from tests.support import SOON_S, eventually, needs
+from tests.support import eventually, needs
 
 
 @pytest.fixture
