@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from conformance.leaks import Machine
+from cri.marks import LOGS
 from tests import warm
-from tests.e2e import Node, discard, node, retired
+from tests.e2e import Node, discard, messages, node, retired
 from tests.fakes.registry import FakeRegistry
 from tests.support import SOON_S, eventually, needs
 
@@ -65,6 +66,12 @@ def said(cli: Node, *words: str, code: int = 0, stdin: bytes = b"") -> str:
 def once(cli: Node, *words: str, code: int = 0, stdin: bytes = b"") -> str:
     """`ocid run --rm OPTIONS… IMAGE COMMAND…`, the image being written as "IMAGE"."""
     return said(cli, "run", "--rm", *(cli.image if word == "IMAGE" else word for word in words), code=code, stdin=stdin)
+
+
+def logged(cli: Node) -> list[str]:
+    """The lines that all of the node's containers have printed, from where their shims write them: to wait for one by
+    `ocid logs` would cost a command for each look."""
+    return [text for log in sorted((cli.root / LOGS).rglob("*.log")) for text in messages(log)]
 
 
 def start(cli: Node, *words: str, **options: Any) -> subprocess.Popen[bytes]:

@@ -48,20 +48,21 @@ def leaves_nothing(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
         pytest.fail("the test left behind:\n  " + "\n  ".join(found), pytrace=False)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def registry() -> Iterator[FakeRegistry]:
-    """With `busybox:1`; other modules have another of this name."""
+    """With `busybox:1`; some modules have another of this name."""
     from tests.e2e import stocked
 
     with stocked() as made:
         yield made
 
 
-@pytest.fixture(scope="module", params=["alone", "served"])
+@pytest.fixture(scope="session", params=["alone", "served"])
 def cli(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry
 ) -> Iterator[Node]:
-    """A node without a daemon, and one with; both have the image and have run a container."""
+    """A node without a daemon, and one with; both have the image and have run a container. Each test leaves them as
+    they were (`as_before`), so all of a session share them: to make one costs as much as four tests."""
     from tests.commands import prepared
 
     with prepared(request.param == "served", tmp_path_factory.mktemp("cli"), registry) as made:

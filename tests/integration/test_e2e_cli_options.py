@@ -94,11 +94,18 @@ def test_run_by_dockers_words(cli: Node, tmp_path: Path) -> None:
     assert "there are no named volumes" in ocid(cli, "run", "-v", "named:/x", cli.image, "true").stderr
 
 
-@pytest.mark.parametrize("words", [["--rm"], ["--name", "loud"]])
-def test_a_run_whose_output_nobody_reads_ends(cli: Node, words: list[str]) -> None:
-    """As `yes | head -1` does; before that it went on until its log had filled the disk."""
+@pytest.mark.parametrize(
+    ("words", "script"),
+    [
+        (["--rm"], "echo y; yes 0123456789012345678901234567890123456789 | head -c 1000000; exec sleep 1000"),
+        (["--name", "loud"], "while echo y; do usleep 10000; done"),
+    ],
+)
+def test_a_run_whose_output_nobody_reads_ends(cli: Node, words: list[str], script: str) -> None:
+    """As `yes | head -1` does; before that it went on until its log had filled the disk. Once with more under way than
+    all that is between can hold, and once with nothing."""
     reader, writer = os.pipe()
-    command = [*cli.words, "run", *words, cli.image, "yes"]
+    command = [*cli.words, "run", *words, cli.image, "sh", "-c", script]
     with subprocess.Popen(command, stdout=writer, stderr=subprocess.PIPE) as run:
         os.close(writer)
         assert os.read(reader, 2) == b"y\n"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from conformance.leaks import CGROUPS
-from tests.commands import COMMAND_S, ocid, said
+from tests.commands import COMMAND_S, logged, ocid, said
 from tests.e2e import Node
 from tests.support import eventually
 
@@ -127,10 +127,12 @@ def test_restart_policies(cli: Node, tmp_path: Path) -> None:
     always = pod(cli, sh("main", "echo up; exec sleep 1000"), name="always")
     path = file_of(tmp_path, once, always)
     said(cli, "pod", "play", path)
-    eventually(lambda: state_of(cli, "once") == "exited")
+    assert said(cli, "wait", "once-main") == "1\n"
+    assert state_of(cli, "once") == "exited"
     pid = int(said(cli, "inspect", "--format", "{{.info.pid}}", "always-main"))
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: said(cli, "logs", "always-main") == "up\nup\n", what="the next run")
+    eventually(lambda: logged(cli).count("up") == 2, what="the next run")
+    assert said(cli, "logs", "always-main") == "up\nup\n"
     assert state_of(cli, "always") == "running"
     assert said(cli, "pod", "rm", "once") == "once\n"
     said(cli, "pod", "rm", "-f", "always")
