@@ -39,6 +39,8 @@ def registry() -> Iterator[FakeRegistry]:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry) -> Iterator[Node]:
     with seasoned(tmp_path_factory.mktemp("n") / "n", registry) as made:
+        assert _ocid(made, "run", "--rm", made.image, "true").returncode == 0
+        (made.root / "volumes").mkdir()
         made.end()
         yield made
 
@@ -198,25 +200,22 @@ def test_o7_ocid_rm_without_a_daemon(alone: Node) -> None:
         _nothing_new(alone, before, point)
 
 
-def test_o8_ocid_run_with_a_daemon_that_is_killed(own: Node, image: str) -> None:
-    assert _ocid(own, "run", "--rm", image, "true").returncode == 0
-    before = _held(own)
+def test_o8_ocid_run_with_a_daemon_that_is_killed(here: Node, image: str) -> None:
+    before = _held(here)
     for point in ("run_pod.made", "create_container.recorded", "create_container.bundled"):
-        _to_die_at(own, point)
-        done = _ocid(own, "run", "-d", "--name", "one", image, "sleep", "1000")
+        _to_die_at(here, point)
+        done = _ocid(here, "run", "-d", "--name", "one", image, "sleep", "1000")
         assert done.returncode == 125 and done.stderr.count(b"\n") == 1, (point, done)
-        assert f"the daemon at {own.socket} has ended".encode() in done.stderr
-        own.end()
-        own.start()
-        assert own.client.list_pods() == [], point
-        _nothing_new(own, before, point)
+        assert f"the daemon at {here.socket} has ended".encode() in done.stderr
+        here.end()
+        here.start()
+        assert here.client.list_pods() == [], point
+        _nothing_new(here, before, point)
 
 
-def test_o8_what_a_killed_command_had_made_goes_with_it(own: Node, image: str, tmp_path: Path) -> None:
+def test_o8_what_a_killed_command_had_made_goes_with_it(here: Node, image: str, tmp_path: Path) -> None:
     """Beside a daemon, which goes on: no pod that no command shows, no address, no directory of its logs."""
-    assert _ocid(own, "run", "--rm", image, "true").returncode == 0
-    (own.root / "volumes").mkdir()
-    before = _held(own)
+    before = _held(here)
     spec = {"hostNetwork": True, "volumes": [{"name": "v", "emptyDir": {}}]}
     spec["initContainers"] = [{"name": "first", "image": image, "command": ["true"]}]
     spec["containers"] = [{"name": "main", "image": image, "command": ["sleep", "1000"]}]
@@ -226,12 +225,12 @@ def test_o8_what_a_killed_command_had_made_goes_with_it(own: Node, image: str, t
     play = ("pod", "play", str(tmp_path / "pod.yaml"))
     cases = [("ocid_run.pod", run), ("ocid_run.created", run), ("ocid_run.started", run), ("ocid_play.init", play)]
     for point, words in cases:
-        assert _ocid(own, *words, point=point).returncode == -9, point
-        eventually(lambda: own.client.list_pods() == [], what=f"what was made before {point} to go")
-        _nothing_new(own, before, point)
-    assert _ocid(own, *run).returncode == 0
-    assert [one.state for one in own.client.list_pods()] == [pb.SANDBOX_READY]
-    assert _ocid(own, "rm", "-f", "one").returncode == 0
+        assert _ocid(here, *words, point=point).returncode == -9, point
+        eventually(lambda: here.client.list_pods() == [], what=f"what was made before {point} to go")
+        _nothing_new(here, before, point)
+    assert _ocid(here, *run).returncode == 0
+    assert [one.state for one in here.client.list_pods()] == [pb.SANDBOX_READY]
+    assert _ocid(here, "rm", "-f", "one").returncode == 0
 
 
 def test_o44_a_database_that_is_garbled_costs_its_pods_and_not_the_node(own: Node, image: str) -> None:

@@ -18,7 +18,7 @@ from cri.api import api_pb2 as pb
 from cri.api import api_pb2_grpc
 from runtime.linux.process import is_running, start_time
 from tests import warm
-from tests.e2e import Node, borrowed, messages, node, seasoned, stocked
+from tests.e2e import Node, borrowed, lent, messages, node, seasoned, stocked
 from tests.fakes.registry import FakeRegistry
 from tests.support import SOON_S, eventually, needs
 
@@ -42,11 +42,30 @@ def here(shared: Node) -> Iterator[Node]:
         yield made
 
 
-@pytest.fixture
-def alone(tmp_path: Path, registry: FakeRegistry) -> Iterator[Node]:
-    """For whoever ends the daemon."""
-    with seasoned(tmp_path / "n", registry) as made:
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry) -> Iterator[Node]:
+    with seasoned(tmp_path_factory.mktemp("n") / "n", registry) as made:
+        made.end()
         yield made
+
+
+@pytest.fixture
+def alone(ended: Node) -> Iterator[Node]:
+    """Another, for whoever ends the daemon."""
+    with lent(ended) as made:
+        yield made
+
+
+@pytest.fixture
+def handled(alone: Node) -> Iterator[Path]:
+    """Where a test names handlers, for the next daemon that it starts; later ones know nothing of them. A binary's own
+    root stays, empty, as its cache does."""
+    (alone.directory / "conf.d").mkdir()
+    yield alone.directory / "conf.d" / "handlers.toml"
+    alone.end()
+    (alone.directory / "conf.d" / "handlers.toml").unlink()
+    for directory in (alone.directory / "conf.d", *(alone.state / "handlers").iterdir(), alone.state / "handlers"):
+        directory.rmdir()
 
 
 @pytest.fixture
@@ -400,11 +419,11 @@ def _waits(pid: int, node: Node) -> bool:
 
 
 @pytest.mark.parametrize("handler", ["runc"])
-def test_a_runc_compatible_binary_runs_pods_as_the_native_one_does(alone: Node, image: str, handler: str) -> None:
+def test_a_runc_compatible_binary_runs_pods_as_the_native_one_does(
+    alone: Node, handled: Path, image: str, handler: str
+) -> None:
     needs(handler)
-    (alone.directory / "conf.d").mkdir()
-    section = f'[runtime.handlers]\n{handler} = "/usr/sbin/{handler}"\n'
-    (alone.directory / "conf.d" / "handlers.toml").write_text(section)
+    handled.write_text(f'[runtime.handlers]\n{handler} = "/usr/sbin/{handler}"\n')
     alone.end()
     alone.start()
     before = {line for line in alone.held() if not line.startswith("process ")}
@@ -427,14 +446,12 @@ def test_a_runc_compatible_binary_runs_pods_as_the_native_one_does(alone: Node, 
     alone.client.remove(one)
     alone.drop(pod_id)
     left = {line for line in alone.held() if not line.startswith("process ")} - before
-    # The binary's own root stays, empty, as its cache does.
     assert {line for line in left if f"{alone.state}/handlers" not in line} == set()
     assert not list((alone.state / "handlers" / f"usr-sbin-{handler}").iterdir())
 
 
-def test_a_binary_that_is_not_there_leaves_nothing(alone: Node, image: str) -> None:
-    (alone.directory / "conf.d").mkdir()
-    (alone.directory / "conf.d" / "handlers.toml").write_text('[runtime.handlers]\nlost = "/no/such/binary"\n')
+def test_a_binary_that_is_not_there_leaves_nothing(alone: Node, handled: Path, image: str) -> None:
+    handled.write_text('[runtime.handlers]\nlost = "/no/such/binary"\n')
     alone.end()
     alone.start()
     config = alone.pod_config()

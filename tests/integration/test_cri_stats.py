@@ -19,7 +19,7 @@ from conformance.cri_client import connected, container
 from conformance.daemons import remove_cgroup
 from cri.api import api_pb2 as pb
 from runtime.cgroups.hierarchy import detect
-from tests.e2e import Node, borrowed, seasoned, stocked
+from tests.e2e import Node, borrowed, lent, seasoned, stocked
 from tests.fakes.registry import FakeRegistry
 from tests.support import SOON_S, eventually, needs
 
@@ -46,12 +46,19 @@ def here(shared: Node) -> Iterator[Node]:
     remove_cgroup(f"{shared.tag}p")
 
 
-@pytest.fixture
-def alone(tmp_path: Path, registry: FakeRegistry) -> Iterator[Node]:
-    """For whoever ends the daemon."""
-    with seasoned(tmp_path / "n", registry) as made:
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry) -> Iterator[Node]:
+    with seasoned(tmp_path_factory.mktemp("n") / "n", registry) as made:
+        made.end()
         yield made
-        remove_cgroup(f"{made.tag}p")
+
+
+@pytest.fixture
+def alone(ended: Node) -> Iterator[Node]:
+    """Another, for whoever ends the daemon."""
+    with lent(ended) as made:
+        yield made
+    remove_cgroup(f"{ended.tag}p")
 
 
 def _pod(here: Node, *, network: bool = False) -> tuple[str, Any, str]:
