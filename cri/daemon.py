@@ -321,6 +321,7 @@ def _server(config: Config, service: Service, *more: grpc.GenericRpcHandler) -> 
             ("grpc.max_receive_message_length", config.limits.message_bytes),
             ("grpc.max_send_message_length", 64 << 20),
             ("grpc.so_reuseport", 0),
+            ("grpc.http2.bdp_probe", 0),
         ),
     )
     server.add_generic_rpc_handlers((*service.handlers(), *more))
