@@ -32,6 +32,7 @@ from cri.interfaces import (
 )
 from cri.processes import Processes
 from cri.records import Container, Pod
+from cri.spec.users import Databases
 from cri.store import Store
 from cri.streaming.sessions import Request
 from cri.task_states import TaskStates
@@ -211,6 +212,7 @@ class Node:
     create_threads: Threads = field(default_factory=lambda: Threads("create", LIMIT))
     # Whether AppArmor's default profile is loaded; blocks.
     default_apparmor: Callable[[], bool] = lambda: False
+    users: Databases = field(default_factory=Databases)
     pod_names: Reservations[str] = field(init=False)
     container_names: Reservations[str] = field(init=False)
     paths: Paths = field(init=False)

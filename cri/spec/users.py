@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from runtime.linux.mount import MOUNT_ATTR_NODEV, MOUNT_ATTR_NOSUID, MOUNT_ATTR_
 MAX_ID = 2**31 - 1
 MAX_DATABASE = 1 << 20
 MAX_GROUPS = 65536  # NGROUPS_MAX, limits.h
+_MOST_KEPT, _MOST_SIZE = 64, 1 << 15
 _USER_NAME = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9_.][A-Za-z0-9_.-]*\$?", re.ASCII)
 
 
@@ -163,6 +165,35 @@ def read_database(lower_directories: Sequence[Path]) -> Database:
         return database_in(root)
     finally:
         os.close(root)
+
+
+def _size(database: Database) -> int:
+    """About how many bytes it takes: what an image writes there has no end but MAX_DATABASE."""
+    names = [text for name, _, _, home in database.passwd for text in (name, home)]
+    names += [text for name, _, members in database.group for text in (name, *members)]
+    return sum(len(text) + 64 for text in names)
+
+
+class Databases:
+    """Those of the images that were asked for last. A chain id stands for one content of all files, so what was read
+    once is right for as long as there are layers of that id; large ones are read each time. Any thread may ask."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Database] = {}
+        self._lock = threading.Lock()
+
+    def of(self, chain_id: str, lower_directories: Callable[[], Sequence[Path]]) -> Database:
+        """See `read_database`; `lower_directories` is called where it has to be read."""
+        with self._lock:
+            found = self._kept.pop(chain_id, None)
+        if found is None:
+            found = read_database(lower_directories())
+        if _size(found) <= _MOST_SIZE:
+            with self._lock:
+                self._kept[chain_id] = found  # the last of them again
+                while len(self._kept) > _MOST_KEPT:
+                    del self._kept[next(iter(self._kept))]
+        return found
 
 
 def database_in(root: int) -> Database:

@@ -340,7 +340,7 @@ def _user(node: Node, config: pb.ContainerConfig, image: Image) -> users.User:
     def database() -> users.Database:
         if not image.layers:
             return users.Database()
-        return users.read_database(node.parts.snapshots.lower_directories(image.chain_id))
+        return node.users.of(image.chain_id, lambda: node.parts.snapshots.lower_directories(image.chain_id))
 
     return users.resolve(user_request(config, image.config), database)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cri.spec.users import Database, UserRequest, parse_database, read_database, resolve
+from cri.spec.users import Database, Databases, UserRequest, parse_database, read_database, resolve
 from cri.spec.validate import InvalidRequest
 
 PASSWD = b"root:x:0:0:root:/root:/bin/sh\nweb:x:33:34:Web:/srv/www:/bin/sh\nbroken\nbig:x:4294967296:0::/:/bin/sh\n"
@@ -129,3 +130,32 @@ def test_an_absolute_link_inside_the_image_works(tmp_path: Path) -> None:
     (root / "store" / "passwd").write_bytes(PASSWD)
     (root / "etc" / "passwd").symlink_to("/store/passwd")
     assert read_database([root]).passwd[1] == ("web", 33, 34, "/srv/www")
+
+
+def test_a_database_is_read_once_for_a_chain_id_unless_it_is_large_or_many_came_since(tmp_path: Path) -> None:
+    kept, asked = Databases(), []
+
+    def layers(name: str, users: int = 1) -> Callable[[], list[Path]]:
+        (tmp_path / name / "etc").mkdir(parents=True, exist_ok=True)
+        lines = "".join(f"u{number}:x:{number}:{number}::/:/bin/sh\n" for number in range(users))
+        (tmp_path / name / "etc" / "passwd").write_text(lines)
+
+        def asking() -> list[Path]:
+            asked.append(name)
+            return [tmp_path / name]
+
+        return asking
+
+    small, large = layers("small"), layers("large", 1000)
+    for _ in range(2):
+        assert [row[0] for row in kept.of("small", small).passwd] == ["u0"]
+        assert len(kept.of("large", large).passwd) == 1000
+    assert asked == ["small", "large", "large"]
+    for number in range(100):  # of which `small` is the last but one, each time
+        kept.of(f"chain{number}", small)
+        kept.of("small", small)
+    assert asked.count("small") == 101
+    for number in range(100):
+        kept.of(f"other{number}", small)
+    kept.of("small", small)
+    assert asked.count("small") == 202
