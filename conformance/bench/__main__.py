@@ -54,14 +54,14 @@ def _disk(base: Path) -> Iterator[Path]:
     device = subprocess.run(attach, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     try:
         subprocess.run(["mount", device, mountpoint], check=True)
-        try:
-            yield mountpoint
-        finally:
-            # Lazily: what a daemon has left behind ends with these namespaces.
-            subprocess.run(["umount", "--lazy", mountpoint], check=True)
     finally:
-        # As soon as the last of it has ended (loop(4): a device in use is detached when it is closed).
+        # One in use is detached when its last user has ended, however that ends (loop(4), LO_FLAGS_AUTOCLEAR).
         subprocess.run(["losetup", "--detach", device], check=True)
+    try:
+        yield mountpoint
+    finally:
+        # Lazily: what a daemon has left behind ends with these namespaces, and the loop device with the last of it.
+        subprocess.run(["umount", "--lazy", mountpoint], check=True)
 
 
 @contextmanager
