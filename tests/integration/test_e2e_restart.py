@@ -18,10 +18,11 @@ from pathlib import Path
 import pytest
 
 from conformance.cri_client import container
+from conformance.daemons import retire
 from conformance.leaks import CGROUPS, Machine
 from cri.api import api_pb2 as pb
 from runtime.linux.process import pidfd_open, process_state
-from tests.e2e import Node, lent, messages, node, retired, stocked, unchanged
+from tests.e2e import Node, lent, messages, node, retired, stocked
 from tests.fakes.registry import FakeRegistry
 from tests.support import SOON_S, eventually, needs
 
@@ -49,11 +50,22 @@ def used(directory: Path, registry: FakeRegistry) -> Iterator[Node]:
         yield made
 
 
-@pytest.fixture
-def clean(tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry) -> Iterator[Node]:
-    """A node of its own, for who ends more of it than its daemon."""
-    with used(tmp_path_factory.mktemp("n"), registry) as made, unchanged(made):
+@pytest.fixture(scope="module")
+def at_rest(tmp_path_factory: pytest.TempPathFactory, registry: FakeRegistry) -> Iterator[Node]:
+    with used(tmp_path_factory.mktemp("n"), registry) as made:
+        made.end()
+        retire(made.state)
         yield made
+
+
+@pytest.fixture
+def clean(at_rest: Node) -> Iterator[Node]:
+    """That of those who end more of it than its daemon: each has a zygote of its own."""
+    try:
+        with lent(at_rest) as made:
+            yield made
+    finally:
+        retire(at_rest.state)
 
 
 @pytest.fixture(scope="module")
