@@ -106,7 +106,6 @@ class Cni:
         return self._namespaces.path(pod_id)
 
     async def new_netns(self, pod_id: str, source: Path | None = None) -> Path:
-        self._warm_soon()
         work = asyncio.ensure_future(self._threads.run(self._namespaces.create, pod_id, source))
         try:
             return await asyncio.shield(work)
@@ -117,6 +116,8 @@ class Cni:
             raise
         except (OSError, ValueError) as error:
             raise NetworkError(f"network namespace for pod {pod_id[:64]}: {error}") from error
+        finally:
+            self._warm_soon()
 
     async def remove_netns(self, path: Path) -> None:
         try:

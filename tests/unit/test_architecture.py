@@ -271,7 +271,7 @@ def _is_false(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is False
 
 
-HEAVY = ("rich", "yaml", "grpc", "aiohttp", "cryptography", "opentelemetry", "prometheus_client")
+HEAVY = ("rich", "yaml", "grpc", "aiohttp", "cryptography", "opentelemetry", "prometheus_client", "pyroute2")
 
 
 def test_the_command_line_imports_heavy_things_where_it_uses_them() -> None:

@@ -34,7 +34,7 @@ COSTLY = frozenset(
 ONCE = frozenset(("importlib.resources", "secrets", "tomllib"))
 # These are for single subcommands, for tracing, or for nobody.
 HEAVY = frozenset(
-    ("aiohttp", "cryptography", "grpc", "opentelemetry", "prometheus_client", "rich", "yaml", "zstandard")
+    ("aiohttp", "cryptography", "grpc", "opentelemetry", "prometheus_client", "pyroute2", "rich", "yaml", "zstandard")
 )
 
 
