@@ -127,10 +127,12 @@ def _make_name(image: str) -> str:
 
 
 async def _run(args: argparse.Namespace, name: str) -> int:
+    # What the options have wrong is told at once, before anybody is asked for anything.
+    sandbox_config, config = _sandbox_config(args, name), _container_config(args, name)
     # Without a daemon the root belongs to whoever works in it: it is let go while the container runs.
     async with connect(args) as api:
         state, direct = Path(api.config.state), api.local is not None
-        pod, container, streams = await _launch(api, args, name)
+        pod, container, streams = await _launch(api, args, sandbox_config, config)
     if streams is None:
         print(container)
         return 0
@@ -165,13 +167,15 @@ async def _leave(api: Api, args: argparse.Namespace, number: int, pod: str, cont
             )
 
 
-async def _launch(api: Api, args: argparse.Namespace, name: str) -> tuple[str, str, Streams | None]:
+async def _launch(
+    api: Api, args: argparse.Namespace, sandbox_config: pb.PodSandboxConfig, config: pb.ContainerConfig
+) -> tuple[str, str, Streams | None]:
     """Pod and container, started; streams where somebody watches. After a failure nothing of it is left."""
+    name = sandbox_config.metadata.name
     listed = await api.call("ListContainers", pb.ListContainersRequest())
     if any(c.labels.get(NAME_LABEL) == name for c in listed.containers):
         raise CommandError(f"the name {name} is taken; ocid rm {name} frees it")
-    sandbox_config = _sandbox_config(api, args, name)
-    config = _container_config(args, name)  # before an image is fetched: what the options have wrong is told at once
+    sandbox_config.log_directory = f"{api.config.root}/{LOGS}/{sandbox_config.metadata.uid}"
     config.image.image = await _image(api, args)
     if api.local is not None and api.local.images.has_seals(config.image.image):
         addresses.random()  # CreateContainer judges signatures, and opens layers' keys, in this process
@@ -234,11 +238,10 @@ async def _import(api: Api, source: str, path: str) -> str:
     return await load(api, source, Path(where), tag, "")
 
 
-def _sandbox_config(api: Api, args: argparse.Namespace, name: str) -> pb.PodSandboxConfig:
+def _sandbox_config(args: argparse.Namespace, name: str) -> pb.PodSandboxConfig:
     config = pb.PodSandboxConfig(hostname=args.hostname or name.replace("_", "-"))
     config.metadata.name, config.metadata.namespace, config.metadata.uid = name, NAMESPACE, os.urandom(16).hex()
     config.labels[NAME_LABEL] = name
-    config.log_directory = f"{api.config.root}/{LOGS}/{config.metadata.uid}"
     config.port_mappings.extend(options.port(text) for text in args.publish)
     config.linux.security_context.privileged = args.privileged
     if args.net == "host":

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import termios
 from pathlib import Path
 
@@ -98,6 +99,24 @@ def test_wrong_words_are_one_sentence_and_125(cli: Node, words: list[str], word:
     done = ocid(cli, *(cli.image if one == "IMAGE" else one for one in words))
     assert done.returncode == 125
     assert word in done.stderr and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_what_the_options_have_wrong_is_told_before_anything_is_made(cli: Node, tmp_path: Path) -> None:
+    """No parts are built for it, and no daemon is asked."""
+    words = (
+        cli.words[0],
+        "--root",
+        str(tmp_path / "root"),
+        "--state",
+        str(tmp_path / "state"),
+        "run",
+        "-m",
+        "lots",
+        "x",
+    )
+    done = subprocess.run(words, capture_output=True, check=False)
+    assert done.returncode == 125 and done.stderr.startswith(b"ocid run: -m: 'lots'")
+    assert list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------------------------------- streams
