@@ -35,6 +35,7 @@ PREFIX = Path(sys.prefix)
 QUICK, SLOW = PREFIX / "bin/ocid", PREFIX / "lib/ocid/ocid"
 Outcome = tuple[int, bytes, bytes]
 SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ)
+_CANCEL = 32  # the C library's own signal, which nobody else can block
 
 
 def outcome(command: Path, *words: str, env: Mapping[str, str] | None = None) -> Outcome:
@@ -134,8 +135,14 @@ def test_its_process_is_like_a_started_one(cli: Node, ignored: bool) -> None:
 
 def _known(pid: int) -> dict[str, str]:
     place = Path(f"/proc/{pid}")
-    lines = [row.partition(":\t") for row in (place / "status").read_text().splitlines()]
-    status = {name: value for name, _, value in lines}
+
+    def settled() -> dict[str, str]:
+        """What its status says, but while it makes a thread: the C library blocks all signals then."""
+        lines = [row.partition(":\t") for row in (place / "status").read_text().splitlines()]
+        found = {name: value for name, _, value in lines}
+        return {} if int(found["SigBlk"], 16) >> _CANCEL - 1 & 1 else found
+
+    status = eventually(settled, what="a thread to be made")
     names = ("Name", "Umask", "Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp", "SigBlk", "SigIgn", "SigCgt", "CapEff")
     personality = (place / "personality").read_text().strip()
     return {**{name: status[name] for name in names}, "limits": (place / "limits").read_text(), "as": personality}
