@@ -115,7 +115,7 @@ class Child:
         """Hangs up and waits for its end. Raises Gone when that is a failure, Late."""
         self._socket.close()
         left = self._left()
-        if left is not None and not self._ends_within(left):
+        if left is not None and not _ends_within(self._pidfd, left):
             raise Late
         code = self._reaped()
         if code and not may_fail:
@@ -131,24 +131,27 @@ class Child:
         late = self._deadline is not None and time.monotonic() >= self._deadline
         started = list(_held(members(self.pid) - {self.pid})) if late else []
         self._socket.close()
-        if left is not None and not self._ends_within(left + _PATIENCE_S):
+        if left is not None and not _ends_within(self._pidfd, left + _PATIENCE_S):
             self._doomed()
             kill_tree(self.pid)
         self._reaped()
         for pidfd in started:
             signal_running(pidfd, SIGKILL)
+        for pidfd in started:
+            _ends_within(pidfd, _PATIENCE_S)
             os.close(pidfd)
-
-    def _ends_within(self, seconds: float) -> bool:
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(seconds * 1000))
 
     def _reaped(self) -> int:
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         os.close(self._pidfd)
         self._pidfd = -1
         return code
+
+
+def _ends_within(pidfd: int, seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
 
 
 def _held(pids: Iterable[int]) -> Iterator[int]:

@@ -16,6 +16,7 @@ from cri.cli.connect import connect
 from cri.cli.main import FAILED, CommandError
 from cri.cli.ocirun import ocirun
 from cri.cli.watch import look
+from runtime.linux.process import become
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,8 +48,7 @@ def run(args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number in (1, 2) if args.detach else ():
         os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-    os.execv(command[0], [*command, container_id, *words])
-    return 127
+    become(command[0], [*command, container_id, *words])  # gRPC's threads are still there
 
 
 def _user(pid: int, text: str) -> list[str]:

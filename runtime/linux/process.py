@@ -18,10 +18,11 @@ from runtime.linux.libc import KernelError, _libc, address, check, prctl, room, 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import NoReturn
 
 SIGCHLD = 17  # asm/signal.h; importing signal costs 5 ms of enums
 # linux/sched.h
-CLONE_NEWTIME, CLONE_VM, CLONE_PIDFD, CLONE_PARENT = 0x80, 0x100, 0x1000, 0x8000
+CLONE_NEWTIME, CLONE_VM, CLONE_FS, CLONE_PIDFD, CLONE_PARENT = 0x80, 0x100, 0x200, 0x1000, 0x8000
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x02000000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 CLONE_CLEAR_SIGHAND, CLONE_INTO_CGROUP = 0x100000000, 0x200000000
@@ -65,6 +66,15 @@ def clone3(flags: int, *, cgroup_fd: int = -1) -> tuple[int, int]:
 def unshare(flags: int) -> None:
     """unshare(2)."""
     syscall("unshare", flags, subject=hex(flags))
+
+
+def become(program: str, words: Sequence[str]) -> NoReturn:
+    """execv(3) for a process with threads that may be making others just now: what libraries start in the background.
+    Meanwhile clone(2) is refused with EAGAIN to whoever shares the caller's root and working directory (copy_fs in the
+    kernel's kernel/fork.c), and a library says so on stderr. With CLONE_FS undone nobody shares these. Raises
+    OSError."""
+    unshare(CLONE_FS)
+    os.execv(program, list(words))
 
 
 def setns(fd: int, flags: int = 0) -> None:

@@ -69,9 +69,9 @@ class Shims:
     def start(self, spec: SandboxSpec) -> Sandbox:
         """Sandboxes.start."""
         pod = pod_message(spec, self._state)
-        with sentences(f"start pod {spec.id}"), self._launcher.open() as connection:
+        with sentences(f"start pod {spec.id}"):
             value = self._timed(
-                lambda timed: self._told(ask(connection, "start", pod, _CALL_TIMEOUT, timed=timed), timed)
+                lambda timed: self._told(self._launcher.ask("start", pod, _CALL_TIMEOUT, timed=timed), timed)
             )
         return Sandbox(spec.id, spec.directory, value["pid"], value["started_ticks"], value["pause_pid"])
 
@@ -422,8 +422,7 @@ class Shims:
         message = protocol.SweepMessage(
             action, str(sandbox.directory), str(self._state), container_id, int(number), everyone
         )
-        with self._launcher.open() as connection:
-            return ask(connection, "sweep", message, _CALL_TIMEOUT)
+        return self._launcher.ask("sweep", message, _CALL_TIMEOUT)
 
 
 def _ended_within(pidfd: int, seconds: float) -> bool:

@@ -8,7 +8,6 @@ directory; two that start at once agree by a lock, and both callers end up conne
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import os
@@ -18,8 +17,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import runtime
 from runtime import sealed
@@ -28,17 +27,20 @@ from runtime.errors import RuntimeFailure
 from runtime.linux import dumped
 from runtime.linux.libc import KernelError
 from runtime.linux.process import pidfd_open
+from runtime.linux.record import Record
 from runtime.linux.sockets import connect_unix, recv_frame, send_frame
 from runtime.shim import protocol
 from runtime.shim.cgroup import SPARE, ZYGOTE, processes, remove_if_empty
+from runtime.shim.wire import ask
 
 _START_TIMEOUT = 30.0
 _HELLO_TIMEOUT = 5.0
+_TRIES = 5
 _DEFAULT_SIGNALS = [signal.SIGPIPE, signal.SIGXFSZ, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCHLD]
 
 
 class Launcher:
-    """Gives connections on which a `start` or `sweep` request makes a process of its own."""
+    """Takes requests (`start`, `sweep`) each of which makes a process of its own."""
 
     def __init__(self, state: Path, *, direct: bool) -> None:
         self._state = state
@@ -46,12 +48,19 @@ class Launcher:
         self._lock = threading.Lock()
         self._version = ""
 
-    @contextlib.contextmanager
-    def open(self) -> Iterator[socket.socket]:
-        """A connection to the zygote or to an interpreter started for this request. Raises RuntimeFailure."""
-        connection = self._spawn_direct() if self._direct else self._connect_zygote()
-        with connection:
-            yield connection
+    def ask(self, name: str, message: Record, timeout: float | None, *, timed: bool = False) -> Any:
+        """One request to the zygote, or to an interpreter started for it, and its reply. Raises as wire.ask does,
+        RuntimeFailure also where none can be started."""
+        for left in reversed(range(_TRIES)):
+            with self._spawn_direct() if self._direct else self._connect_zygote() as connection:
+                try:
+                    return ask(connection, name, message, timeout, timed=timed)
+                except (ConnectionResetError, BrokenPipeError):
+                    # Whoever listened was killed, and nobody has acted on the request: a socket is reset for what was
+                    # sent to it and not read (unix_release_sock in the kernel's net/unix/af_unix.c).
+                    if self._direct or not left:
+                        raise
+        raise AssertionError
 
     def prepare(self) -> None:
         """Starts the zygote where none serves, so that the first pod does not wait for it. Raises RuntimeFailure."""

@@ -77,7 +77,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, Criu
         criu.watch(made.tag)
         made.image = f"{registry.name}/busybox:1"
         made.client.pull(made.image)
-        pod, _, _ = made.run(made.image, ["true"])
+        pod, ids = _pod(made)
+        _checkpoint(made, pod, ids, directory / "first.tar")  # makes the directory for those to come, which stays
         made.drop(pod)
         yield made, criu
 

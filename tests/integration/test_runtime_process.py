@@ -9,12 +9,15 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from runtime.linux.process import become
 from tests.bundles import OCIRUN, Bundle, Bundles, bundles
 from tests.support import SOON_S, eventually, needs
 
@@ -472,3 +475,29 @@ def test_a_container_that_ends_without_a_word_holds_nobody_up(home: Bundles) -> 
     two = notifier(home, "say READY=1; exit 6")
     result = two.run(env={"NOTIFY_SOCKET": "/nowhere/manager"})
     assert result.code == 6, result  # a manager that is not there is not the container's fault
+
+
+_KCMP = {"x86_64": 312, "aarch64": 272}[os.uname().machine]
+_KCMP_FS = 3  # linux/kcmp.h
+
+
+def test_who_becomes_another_program_refuses_its_threads_no_new_ones() -> None:
+    """The kernel does to those that share root and working directory with who is in execve(2); nobody does then."""
+
+    def shared() -> bool:
+        mine, its = threading.get_native_id(), thread.native_id
+        return ctypes.CDLL(None, use_errno=True).syscall(_KCMP, mine, its, _KCMP_FS, 0, 0) == 0
+
+    def body() -> None:
+        assert shared()
+        with pytest.raises(FileNotFoundError):
+            become("/nowhere/program", ["program"])
+        assert not shared()
+
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    with ThreadPoolExecutor(1) as others:  # not this one, whose working directory tests to come may change
+        others.submit(body).result()
+    end.set()
+    thread.join()

@@ -473,16 +473,23 @@ def _spares(state: Path) -> list[int]:
     return sorted(found)
 
 
+def _pair(pods: Lab) -> tuple[int, int] | None:
+    """The spare shim, an orphan by now, and its helper, once both are there."""
+    for pid in (spares := _spares(pods.state)):
+        for child in children(pid) & set(spares):
+            if pid not in children(pods.zygote()):
+                return pid, child
+    return None
+
+
 @pytest.mark.parametrize("which", [0, 1], ids=["shim", "helper"])
 def test_a_spare_shim_that_is_killed_is_replaced(tmp_path: Path, which: int) -> None:
     needs("root")
     with lab(tmp_path) as pods:
         pods.pod()
-        eventually(lambda: len(_spares(pods.state)) == 2, what="a shim and its helper to wait")
-        before = _spares(pods.state)
-        shim = next(pid for pid in before if children(pid))
-        os.kill(shim if which == 0 else (set(before) - {shim}).pop(), signal.SIGKILL)
-        eventually(lambda: len(set(_spares(pods.state)) - set(before)) == 2, what="others to wait")
+        before = eventually(lambda: _pair(pods), what="a shim and its helper to wait")
+        os.kill(before[which], signal.SIGKILL)
+        eventually(lambda: (now := _pair(pods)) and not set(now) & set(before), what="others to wait")
         assert pods.shims.reconnect(pods.pod().sandbox) == []
 
 
