@@ -19,7 +19,7 @@ import pytest
 from runtime.cgroups.hierarchy import detect
 from runtime.linux.mount import mountinfo
 from runtime.linux.process import is_running, start_time
-from runtime.shim.cgroup import NAME, SPARE, processes
+from runtime.shim.cgroup import NAME, SPARE, ZYGOTE, processes
 from runtime.shim.client import Shims
 from runtime.shim.model import ContainerError, Sandbox, SandboxSpec, ShimUnresponsive
 from runtime.tree import children
@@ -476,9 +476,11 @@ def _spares(state: Path) -> list[int]:
 def _pair(pods: Lab) -> tuple[int, int] | None:
     """The spare shim, an orphan by now, and its helper, once both are there."""
     for pid in (spares := _spares(pods.state)):
-        for child in children(pid) & set(spares):
-            if pid not in children(pods.zygote()):
-                return pid, child
+        with contextlib.suppress(OSError):
+            for child in children(pid) & set(spares):
+                parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+                if Path(f"/proc/{parent}/comm").read_text() != f"{ZYGOTE}\n":  # to ask the zygote would take the spare
+                    return pid, child
     return None
 
 
