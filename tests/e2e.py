@@ -51,6 +51,7 @@ _OWN = (
 )
 _APART = ("fs", "upper", "rootfs", "criu-logs", ".seccomp")
 _TABLE = "table inet ocid"
+_OF_A_SHIM = " (of a shim)"
 
 CONFIG = """\
 [runtime]
@@ -271,7 +272,7 @@ class Node:
         # A helper may stay for a moment, if another call is likely to follow (runtime/shim/lingering).
         late = (time.clock_gettime(time.CLOCK_BOOTTIME) - 5 * PATIENCE) * os.sysconf("SC_CLK_TCK")
         found |= {
-            f"process {one.pid} {one.command[:80]}"
+            f"process {one.pid} {one.command[:80]}{_OF_A_SHIM if one.parent in ours else ''}"
             for one in ours.values()
             if (one.parent not in ours or one.started_ticks < late) and one not in spares
         }
@@ -279,7 +280,8 @@ class Node:
 
     def settles(self, before: frozenset[str]) -> None:
         """Fails unless all is as `before` within a moment: a background worker empties the trash."""
-        before = frozenset(thing for thing in before if "/snapshots/trash/" not in thing)  # on its way out then
+        # What was on its way out then: trash, and a helper that took longer over it than it is likely to.
+        before = frozenset(one for one in before if "/snapshots/trash/" not in one and not one.endswith(_OF_A_SHIM))
         now = before
 
         def is_as_before() -> bool:
@@ -290,6 +292,13 @@ class Node:
         with contextlib.suppress(AssertionError):
             eventually(is_as_before)
         assert now == before, "\n".join(["left:", *sorted(now - before), "gone:", *sorted(before - now)])
+
+    def adds_nothing(self, before: frozenset[str]) -> None:
+        """Fails unless there is nothing within a moment that was not there `before`."""
+        with contextlib.suppress(AssertionError):
+            eventually(lambda: self.held() <= before)
+        left = self.held() - before
+        assert not left, "\n".join(["left:", *sorted(left)])
 
     def _files(self) -> Iterator[Path]:
         for top in (self.root, self.state, self.directory / "leases"):

@@ -99,7 +99,7 @@ def test_pods_live_and_leave_nothing(here: Node, image: str) -> None:
     assert here.client.status(one).exit_code in (143, 137)
     here.client.remove(one)
     here.drop(pod)
-    assert here.held() - before == set()
+    here.adds_nothing(before)
 
 
 def test_a_command_that_does_not_exist_is_the_callers_error(here: Node, image: str) -> None:
@@ -114,7 +114,7 @@ def test_a_command_that_does_not_exist_is_the_callers_error(here: Node, image: s
     here.client.start(good)
     assert here.client.wait_exit(good) == 0
     here.drop(pod)
-    assert here.held() - before == set()
+    here.adds_nothing(before)
 
 
 def test_a_program_that_the_kernel_refuses_ends_with_the_cause(here: Node, image: str) -> None:
@@ -187,7 +187,7 @@ def test_o13_a_killed_shim_takes_its_containers_along_and_says_so(here: Node, im
     assert not is_running(pid, ticks)
     assert here.client.pod_status(pod).state == pb.SANDBOX_NOTREADY
     here.drop(pod)
-    assert here.held() - before == set()
+    here.adds_nothing(before)
 
 
 def test_o20_a_stopped_shim_delays_neither_start_nor_list_and_can_be_stopped(alone: Node, image: str) -> None:
@@ -500,4 +500,4 @@ def test_eight_callers_at_once(here: Node, image: str) -> None:
     with ThreadPoolExecutor(8) as pool:
         addresses = list(pool.map(whole_life, configs))
     assert all(addresses)
-    eventually(lambda: here.held() - before == set(), what=f"left: {here.held() - before}")
+    here.adds_nothing(before)

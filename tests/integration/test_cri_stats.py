@@ -116,7 +116,7 @@ def test_a_pods_figures_are_its_cgroups_and_its_interfaces(here: Node) -> None:
     (listed,) = here.client.runtime.ListPodSandboxStats(pb.ListPodSandboxStatsRequest()).stats
     assert listed.attributes.id == pod and len(listed.linux.containers) == 2
     here.drop(pod)
-    assert here.held() - before == set()
+    here.adds_nothing(before)
 
 
 def test_a_pods_processes_are_not_its_threads(here: Node) -> None:
