@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -521,3 +522,27 @@ def test_a_pod_that_is_asked_for_once_the_zygote_is_killed_comes_up(tmp_path: Pa
             _kill_wholly(pods.zygote())
             for pod in (pods.pod(), pods.pod()):
                 assert pods.shims.reconnect(pod.sandbox) == []
+
+
+def test_a_request_that_a_zygote_died_over_before_it_read_it_is_made_once_more(tmp_path: Path) -> None:
+    needs("root")
+    with lab(tmp_path) as pods:
+        pods.pod()
+        _kill_wholly(pods.zygote())
+        eventually(lambda: not _spares(pods.state), what="its spare to end")
+        path = pods.state / "zygote.sock"
+        path.unlink()
+        with socket.socket(socket.AF_UNIX) as dying:
+            dying.bind(str(path))
+            dying.listen()
+
+            def die() -> None:
+                assert select.select([dying], [], [], SOON_S)[0]
+                path.unlink()
+                dying.close()
+
+            thread = threading.Thread(target=die)
+            thread.start()
+            pod = pods.pod()
+            thread.join()
+        assert path.exists() and pods.shims.reconnect(pod.sandbox) == []
