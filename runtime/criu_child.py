@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import array
 import os
-import select
 import socket
 import time
 
 from runtime.errors import RuntimeFailure
-from runtime.linux.process import clone3, close_range, pidfd_open, signal_running
+from runtime.linux.process import clone3, close_range, has_ended, pidfd_open, signal_running
 from runtime.linux.signals import SIGKILL
 from runtime.tree import kill_tree, members
 
@@ -115,7 +114,7 @@ class Child:
         """Hangs up and waits for its end. Raises Gone when that is a failure, Late."""
         self._socket.close()
         left = self._left()
-        if left is not None and not _ends_within(self._pidfd, left):
+        if left is not None and not has_ended(self._pidfd, left):
             raise Late
         code = self._reaped()
         if code and not may_fail:
@@ -131,14 +130,14 @@ class Child:
         late = self._deadline is not None and time.monotonic() >= self._deadline
         started = list(_held(members(self.pid) - {self.pid})) if late else []
         self._socket.close()
-        if left is not None and not _ends_within(self._pidfd, left + _PATIENCE_S):
+        if left is not None and not has_ended(self._pidfd, left + _PATIENCE_S):
             self._doomed()
             kill_tree(self.pid)
         self._reaped()
         for pidfd in started:
             signal_running(pidfd, SIGKILL)
         for pidfd in started:
-            _ends_within(pidfd, _PATIENCE_S)
+            has_ended(pidfd, _PATIENCE_S)
             os.close(pidfd)
 
     def _reaped(self) -> int:
@@ -146,12 +145,6 @@ class Child:
         os.close(self._pidfd)
         self._pidfd = -1
         return code
-
-
-def _ends_within(pidfd: int, seconds: float) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
 
 
 def _held(pids: Iterable[int]) -> Iterator[int]:

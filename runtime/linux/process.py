@@ -115,7 +115,7 @@ def end_child(pid: int, take_pidfd: int) -> None:
         try:
             os.waitpid(pid, 0)
         except ChildProcessError:
-            _has_ended(take_pidfd, None)
+            has_ended(take_pidfd, None)
     finally:
         os.close(take_pidfd)
 
@@ -127,7 +127,7 @@ def wait_or_look(pid: int, pidfd: int) -> tuple[int, int]:
     try:
         return os.waitpid(pid, os.WNOHANG)
     except ChildProcessError:
-        if not _has_ended(pidfd, 0):
+        if not has_ended(pidfd, 0):
             return 0, 0
         status = _status_told(pidfd)
         if status is None:
@@ -153,11 +153,11 @@ def _status_told(pidfd: int) -> int | None:
     return None
 
 
-def _has_ended(pidfd: int, milliseconds: int | None) -> bool:
-    """pidfd_open(2): with all of its threads, waited for or not."""
+def has_ended(pidfd: int, seconds: float | None) -> bool:
+    """pidfd_open(2): with all of its threads, waited for or not, within that time; None: however long it takes."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(milliseconds))
+    return bool(poll.poll(None if seconds is None else seconds * 1000))
 
 
 def close_range(first: int, last: int = 0xFFFFFFFF, flags: int = 0) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from runtime.errors import RuntimeFailure
 from runtime.fields import decode
 from runtime.linux.files import AT_FDCWD, read_bounded
 from runtime.linux.libc import KernelError
-from runtime.linux.process import is_running, pidfd_open, signal_running
+from runtime.linux.process import has_ended, is_running, pidfd_open, signal_running
 from runtime.linux.record import Record
 from runtime.linux.sockets import FrameError, connect_unix, recv_frame, send_frame
 from runtime.shim import protocol
@@ -396,7 +395,7 @@ class Shims:
         try:
             if not is_running(sandbox.pid, sandbox.started_ticks):
                 return False
-            return not _ended_within(pidfd, patience)
+            return not has_ended(pidfd, patience)
         finally:
             os.close(pidfd)
 
@@ -411,7 +410,7 @@ class Shims:
                 return
             if kill:
                 signal_running(pidfd, _SIGKILL)
-            if not _ended_within(pidfd, _CALL_TIMEOUT):
+            if not has_ended(pidfd, _CALL_TIMEOUT):
                 raise unresponsive(sandbox)
         finally:
             os.close(pidfd)
@@ -423,10 +422,3 @@ class Shims:
             action, str(sandbox.directory), str(self._state), container_id, int(number), everyone
         )
         return self._launcher.ask("sweep", message, _CALL_TIMEOUT)
-
-
-def _ended_within(pidfd: int, seconds: float) -> bool:
-    """True once the process behind the pidfd has ended."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(int(seconds * 1000)))

@@ -2,8 +2,9 @@
 ocirun's dump (docs/decisions/0030) or are interpreters of their own.
 
 posix_spawn only: the daemon has threads. Refuses to trust a zygote of other code than ours: its version is compared
-once, and an old one is asked to quit (its shims stay as they are). Invariant: at most one zygote serves a state
-directory; two that start at once agree by a lock, and both callers end up connected.
+once, and an old one is asked to quit (its shims stay as they are); and to make a request once more that somebody may
+have read. Invariant: at most one zygote serves a state directory; two that start at once agree by a lock, and both
+callers end up connected.
 """
 
 from __future__ import annotations

@@ -491,7 +491,7 @@ def test_making_and_removing_cost_about_a_millisecond(manager: Manager, path: st
     assert making["write"] <= 4 and making.total() <= 13 * hierarchies, making
     assert removing["rmdir"] == hierarchies and removing.total() <= 4 * hierarchies, removing
     assert waits(make_and_remove) == 0
-    assert work(make_and_remove) < 20
+    assert work(make_and_remove, rounds=150) < 14  # so that some are not in the way of others
 
 
 def test_the_gate_spares_the_grace_period(manager: Manager) -> None:
