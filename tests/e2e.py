@@ -28,7 +28,7 @@ import grpc
 from conformance.cri_client import Cri, Names, connected, container
 from conformance.daemons import command_path, remove_cgroup, retire
 from conformance.images import layouts
-from conformance.leaks import CGROUPS, SPARE, Machine
+from conformance.leaks import CGROUPS, SPARE, ZYGOTE, Machine
 from runtime.linux.mount import mountinfo
 from runtime.shim.lingering import PATIENCE
 from tests import warm
@@ -267,8 +267,9 @@ class Node:
         mark = str(self.directory)
         found |= {f"mount {mount}" for mount in machine.mounts if mark in mount}
         ours = {one.pid: one for one in machine.processes if mark in one.command}
-        # A zygote has one shim to spare, and its helper: others after each pod.
+        # A zygote has one shim to spare, and its helper: others after each pod, named as it is in their first moment.
         spares = [one for one in ours.values() if one.name == SPARE][:2]
+        spares += sorted((one for one in ours.values() if one.name == ZYGOTE), key=lambda one: one.started_ticks)[1:3]
         # A helper may stay for a moment, if another call is likely to follow (runtime/shim/lingering).
         late = (time.clock_gettime(time.CLOCK_BOOTTIME) - 5 * PATIENCE) * os.sysconf("SC_CLK_TCK")
         found |= {
