@@ -7,10 +7,11 @@ next round. Invariant: nobody is killed before everybody is stopped.
 from __future__ import annotations
 
 import os
+import time
 
 from runtime.linux import signals
 from runtime.linux.libc import KernelError
-from runtime.linux.process import pidfd_open, pidfd_send_signal
+from runtime.linux.process import has_ended, pidfd_open, pidfd_send_signal
 
 _ROUNDS = 50
 
@@ -82,6 +83,24 @@ def kill_tree(root: int) -> None:
         stopped |= new
     for pid in stopped | {root}:
         _signal(pid, signals.SIGKILL)
+
+
+def kill_children(parent: int, keep: int, seconds: float) -> None:
+    """SIGKILL for every child of `parent` but `keep`, with its tree, and for who becomes one by that, where `parent` is
+    a subreaper. Returns once none of them runs, or after `seconds`: who is stuck in a system call ends later."""
+    deadline = time.monotonic() + seconds
+    while left := children(parent) & {entry.pid for entry in _processes()} - {keep}:
+        for pid in left:
+            try:
+                pidfd = pidfd_open(pid)
+            except KernelError:
+                continue
+            try:
+                kill_tree(pid)
+                if not has_ended(pidfd, max(0.0, deadline - time.monotonic())):
+                    return
+            finally:
+                os.close(pidfd)
 
 
 def _signal(pid: int, number: int) -> None:

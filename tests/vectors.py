@@ -1,7 +1,8 @@
 """Signatures made with openssl and gpg alone, for tests of what verifies them: no code of ours signs here.
 
-`Maker(directory)` keeps keys and certificates there, each made once. Logs (Rekor) and authorities (Fulcio) are keys of
-openssl's, too: what they sign is put together here from the published formats, by hand.
+`Maker(directory)` keeps keys and certificates there, each made once; keys are of a library's making, a process less for
+each. Logs (Rekor) and authorities (Fulcio) are such keys, too: what they sign is put together here from the published
+formats, by hand.
 """
 
 from __future__ import annotations
@@ -15,18 +16,27 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+
 from imagestore.signatures import BUNDLE_TYPE, CERTIFICATE, CHAIN, ENTRY, SIGNATURE, Bundle, Cosign, Simple
 
-GENERATE = {
-    "p256": ("EC", "ec_paramgen_curve:P-256"),
-    "p384": ("EC", "ec_paramgen_curve:P-384"),
-    "p521": ("EC", "ec_paramgen_curve:P-521"),
-    "rsa": ("RSA", "rsa_keygen_bits:2048"),
-    "rsa-pss": ("RSA", "rsa_keygen_bits:2048"),
-    "small": ("RSA", "rsa_keygen_bits:1024"),
-    "ed25519": ("ED25519", ""),
-}
+CURVES = {"p256": ec.SECP256R1(), "p384": ec.SECP384R1(), "p521": ec.SECP521R1()}
 ISSUER = "https://accounts.example.com"
+
+
+def _generated(kind: str) -> ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey:
+    if kind in CURVES:
+        return ec.generate_private_key(CURVES[kind])
+    if kind == "ed25519":
+        return ed25519.Ed25519PrivateKey.generate()
+    return rsa.generate_private_key(65537, 1024 if kind == "small" else 2048)
 
 
 def compact(document: object) -> bytes:
@@ -77,15 +87,15 @@ class Maker:
     def private(self, name: str, kind: str = "p256") -> Path:
         path = self.directory / f"{name}.key"
         if not path.exists():
-            algorithm, option = GENERATE[kind]
-            options = ("-pkeyopt", option) if option else ()
-            self._openssl("genpkey", "-algorithm", algorithm, *options, "-out", str(path))
+            made = _generated(kind)
+            path.write_bytes(made.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         return path
 
     def public(self, name: str, kind: str = "p256") -> Path:
         path = self.directory / f"{name}.pub"
         if not path.exists():
-            self._openssl("pkey", "-in", str(self.private(name, kind)), "-pubout", "-out", str(path))
+            made = load_pem_private_key(self.private(name, kind).read_bytes(), None).public_key()
+            path.write_bytes(made.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
         return path
 
     def sign(self, name: str, data: bytes, kind: str = "p256") -> bytes:

@@ -33,7 +33,7 @@ from runtime.shim.records import (
 from runtime.shim.report import report
 from runtime.shim.restarts import policy_of
 from runtime.shim.sandbox import end_process, tear_down, unmount
-from runtime.tree import children, kill_tree
+from runtime.tree import children, kill_children
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -394,11 +394,9 @@ class Handler:
 
     def _kill_left_over(self) -> None:
         """What helpers that were killed have left, a criu that hangs and whom it has started, is the shim's by now."""
-        left = children(os.getppid()) - {os.getpid()}
-        if left:
+        if children(os.getppid()) - {os.getpid()}:
             self._channel.ask("stop", True)  # who answers has been our parent all the time: these are nobody else's
-            for pid in left:
-                kill_tree(pid)
+            kill_children(os.getppid(), os.getpid(), _KILL_DEADLINE)
 
 
 def check_runs(facts: Facts, what: str) -> None:

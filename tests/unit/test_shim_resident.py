@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import pytest
 
 from runtime.errors import RuntimeFailure
 from runtime.fields import decode
-from runtime.linux.process import set_child_subreaper
+from runtime.linux.process import process_state, set_child_subreaper
 from runtime.linux.sockets import connect_unix, listen_unix, recv_frame, send_frame
 from runtime.shim import lingering, protocol
 from runtime.shim.channel import Channel, pair, receive, send
@@ -28,6 +29,8 @@ from runtime.shim.pipes import Pipes
 from runtime.shim.protocol import ContainerMessage, Facts, IdMessage
 from runtime.shim.reaper import exit_code
 from runtime.shim.resident import Resident
+from runtime.tree import kill_children
+from tests.support import SOON_S
 
 Script = Callable[[Channel, Path], None]
 
@@ -536,3 +539,24 @@ def _large_facts() -> Facts:
     facts = Facts("c")
     facts.message = "x" * 300_000
     return facts
+
+
+def test_nobody_of_a_killed_tree_runs_when_it_is_said_to_be_gone() -> None:
+    """Each has memory that takes the kernel a while to give back: whoever only sent the signals would still see them.
+    One is in a session of its own below its parent, and a child of the subreaper's only once that has ended."""
+    heavy = "a = bytearray(200 << 20); a[::4096] = bytes(len(a[::4096]))"
+    below = f"import os, time; os.setsid(); {heavy}; print(os.getpid(), flush=True); time.sleep(1000)"
+    above = (
+        f"import subprocess, sys, time; {heavy}; subprocess.Popen([sys.executable, '-c', {below!r}]); time.sleep(1000)"
+    )
+    with subprocess.Popen([sys.executable, "-c", above], stdout=subprocess.PIPE) as top:
+        assert top.stdout is not None
+        inner = int(top.stdout.readline())
+        kept = subprocess.Popen(["sleep", "1000"])
+        try:
+            kill_children(os.getpid(), kept.pid, SOON_S)
+            states = [process_state(pid) for pid in (top.pid, inner) if Path(f"/proc/{pid}").exists()]
+            assert set(states) <= {"Z"} and kept.poll() is None
+        finally:
+            kept.kill()
+            kept.wait()
