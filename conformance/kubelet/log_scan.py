@@ -46,6 +46,7 @@ ALLOWED: dict[str, str] = {
     r"(mirror_client|mirror_pod|Failed creating a mirror pod).*context canceled": "its own call, cancelled by its end",
     r"conn.go .*use of closed network connection": "its connection to the API server, which it has closed itself",
     r"upgradeaware.go .*websocket: close 1006": "hands.port_forward: kubectl was killed",
+    r"upgradeaware.go .*client to backend.*read tcp \S+:10250->\S+ read: connection reset": "likewise, on its own port",
     # What the steps are about.
     r"runAsNonRoot and image will run as root": "confinement.identity: it must refuse",
     r"/no/such/command": "lifecycle.exits: there is none",
