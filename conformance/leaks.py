@@ -13,6 +13,7 @@ others (a timer, a login), and the cgroups that hold nothing but those.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -50,6 +51,7 @@ class Process:
     name: str
     command: str
     ended: bool = False  # a zombie: nobody has waited for it yet
+    inode: int = 0  # of its directory in /proc, which is no other process's
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +66,19 @@ class Machine:
     processes: frozenset[Process]
 
     @classmethod
-    def now(cls, *, shared: bool = True) -> Machine:
+    def now(cls, *, shared: bool = True, since: Machine | None = None) -> Machine:
         """Reads all of it; what vanishes while being read is not there. Without `shared` what no mark can be on is left
-        out: the tables of nftables, for which a program must be started, and cgroups, which are many."""
+        out: the tables of nftables, for which a program must be started, and cgroups, which are many. A process that
+        was there in `since` is told as it was then: who compares the two wants no more of it, and to read two files
+        of each, twice for each test, is a thirtieth of a suite."""
         return cls(
-            mounts=tuple(_mounts()),
+            mounts=_mounts(Path("/proc/self/mountinfo").read_text()),
             namespaces=frozenset(_namespaces()),
             # Not /sys/class/net: sysfs shows the namespace it was mounted in.
             links=frozenset(name for _, name in socket.if_nameindex()),
             tables=frozenset(_tables() if shared else ()),
             cgroups=frozenset(_cgroups() if shared else ()),
-            processes=frozenset(_processes()),
+            processes=frozenset(_processes(since.processes if since else ())),
         )
 
 
@@ -156,6 +160,8 @@ def _holds_only_strangers(cgroup: str, counted: frozenset[int]) -> bool:
 
 def _new(before: Iterable[str], after: Iterable[str]) -> list[str]:
     """`after` less `before`, counting: two equal mounts on top of each other are two."""
+    if before == after:
+        return []
     rest = list(before)
     fresh = []
     for item in after:
@@ -170,11 +176,14 @@ def _marked(text: str, marks: Sequence[str]) -> bool:
     return not marks or any(mark in text for mark in marks)
 
 
-def _mounts() -> Iterable[str]:
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+@functools.lru_cache(maxsize=2)  # mostly it is the same as at the last look
+def _mounts(mountinfo: str) -> tuple[str, ...]:
+    found = []
+    for line in mountinfo.splitlines():
         head, _, tail = line.partition(" - ")
         # proc_pid_mountinfo(5): field 5 is the mount point; after the dash come type and source.
-        yield f"{head.split()[4]} ({' '.join(tail.split()[:2])})"
+        found.append(f"{head.split()[4]} ({' '.join(tail.split()[:2])})")
+    return tuple(found)
 
 
 def _namespaces() -> Iterable[str]:
@@ -199,27 +208,30 @@ def _cgroups() -> Iterable[str]:
                         queue.append(entry.path)
 
 
-def _processes() -> Iterable[Process]:
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
+def _processes(known: Iterable[Process] = ()) -> Iterable[Process]:
+    before = {(one.pid, one.inode): one for one in known}
+    with os.scandir("/proc") as entries:
+        found = [(int(entry.name), entry.inode()) for entry in entries if entry.name.isdigit()]
+    for pid, inode in found:
+        if (pid, inode) in before:
+            yield before[pid, inode]
             continue
         try:
-            stat = contents(f"/proc/{entry}/stat").decode("utf-8", "replace")
-            command = contents(f"/proc/{entry}/cmdline")
+            stat = contents(f"/proc/{pid}/stat").decode("utf-8", "replace")
+            command = contents(f"/proc/{pid}/cmdline")
         except (FileNotFoundError, ProcessLookupError):
             continue
         # proc_pid_stat(5): the name is in parentheses and may hold spaces and parentheses itself.
         name, rest = stat[stat.index("(") + 1 : stat.rindex(")")], stat[stat.rindex(")") + 2 :].split()
         parent, started_ticks = int(rest[1]), int(rest[19])
-        if KTHREADD in (parent, int(entry)):
+        if KTHREADD in (parent, pid):
             continue
         words = command.replace(b"\0", b" ").decode("utf-8", "replace").strip()
-        yield Process(int(entry), started_ticks, parent, name, words, rest[0] in "ZX")
+        yield Process(pid, started_ticks, parent, name, words, rest[0] in "ZX", inode)
 
 
 def contents(path: str) -> bytes:
-    """All of a file below /proc. Two of them for each process, before and after each test: without a Path and three
-    buffers that is a third."""
+    """All of a file below /proc. Two of them for each process: without a Path and three buffers that is a third."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         found = read = os.read(fd, 1 << 16)

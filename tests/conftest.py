@@ -67,13 +67,15 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
         gc.enable()
 
 
-def settled(before: Machine, marks: list[str]) -> list[str]:
+def settled(before: Machine, marks: list[str]) -> tuple[list[str], Machine]:
+    """What is left, after a moment for what is on its way out, and all that is there then."""
     began = time.monotonic()
     while True:
-        found = left_over(before, Machine.now(shared=not marks), marks)
+        now = Machine.now(shared=not marks, since=before)
+        found = left_over(before, now, marks)
         waited = time.monotonic() - began
         if not found or waited > SETTLE_S:
-            return found
+            return found, now
         time.sleep(min(max(0.01, waited / 8), 0.1))  # each look is at all processes
 
 
@@ -111,7 +113,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if not os.environ.get("OCID_REQUIRE_ALL"):
         return
-    found = [] if os.environ.get("OCID_BESIDE") else settled(session.config.stash[_session_start], [])
+    found = [] if os.environ.get("OCID_BESIDE") else settled(session.config.stash[_session_start], [])[0]
     session.config.stash[_session_leaks] = found
     if (found or _skipped) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

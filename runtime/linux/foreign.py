@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         c_char,
         c_char_p,
         c_int,
+        c_int16,
         c_int64,
         c_long,
         c_size_t,
@@ -65,6 +66,9 @@ else:
 
         class c_ubyte(_SimpleCData):
             _type_ = "B"
+
+        class c_int16(_SimpleCData):
+            _type_ = "h"
 
         class c_int64(_SimpleCData):
             _type_ = "q"
@@ -157,6 +161,7 @@ else:
             c_char,
             c_char_p,
             c_int,
+            c_int16,
             c_int64,
             c_long,
             c_size_t,
@@ -193,6 +198,7 @@ __all__ = [
     "c_char",
     "c_char_p",
     "c_int",
+    "c_int16",
     "c_int64",
     "c_long",
     "c_size_t",

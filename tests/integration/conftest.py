@@ -30,6 +30,8 @@ FORKING = frozenset(
 # In the virtual machine all is compared at the end alone: two looks at /proc take seconds under emulation.
 EACH = not os.environ.get("OCID_VM")
 
+_last_seen = pytest.StashKey[Machine]()
+
 
 @pytest.fixture(autouse=True)
 def leaves_nothing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -40,10 +42,10 @@ def leaves_nothing(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     if not EACH:
         yield
         return
-    before = Machine.now(shared=False)
+    before = Machine.now(shared=False, since=request.session.stash.get(_last_seen, None))
     yield
     marks = [str(tmp_path_factory.getbasetemp()), f"{MARK}={os.environ[MARK]}"]
-    found = settled(before, marks)
+    found, request.session.stash[_last_seen] = settled(before, marks)
     if found:
         pytest.fail("the test left behind:\n  " + "\n  ".join(found), pytrace=False)
 

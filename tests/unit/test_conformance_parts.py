@@ -123,6 +123,22 @@ def test_a_child_of_ours_is_seen_whatever_it_is_called() -> None:
     assert f"process {child.pid} " not in str(left_over(before, Machine.now(), ["no such mark"]))
 
 
+def test_who_was_there_before_is_not_looked_at_again_and_who_was_not_is() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        before = Machine.now()
+        told = replace(before, processes=frozenset(replace(one, name="as told") for one in before.processes))
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as another:
+            names = {one.pid: one.name for one in Machine.now(since=told).processes}
+            another.communicate(b"\n")
+        assert names[child.pid] == names[os.getpid()] == "as told" != names[another.pid]
+        others = frozenset(replace(one, inode=one.inode + 1, name="another") for one in before.processes)
+        names = {one.pid: one.name for one in Machine.now(since=replace(before, processes=others)).processes}
+        assert "another" not in (names[child.pid], names[os.getpid()])  # a pid is used again, its directory is not
+    finally:
+        child.communicate(b"\n")
+
+
 def test_what_a_machine_does_on_its_own_is_not_ours() -> None:
     logrotate = Process(os.getppid(), 0, 1, "logrotate", "logrotate /etc/logrotate.conf")
     shim = Process(1 << 30, 5, 1, "shim 0123", "python")
