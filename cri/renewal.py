@@ -64,8 +64,9 @@ async def renew(name: str) -> str:
 
 async def _run(installer: str, output: int) -> int | None:
     """The exit code of the installation; None where it did not end in time. It is gone afterwards in any case."""
-    # -P: the directory that the daemon was started in has no say in what a root process imports.
-    words = [sys.executable, "-P", "-m", installer, "--if-stale", sys.prefix]
+    # -P: the directory that the daemon was started in has no say in what a root process imports. Without ranges as in
+    # hack/setup, so that what was compiled then is kept.
+    words = [sys.executable, "-P", "-X", "no_debug_ranges", "-m", installer, "--if-stale", sys.prefix]
     tree = str(Path(runtime.__file__).parents[1])
     # The daemon never forks. A group of its own, so that what it started can be ended with it.
     pid = os.posix_spawn(

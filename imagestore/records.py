@@ -10,6 +10,7 @@ writers of several processes take turns through SQLite's write lock.
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import threading
 import time
@@ -102,7 +103,7 @@ class Records:
             db.execute("PRAGMA synchronous=FULL")
             db.execute("PRAGMA foreign_keys=ON")
             db.execute("PRAGMA busy_timeout=15000")
-            db.executescript(_SCHEMA + origins.SCHEMA + indexes.SCHEMA)
+            _make_tables(db, _SCHEMA + origins.SCHEMA + indexes.SCHEMA)
 
     # ------------------------------------------------------------------------------------------------- questions
 
@@ -310,6 +311,20 @@ def _give(db: sqlite3.Connection, name: NameRecord) -> None:
         kept = NameRecord(f"{old.repository}@{old.served}", old.repository, old.image_id, old.manifest, old.served)
         db.execute(f"INSERT OR IGNORE INTO image_name ({_NAME_COLUMNS}) VALUES (?,?,?,?,?,?,?)", _row(kept))
     db.execute(f"INSERT OR REPLACE INTO image_name ({_NAME_COLUMNS}) VALUES (?,?,?,?,?,?,?)", _row(name))
+
+
+def _make_tables(db: sqlite3.Connection, schema: str) -> None:
+    """Those that are missing, in one transaction: each of its own waits for the disk. Where none is, nothing is
+    written, and nobody else's writing waited for."""
+    wanted = set(re.findall(r"IF NOT EXISTS (\w+)", schema))
+    if wanted <= {name for (name,) in db.execute("SELECT name FROM sqlite_master")}:
+        return
+    try:
+        db.executescript(f"BEGIN IMMEDIATE;{schema}COMMIT;")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
 
 
 def _row(name: NameRecord) -> tuple[str, str, str, str, str, int, str]:

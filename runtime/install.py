@@ -4,16 +4,18 @@
     PREFIX/lib/ocirun/ocirun      a line of shell: this interpreter through its dynamic loader (see runtime/sealed.py)
     PREFIX/lib/ocirun/boot.pyc    runtime/boot.py, compiled
     PREFIX/lib/ocirun/modules     the byte code of runtime/ and of what it imports of the standard library, in one file
+    PREFIX/lib/ocirun/compiled    what that file was made of: it is kept while all of it is as it was
     PREFIX/lib/ocirun/dump-HASH   the memory of an interpreter that has imported all of that
     PREFIX/lib/ocirun/made-of     the files that it was made of (runtime/made_of.py)
 
 With --if-stale nothing is written unless the dump has become stale. Refuses to guess: where the interpreter names no
 loader, the command starts it directly, which is slower and as safe. Invariant: each file is whole or the old one, and
-one process writes at a time; the command works, at a slower pace, without the last four.
+one process writes at a time; the command works, at a slower pace, without the last five.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import marshal
@@ -22,7 +24,7 @@ import shlex
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import CodeType
 
@@ -81,14 +83,50 @@ def main(arguments: list[str], compiled: Compiler = compile_thin) -> int:
 
 
 def _install(prefix: Path, library: Path, compiled: Compiler) -> None:
-    modules = sources()
-    dump.write(library / "modules", bundle(modules, groups(), compiled))
+    modules = _kept(library) or _compile(library, compiled)
     dump.write(library / "boot.pyc", _boot(library / "modules"))
     words = [*loader(sealed.interpreter()), sealed.interpreter(), "-IS", "-X", "utf8", str(library / "boot.pyc")]
     slow = library / "ocirun"
     dump.write(slow, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'.encode(), 0o755)
     dumped = [*(name for name in modules if name.startswith("runtime.")), "runtime.shim.zygote"]
     dump.put(dump.make(slow, dumped), prefix / "bin/ocirun", slow)
+
+
+def _kept(library: Path) -> list[str]:
+    """The modules in the file that is there, if it was made of what it would be made of now. What makes a dump stale is
+    mostly a library that has changed, and to compile is two thirds of the work."""
+    try:
+        known = json.loads((library / "compiled").read_bytes())
+        digest = hashlib.sha256((library / "modules").read_bytes()).hexdigest()
+        is_same = known["digest"] == digest and known["files"] == _facts(known["files"]) and known["by"] == _compiler()
+        return list(known["modules"]) if is_same else []
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+
+
+def _compile(library: Path, compiled: Compiler) -> list[str]:
+    modules = sources()
+    facts = _facts(map(str, modules.values()))  # before they are read: one that changes meanwhile does not match
+    content = bundle(modules, groups(), compiled)
+    digest = hashlib.sha256(content).hexdigest()
+    known = {"modules": list(modules), "digest": digest, "files": facts, "by": _compiler()}
+    (library / "compiled").unlink(missing_ok=True)
+    dump.write(library / "modules", content)
+    dump.write(library / "compiled", json.dumps(known).encode())
+    return list(modules)
+
+
+def _compiler() -> str:
+    """What byte code depends on besides its source."""
+    return f"{sys.version} {sys.flags.optimize} {'no_debug_ranges' in sys._xoptions}"
+
+
+def _facts(paths: Iterable[str]) -> dict[str, list[int]]:
+    """Modification time in ns and size of these files, and of all else that decides what is compiled, and how. Raises
+    OSError."""
+    ours = (str(path) for path in (ROOT / "runtime").rglob("*.py"))
+    found = ((path, os.stat(path)) for path in {*paths, *ours, str(USUAL), sealed.interpreter()})
+    return {path: [status.st_mtime_ns, status.st_size] for path, status in found}
 
 
 def sources() -> dict[str, Path]:

@@ -38,13 +38,18 @@ def block(*numbers: int) -> None:
 
 
 def as_at_start() -> None:
-    """The dispositions that an interpreter has set when it starts: for a process that never was started as one."""
-    for number in (SIGPIPE, SIGXFSZ):
-        _signal.signal(number, _signal.SIG_IGN)
+    """The dispositions that an interpreter has set when it starts, and what it has found, for a process that never was
+    started as one: it knows those of another process, which may have been started by who ignores others."""
     with open("/proc/self/status", "rb", buffering=0) as file:
-        ignored = int(file.read().partition(b"SigIgn:")[2].split(maxsplit=1)[0], 16)
-    if not ignored >> (SIGINT - 1) & 1:
-        _signal.signal(SIGINT, _signal.default_int_handler)
+        found = int(file.read().partition(b"SigIgn:")[2].split(maxsplit=1)[0], 16)
+    for number in _ALL - {SIGKILL, SIGSTOP}:
+        if number in (SIGPIPE, SIGXFSZ) or found >> (number - 1) & 1:
+            wanted = _signal.SIG_IGN
+        else:
+            wanted = _signal.default_int_handler if number == SIGINT else _signal.SIG_DFL
+        # What the kernel has is known to the interpreter alone by what was set through it.
+        if number in (SIGINT, SIGPIPE, SIGXFSZ) or _signal.getsignal(number) != wanted:
+            _signal.signal(number, wanted)
 
 
 def block_all() -> set[int]:

@@ -32,7 +32,7 @@ class Installed(Node):
         (self.prefix / "bin").mkdir()
         (self.prefix / "bin/python").symlink_to(os.path.realpath(sys.executable))
         (self.prefix / "pyvenv.cfg").write_text(f"home = {os.path.dirname(os.path.realpath(sys.executable))}\n")
-        self._run("-m", "runtime.install", str(self.prefix))
+        self._run("-X", "no_debug_ranges", "-m", "runtime.install", str(self.prefix))  # as hack/setup does
 
     def _run(self, *words: str, code: int = 0) -> str:
         done = subprocess.run([self.prefix / "bin/python", *words], capture_output=True, text=True, check=False)
@@ -75,9 +75,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
 
 def test_a_daemon_that_starts_renews_it_beside_its_work(installed: Installed) -> None:
     made = installed.lose()
+    compiled = (installed.library / "modules").stat()
     installed.start(as_child=True)
     try:
         eventually(installed.is_whole, what="a new dump")
+        assert (installed.library / "modules").stat().st_ino == compiled.st_ino  # it was right, and is kept
     finally:
         installed.end()
     assert f"ocirun starts slowly: {made} is gone; it is installed anew" in installed.log.read_text()

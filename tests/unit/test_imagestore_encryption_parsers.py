@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from imagestore.der import Value, context, oid, parse
 from imagestore.encryption import jwe, pkcs7
+from imagestore.encryption.keys import private_key
 from imagestore.encryption.layers import Opener
 from imagestore.model import ContentInvalid, DecryptionRefused, Descriptor, KeyFile
 
@@ -137,3 +138,19 @@ def test_options_of_another_cipher(symkey: int, nonce: int, hmac: int) -> None:
         Opener(None).open_blob(blob, [KeyFile("test", der)])
     with pytest.raises(DecryptionRefused):
         Opener(None).open_blob(blob, [])
+
+
+def test_a_key_whose_numbers_do_not_belong_together_is_refused_however_often() -> None:
+    """A key that was found sound is not looked through again; one that was not is."""
+
+    def file(key: rsa.RSAPrivateKey) -> KeyFile:
+        return KeyFile("test", key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()))
+
+    numbers = RSA.private_numbers()
+    changed = {name: getattr(numbers, name) for name in ("p", "q", "dmp1", "dmq1", "iqmp")}
+    wrong = rsa.RSAPrivateNumbers(d=numbers.d + 2, public_numbers=numbers.public_numbers, **changed)
+    for _ in range(2):
+        found = private_key(file(RSA), required=True)
+        assert isinstance(found, rsa.RSAPrivateKey) and found.private_numbers() == numbers
+        with pytest.raises(DecryptionRefused, match="no usable private key"):
+            private_key(file(wrong.private_key(unsafe_skip_rsa_key_validation=True)), required=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import CodeType
 
 import pytest
 
-from runtime import boot, install, sealed
+from runtime import boot, dump, install, sealed
 
 BUNDLED = "bundled"
 
@@ -87,6 +89,45 @@ def test_the_command_works_without_its_file_of_modules(installed: tuple[Path, by
         modules.write_bytes({"empty": b"", "cut": whole[:100], "garbage": b"0" * boot.HEADER + whole}[damage])
     said = subprocess.run([prefix / "bin/ocirun", "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout
     assert said.startswith("ocirun version ")
+
+
+def test_modules_are_compiled_again_when_something_has_changed_or_is_damaged(
+    installed: tuple[Path, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = installed[0] / "lib/ocirun"
+    (library / "modules").write_bytes(installed[1])
+    names = install._kept(library)
+    assert {"runtime.cli", "runtime.init", "struct"} <= set(names)
+    known = json.loads((library / "compiled").read_bytes())
+    for change in (
+        {"files": {**known["files"], str(install.USUAL): [1, 1]}},
+        {"files": {path: facts for path, facts in known["files"].items() if not path.endswith("/options.py")}},
+        {"files": {**known["files"], str(tmp_path / "gone.py"): [1, 1]}},
+        {"digest": "another"},
+        {"by": "another"},
+        {"files": None},
+    ):
+        (library / "compiled").write_text(json.dumps(known | change))
+        assert install._kept(library) == []
+    for damage in ("", "[]", "{}", "\0"):
+        (library / "compiled").write_text(damage)
+        assert install._kept(library) == []
+    (library / "compiled").write_text(json.dumps(known))
+    assert install._kept(library) == names
+    (library / "modules").write_bytes(installed[1][:-1])
+    assert install._kept(library) == []
+    # Made anew, and kept from then on: what is compiled is told by who compiles.
+    asked: list[str] = []
+
+    def compiled(source: bytes, name: str, functions: set[str] | None) -> CodeType:
+        asked.append(name)
+        return compile("", name, "exec")
+
+    monkeypatch.setattr(dump, "make", lambda *_: None)
+    assert install.main([str(installed[0])], compiled) == 0 and asked
+    asked.clear()
+    assert install.main([str(installed[0])], compiled) == 0 and not asked
+    (library / "compiled").unlink()
 
 
 def test_groups_hold_what_the_commands_import(tmp_path: Path) -> None:
