@@ -1,4 +1,4 @@
-"""What a process that goes on from a dump knows of signals is what the kernel has for it, as in one that was started."""
+"""What a process that goes on from a dump knows of signals is what the kernel has for it, as in a started one."""
 
 from __future__ import annotations
 
