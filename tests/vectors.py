@@ -16,7 +16,9 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -24,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_private_key,
 )
+from cryptography.x509.oid import NameOID
 
 from imagestore.signatures import BUNDLE_TYPE, CERTIFICATE, CHAIN, ENTRY, SIGNATURE, Bundle, Cosign, Simple
 
@@ -142,8 +145,16 @@ class Maker:
         return path
 
     def _issue(self, name: str, issuer: str, subject: str, extensions: str, days: str) -> bytes:
-        request = self._openssl("req", "-new", "-key", str(self.private(name)), "-subj", subject)
-        return self.certify(request, issuer, extensions, days)
+        return self.certify(self._request(name, subject), issuer, extensions, days)
+
+    def _request(self, name: str, subject: str) -> bytes:
+        """What is asked for: who certifies it is openssl. `subject` is "/" or "/CN=…"."""
+        common = subject.removeprefix("/").removeprefix("CN=")
+        names = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)] if common else [])
+        key = load_pem_private_key(self.private(name).read_bytes(), None)
+        algorithm = None if isinstance(key, ed25519.Ed25519PrivateKey) else SHA256()
+        made = x509.CertificateSigningRequestBuilder().subject_name(names).sign(key, algorithm)  # type: ignore[arg-type]
+        return made.public_bytes(Encoding.PEM)
 
     def certify(self, request: bytes, issuer: str, extensions: str, days: str = "1") -> bytes:
         """A certificate for who asks."""
@@ -161,7 +172,6 @@ class Maker:
         *,
         issuer: str = ISSUER,
         usage: str = "codeSigning",
-        subject: str = "/",
         days_of_2020: bool = False,
     ) -> Certificate:
         """A signer's certificate for one day, this one or one of 2020, through an intermediate that is sent along."""
@@ -176,15 +186,14 @@ class Maker:
             if days_of_2020:
                 pem = self._issue_in_2020(name, f"{root}-between", extensions)
             else:
-                pem = self._issue(name, f"{root}-between", subject, extensions, "1")
+                pem = self._issue(name, f"{root}-between", "/", extensions, "1")
             chain = middle.read_bytes() + self.authority(root).read_bytes()
             self._certificates[name] = Certificate(name, pem, chain)
         return self._certificates[name]
 
     def _issue_in_2020(self, name: str, issuer: str, extensions: str) -> bytes:
         """`openssl x509` always begins now; `openssl ca` wants files for what it has issued."""
-        request = self._openssl("req", "-new", "-key", str(self.private(name)), "-subj", "/CN=old")
-        (self.directory / "request").write_bytes(request)
+        (self.directory / "request").write_bytes(self._request(name, "/CN=old"))
         (self.directory / "ext").write_text(extensions)
         (self.directory / "issued").write_text("")
         (self.directory / "ca.conf").write_text(
