@@ -69,8 +69,8 @@ class Machine:
     def now(cls, *, shared: bool = True, since: Machine | None = None) -> Machine:
         """Reads all of it; what vanishes while being read is not there. Without `shared` what no mark can be on is left
         out: the tables of nftables, for which a program must be started, and cgroups, which are many. A process that
-        was there in `since` is told as it was then: who compares the two wants no more of it, and to read two files
-        of each, twice for each test, is a thirtieth of a suite."""
+        was there in `since` is told as it was then: who compares the two wants no more of it, and two files are read
+        for each other one."""
         return cls(
             mounts=_mounts(Path("/proc/self/mountinfo").read_text()),
             namespaces=frozenset(_namespaces()),

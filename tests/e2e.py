@@ -301,23 +301,25 @@ class Node:
         left = self.held() - before
         assert not left, "\n".join(["left:", *sorted(left)])
 
-    def _files(self) -> Iterator[Path]:
+    def _files(self) -> Iterator[str]:
+        """As text: they are thousands, before and after each test."""
         for top in (self.root, self.state, self.directory / "leases"):
             for directory, directories, files in os.walk(top):
-                yield from (Path(directory, name) for name in directories if name != "criu-logs")
-                yield from (Path(directory, name) for name in files if name not in _OWN)
+                yield from (f"{directory}/{name}" for name in directories if name != "criu-logs")
+                yield from (f"{directory}/{name}" for name in files if name not in _OWN)
                 # What is inside a snapshot comes and goes with it; logs and filters are there to stay.
                 directories[:] = [name for name in directories if name not in _APART]
 
-    def _is_kept_blob(self, path: Path) -> bool:
+    def _is_kept_blob(self, path: str) -> bool:
         """A whole, right blob may stay for the next try; a collector takes it when nobody tries."""
-        if path.parent != self.root / "images/blobs/sha256":
-            return path in (self.root / "images/ingest/.collect", self.root / "images/ingest/.reserve")
+        parent, _, name = path.rpartition("/")
+        if parent != f"{self.root}/images/blobs/sha256":
+            return path in (f"{self.root}/images/ingest/.collect", f"{self.root}/images/ingest/.reserve")
         try:
-            status = path.stat()
-            known = (str(path), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            status = os.stat(path)
+            known = (path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
             if known not in self._whole_blobs:  # megabytes, which are looked at before and after each test
-                if hashlib.sha256(path.read_bytes()).hexdigest() != path.name:
+                if hashlib.sha256(Path(path).read_bytes()).hexdigest() != name:
                     return False
                 self._whole_blobs.add(known)
         except FileNotFoundError:
