@@ -85,8 +85,9 @@ sys.path.append({str(ROOT)!r})
 space = {{"__name__": "elsewhere"}}
 exec({source!r}, space)
 def function(): pass
+before = function.__code__.co_flags  # what is there
 with space["Warmed"]() as is_warm:
     assert not is_warm and not space["AVAILABLE"]
-    function()
+    assert function.__code__.co_flags == before
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
