@@ -1,8 +1,8 @@
 """Signatures made with openssl and gpg alone, for tests of what verifies them: no code of ours signs here.
 
 `Maker(directory)` keeps keys and certificates there, each made once; keys and requests for certificates are of a
-library's making, a process less for each. Logs (Rekor) and authorities (Fulcio) are such keys, too: what they sign is put
-together here from the published formats, by hand.
+library's making, a process less for each. Logs (Rekor) and authorities (Fulcio) are such keys, too: what they sign is
+put together here from the published formats, by hand.
 """
 
 from __future__ import annotations
